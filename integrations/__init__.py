@@ -1,0 +1,1 @@
+"""Bridges to other libraries. Nothing in ``entprop_wrap`` imports from here."""
