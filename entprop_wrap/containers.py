@@ -1,0 +1,70 @@
+"""What other libraries put around a model: DDP, FSDP, ``torch.compile``, DataParallel, DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from entprop_wrap.errors import UnsupportedModelError
+
+__all__ = ["no_gradient_sync", "plain_model", "refuse_wrapping", "walk"]
+
+
+def walk(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield every module once; several times faster than ``modules()``, which builds names too."""
+    seen: set[int] = set()
+    stack: list[nn.Module] = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            stack.extend([child for child in module._modules.values() if child is not None])
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """Return the model inside compile and data-parallel containers (FSDP2 has none: it shards in place)."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif (compiled := model._modules.get("_orig_mod")) is not None:
+            model = compiled
+        else:
+            return model
+
+
+def no_gradient_sync(model: nn.Module) -> AbstractContextManager[object]:
+    """Return DDP's ``no_sync()``, entered around forward *and* backward; a null context for everything else.
+
+    FSDP2 reduces each backward into the sharded gradient, so two backwards are right as they are.
+    """
+    while (compiled := model._modules.get("_orig_mod")) is not None:
+        model = compiled
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
+
+
+def refuse_wrapping(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedModelError` if ``model`` is compiled, scripted, distributed, or holds such a part."""
+    for name, module in model.named_modules():
+        where = f"the part {name!r} of the model" if name else "the model"
+        kind = type(module).__name__
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            fix = f"write {kind}(entprop.wrap(model)), wrapping before distributing"
+        elif kind in ("FullyShardedDataParallel", "DeepSpeedEngine") or _is_fsdp2(module):
+            fix = "call entprop.wrap(model) first, then shard it"
+        elif "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            fix = "write torch.compile(entprop.wrap(model)), wrapping before compiling"
+        elif isinstance(module, torch.jit.ScriptModule):
+            fix = "wrap the Python model; TorchScript can be made from it after entprop.unwrap(model)"
+        else:
+            continue
+        raise UnsupportedModelError(f"wrap() expected a plain module; {where} is a {kind}: {fix}.")
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

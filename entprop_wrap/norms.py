@@ -1,0 +1,155 @@
+"""What counts as a norm layer: one rule, its exceptions by name, and the user's ``include`` and ``exclude``."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils import parametrize
+
+from entprop_wrap.errors import ConfigurationError, NoNormLayersError, UnsupportedModelError
+
+__all__ = ["Selector", "find_norms", "is_norm"]
+
+#: A class of modules, a glob over qualified names (``"blocks.*.norm1"``), or ``predicate(name, module) -> bool``.
+Selector = type[nn.Module] | str | Callable[[str, nn.Module], bool]
+
+_BASES = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+# Named like a norm, or close to one, and yet none: GRN is a gate on channel energy, NormFreeBlock a whole residual
+# block. Compared by name, so that neither timm nor transformers has to be importable.
+_NOT_NORMS = frozenset({"GlobalResponseNorm", "ConvNextV2GRN", "NormFreeBlock"})
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Say whether ``module`` is a norm layer whose state is worth an auxiliary copy.
+
+    A norm is a subclass of torch's batch, instance, layer, group or RMS norm, or a class named ``*norm*`` that owns
+    parameters itself and contains no layer with weights (that would be a block). It must have state that training
+    moves: a parameter, or running statistics. ``FrozenBatchNorm2d`` and norms without affine weights have none.
+
+    Only a module's own tensors count, and ``requires_grad`` does not: a frozen norm may be thawed after ``wrap``.
+    """
+    names = {cls.__name__ for cls in type(module).__mro__}
+    if names & _NOT_NORMS:
+        return False
+    parameters = any(value is not None for value in module._parameters.values())
+    if isinstance(module, _BASES):
+        return parameters or getattr(module, "running_mean", None) is not None
+    return parameters and "norm" in type(module).__name__.lower() and not _has_weighted_child(module)
+
+
+def find_norms(
+    model: nn.Module,
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+) -> dict[str, nn.Module]:
+    """Map qualified names to the norm layers of ``model``, in the order of ``named_modules()``.
+
+    Args:
+        model: Any module tree; it is only read.
+        include: Selectors of modules to take *in addition to* those that :func:`is_norm` recognises.
+        exclude: Selectors of modules to leave out; it wins over ``include``.
+
+    Raises:
+        ConfigurationError: A selector matches no module, or ``include`` matches one without state of its own.
+        NoNormLayersError: Nothing is left to copy; the message says which of four causes it was.
+        UnsupportedModelError: A norm is parametrised or not yet initialised.
+    """
+    modules = dict(model.named_modules())
+    included = _matches(modules, _selectors(include), "include")
+    excluded = _matches(modules, _selectors(exclude), "exclude")
+    if stateless := [name for name in included if not _own_tensors(modules[name])]:
+        raise ConfigurationError(
+            f"include= must name modules that own parameters or buffers; these own none: {_some(stateless)}. "
+            "Name the norm layer itself rather than the block around it."
+        )
+    recognised = [name for name, module in modules.items() if is_norm(module)]
+    chosen = {
+        name: module
+        for name, module in modules.items()
+        if name not in excluded and (name in included or is_norm(module))
+    }
+    if not chosen:
+        raise NoNormLayersError(_why_none(model, modules, recognised))
+    _refuse_untouchable(chosen)
+    return chosen
+
+
+def _own_tensors(module: nn.Module) -> list[object]:
+    return [value for value in (*module._parameters.values(), *module._buffers.values()) if value is not None]
+
+
+def _has_weighted_child(module: nn.Module) -> bool:
+    # A fused activation such as PReLU has a vector of weights at most; a convolution or a linear layer has a matrix.
+    return any(parameter.ndim > 1 for child in module.children() for parameter in child.parameters())
+
+
+def _selectors(value: Selector | Iterable[Selector] | None) -> list[Selector]:
+    if value is None:
+        return []
+    if isinstance(value, (str, type)) or callable(value):
+        return [value]
+    return list(value)
+
+
+def _matches(modules: dict[str, nn.Module], selectors: list[Selector], argument: str) -> set[str]:
+    found: set[str] = set()
+    for selector in selectors:
+        if isinstance(selector, str):
+            hits = set(fnmatch.filter(modules, selector))
+        elif isinstance(selector, type):
+            hits = {name for name, module in modules.items() if isinstance(module, selector)}
+        else:
+            hits = {name for name, module in modules.items() if selector(name, module)}
+        if not hits:
+            near = difflib.get_close_matches(str(selector), modules, n=3) if isinstance(selector, str) else []
+            hint = f" Close names: {', '.join(near)}." if near else ""
+            raise ConfigurationError(
+                f"{argument}={selector!r} matches no module of the model.{hint} "
+                "Give a module class, a glob over the names of model.named_modules(), or a predicate (name, module)."
+            )
+        found |= hits
+    return found
+
+
+def _why_none(model: nn.Module, modules: dict[str, nn.Module], recognised: list[str]) -> str:
+    kind = type(model).__name__
+    if recognised:
+        return f"exclude= removes all {len(recognised)} norm layers of {kind}: {_some(recognised)}."
+    if gates := [name for name, module in modules.items() if type(module).__name__ in _NOT_NORMS]:
+        return (
+            f"{kind} has no norm layer, only {type(modules[gates[0]]).__name__} ({_some(gates)}), which is no norm by "
+            "default. Pass include= to copy it all the same."
+        )
+    stateless = [name for name, module in modules.items() if "norm" in type(module).__name__.lower()]
+    if stateless:
+        return (
+            f"The norm layers of {kind} have no state that training moves ({_some(stateless)}): frozen, or without "
+            "affine weights and running statistics. Use affine=True, or replace frozen norms before wrap()."
+        )
+    return (
+        f"{kind} has no norm layer (AlexNet, VGG, SqueezeNet and normaliser-free nets have none). Use a variant with "
+        "norms, such as vgg16_bn, or name other modules to copy with include=."
+    )
+
+
+def _refuse_untouchable(norms: dict[str, nn.Module]) -> None:
+    problems = []
+    for name, module in norms.items():
+        if parametrize.is_parametrized(module):
+            problems.append(f"{name} is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first")
+        elif any(isinstance(tensor, UninitializedTensorMixin) for tensor in _own_tensors(module)):
+            problems.append(f"{name} is lazy and not initialised yet: run one forward pass first")
+    if problems:
+        raise UnsupportedModelError("Norm layers that cannot be copied: " + "; ".join(problems) + ".")
+
+
+def _some(names: Iterable[str], most: int = 4) -> str:
+    listed = list(names)
+    more = f", ... ({len(listed)} in all)" if len(listed) > most else ""
+    return ", ".join(repr(name) for name in listed[:most]) + more

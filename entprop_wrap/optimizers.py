@@ -1,0 +1,97 @@
+"""The optimizer's side of the copies: parameter groups, and the check that no copy is left untrained."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from entprop_wrap.containers import plain_model
+from entprop_wrap.errors import ConfigurationError, OptimizerMismatchError
+from entprop_wrap.norms import is_norm
+from entprop_wrap.registry import Registry, find_registry
+from entprop_wrap.state_dicts import original_name
+
+__all__ = ["check_optimizer", "guard_first_step", "parameter_groups"]
+
+
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    no_decay: Callable[[str, nn.Parameter], bool] | None = None,
+) -> list[dict[str, Any]]:
+    """Split the trainable parameters into a group that decays and one that does not, for any torch optimizer.
+
+        optimizer = torch.optim.AdamW(entprop.parameter_groups(model, weight_decay=0.05), lr=3e-4)
+
+    An auxiliary copy goes where the parameter goes that it is a copy of. Order within a group is the model's.
+
+    Args:
+        model: Wrapped or plain, in any container.
+        weight_decay: Decay of the first group, at least 0.
+        no_decay: ``(name, parameter) -> bool`` over the plain model's parameters, True to leave one undecayed. By
+            default biases and the parameters of norm layers, as is usual for image models.
+
+    Raises:
+        ConfigurationError: ``weight_decay`` is negative.
+    """
+    if weight_decay < 0:
+        raise ConfigurationError(f"weight_decay must be at least 0, found {weight_decay}.")
+    model = plain_model(model)
+    parameters = dict(model.named_parameters())
+    if no_decay is None:
+        norms = {
+            id(parameter) for module in model.modules() if is_norm(module) for parameter in module._parameters.values()
+        }
+
+        def no_decay(name: str, parameter: nn.Parameter) -> bool:
+            return id(parameter) in norms or name.rsplit(".")[-1] == "bias"
+
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            original = original_name(name)
+            exempt = no_decay(original, parameters.get(original, parameter))
+            (undecayed if exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise :class:`OptimizerMismatchError` if ``optimizer`` trains a norm layer but not its auxiliary copy."""
+    _check(find_registry(model), optimizer)
+
+
+def guard_first_step(registry: Registry) -> None:
+    """Run the check once, before the first step of the optimizer that trains this model's norms, whoever built it.
+
+    torch has a hook before every optimizer's step. It goes once it has seen such an optimizer, or with the model.
+    """
+    reference = weakref.ref(registry)
+
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        living = reference()
+        if living is None or _check(living, optimizer):
+            handle.remove()
+
+    handle = register_optimizer_step_pre_hook(before_step)
+    weakref.finalize(registry, handle.remove)
+
+
+def _check(registry: Registry, optimizer: Optimizer) -> bool:
+    """Return whether the optimizer holds a norm of the model at all; raise if it misses a copy of one."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    pairs = [(name, copy) for name, norm, copy in registry.mirrors() if copy.requires_grad and id(norm) in trained]
+    if missing := [name for name, copy in pairs if id(copy) not in trained]:
+        raise OptimizerMismatchError(
+            f"The optimizer trains {missing[0]!r} but not its auxiliary copy ({len(missing)} of {len(pairs)} copies are "
+            "missing): it was built before wrap(). Write model = entprop.wrap(model) first, then "
+            "optimizer = Optimizer(entprop.parameter_groups(model, ...))."
+        )
+    return bool(pairs)

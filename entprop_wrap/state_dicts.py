@@ -1,0 +1,56 @@
+"""State dicts of a wrapped model, split into the model's own weights and the auxiliary copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from entprop_wrap.containers import plain_model
+from entprop_wrap.errors import CheckpointError
+from entprop_wrap.switch import HOLDER_PREFIX
+
+__all__ = [
+    "auxiliary_state_dict",
+    "is_auxiliary_key",
+    "load_auxiliary_state_dict",
+    "main_state_dict",
+    "original_name",
+]
+
+
+def main_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict without the copies, under the plain model's own keys: it loads without this package."""
+    return {key: value for key, value in plain_model(model).state_dict().items() if not is_auxiliary_key(key)}
+
+
+def auxiliary_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the copies' part of the state dict: all that :func:`main_state_dict` leaves out."""
+    return {key: value for key, value in plain_model(model).state_dict().items() if is_auxiliary_key(key)}
+
+
+def load_auxiliary_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what :func:`auxiliary_state_dict` returned; the main weights stay as they are.
+
+    Raises:
+        CheckpointError: Keys are missing or unexpected: the model was wrapped with other options.
+    """
+    root = plain_model(model)
+    expected = {key for key in root.state_dict() if is_auxiliary_key(key)}
+    if missing_or_foreign := expected ^ set(state):
+        raise CheckpointError(
+            f"The checkpoint's auxiliary copies do not fit the model: {len(expected - set(state))} missing and "
+            f"{len(set(state) - expected)} unexpected, for example {sorted(missing_or_foreign)[0]!r}. Wrap the model with "
+            "the same auxiliaries=, include= and exclude= as in the run that saved it."
+        )
+    root.load_state_dict(dict(state), strict=False)
+
+
+def is_auxiliary_key(key: str) -> bool:
+    """Say whether a state-dict key or parameter name belongs to an auxiliary copy."""
+    return any(part.startswith(HOLDER_PREFIX) for part in key.split("."))
+
+
+def original_name(key: str) -> str:
+    """Return the name of what ``key`` is a copy of, or ``key`` itself."""
+    return ".".join(part for part in key.split(".") if not part.startswith(HOLDER_PREFIX))

@@ -1,0 +1,331 @@
+"""The mechanism of the switch: what happens inside one norm layer, and inside one thread.
+
+A norm's class becomes a dynamic subclass of its own class. In the main domain the subclass runs the original forward on
+the norm itself. In an auxiliary domain it runs the *same* original forward on a view: an unregistered object of the
+base class that reads its tensors from the copy and everything else (``training``, ``eps``, fused activations, ...) from
+the norm. Neither object is ever mutated by switching, so threads, checkpointing and ``torch.compile`` stay safe.
+
+Nothing in here is public; :mod:`entprop_wrap.wrapping` is the door.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from entprop_wrap.errors import UnsupportedModelError
+
+__all__ = [
+    "HOLDER_PREFIX",
+    "Copy",
+    "Switch",
+    "SwitchedNorm",
+    "View",
+    "auxiliary_of",
+    "copy_of",
+    "install",
+    "keep_in_graph",
+    "key_of",
+    "remove",
+]
+
+#: The copies live in a child of each norm named ``entprop_<auxiliary>``. Weight decay is decided by parameter name in
+#: many trainers, so the name contains neither "norm" nor "bias".
+HOLDER_PREFIX = "entprop_"
+_UNRECORDED = " unrecorded"
+
+
+def key_of(auxiliary: str | None, record_statistics: bool = True) -> str | None:
+    """Return the key of a domain: None is the main domain with its statistics recorded, the state of rest."""
+    if record_statistics:
+        return auxiliary
+    return (auxiliary or "") + _UNRECORDED
+
+
+def auxiliary_of(key: str | None) -> str | None:
+    """Return the auxiliary that ``key`` runs in, None for the main domain."""
+    return (key or "").removesuffix(_UNRECORDED) or None
+
+
+class _Thread:
+    """What one thread has asked for."""
+
+    __slots__ = ("block", "key")
+
+    def __init__(self) -> None:
+        self.block: str | None = None  # the innermost auxiliary() block of this thread
+        self.key: str | None = None  # the same, except while a backward of another domain runs in this thread
+
+
+class Switch:
+    """The domain that the norms of one wrapped model run in: per thread, and per running backward.
+
+    Norms all point at one switch, and the switch points at nothing of the model, so that a deep copy of a submodule
+    does not drag the whole model along.
+    """
+
+    def __init__(self) -> None:
+        self.local = threading.local()
+        self.pins: dict[int, str | None] = {}  # autograd graph task -> the domain whose backward it is
+        self.owner: weakref.ref[Any] | None = None  # the registry on the wrapped root; None in an orphaned copy
+
+    def __reduce__(self) -> tuple[type[Switch], tuple[()]]:
+        return Switch, ()  # threads and running backwards belong to one process; the owner signs in again
+
+    def thread(self) -> _Thread:
+        """Return the calling thread's state, made on first use."""
+        state: _Thread | None = getattr(self.local, "state", None)
+        if state is None:
+            state = self.local.state = _Thread()
+        return state
+
+    def resolve(self) -> str | None:
+        """Return the domain to run in, eagerly: the thread's own, or, in a backward, that of the pinned output.
+
+        A norm runs inside a backward when a checkpointed block is recomputed. By then the ``auxiliary()`` block may be
+        over, and on a GPU it is another thread, so only the output that is being differentiated knows the domain.
+        """
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            return self.thread().block
+        if task in self.pins:
+            return self.pins[task]
+        # Reentrant checkpoints nest graph tasks: an inner one inherits, as long as there is only one to inherit from.
+        inherited = set(self.pins.values())
+        if len(inherited) == 1:
+            return inherited.pop()
+        raise UnsupportedModelError(
+            "A norm layer ran inside a backward pass (activation checkpointing recomputes it there), but the output "
+            "being differentiated did not come from calling the wrapped model, so its domain is unknown. Expected "
+            "model(images); found a call of a part of the model. Call the model that was passed to wrap()."
+        )
+
+    @contextmanager
+    def block(self, key: str | None) -> Iterator[None]:
+        """Run the norms in ``key`` inside the with-block, in this thread."""
+        state, task = self.thread(), torch._C._current_graph_task_id()
+        block, before = state.block, state.key
+        # Entered inside a backward, it is a forward that some hook runs on purpose, and no recomputation.
+        pinned = dict(self.pins) if task != -1 else {}
+        state.block = state.key = key
+        if task != -1:
+            self.pins[task] = key
+        try:
+            yield
+        finally:
+            state.block, state.key = block, before
+            if task in pinned:
+                self.pins[task] = pinned[task]
+            else:
+                self.pins.pop(task, None)
+
+    def pin(self, key: str | None) -> None:
+        """Say that the running backward belongs to ``key``; called by a hook on the gradient of the output."""
+        task = torch._C._current_graph_task_id()
+        state = self.thread()
+        if task not in self.pins:
+
+            def forget() -> None:
+                self.pins.pop(task, None)
+                state.key = state.block
+
+            torch.autograd.Variable._execution_engine.queue_callback(forget)  # type: ignore[no-untyped-call]
+        self.pins[task] = key
+        state.key = key  # compiled blocks inside an eager checkpoint can read nothing else
+
+
+class Copy(nn.Module):
+    """The parameters and buffers of one auxiliary copy of a norm layer. It holds tensors and computes nothing."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a copy is run through its norm, by ``entprop.auxiliary``."""
+        raise UnsupportedModelError("An auxiliary copy holds tensors only; run the model inside entprop.auxiliary().")
+
+
+class View(nn.Module):
+    """What an auxiliary forward sees as ``self``: the copy's tensors, and everything else of the norm."""
+
+    # No __init__: nn.Module's own would give the view tensors, hooks and flags of its own.
+
+    def __getattr__(self, name: str) -> Any:
+        links = self.__dict__
+        if "_entprop_norm" not in links:
+            raise AttributeError(name)
+        if name in links["_entprop_parameters"]:
+            return getattr(links["_entprop_copy"], name)
+        if name in links["_entprop_buffers"]:
+            buffer = getattr(links["_entprop_copy"], name)
+            # A throw-away clone takes what would be recorded. Batch norms record nothing to begin with: see below.
+            return buffer if links["_entprop_record"] or buffer is None else buffer.clone()
+        return getattr(links["_entprop_norm"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        links = self.__dict__
+        if name not in links["_entprop_parameters"] and name not in links["_entprop_buffers"]:
+            links[name] = value
+        elif links["_entprop_record"]:
+            setattr(links["_entprop_copy"], name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (view_class, type(self)._entprop_base), self.__dict__
+
+
+class SwitchedNorm(nn.Module):
+    """Mixin of every switched norm; the class attribute ``_entprop_base`` is the class the norm had before."""
+
+    _entprop_base: type[nn.Module]
+    _entprop_switch: Switch
+    _entprop_views: dict[str, View]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the original forward on this norm, or on the view of the domain that is switched on."""
+        switch = self._entprop_switch
+        if torch.compiler.is_compiling():
+            key = getattr(getattr(switch.local, "state", None), "key", None)  # a plain read, which dynamo guards on
+        else:
+            key = switch.resolve()
+        if key is None:
+            return super().forward(*args, **kwargs)
+        return self._entprop_base.forward(self._entprop_views[key], *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _rebuild, (switched_class, self._entprop_base), *state
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise UnsupportedModelError(
+            "nn.DataParallel replicates a model without its auxiliary copies. Expected one process per GPU: start the "
+            "script with `accelerate launch` or torchrun (DistributedDataParallel), or show it one GPU only."
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint of the plain model knows no copies: they start again as what they are copies of. torch hands the
+        # children what this dictionary, its own shallow copy, holds once we return.
+        for name, copy in self._modules.items():
+            if not isinstance(copy, Copy) or any(key.startswith(f"{prefix}{name}.") for key in state_dict):
+                continue
+            for tensor in copy.state_dict():
+                if (value := state_dict.get(prefix + tensor)) is not None:
+                    state_dict[f"{prefix}{name}.{tensor}"] = value.clone()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def copy_of(norm: nn.Module) -> Copy:
+    """Return a copy of the norm's own tensors: equal values, same dtype, device, ``requires_grad``, persistence."""
+    copy = Copy()
+    for name, parameter in norm._parameters.items():
+        cloned = parameter if parameter is None else nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        copy.register_parameter(name, cloned)
+    for name, buffer in norm._buffers.items():
+        persistent = name not in norm._non_persistent_buffers_set
+        copy.register_buffer(name, buffer if buffer is None else buffer.detach().clone(), persistent=persistent)
+    copy.train(norm.training)
+    return copy
+
+
+def install(norm: nn.Module, copies: dict[str, Copy], switch: Switch) -> None:
+    """Turn ``norm`` into a switched norm with these copies, in place."""
+    base = type(norm)
+    views: dict[str, View] = {}
+    for name, copy in copies.items():
+        norm.add_module(HOLDER_PREFIX + name, copy)
+        views[name] = _view(norm, copy, record=True)
+        views[name + _UNRECORDED] = _view(norm, copy, record=False)
+    views[_UNRECORDED] = _view(norm, norm, record=False)
+    norm.__class__ = switched_class(base)
+    norm.__dict__["_entprop_switch"] = switch
+    norm.__dict__["_entprop_views"] = views
+
+
+def remove(norm: SwitchedNorm) -> None:
+    """Undo :func:`install`, in place."""
+    for name in [name for name, child in norm._modules.items() if isinstance(child, Copy)]:
+        del norm._modules[name]
+    del norm.__dict__["_entprop_switch"], norm.__dict__["_entprop_views"]
+    norm.__class__ = norm._entprop_base
+
+
+def _view(norm: nn.Module, copy: nn.Module, *, record: bool) -> View:
+    view: View = object.__new__(view_class(type(norm)))
+    view.__dict__.update(
+        _entprop_norm=norm,
+        _entprop_copy=copy,
+        _entprop_parameters=frozenset(norm._parameters),
+        _entprop_buffers=frozenset(norm._buffers),
+        _entprop_record=record,
+    )
+    return view
+
+
+@functools.cache
+def switched_class(base: type[nn.Module]) -> type[SwitchedNorm]:
+    """Return the switched subclass of ``base``, by the same name, in the same module (fx and repr go by these)."""
+    return type(base.__name__, (SwitchedNorm, base), {**_identity(base), "_entprop_base": base})
+
+
+@functools.cache
+def view_class(base: type[nn.Module]) -> type[View]:
+    """Return the class of views of ``base``."""
+    namespace: dict[str, Any] = {**_identity(base), "_entprop_base": base}
+    for cls in base.__mro__[: base.__mro__.index(nn.Module)]:
+        for name, value in vars(cls).items():
+            # A default kept on the class (eps = 1e-5) would hide the norm's own value from __getattr__.
+            if not (name.startswith("__") or callable(value) or hasattr(value, "__get__")):
+                namespace.setdefault(name, property(_reader(name)))
+    if issubclass(base, _BatchNorm):
+        namespace["track_running_stats"] = property(_tracks)
+    return type(base.__name__, (View, base), namespace)
+
+
+def _reader(name: str) -> Callable[[View], Any]:
+    def read(view: View) -> Any:
+        return getattr(view.__dict__["_entprop_norm"], name)
+
+    return read
+
+
+def _tracks(view: View) -> bool:
+    # In training mode a batch norm that tracks nothing normalises with the batch and touches no buffer: exact, and free.
+    norm: Any = view.__dict__["_entprop_norm"]
+    return bool(norm.track_running_stats and (view.__dict__["_entprop_record"] or not norm.training))
+
+
+def _identity(base: type[nn.Module]) -> dict[str, Any]:
+    return {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+
+
+def _rebuild(make_class: Any, base: type[nn.Module]) -> nn.Module:
+    return object.__new__(make_class(base))
+
+
+def keep_in_graph(output: Tensor, tensors: list[nn.Parameter]) -> Tensor:
+    """Return ``output`` with ``tensors`` in its graph, contributing nothing: DDP then sees every parameter used."""
+    kept: Tensor = _KeepInGraph.apply(output, *tensors)  # type: ignore[no-untyped-call]
+    return kept
+
+
+class _KeepInGraph(torch.autograd.Function):
+    # 0 * sum(p) would do the same with a kernel per tensor, and turn one infinite weight into a NaN loss.
+
+    @staticmethod
+    def forward(output: Tensor, *tensors: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.tensors = len(inputs) - 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (gradients[0], *([None] * ctx.tensors))

@@ -1,0 +1,218 @@
+"""The switch: give a model auxiliary norm copies, choose the domain it runs in, and take the copies out again.
+
+    model = entprop.wrap(model)                      # before the optimizer, DDP, FSDP2 and torch.compile
+    with entprop.auxiliary(model):
+        loss(model(hard_images), labels).backward()  # trains the shared weights and the copies
+    model = entprop.unwrap(model)                    # the object it was, with the weights it has now
+
+Source: auxiliary batch norms are from AdvProp (Xie et al., CVPR 2020), for layer norms see EntProp (Enomoto, UAI 2024),
+table 5.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from entprop_wrap.containers import refuse_wrapping, walk
+from entprop_wrap.errors import (
+    AlreadyWrappedError,
+    AuxiliaryNameError,
+    NotWrappedError,
+    UnsupportedModelError,
+)
+from entprop_wrap.norms import Selector, find_norms
+from entprop_wrap.optimizers import guard_first_step
+from entprop_wrap.registry import Registry, attach, detach, find_registry, find_wrapped, registry_on
+from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm, copy_of, install, key_of, remove
+
+__all__ = ["Summary", "auxiliary", "is_wrapped", "summary", "unwrap", "wrap"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def wrap(
+    model: Model,
+    *,
+    auxiliaries: tuple[str, ...] = ("aux",),
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+) -> Model:
+    """Give every norm layer of ``model`` switchable auxiliary copies, in place, and return the same object.
+
+    Nothing about the model changes until :func:`auxiliary` is entered: same class, same outputs, same state-dict keys
+    plus one ``<norm>.entprop_<auxiliary>.<tensor>`` for each copied tensor. Copies start equal to the norm and inherit
+    dtype, device and ``requires_grad``. A checkpoint of the plain model loads with ``strict=True`` (copies then start
+    from it). Either everything is wrapped, or an error is raised and nothing is.
+
+    Wrap *before* you build the optimizer and before DDP, FSDP2 and ``torch.compile``; convert to ``SyncBatchNorm``
+    before you wrap.
+
+    Args:
+        model: Any module tree with at least one norm layer.
+        auxiliaries: Names of the auxiliary domains. AdvProp with several attack strengths has several.
+        include: Modules to copy in addition to the norms recognised: classes, globs over qualified names, or
+            predicates ``(name, module) -> bool``.
+        exclude: Modules to leave shared by all domains, in the same terms.
+
+    Raises:
+        NoNormLayersError: Nothing to copy.
+        AlreadyWrappedError: The model or a part of it is wrapped.
+        AuxiliaryNameError: A name is no identifier, is repeated, or contains "norm" or "bias" (trainers decide weight
+            decay by such names).
+        UnsupportedModelError: The model is compiled, scripted, or inside DDP, FSDP or DataParallel, or a norm is lazy,
+            parametrised, or has a ``forward`` set on the instance.
+        ConfigurationError: ``include`` or ``exclude`` matches nothing.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"wrap() expects a torch.nn.Module, found {type(model).__name__}.")
+    _check_names(auxiliaries)
+    if any(isinstance(module, SwitchedNorm) for module in model.modules()):
+        raise AlreadyWrappedError(
+            f"{type(model).__name__} already has auxiliary copies. Expected a plain model: call entprop.unwrap(model) "
+            "first, or name all auxiliaries in one wrap(model, auxiliaries=(...))."
+        )
+    refuse_wrapping(model)
+    norms = find_norms(model, include, exclude)
+    _refuse_norms(norms, auxiliaries)
+    copies = {name: {auxiliary: copy_of(norm) for auxiliary in auxiliaries} for name, norm in norms.items()}
+
+    # Nothing has been changed so far, and nothing below fails.
+    registry = Registry(auxiliaries, norms)
+    for name, norm in norms.items():
+        install(norm, copies[name], registry.switch)
+    attach(model, registry)
+    guard_first_step(registry)
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Take the auxiliary copies out, in place, and return the same object: class, keys, hooks and bytes as before.
+
+    ``model`` may be the container that Accelerate, DDP or ``torch.compile`` made around the wrapped model.
+
+    Raises:
+        NotWrappedError: There is nothing to take out, or ``model`` is only a part of a wrapped model.
+        UnsupportedModelError: Called inside an ``auxiliary()`` block.
+    """
+    roots, norms = find_wrapped(model)
+    if not norms:
+        raise NotWrappedError(f"{type(model).__name__} has no auxiliary copies: it was not wrapped, or is unwrapped.")
+    registries = [registry_on(root) for root in roots]
+    for norm in norms:
+        owner = norm._entprop_switch.owner
+        if owner is not None and owner() is not None and owner() not in registries:
+            raise NotWrappedError("This is a part of a wrapped model. Expected the model that was passed to wrap().")
+    if any(registry.switch.thread().block is not None for registry in registries):
+        raise UnsupportedModelError("unwrap() was called inside auxiliary(): leave the with-block first.")
+    for norm in norms:
+        remove(norm)
+    for root in roots:
+        detach(root)
+    return model
+
+
+@contextmanager
+def auxiliary(model: nn.Module, name: str | None = "aux", *, record_statistics: bool = True) -> Iterator[None]:
+    """Run ``model`` through the auxiliary norm copies ``name`` inside the with-block, in this thread.
+
+    The backward of a pass belongs to the domain of its forward, also under activation checkpointing and after the block
+    has ended. Under ``torch.compile`` with a graph break inside a checkpointed block, keep the backward inside.
+
+    Args:
+        model: The wrapped model, or a DDP, FSDP2, compiled or other module around it.
+        name: The auxiliary domain; None is the main domain, which is only useful to nest or not to record.
+        record_statistics: False normalises with the batch's own statistics in training mode but leaves running
+            statistics alone, as attack steps want it.
+
+    Raises:
+        NotWrappedError: ``model`` holds no wrapped model, or is only a part of one.
+        AuxiliaryNameError: There is no auxiliary of that name.
+        UnsupportedModelError: Norm layers were replaced, frozen, parametrised, copied in from elsewhere, or given a
+            ``forward`` of their own since ``wrap``: the switch would miss them.
+    """
+    registry = find_registry(model)
+    if name is not None and name not in registry.auxiliaries:
+        raise AuxiliaryNameError(
+            f"No auxiliary named {name!r}; this model has {', '.join(map(repr, registry.auxiliaries))}. "
+            f"Name it when wrapping: wrap(model, auxiliaries=({name!r},))."
+        )
+    with registry.switch.block(key_of(name, record_statistics)):
+        yield
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What ``wrap`` did to a model; ``str()`` is one line.
+
+    Attributes:
+        model: Class name of the wrapped model.
+        norms: Number of switched norm layers by class name.
+        auxiliaries: Names of the auxiliary domains.
+        parameters: Number of parameters of the plain model.
+        added: Number of parameters of all copies, which ``unwrap`` takes out again.
+    """
+
+    model: str
+    norms: dict[str, int]
+    auxiliaries: tuple[str, ...]
+    parameters: int
+    added: int
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.norms.items())
+        share = 100 * self.added / max(self.parameters, 1)
+        copies = "" if self.auxiliaries == ("aux",) else f" in {', '.join(self.auxiliaries)}"
+        return f"{self.model}: {sum(self.norms.values())} norm layers ({kinds}), +{self.added:,} parameters{copies} ({share:.2g} %)"
+
+
+def summary(model: nn.Module) -> Summary:
+    """Describe a wrapped model: ``ResNet: 20 norm layers (20 BatchNorm2d), +9,600 parameters (0.086 %)``.
+
+    Raises:
+        NotWrappedError: ``model`` holds no wrapped model.
+    """
+    registry = find_registry(model)
+    root = find_wrapped(model)[0][0]
+    copies = {id(mirror): mirror.numel() for _, _, mirror in registry.mirrors()}
+    total = sum(parameter.numel() for parameter in root.parameters())
+    added = sum(copies.values())
+    kinds = Counter(type(norm).__name__ for norm in registry.norms.values())
+    return Summary(type(root).__name__, dict(kinds.most_common()), registry.auxiliaries, total - added, added)
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Say whether ``model`` is, contains or is a part of a wrapped model."""
+    return any(isinstance(module, SwitchedNorm) for module in walk(model))
+
+
+def _check_names(auxiliaries: tuple[str, ...]) -> None:
+    if isinstance(auxiliaries, str):
+        raise AuxiliaryNameError(f"auxiliaries must be a tuple of names, found a string: write ({auxiliaries!r},).")
+    if not auxiliaries or len(set(auxiliaries)) < len(auxiliaries):
+        raise AuxiliaryNameError(f"Expected at least one auxiliary and no name twice, found {tuple(auxiliaries)!r}.")
+    for name in auxiliaries:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name) or re.search("norm|bias", name, re.I):
+            raise AuxiliaryNameError(
+                f"{name!r} cannot name an auxiliary: expected letters, digits and underscores, without 'norm' or 'bias' "
+                "(trainers decide weight decay by such names). Write 'aux' or 'adv', say."
+            )
+
+
+def _refuse_norms(norms: dict[str, nn.Module], auxiliaries: tuple[str, ...]) -> None:
+    problems = []
+    for name, norm in norms.items():
+        if "forward" in norm.__dict__:
+            problems.append(f"{name!r} has a forward() set on the instance (a patched kernel or device-map hook)")
+        elif any(hasattr(norm, HOLDER_PREFIX + auxiliary) for auxiliary in auxiliaries):
+            problems.append(f"{name!r} already has an attribute named after an auxiliary")
+    if problems:
+        raise UnsupportedModelError(
+            "Norm layers that cannot be switched: " + "; ".join(problems) + ". Wrap the model before patching it."
+        )
