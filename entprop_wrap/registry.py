@@ -24,6 +24,7 @@ class Registry:
     def __init__(self, auxiliaries: tuple[str, ...], norms: dict[str, nn.Module]) -> None:
         self.auxiliaries = auxiliaries
         self.norms = norms
+        self.warned = False  # of too small auxiliary batches
         self.switch = Switch()
         self.switch.owner = weakref.ref(self)
 

@@ -1,0 +1,191 @@
+"""What a training batch must look like. Shapes and types are checked every step, values where it costs no device sync."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entprop_wrap.errors import EntPropError, ImageError, LabelError, ModelOutputError, PixelRangeError
+from entprop_wrap.perturbation import PixelSpace
+
+__all__ = ["Checker", "check_images", "check_labels", "checker_of", "logits_of"]
+
+#: Interpolation without clamping overshoots valid pixels; further out than this, in pixel units, is another space.
+_TOLERANCE = 0.25
+
+
+def check_images(images: Any, space: PixelSpace) -> None:
+    """Check type, shape and layout of a batch.
+
+    Raises:
+        ImageError: Not a floating ``(N, C, H, W)`` tensor in float32 or float64, or channels that do not fit ``space``.
+    """
+    if not isinstance(images, Tensor):
+        raise ImageError(f"Expected images as a tensor (N, C, H, W), found {type(images).__name__}.")
+    shape = tuple(images.shape)
+    if not images.is_floating_point():
+        raise ImageError(
+            f"Expected floating-point images, found {images.dtype}. Write images.float() / 255 (pixels in [0, 1]), or "
+            "let the data loader do it: torchvision.transforms.v2.ToDtype(torch.float32, scale=True)."
+        )
+    if images.dtype in (torch.float16, torch.bfloat16):
+        raise ImageError(
+            f"Found {images.dtype} images: a step of 1/255 is lost in their rounding. Expected float32; for speed use "
+            "autocast (mixed_precision='bf16'), which casts inside the model."
+        )
+    if images.ndim != 4:
+        raise ImageError(f"Expected images of shape (N, C, H, W), found {shape}.")
+    if shape[-1] in (1, 3, 4) and shape[1] not in (1, 3, 4):
+        raise ImageError(f"Found images of shape {shape}, which looks like NHWC. Write images.permute(0, 3, 1, 2).")
+    if space.channels not in (None, shape[1]):
+        raise ImageError(f"Found {shape[1]} channels; pixel_space has a mean and std for {space.channels}.")
+    if shape[0] < 2:
+        raise ImageError(
+            f"Expected a batch of at least 2 images, found {shape[0]}: batch statistics and selection need more. Drop the "
+            "last incomplete batch (DataLoader(..., drop_last=True)) or choose another batch size."
+        )
+
+
+def check_labels(labels: Any, batch: int) -> Tensor:
+    """Check type and shape of labels; return them as int64 ``(N,)`` or floating ``(N, C)``.
+
+    Raises:
+        LabelError: Labels of another kind.
+    """
+    if not isinstance(labels, Tensor):
+        raise LabelError(f"Expected labels as a tensor, found {type(labels).__name__}.")
+    shape = tuple(labels.shape)
+    if labels.is_floating_point():
+        if labels.ndim != 2 or shape[0] != batch:
+            raise LabelError(
+                f"Floating-point labels are probabilities of shape ({batch}, C); found {labels.dtype} of shape {shape}. "
+                "For class indices write labels.long()."
+            )
+        return labels
+    if labels.dtype == torch.bool or labels.is_complex():
+        raise LabelError(f"Expected integer class indices or floating-point probabilities, found {labels.dtype}.")
+    if shape != (batch,):
+        raise LabelError(f"Expected {batch} class indices of shape ({batch},), one per image; found shape {shape}.")
+    return labels.long()
+
+
+def logits_of(output: Any, batch: int) -> Tensor:
+    """Return the logits ``(N, C)`` in what a model returned: a tensor, ``.logits``, ``["logits"]``, or a tuple's first.
+
+    Raises:
+        ModelOutputError: There are none.
+    """
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        logits = output.get("logits") if isinstance(output, dict) else output
+    if isinstance(logits, (tuple, list)) and logits:
+        logits = logits[0]
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
+        found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
+        raise ModelOutputError(
+            f"Expected logits of shape ({batch}, C) with C > 1 from the model, as a tensor, a tuple's first item, or under "
+            f"'logits'; found {found}. Use a classification model, such as AutoModelForImageClassification."
+        )
+    if not logits.requires_grad:
+        raise ModelOutputError(
+            "The logits do not depend on anything that can be differentiated: the model ran without gradients, or "
+            "detached its output. Leave out torch.no_grad() around the step."
+        )
+    # Losses, entropies and comparisons of logits are not to be trusted in half precision.
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+class Checker:
+    """Checks the values of batches for one model.
+
+    On the CPU every batch is checked, before anything changes. On an accelerator the first batch is; after that flags
+    gather on the device, and :meth:`raise_pending` raises when somebody looks at the numbers anyway.
+    """
+
+    def __init__(self) -> None:
+        self.first = True
+        self.pending: dict[str, Tensor] = {}
+
+    def images(self, images: Tensor, space: PixelSpace) -> None:
+        """Check that images are finite and lie in ``space``."""
+        lower, upper = space.bounds(images)
+        slack = _TOLERANCE * space.scale(images)
+        if images.device.type == "cpu" or self.first:
+            # One pass over the data: the extremes of each channel also carry NaN and infinity.
+            low, high = torch.aminmax(images.detach().transpose(0, 1).flatten(1), dim=1)
+            if not bool(((low >= (lower - slack).flatten()) & (high <= (upper + slack).flatten())).all()):
+                raise _image_problem(low, high, lower, upper)
+            if self.first and float(low.min()) >= 0 and float(high.max()) <= 1 and float(lower.max()) <= -0.5:
+                warnings.warn(
+                    f"The first batch spans [{float(low.min()):.2f}, {float(high.max()):.2f}], which looks like pixels in "
+                    f"[0, 1], but pixel_space={space} says that images are normalised. If they are not, leave "
+                    "pixel_space out.",
+                    stacklevel=5,
+                )
+            self.first = False
+        else:
+            good = ((images >= lower - slack) & (images <= upper + slack)).all()
+            self._note("images outside the pixel space, or not finite", ~good)
+
+    def labels(self, labels: Tensor, classes: int) -> None:
+        """Check that labels fit ``classes`` logits."""
+        if labels.is_floating_point():
+            if labels.shape[1] != classes:
+                raise LabelError(f"Found soft labels for {labels.shape[1]} classes; the model has {classes} logits.")
+            sums = labels.sum(dim=1)
+            bad = (labels < 0).any() | ~((sums - 1).abs() <= 1e-2).all()
+            message = "Soft labels must be probabilities: at least 0, and each row with sum 1."
+        else:
+            bad = ((labels < 0) | (labels >= classes)).any()
+            message = f"Class indices must be in [0, {classes - 1}] for a model with {classes} logits"
+        if labels.device.type != "cpu":
+            self._note(message, bad)
+        elif bool(bad):
+            if not labels.is_floating_point():
+                message += (
+                    f"; found [{int(labels.min())}, {int(labels.max())}]. Give the model num_labels={int(labels.max()) + 1}, "
+                    "or make labels start at 0."
+                )
+            raise LabelError(message)
+
+    def raise_pending(self) -> None:
+        """Raise what the device has found since the last call; this waits for the device."""
+        pending, self.pending = self.pending, {}
+        for message, flag in pending.items():
+            if bool(flag):
+                raise (LabelError if "labels" in message.lower() or "indices" in message else PixelRangeError)(
+                    f"A batch since the last look at the metrics was wrong: {message}. Weights may have been trained on "
+                    "it; go back to the last checkpoint. Run on the CPU to have each batch checked before its step."
+                )
+
+    def _note(self, message: str, flag: Tensor) -> None:
+        earlier = self.pending.get(message)
+        self.pending[message] = flag if earlier is None else flag | earlier
+
+
+_checkers: weakref.WeakKeyDictionary[nn.Module, Checker] = weakref.WeakKeyDictionary()
+
+
+def checker_of(model: nn.Module) -> Checker:
+    """Return the checker of a model, made on first use and gone with the model."""
+    return _checkers.setdefault(model, Checker())
+
+
+def _image_problem(low: Tensor, high: Tensor, lower: Tensor, upper: Tensor) -> EntPropError:
+    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+        return ImageError("Found images that are not finite (NaN or infinity). Look at the data or its augmentation.")
+    smallest, largest = float(low.min()), float(high.max())
+    if largest > 50:
+        hint = "It looks like 0-255: divide by 255, or pass pixel_space=PixelSpace(mean=0, std=1/255)."
+    elif smallest < 0:
+        hint = "It looks normalised: pass pixel_space=PixelSpace(mean, std) with what the data is normalised with."
+    else:
+        hint = "Clamp it to valid pixels."
+    return PixelRangeError(
+        f"This batch spans [{smallest:.2f}, {largest:.2f}]; pixel_space allows [{float(lower.min()):.2f}, "
+        f"{float(upper.max()):.2f}]. {hint}"
+    )

@@ -1,0 +1,151 @@
+"""Everything that moves pixels along a gradient, and the space the pixels live in."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entprop_wrap.errors import ConfigurationError, PixelRangeError
+
+__all__ = ["PixelSpace", "ascend", "check_magnitude"]
+
+
+@dataclass(frozen=True)
+class PixelSpace:
+    """How a batch of images relates to pixels in [0, 1]: ``image = (pixel - mean) / std``, channel by channel.
+
+    It belongs to the data, not to the model: say here what the data loader normalised with. Epsilons and step sizes are
+    fractions of the full pixel range, whatever the normalisation, and valid pixels stay valid.
+
+    Attributes:
+        mean: One number, or one per channel, in units of the pixel range.
+        std: Likewise, above 0.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            value: Any = getattr(self, name)
+            value = tuple(float(v) for v in value) if isinstance(value, Sequence) else (float(value),)
+            object.__setattr__(self, name, value)
+        if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
+            raise ConfigurationError(
+                f"Expected a finite mean and a std above 0, found mean={self.mean}, std={self.std}."
+            )
+        if max(self.std) > 1:
+            raise ConfigurationError(
+                f"mean={self.mean}, std={self.std} look like the 0-255 scale. Expected fractions of the pixel range: "
+                f"divide both by 255."
+            )
+        if len({len(self.mean), len(self.std), 1}) > 2:
+            raise ConfigurationError(f"mean has {len(self.mean)} channels and std {len(self.std)}; expected as many.")
+
+    @property
+    def channels(self) -> int | None:
+        """Number of channels, or None if one mean and one std serve any number."""
+        most = max(len(self.mean), len(self.std))
+        return None if most == 1 else most
+
+    @classmethod
+    def from_processor(cls, processor: Any) -> PixelSpace:
+        """Read the space off a Hugging Face image processor: rescaling and normalisation, in its order.
+
+        Raises:
+            ConfigurationError: The processor does not say how it normalises, or quantises colours.
+        """
+        processor = getattr(processor, "image_processor", processor)  # a multimodal processor holds one
+        if getattr(processor, "do_color_quantize", False):
+            raise ConfigurationError(
+                f"{type(processor).__name__} turns pixels into colour indices, which have no gradient."
+            )
+        if not any(hasattr(processor, name) for name in ("do_normalize", "do_rescale", "image_mean")):
+            raise ConfigurationError(
+                f"{type(processor).__name__} is no image processor: it has no do_normalize and no image_mean. "
+                "Write PixelSpace(mean=..., std=...) with what the data is normalised with."
+            )
+        scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", True) else 255.0
+        shift = -1.0 if getattr(processor, "do_rescale", True) and getattr(processor, "rescale_offset", False) else 0.0
+        mean, std = (0.0,), (1.0,)
+        if getattr(processor, "do_normalize", False):
+            mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+        again = std if getattr(processor, "include_top", False) else (1.0,) * len(std)  # EfficientNet divides twice
+        return cls(
+            tuple((m - shift) / scale for m in mean), tuple(s * a / scale for s, a in zip(std, again, strict=True))
+        )
+
+    @classmethod
+    def from_timm(cls, model: Any) -> PixelSpace:
+        """Read the space off a timm model, or off its ``pretrained_cfg`` or a resolved data config.
+
+        Raises:
+            ConfigurationError: There is no ``mean`` and ``std`` to read.
+        """
+        config = getattr(model, "pretrained_cfg", model)
+        config = config if isinstance(config, dict) else getattr(config, "to_dict", dict)()
+        if not config.get("mean") or not config.get("std"):
+            raise ConfigurationError(
+                f"{type(model).__name__} has no pretrained_cfg with a mean and a std. Write PixelSpace(mean=..., std=...)."
+            )
+        return cls(tuple(config["mean"]), tuple(config["std"]))
+
+    def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images of pixel 0 and of pixel 1, as ``(1, C, 1, 1)`` on the device of ``like``."""
+        lower, upper, _ = self._constants(like.device, like.dtype)
+        return lower, upper
+
+    def scale(self, like: Tensor) -> Tensor:
+        """Return what the full pixel range is in these images, as ``(1, C, 1, 1)``: multiply an epsilon by it."""
+        return self._constants(like.device, like.dtype)[2]
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - a few spaces and devices; saves a copy to the device in every step
+    def _constants(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        lower, upper, scale = (v.to(device, dtype) for v in ((0 - mean) / std, (1 - mean) / std, 1 / std))
+        return lower, upper, scale
+
+
+def ascend(
+    images: Tensor, origin: Tensor, gradient: Tensor, *, epsilon: float, step_size: float, space: PixelSpace
+) -> Tensor:
+    """Take one signed gradient step from ``images``, and stay within ``epsilon`` of ``origin`` and in valid pixels.
+
+    ``clamp(origin + clip(images - origin + step_size * sign(gradient), -epsilon, epsilon), pixel 0, pixel 1)``. Only the
+    sign of the gradient matters, so a loss scaled for fp16 will do; where the gradient is NaN nothing moves.
+
+    Args:
+        images: ``(N, C, H, W)`` in ``space``: where the attack stands.
+        origin: ``(N, C, H, W)`` in ``space``: where it began.
+        gradient: ``(N, C, H, W)``, of the loss to increase.
+        epsilon: Largest change of a pixel, as a fraction of the pixel range (4/255).
+        step_size: Change per step, likewise.
+        space: The space of the images.
+
+    Source: PGD (Madry et al., ICLR 2018, section 2.1), without a random start.
+    """
+    scale = space.scale(origin)
+    lower, upper = space.bounds(origin)
+    direction = gradient.sign().nan_to_num_(nan=0.0)
+    reach = epsilon * scale
+    moved = (
+        direction.mul_(min(step_size, epsilon) * scale)
+        if images is origin
+        else ((images - origin).add_(direction.mul_(step_size * scale)).clamp_(-reach, reach))
+    )
+    return moved.add_(origin).clamp_(lower, upper)
+
+
+def check_magnitude(name: str, value: float) -> None:
+    """Raise :class:`PixelRangeError` unless ``value`` is a fraction of the pixel range, above 0 and below 1."""
+    if not isinstance(value, (int, float)) or not 0 < value < 1:
+        hint = f"Write {name}={value:g}/255." if isinstance(value, (int, float)) and 1 <= value < 255 else ""
+        raise PixelRangeError(
+            f"{name} is a fraction of the full pixel range, above 0 and below 1; found {value!r}. {hint}".rstrip()
+        )

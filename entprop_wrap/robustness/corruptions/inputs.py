@@ -1,0 +1,99 @@
+"""What every corruption does before and after its own work: check, pick the constants, clip, cast back.
+
+Two tables of constants were published, one for 224 px and one for 32 px (Hendrycks & Dietterich 2019, "Benchmarking
+Neural Network Robustness to Common Corruptions and Perturbations", section 4 and its released code). Images with a
+short side below :data:`SMALL_SIDE` take those of CIFAR-C, all others those of ImageNet-C. Most constants are absolute
+pixels, and they are used as they are at sizes other than 32 and 224: a blur of 10 px is a stronger corruption of a
+112 px image than of a 448 px one. Where a constant was published as a fraction of the side
+(``elastic_transform``, ``pixelate``), it stays a fraction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from entprop_wrap.errors import ConfigurationError, ImageError, PixelRangeError
+
+__all__ = ["LEAST_SIDE", "SMALL_SIDE", "Levels", "begin", "finish"]
+
+#: The smallest height and width, in pixels, that the constants of CIFAR-C make sense for.
+LEAST_SIDE = 32
+
+#: Images with a short side below this, in pixels, take the constants of CIFAR-C.
+SMALL_SIDE = 96
+
+# Resizing with antialiasing rounds a white pixel to 1.0000001; that is not a mistake of the caller.
+_ROUNDING = 1e-6
+
+Constants = TypeVar("Constants")
+
+
+@dataclass(frozen=True)
+class Levels(Generic[Constants]):
+    """The constants of one corruption at severities 1 to 5, for both sizes."""
+
+    imagenet: tuple[Constants, Constants, Constants, Constants, Constants]
+    cifar: tuple[Constants, Constants, Constants, Constants, Constants]
+
+    def at(self, severity: int, short_side: int) -> Constants:
+        """Return the constants of ``severity`` (1 to 5) for images whose short side is ``short_side`` pixels."""
+        return (self.cifar if short_side < SMALL_SIDE else self.imagenet)[severity - 1]
+
+
+def begin(images: Tensor, severity: int, levels: Levels[Constants]) -> tuple[Tensor, Constants]:
+    """Check a call and return the pixels to work on, with the constants that apply to them.
+
+    The pixels are detached: a corruption is part of a measurement, and rounding or swapping pixels has no useful
+    gradient. Half precision is worked on in float32.
+
+    Raises:
+        ConfigurationError: ``severity`` is not an int from 1 to 5.
+        ImageError: ``images`` is not a non-empty floating point batch ``(N, 3, H, W)`` of at least 32 px, or it
+            holds values that are not finite.
+        PixelRangeError: Values lie outside [0, 1].
+    """
+    if isinstance(severity, bool) or not isinstance(severity, int) or not 1 <= severity <= 5:
+        raise ConfigurationError(f"severity must be an int from 1 (mild) to 5 (strong), found {severity!r}.")
+    _check(images)
+    pixels = images.detach()
+    if pixels.dtype in (torch.float16, torch.bfloat16):
+        pixels = pixels.float()
+    return pixels, levels.at(severity, min(images.shape[-2:]))
+
+
+def finish(pixels: Tensor, images: Tensor) -> Tensor:
+    """Clip the result to [0, 1] and give it the dtype of the images it was made from."""
+    return pixels.clamp(0.0, 1.0).to(images.dtype)
+
+
+def _check(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise ImageError(f"images must be a tensor (N, 3, H, W), found {type(images).__name__}.")
+    if images.dim() != 4 or images.shape[1] != 3:
+        hint = "; add the batch dimension with images.unsqueeze(0)" if images.dim() == 3 else ""
+        if images.dim() == 4 and images.shape[-1] == 3:
+            hint = "; move the channels with images.permute(0, 3, 1, 2)"
+        elif images.dim() == 4 and images.shape[1] == 1:
+            hint = "; repeat grey images with images.expand(-1, 3, -1, -1)"
+        raise ImageError(f"images must have shape (N, 3, H, W), found {tuple(images.shape)}{hint}.")
+    if not images.is_floating_point():
+        raise ImageError(
+            f"images must be floating point in [0, 1], found {images.dtype}; write images.float() / 255 for bytes."
+        )
+    if images.shape[0] == 0:
+        raise ImageError(f"images must hold at least one image, found the empty batch {tuple(images.shape)}.")
+    if min(images.shape[-2:]) < LEAST_SIDE:
+        raise ImageError(
+            f"images must be at least {LEAST_SIDE} px high and wide, found {tuple(images.shape[-2:])}; "
+            "the published constants are for 32 and 224 px, so enlarge the images first."
+        )
+    low, high = (value.item() for value in torch.aminmax(images.detach()))
+    if not (low > -float("inf") and high < float("inf")):  # NaN compares false
+        raise ImageError("images must be finite, found NaN or infinite values.")
+    if low < -_ROUNDING or high > 1.0 + _ROUNDING:
+        hint = "divide bytes by 255" if low >= 0.0 and high > 2.0 else "undo the normalisation, or clamp, first"
+        raise PixelRangeError(f"images must lie in [0, 1], found [{low:.4g}, {high:.4g}]; {hint}.")

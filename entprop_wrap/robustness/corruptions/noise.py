@@ -1,0 +1,130 @@
+"""Noise: Gaussian, shot, impulse, and speckle (Hendrycks & Dietterich 2019, section 4.1 and appendix B)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from entprop_wrap.robustness.corruptions.draws import Draws
+from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish
+
+__all__ = ["gaussian_noise", "impulse_noise", "shot_noise", "speckle_noise"]
+
+# Standard deviation, in units of the pixel range.
+_GAUSSIAN = Levels((0.08, 0.12, 0.18, 0.26, 0.38), (0.04, 0.06, 0.08, 0.09, 0.10))
+# Photons that a white pixel collects.
+_SHOT = Levels((60.0, 25.0, 12.0, 5.0, 3.0), (500.0, 250.0, 100.0, 75.0, 50.0))
+# Share of the values that are replaced.
+_IMPULSE = Levels((0.03, 0.06, 0.09, 0.17, 0.27), (0.01, 0.02, 0.03, 0.05, 0.07))
+# Standard deviation, in units of the pixel itself.
+_SPECKLE = Levels((0.15, 0.2, 0.35, 0.45, 0.6), (0.06, 0.1, 0.12, 0.16, 0.2))
+
+# Below this rate counts are found by summing the distribution, above it by expanding its quantiles.
+_FEW = 4.0
+# P(count > 18 | rate 4) is 1e-7, which is the resolution of the draws.
+_MOST_OF_FEW = 18
+
+
+def gaussian_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+    """Add independent normal noise to every value, as in low light.
+
+    Args:
+        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
+        severity: 1 (mild) to 5 (strong).
+        generator: CPU generator that seeds the images; ``None`` for torch's default one.
+
+    Returns:
+        New images of the same shape, dtype and device, clipped to [0, 1].
+
+    Raises:
+        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+    """
+    pixels, sigma = begin(images, severity, _GAUSSIAN)
+    noise = Draws(pixels, generator).normal(pixels.shape[1:])
+    return finish(noise.mul_(sigma).add_(pixels), images)
+
+
+def shot_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+    """Replace every value by a Poisson count of photons, as in electronic sensors.
+
+    Counts are exact in distribution where fewer than 4 photons are expected. Elsewhere they come from the quantile
+    expansion, and at most one draw in 600 is off by one photon.
+
+    Args:
+        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
+        severity: 1 (mild) to 5 (strong).
+        generator: CPU generator that seeds the images; ``None`` for torch's default one.
+
+    Returns:
+        New images of the same shape, dtype and device, clipped to [0, 1].
+
+    Raises:
+        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+    """
+    pixels, photons = begin(images, severity, _SHOT)
+    probability = Draws(pixels, generator).uniform(pixels.shape[1:])
+    return finish(_poisson(pixels * photons, probability).div_(photons), images)
+
+
+def impulse_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+    """Set some values to 0 and as many to 1: salt and pepper in each channel, as from bit errors.
+
+    Args:
+        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
+        severity: 1 (mild) to 5 (strong).
+        generator: CPU generator that seeds the images; ``None`` for torch's default one.
+
+    Returns:
+        New images of the same shape, dtype and device, clipped to [0, 1].
+
+    Raises:
+        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+    """
+    pixels, amount = begin(images, severity, _IMPULSE)
+    chance = Draws(pixels, generator).uniform(pixels.shape[1:])
+    peppered = pixels.masked_fill(chance < amount / 2, 0.0)
+    return finish(peppered.masked_fill_(chance > 1.0 - amount / 2, 1.0), images)
+
+
+def speckle_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+    """Add normal noise in proportion to each value: the brighter, the noisier.
+
+    Args:
+        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
+        severity: 1 (mild) to 5 (strong).
+        generator: CPU generator that seeds the images; ``None`` for torch's default one.
+
+    Returns:
+        New images of the same shape, dtype and device, clipped to [0, 1].
+
+    Raises:
+        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+    """
+    pixels, sigma = begin(images, severity, _SPECKLE)
+    noise = Draws(pixels, generator).normal(pixels.shape[1:])
+    return finish(noise.mul_(sigma).add_(1.0).mul_(pixels), images)
+
+
+def _poisson(rate: Tensor, probability: Tensor) -> Tensor:
+    """Counts at which the Poisson distribution of each ``rate`` reaches each ``probability``.
+
+    High rates use the expansion of M. Giles, "Algorithm 955: Approximation of the Inverse Poisson Cumulative
+    Distribution Function" (2016), section 2.2, to the order ``1 / rate``.
+    """
+    low = rate.clamp(max=_FEW)
+    term = torch.exp(-low)
+    reached = term.clone()
+    few = (probability > reached).to(rate.dtype)
+    for count in range(1, _MOST_OF_FEW + 1):
+        term.mul_(low).div_(count)
+        few.add_(probability > reached.add_(term))
+    high = rate.clamp(min=_FEW)
+    root = high.sqrt()
+    z = torch.erfinv(2.0 * probability - 1.0).mul_(math.sqrt(2.0))
+    square = z * z
+    many = high + root * z + square / 6 + 1 / 3
+    many -= z * (1 / 36 + square / 72) / root
+    many += ((square / 270 + 7 / 810) * square - 8 / 405) / high
+    return torch.where(rate < _FEW, few, many.floor_().clamp_(min=0.0))

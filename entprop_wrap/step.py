@@ -1,0 +1,190 @@
+"""One training step: what a method is given, what it gives back, and the function that anyone's loop calls."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from entprop_wrap import checks
+from entprop_wrap.containers import no_gradient_sync, plain_model
+from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
+from entprop_wrap.losses import Loss, Target
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.registry import find_registry
+from entprop_wrap.wrapping import auxiliary
+
+__all__ = ["Method", "Step", "StepOutput"]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one training step computed. Tensors are detached and stay on the device; reading them is up to you.
+
+    Attributes:
+        loss: Scalar: what was minimised, ``main_loss + weight * aux_loss``.
+        main_loss: Scalar: mean loss of the main pass.
+        logits: ``(N, C)``: logits of the main pass, in training mode; of the mixed images where the method mixes them.
+        entropy: ``(N,)``: entropy of their softmax, in nats.
+        passes: Cost of the step, in forward and backward passes of the whole batch; vanilla training is 1.
+        aux_loss: Scalar: mean loss of the auxiliary pass, before weighting; None where there is none.
+        aux_logits: ``(m, C)``: logits of the auxiliary pass, or None.
+        aux_images: ``(m, C, H, W)``: the images that went through the auxiliary norms, or None.
+        selected: ``(m,)`` int64: their rows in the batch, most uncertain first, or None.
+    """
+
+    loss: Tensor
+    main_loss: Tensor
+    logits: Tensor
+    entropy: Tensor
+    passes: float
+    aux_loss: Tensor | None = None
+    aux_logits: Tensor | None = None
+    aux_images: Tensor | None = None
+    selected: Tensor | None = None
+    checker: checks.Checker | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """Return losses and mean entropies as numbers, by the names that logs use; waits for the device.
+
+        Raises:
+            LabelError: A batch since the last call held labels out of range (accelerators only, see ``checks``).
+            PixelRangeError: A batch since the last call held images outside the pixel space, likewise.
+        """
+        if self.checker is not None:
+            self.checker.raise_pending()
+        values = {"loss": self.loss, "main_loss": self.main_loss, "main_entropy": self.entropy.mean()}
+        if self.aux_loss is not None and self.aux_logits is not None:
+            values["aux_loss"] = self.aux_loss
+            values["aux_entropy"] = torch.special.entr(self.aux_logits.float().softmax(-1)).sum(-1).mean()
+        return dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
+
+
+class Method(Protocol):
+    """A training method: a frozen dataclass of options with one ``step``.
+
+    Attributes:
+        auxiliaries: Names of the auxiliary domains that the step runs in; empty if it needs none.
+    """
+
+    @property
+    def auxiliaries(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def step(self, step: Step) -> StepOutput:
+        """Run the passes of one step and leave gradients; do not touch the optimizer."""
+        ...
+
+
+class Step:
+    """One batch on its way through a method: model, data, and the few operations every method is made of.
+
+    Attributes:
+        model: The model or its container.
+        images: ``(N, C, H, W)`` in ``space``, detached.
+        labels: ``(N,)`` int64 or ``(N, C)`` probabilities.
+        space: The pixel space of the images.
+        loss: ``(logits, labels) -> scalar mean``.
+        generator: CPU generator of the step's random draws, None for torch's default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        space: PixelSpace,
+        loss: Loss,
+        backward: Callable[[Tensor], None] | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        if not model.training:
+            raise ConfigurationError("The model is in evaluation mode. Write model.train() before the training step.")
+        if type(model).__name__ == "DeepSpeedEngine":
+            raise UnsupportedModelError(
+                "DeepSpeed steps its engine at every synchronised backward, so two backwards would be two steps. Expected "
+                "a plain, DDP or FSDP2 model: choose one of these with `accelerate config`."
+            )
+        checks.check_images(images, space)
+        self.checker = checks.checker_of(plain_model(model))
+        self.checker.images(images, space)
+        self.model, self.images, self.space, self.loss, self.generator = model, images.detach(), space, loss, generator
+        self.labels = checks.check_labels(labels, len(images))
+        self._backward = backward
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits ``(N, C)`` of ``images``, at least float32."""
+        logits = checks.logits_of(self.model(images), len(images))
+        self.checker.labels(self.labels, logits.shape[1])
+        return logits
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of a scalar loss, as the training loop wants it."""
+        if self._backward is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._backward(loss)
+
+    def only_local(self) -> AbstractContextManager[object]:
+        """Return a context for passes before the last: DDP reduces once, in the last backward of the step."""
+        return no_gradient_sync(self.model)
+
+    def auxiliary(self, name: str, *, record_statistics: bool = True) -> AbstractContextManager[None]:
+        """Return a context in which the model runs through the auxiliary norms ``name``."""
+        return auxiliary(self.model, name, record_statistics=record_statistics)
+
+    def pixel_gradient(self, images: Tensor, target: Target) -> Tensor:
+        """Return the gradient of the loss with respect to ``images``, up to a positive factor; no parameter gets any.
+
+        The factor is a power of two that keeps small gradients from vanishing in fp16.
+
+        Raises:
+            UnsupportedModelError: The model uses reentrant checkpointing, which torch cannot differentiate this way.
+        """
+        images = images.detach().requires_grad_()
+        with self.only_local():
+            loss = target.loss(self.loss, self.forward(images))
+            scale = 2.0 ** (9 + (len(images) - 1).bit_length())
+            try:
+                (gradient,) = torch.autograd.grad(loss * scale, images)
+            except RuntimeError as error:
+                if "checkpoint" not in str(error).lower():
+                    raise
+                raise UnsupportedModelError(
+                    "Attack steps after the first need the gradient of the images alone, which reentrant activation "
+                    "checkpointing cannot give. Write use_reentrant=False (gradient_checkpointing_kwargs in Hugging Face "
+                    "models), or attack_steps=1."
+                ) from error
+        return gradient
+
+    def warn_if_few(self, number: int) -> None:
+        """Warn once per model if ``number`` images are too few for the batch statistics of an auxiliary pass."""
+        if number >= 8:
+            return
+        registry = find_registry(self.model)
+        if not registry.warned and any(isinstance(norm, _BatchNorm) for norm in registry.norms.values()):
+            registry.warned = True
+            warnings.warn(
+                f"Only {number} images a step go through the auxiliary batch norms: too few for stable statistics. Raise "
+                "the batch size or the fraction to have 8 or more.",
+                stacklevel=5,
+            )
+
+
+def input_gradient(images: Tensor) -> Tensor:
+    """Return the gradient that a backward left on ``images``.
+
+    Raises:
+        ModelOutputError: There is none: the model cut its output off its input.
+    """
+    if images.grad is None:
+        raise ModelOutputError(
+            "No gradient reached the images: the model detaches its input, or the given backward() did not run. Expected "
+            "logits that are differentiable with respect to the images."
+        )
+    return images.grad

@@ -1,0 +1,69 @@
+"""``training_step``: the one call that replaces forward, loss and ``loss.backward()`` in a training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entprop_wrap.losses import Loss, cross_entropy
+from entprop_wrap.methods import EntProp
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.registry import find_registry
+from entprop_wrap.step import Method, Step, StepOutput
+
+__all__ = ["training_step"]
+
+
+def training_step(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    method: Method | None = None,
+    pixel_space: PixelSpace | None = None,
+    loss: Loss | None = None,
+    backward: Callable[[Tensor], Any] | None = None,
+    generator: torch.Generator | None = None,
+) -> StepOutput:
+    """Run the forward and backward passes of one step of ``method``; gradients accumulate in ``.grad``.
+
+        out = entprop.training_step(model, images, labels, method=EntProp(), pixel_space=PixelSpace(mean, std))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    Clipping, accumulation, gradient scalers and schedules stay as they are in the loop around it.
+
+    Args:
+        model: The model, wrapped if the method has auxiliaries, in training mode; or its DDP, FSDP2 or compiled
+            container. It returns logits ``(N, C)``: a tensor, a dict or ``ModelOutput`` with ``logits``, or a tuple.
+        images: ``(N, C, H, W)``, N at least 2, float32 or float64, in ``pixel_space``; not modified.
+        labels: ``(N,)`` class indices or ``(N, C)`` probabilities.
+        method: What to do in the step; ``EntProp()`` by default.
+        pixel_space: How the images were normalised; None: they are in [0, 1].
+        loss: ``(logits, labels) -> scalar mean``; None: ``torch.nn.functional.cross_entropy``.
+        backward: What runs the backward of a loss: ``accelerator.backward``, or with a gradient scaler
+            ``lambda loss: scaler.scale(loss).backward()``; None: ``loss.backward()``. It is called once per training
+            pass, twice in EntProp.
+        generator: A CPU generator for random draws such as MixUp's; None: torch's default, which ``manual_seed`` sets.
+
+    Raises:
+        NotWrappedError: The method needs auxiliary norms and the model has none.
+        ImageError: Images of another type, shape or layout, or (CPU, and the first batch anywhere) not finite.
+        PixelRangeError: Images outside ``pixel_space``, likewise.
+        LabelError: Labels of another type or shape, or (CPU) out of range.
+        ModelOutputError: The model returned no logits.
+        ConfigurationError: The model is in evaluation mode.
+        UnsupportedModelError: The switch or the method cannot be right on this model; the message says why.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"training_step() expects a torch.nn.Module first, found {type(model).__name__}.")
+    if isinstance(method, type):
+        raise TypeError(f"method expects an instance: write method={method.__name__}().")
+    method = EntProp() if method is None else method
+    if method.auxiliaries:
+        find_registry(model)  # raises before anything runs
+    step = Step(model, images, labels, pixel_space or PixelSpace(), loss or cross_entropy, backward, generator)
+    return method.step(step)
