@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
@@ -29,8 +28,8 @@ class EntProp:
 
     Cost: ``1 + fraction * max(attack_steps, 1)`` passes. Mixing and the first attack step add none.
 
-    How to use: ``fraction`` and ``attack_steps`` buy robustness with time; the paper reports (0.2, 1), (0.6, 1), (0.2, 5)
-    and (0.6, 5). Have at least 8 auxiliary images a step on batch-norm nets. On data with few grey levels, raise
+    How to use: ``fraction`` and ``attack_steps`` buy robustness with time; the paper reports (0.2, 1), (0.6, 1), (0.2,
+    5) and (0.6, 5). Have at least 8 auxiliary images a step on batch-norm nets. On data with few grey levels, raise
     ``epsilon`` to a visible step.
 
     Where the paper is silent or contradicts itself, this class chooses: the perturbation stays within ``epsilon`` (the
@@ -42,7 +41,8 @@ class EntProp:
         attack_steps: Number n of signed gradient steps, at least 0; 0 leaves the selected images where they are.
         epsilon: Largest change of a pixel, as a fraction of the pixel range. None: ``(n + 1)/255``, and 1/255 for n = 1
             (section 4.1.2).
-        step_size: Change per attack step, likewise. None: 1/255 (section 4.1.2).
+        step_size: Change per attack step, likewise. None: all of ``epsilon`` for one step, ``epsilon / (n + 1)`` for
+            more, which is 1/255 at the default epsilon (section 4.1.2).
         mix: What raises entropy before selection: ``MixUp(alpha)``, ``CutMix(alpha)``, your own mixer, or None.
         mix_on: "batch" mixes the whole batch before the main pass (Algorithm 1); "auxiliary" keeps the main pass clean
             and mixes the selected images among themselves, their gradients likewise.
@@ -62,7 +62,7 @@ class EntProp:
     attack_steps: int = 1
     epsilon: float | None = None
     step_size: float | None = None
-    mix: Mixer | None = MixUp()
+    mix: Mixer | None = MixUp()  # noqa: RUF009 - frozen
     mix_on: Literal["batch", "auxiliary"] = "batch"
     auxiliary_target: Literal["mixed", "source"] = "mixed"
     uncertainty: Uncertainty = entropy
@@ -98,11 +98,11 @@ class EntProp:
         return (self.auxiliary,)
 
     @property
-    def radius(self) -> float:
-        """The epsilon in effect."""
-        if self.epsilon is not None:
-            return self.epsilon
-        return 1 / 255 if self.attack_steps <= 1 else (self.attack_steps + 1) / 255
+    def attack(self) -> tuple[float, float]:
+        """Epsilon and step size in effect, as fractions of the pixel range."""
+        parts = 1 if self.attack_steps <= 1 else self.attack_steps + 1
+        epsilon = parts / 255 if self.epsilon is None else self.epsilon
+        return epsilon, epsilon / parts if self.step_size is None else self.step_size
 
     def step(self, step: Step) -> StepOutput:
         """Run the step (Algorithm 1)."""
@@ -156,18 +156,12 @@ class EntProp:
         if self.auxiliary_target == "source":
             target = target.source()
 
+        epsilon, step_size = self.attack
         hardened = origin
         for attack_step in range(self.attack_steps):
             if attack_step > 0:
                 with step.auxiliary(self.auxiliary, record_statistics=False):
                     gradient = step.pixel_gradient(hardened, target)
             assert gradient is not None
-            hardened = ascend(
-                hardened,
-                origin,
-                gradient,
-                epsilon=self.radius,
-                step_size=1 / 255 if self.step_size is None else self.step_size,
-                space=step.space,
-            )
+            hardened = ascend(hardened, origin, gradient, epsilon=epsilon, step_size=step_size, space=step.space)
         return hardened, target

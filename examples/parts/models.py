@@ -1,0 +1,123 @@
+"""Models for train.py: a small built-in CNN, or any image classifier of torchvision, timm or the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from entprop_wrap import PixelSpace
+
+SMALL = "small_cnn"
+IMAGENET = PixelSpace((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass
+class Blueprint:
+    """How to build a model, and what it takes.
+
+    Attributes:
+        build: ``class names -> model``, fresh each time.
+        space: What its images are normalised with.
+        size: Height and width of its images, pixels.
+    """
+
+    build: Callable[[tuple[str, ...]], nn.Module]
+    space: PixelSpace
+    size: int
+
+
+def find(options) -> Blueprint:
+    """Find ``options.model``: the built-in CNN, a folder or Hub id, or a name of torchvision or timm, in this order."""
+    name = options.model
+    if name == SMALL:
+        return Blueprint(lambda classes: small_cnn(len(classes)), PixelSpace(0.5, 0.5), options.image_size or 32)
+    if Path(name).is_dir() or "/" in name:
+        return hub(name, options)
+    import torchvision
+
+    if name in torchvision.models.list_models(module=torchvision.models):
+        weights = "DEFAULT" if options.pretrained else None
+
+        def build(classes: tuple[str, ...]) -> nn.Module:
+            model = torchvision.models.get_model(name, weights=weights)
+            replace_last_linear(model, len(classes))
+            return model
+
+        return Blueprint(build, IMAGENET, options.image_size or 224)
+    import timm
+
+    if not timm.is_model(name):
+        raise SystemExit(
+            f"--model {name!r}: expected {SMALL!r}, a local folder, a Hub id such as 'microsoft/resnet-50', or a "
+            "name that torchvision.models.list_models() or timm.list_models() knows."
+        )
+    config = timm.get_pretrained_cfg(name)
+    size = options.image_size or config.input_size[-1]
+    return Blueprint(
+        lambda classes: timm.create_model(name, pretrained=options.pretrained, num_classes=len(classes)),
+        PixelSpace.from_timm(config),
+        size,
+    )
+
+
+def hub(name: str, options) -> Blueprint:
+    """Return a Hugging Face image classifier, by Hub id or from a local folder."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+    processor = AutoImageProcessor.from_pretrained(name)
+
+    def build(classes: tuple[str, ...]) -> nn.Module:
+        labels = {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
+        if options.pretrained:
+            model = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+        else:
+            model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name, **labels))
+        repair_keep_probabilities(model)
+        return model
+
+    sizes = {**(getattr(processor, "crop_size", None) or {}), **(getattr(processor, "size", None) or {})}
+    size = options.image_size or sizes.get("height") or sizes.get("shortest_edge") or 224
+    return Blueprint(build, PixelSpace.from_processor(processor), size)
+
+
+def repair_keep_probabilities(model: nn.Module) -> None:
+    """Undo two conventions of TensorFlow that some converted models carry into PyTorch, where they mean the opposite.
+
+    MobileNetV1 in transformers drops 99.9 % of its features in training (TensorFlow *keeps* so many) and forgets its
+    running statistics at every batch (momentum 0.9997, where TensorFlow keeps that share).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p >= 0.9:
+            print(
+                f"note: {name} drops {module.p:.1%} of its input, surely a keep probability; set to {1 - module.p:.1%}"
+            )
+            module.p = 1 - module.p
+        if isinstance(module, nn.BatchNorm2d) and module.momentum is not None and module.momentum > 0.9:
+            module.momentum = 0.1
+
+
+def replace_last_linear(model: nn.Module, classes: int) -> None:
+    """Give a torchvision classifier another number of classes."""
+    name, last = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    parent = model.get_submodule(name.rpartition(".")[0])
+    setattr(parent, name.rpartition(".")[2], nn.Linear(last.in_features, classes))
+
+
+def small_cnn(classes: int, width: int = 32) -> nn.Module:
+    """Return four convolutions with batch norm, for 32 px images: 0.3 M parameters."""
+
+    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(3, width, 1),
+        *block(width, 2 * width, 2),
+        *block(2 * width, 4 * width, 2),
+        *block(4 * width, 4 * width, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, classes),
+    )

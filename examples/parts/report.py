@@ -1,0 +1,103 @@
+"""What train.py tells in the end: a table, results.json, and a figure of the learning curves."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Run:
+    """One training run.
+
+    Attributes:
+        method: Name of the method.
+        seed: Its seed.
+        seconds: Wall time of training, with its evaluations on the way.
+        history: The records of metrics.jsonl.
+        scores: Result of ``evaluate_robustness``.
+    """
+
+    method: str
+    seed: int
+    seconds: float
+    history: list[dict[str, Any]] = field(default_factory=list)
+    scores: Any = None
+
+    @property
+    def passes(self) -> float:
+        """Mean passes per step."""
+        return statistics.fmean(record["passes"] for record in self.history if "passes" in record)
+
+
+def table(runs: list[Run], data) -> str:
+    """Return one row per method: means over seeds, and the sample standard deviation of Hscore and SA."""
+    lines = [
+        f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes. "
+        f"SA: clean accuracy on {runs[0].scores.images:,} test images. RA: {runs[0].scores.protocol}.",
+        "",
+        "| method | seeds | SA | RA | Hscore | seconds | passes per step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in dict.fromkeys(run.method for run in runs):
+        mine = [run for run in runs if run.method == method]
+        cells = [_spread([getattr(run.scores, score) for run in mine]) for score in ("sa", "ra", "hscore")]
+        seconds = statistics.fmean(run.seconds for run in mine)
+        passes = statistics.fmean(run.passes for run in mine)
+        lines.append(f"| {method} | {len(mine)} | {' | '.join(cells)} | {seconds:.0f} | {passes:.2f} |")
+    return "\n".join(lines)
+
+
+def save(runs: list[Run], data, options) -> None:
+    """Write results.json and curves.png into the output folder."""
+    output = Path(options.output)
+    results = {
+        "data": data.name,
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "runs": [
+            {
+                "method": run.method,
+                "seed": run.seed,
+                "seconds": round(run.seconds, 2),
+                "passes_per_step": round(run.passes, 4),
+                **run.scores.to_dict(),
+            }
+            for run in runs
+        ],
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    curves(runs, output / "curves.png")
+    print(f"\nResults: {output / 'results.json'}   learning curves: {output / 'curves.png'}")
+
+
+def curves(runs: list[Run], path: Path) -> None:
+    """Draw training loss and test accuracy over epochs, one colour per method, one line per seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    methods = list(dict.fromkeys(run.method for run in runs))
+    for run in runs:
+        style = {"color": f"C{methods.index(run.method)}", "alpha": 0.8}
+        label = run.method if run.seed == runs[0].seed else None
+        for axis, key, line in ((axes[0], "main_loss", "-"), (axes[0], "aux_loss", ":"), (axes[1], "accuracy", "-")):
+            points = [(record["epoch"], record[key]) for record in run.history if key in record]
+            if points:
+                axis.plot(*zip(*points, strict=True), line, label=label if line == "-" else None, **style)
+    axes[0].set(xlabel="epoch", ylabel="training loss (dotted: auxiliary)", yscale="log")
+    axes[1].set(xlabel="epoch", ylabel="clean accuracy on the test images")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{100 * statistics.fmean(values):.1f} %"
+    return mean if len(values) < 2 else f"{mean} ± {100 * statistics.stdev(values):.1f}"

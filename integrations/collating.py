@@ -1,0 +1,70 @@
+"""From a list of (image, label) to a batch, for ``DataLoader(..., collate_fn=...)``."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entprop_wrap.errors import ImageError
+
+__all__ = ["MixedCollate", "collate", "hf_collate"]
+
+
+def collate(samples: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+    """Stack samples into ``(images, labels)``.
+
+    Args:
+        samples: B pairs of a tensor ``(3, H, W)``, all of one size, and an int (or a tensor of soft labels ``(C,)``).
+
+    Returns:
+        Images ``(B, 3, H, W)`` and labels ``(B,)`` int64 (or ``(B, C)``).
+
+    Raises:
+        ImageError: Images that are no tensors, or of several sizes.
+    """
+    images = [image for image, _ in samples]
+    other = next((image for image in images if not isinstance(image, Tensor)), None)
+    if other is not None:
+        raise ImageError(
+            f"Expected tensors (3, H, W) to stack, found {type(other).__name__}: give the data set a transform, such "
+            "as data.with_transforms(train=train_transform(224), eval=eval_transform(224))."
+        )
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1:
+        raise ImageError(
+            f"Expected images of one size, found {shapes[:5]}: end the transform with a crop or a resize to "
+            "(height, width)."
+        )
+    return torch.stack(images), torch.stack([torch.as_tensor(label) for _, label in samples])
+
+
+def hf_collate(samples: Sequence[tuple[Any, Any]]) -> dict[str, Tensor]:
+    """Stack samples into ``{"pixel_values": (B, 3, H, W), "labels": (B,)}``, as Hugging Face models take them.
+
+    Raises:
+        ImageError: Images that are no tensors, or of several sizes.
+    """
+    images, labels = collate(samples)
+    return {"pixel_values": images, "labels": labels}
+
+
+class MixedCollate:
+    """A collate function followed by a mixing of the batch.
+
+    ``MixedCollate(v2.MixUp(num_classes=10))`` gives soft labels ``(B, 10)``; ``base=hf_collate`` gives a dict.
+
+    Args:
+        mixing: Called with the batch: `torchvision.transforms.v2.MixUp`, ``CutMix``, ``RandomChoice`` of both, ...
+        base: The collate function before it.
+    """
+
+    def __init__(
+        self, mixing: Callable[[Any], Any], base: Callable[[Sequence[tuple[Any, Any]]], Any] = collate
+    ) -> None:
+        self.mixing = mixing
+        self.base = base
+
+    def __call__(self, samples: Sequence[tuple[Any, Any]]) -> Any:
+        """The mixed batch, in the form ``base`` gives it."""
+        return self.mixing(self.base(samples))

@@ -1,0 +1,447 @@
+"""`load_images`: where data comes from, which columns, which labels, which splits."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from entprop_wrap.errors import ConfigurationError, DataError, LabelError
+from entprop_wrap.integrations import image_sources
+from entprop_wrap.integrations.hub_datasets import collate, eval_transform, in_memory, load_images, train_transform
+
+from .image_samples import encoded, folder, picture, shades, table, truncated
+
+PETS = Path(__file__).parents[2].parent / "shared" / "data" / "pets"
+NAMES = ["cat", "dog"]
+LABELS = [0, 1] * 5
+
+
+def pair(train: datasets.Dataset, **others: datasets.Dataset) -> datasets.DatasetDict:
+    return datasets.DatasetDict(train=train, **others)
+
+
+# --- sources
+
+
+@pytest.mark.skipif(not PETS.is_dir(), reason="the pets images lie beside the checkout only on some machines")
+def test_pets_from_parquet(tmp_path):
+    data = load_images(PETS, cache_dir=str(tmp_path), train_transform=train_transform(64), max_eval=111)
+    assert len(data.train) == 1575
+    assert len(data.classes) == 37
+    assert data.classes[:2] == ("Abyssinian", "american_bulldog")
+    assert torch.bincount(data.train.labels).tolist()[:4] == [100, 100, 32, 23]
+    assert len(data.eval) == 111
+    assert torch.bincount(data.eval.labels, minlength=37).min() >= 1
+    images, labels = next(iter(DataLoader(data.train, batch_size=16, num_workers=1, collate_fn=collate)))
+    assert images.shape == (16, 3, 64, 64)
+    assert labels.tolist() == [0] * 16
+    held = in_memory(data.eval, 64)
+    assert held.images.shape == (111, 3, 64, 64)
+    assert 60 < held.images.float().mean() < 180
+
+
+@pytest.mark.skipif(not PETS.is_dir(), reason="the pets images lie beside the checkout only on some machines")
+def test_pets_streamed():
+    data = load_images(PETS, streaming=True, shuffle_buffer=32, max_train=40, eval_transform=eval_transform(32))
+    assert len(list(data.train)) == 40
+    image, label = next(iter(data.eval))
+    assert image.shape == (3, 32, 32)
+    assert data.classes[label] == "Abyssinian"
+
+
+def test_hub_ids_reach_load_dataset(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **options):
+        calls.append((args, options))
+        return pair(table(LABELS, NAMES), test=table(LABELS, NAMES))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_images("someone/pets", config="small", revision="main", token=True)
+    assert calls == [(("someone/pets", "small"), {"streaming": False, "revision": "main", "token": True})]
+    assert data.classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_saved_to_disk(tmp_path, split):
+    rows = table(LABELS, NAMES)
+    (pair(rows, test=rows) if split else rows).save_to_disk(tmp_path / "saved")
+    data = load_images(tmp_path / "saved")
+    assert data.classes == ("cat", "dog")
+    assert len(data.train) + len(data.eval) == (20 if split else 10)
+    if split:
+        assert len(list(load_images(tmp_path / "saved", streaming=True).train)) == 10
+
+
+def test_parquet_through_its_builder(tmp_path):
+    table(LABELS, NAMES).to_parquet(tmp_path / "rows.parquet")
+    data = load_images("parquet", data_files={"train": str(tmp_path / "rows.parquet")}, cache_dir=str(tmp_path / "c"))
+    assert len(data.train) == 8
+
+
+def test_image_folder_without_splits(tmp_path):
+    data = load_images(folder(tmp_path, {"zebra/deep": 5, "ant": 5, ".hidden": 3}))
+    assert data.classes == ("ant", "zebra")
+    assert torch.bincount(data.train.labels).tolist() == [4, 4]
+    assert torch.bincount(data.eval.labels).tolist() == [1, 1]
+    first, _ = load_images(tmp_path).train[0]
+    assert first.mode == "RGB"
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "test", "Test"])
+def test_image_folder_with_splits(tmp_path, name):
+    root = folder(tmp_path, {"train/a": 2, "train/b": 3, "train/c": 1, f"{name}/a": 1, f"{name}/c": 2})
+    (root / "train" / "a" / "notes.txt").write_text("no image")
+    data = load_images(root)
+    assert data.train.labels.tolist() == [0, 0, 1, 1, 1, 2]
+    assert data.eval.labels.tolist() == [0, 2, 2], "a class missing from evaluation must not move the others"
+    assert data.classes == ("a", "b", "c")
+    assert len(list(load_images(root, streaming=True).train)) == 6
+
+
+def test_a_class_called_train_is_a_class(tmp_path):
+    data = load_images(folder(tmp_path, {"train": 4, "car": 4, "test": 4}))
+    assert data.classes == ("car", "test", "train")
+
+
+def test_evaluation_folder_with_a_class_of_its_own(tmp_path):
+    root = folder(tmp_path, {"train/a": 2, "train/b": 2, "test/a": 1, "test/cow": 1})
+    with pytest.raises(LabelError, match="'cow' besides"):
+        load_images(root)
+
+
+def test_unlabelled_test_folder_is_not_used(tmp_path):
+    data = load_images(folder(tmp_path, {"train/a": 4, "train/b": 4, "test": 3}))
+    assert len(data.eval) == 2
+    assert any("'test' is not used: it has no column 'label'" in note for note in data.notes)
+
+
+def test_split_folders_without_class_folders_have_no_labels(tmp_path):
+    with pytest.raises(DataError, match="Expected a column of labels"):
+        load_images(folder(tmp_path, {"train": 3, "test": 3}))
+
+
+def test_folder_of_one_class_says_what_to_pass(tmp_path):
+    with pytest.raises(DataError, match="pass the folder that holds them directly"):
+        load_images(folder(tmp_path, {"data/a": 2, "data/b": 2}))
+
+
+def test_folder_with_a_metadata_table(tmp_path):
+    folder(tmp_path / "set", {"pictures": 6})
+    lines = [{"file_name": f"pictures/{index}.png", "label": "cat" if index < 3 else "dog"} for index in range(6)]
+    (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = load_images(tmp_path / "set", cache_dir=str(tmp_path / "cache"))
+    assert data.classes == ("cat", "dog")
+    assert len(data.train) == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "error", "message"),
+    [
+        ("/no/such/folder", {}, DataError, "does not exist"),
+        ("./none", {}, DataError, "does not exist"),
+        (torch.utils.data.TensorDataset(torch.zeros(1)), {}, DataError, "found TensorDataset"),
+        ({"train": [1, 2]}, {}, DataError, "'train': list"),
+        (table(LABELS, NAMES), {"config": "x"}, ConfigurationError, "found config='x'"),
+        (table(LABELS, NAMES), {"revision": "x"}, ConfigurationError, "found revision='x'"),
+        (table(LABELS, NAMES), {"on_broken": "ignore"}, ConfigurationError, "on_broken='skip' or 'raise'"),
+        (table(LABELS, NAMES), {"eval_fraction": 1.0}, ConfigurationError, "eval_fraction between 0 and 1"),
+        (table(LABELS, NAMES), {"max_train": 0}, ConfigurationError, "max_train"),
+        (table(LABELS, NAMES), {"train_transform": 224}, ConfigurationError, r"train_transform\(224\)"),
+    ],
+)
+def test_wrong_sources_and_options(source, options, error, message):
+    with pytest.raises(error, match=message):
+        load_images(source, **options)
+
+
+# --- columns
+
+
+def renamed(**names: str) -> datasets.Dataset:
+    rows = table(LABELS, NAMES)
+    for old, new in names.items():
+        rows = rows.rename_column(old, new)
+    return rows
+
+
+def test_columns_are_found_by_type_whatever_their_name():
+    data = load_images(renamed(image="scan", label="diagnosis").add_column("age", list(range(10))))
+    assert data.classes == ("cat", "dog")
+    assert shades(data.train)[0] == 0
+
+
+def test_columns_are_found_by_usual_names(tmp_path):
+    folder(tmp_path, {".": 10})
+    paths = [str(tmp_path / f"{index}.png") for index in range(10)]
+    data = load_images(datasets.Dataset.from_dict({"img_path": paths, "species": ["x"] * 10, "target": ["a", "b"] * 5}))
+    assert data.classes == ("a", "b")
+    assert len(shades(data.train)) == 8
+    raw = datasets.Dataset.from_dict({"img": [encoded(picture(7))] * 4, "class": [0, 0, 1, 1]})
+    assert shades(load_images(raw).train) == [7, 7]
+
+
+def cifar100() -> datasets.Dataset:
+    rows = renamed(label="fine_label", image="img").add_column("coarse_label", LABELS)
+    return rows.cast_column("coarse_label", datasets.ClassLabel(names=["animal", "plant"]))
+
+
+def test_two_label_columns_are_ambiguous():
+    message = "label_column='fine_label' or label_column='coarse_label'"
+    with pytest.raises(DataError, match=message):
+        load_images(cifar100())
+    assert load_images(cifar100(), label_column="coarse_label").classes == ("animal", "plant")
+    assert load_images(cifar100().rename_column("fine_label", "label")).classes == ("cat", "dog")
+
+
+def test_a_class_label_beside_a_label_is_ambiguous():
+    rows = renamed(label="domain").add_column("label", ["x", "y"] * 5)
+    with pytest.raises(DataError, match="label_column='domain' or label_column='label'"):
+        load_images(rows)
+
+
+def test_two_image_columns_are_ambiguous():
+    rows = renamed(image="left").add_column("right", [{"bytes": encoded(picture(9)), "path": None}] * 10)
+    rows = rows.cast_column("right", datasets.Image())
+    with pytest.raises(DataError, match="image_column='left' or image_column='right'"):
+        load_images(rows)
+    assert set(shades(load_images(rows, image_column="right").train)) == {9}
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (table(LABELS).remove_columns("label"), {}, "Expected a column of labels, found columns 'image'"),
+        (table(LABELS).remove_columns("image"), {}, r"Expected a column of images, found columns 'label' \(int64\)"),
+        (table(LABELS), {"label_column": "kind"}, "label_column='kind', found columns 'image'"),
+        (table(LABELS), {"image_column": "label"}, "Expected images, paths or bytes in image_column='label'"),
+        (table(LABELS), {"label_column": "image"}, "Expected classes"),
+        (table([0.5, 1.5]), {}, "Expected classes .* found float64"),
+        (table([[0, 1], [1]]), {}, "multi-label data is not supported"),
+        (table(LABELS, tags=[["a"]] * 10), {"label_column": "tags"}, "multi-label"),
+        (table([]), {}, "found none|at least two"),
+    ],
+)
+def test_columns_that_cannot_serve(rows, options, message):
+    with pytest.raises(DataError, match=message):
+        load_images(rows, **options)
+
+
+# --- labels
+
+
+def test_text_labels_are_sorted():
+    data = load_images(pair(table(["dog", "ant", "dog", "cat"]), test=table(["cat", "cat"])))
+    assert data.classes == ("ant", "cat", "dog")
+    assert data.train.labels.tolist() == [2, 0, 2, 1]
+    assert data.eval.labels.tolist() == [1, 1]
+    assert data.id2label == {0: "ant", 1: "cat", 2: "dog"}
+    assert data.label2id == {"ant": 0, "cat": 1, "dog": 2}
+
+
+def test_integers_with_gaps_become_contiguous_and_it_is_said(caplog):
+    data = load_images(pair(table([7, 1, 30, 7]), test=table([30])))
+    assert data.train.labels.tolist() == [1, 0, 2, 1]
+    assert data.eval.labels.tolist() == [2]
+    assert data.classes == ("1", "7", "30")
+    assert any("renumbered 0..2" in note for note in data.notes)
+    assert any("renumbered 0..2" in message for message in caplog.messages)
+
+
+def test_contiguous_integers_need_no_note():
+    data = load_images(pair(table([1, 0, 2]), test=table([2])))
+    assert data.classes == ("0", "1", "2")
+    assert data.notes == ()
+
+
+def test_class_order_of_each_split_is_its_own_affair():
+    data = load_images(pair(table([0, 1], ["cat", "dog"]), test=table([0, 1], ["dog", "cat"])))
+    assert data.train.labels.tolist() == [0, 1]
+    assert data.eval.labels.tolist() == [1, 0]
+
+
+def test_evaluation_labels_unknown_to_training():
+    with pytest.raises(LabelError, match=r"in split 'test', found 'cow' besides"):
+        load_images(pair(table(["a", "b"]), test=table(["a", "cow"])))
+    with pytest.raises(LabelError, match="'5' besides"):
+        load_images(pair(table([0, 1]), test=table([5])))
+
+
+def test_declared_classes_without_images_stay_and_are_noted():
+    data = load_images(pair(table([0, 2], ["a", "b", "c"]), test=table([1], ["a", "b", "c"])))
+    assert data.classes == ("a", "b", "c")
+    assert data.eval.labels.tolist() == [1]
+    assert any("1 of the 3 declared classes have no training image: 'b'" in note for note in data.notes)
+
+
+def test_classes_given_by_the_user():
+    reordered = load_images(pair(table(["a", "b"]), test=table(["c"])), classes=["c", "b", "a"])
+    assert reordered.train.labels.tolist() == [2, 1]
+    assert reordered.eval.labels.tolist() == [0]
+    named = load_images(pair(table([0, 1]), test=table([1])), classes=["cat", "dog"])
+    assert named.classes == ("cat", "dog")
+    assert named.eval.labels.tolist() == [1]
+    with pytest.raises(LabelError, match="every class once"):
+        load_images(table(["a", "b"]), classes=["a", "a"])
+
+
+def test_unlabelled_test_split_is_treated_as_missing(caplog):
+    data = load_images(pair(table(LABELS, NAMES), test=table([-1] * 4, NAMES)))
+    assert len(data.eval) == 2
+    assert "'test' is not used: it has no labels" in data.notes[0]
+    assert any("held out" in note for note in data.notes)
+    with pytest.raises(DataError, match="eval_split='test', found a split that has no labels"):
+        load_images(pair(table(LABELS, NAMES), test=table([-1] * 4, NAMES)), eval_split="test")
+    assert load_images(pair(table(LABELS), test=table([-1] * 4))).notes[0].startswith("split 'test' is not used")
+
+
+def test_partly_unlabelled_splits_are_refused():
+    with pytest.raises(LabelError, match=r"split 'train', found 1 of 3 without one .*dataset.filter"):
+        load_images(table([0, -1, 1], NAMES))
+    with pytest.raises(LabelError, match="split 'test', found 1 of 2 without one"):
+        load_images(pair(table(["a", "b"]), test=table(["a", None])))
+    with pytest.raises(LabelError, match="often means 'unlabelled'"):
+        load_images(table([-1, 0, 1, 2] * 3))
+    assert load_images(table([-1, 1] * 3)).classes == ("-1", "1"), "a sign is a label"
+
+
+# --- splits
+
+
+@pytest.mark.parametrize("names", [("train", "validation", "test"), ("training", "val", "test"), ("Train", "dev", "t")])
+def test_validation_comes_before_test(names):
+    rows = {name: table(LABELS[: 4 + 2 * index], NAMES) for index, name in enumerate(names)}
+    data = load_images(datasets.DatasetDict(rows))
+    assert (len(data.train), len(data.eval)) == (4, 6)
+    if "test" in rows:
+        assert data.notes == (f"evaluating on split '{names[1]}'; 'test' not touched (eval_split=... names another)",)
+        assert len(load_images(datasets.DatasetDict(rows), eval_split="test").eval) == 8
+
+
+def test_a_missing_split_is_cut_seeded_and_stratified(caplog):
+    labels = [0] * 50 + [1] * 20 + [2] * 2 + [3]
+    rows = table(labels)
+    data = load_images(rows, seed=1, eval_fraction=0.1)
+    assert torch.bincount(data.eval.labels, minlength=4).tolist() == [5, 2, 1, 0]
+    assert torch.bincount(data.train.labels).tolist() == [45, 18, 1, 1], "a single image stays in training"
+    train, evaluate = shades(data.train), shades(data.eval)
+    assert sorted(train + evaluate) == list(range(73))
+    assert train == sorted(train)
+    assert evaluate == sorted(evaluate)
+    assert [labels[row] for row in evaluate] == data.eval.labels.tolist()
+    assert shades(load_images(rows, seed=1, eval_fraction=0.1).eval) == evaluate
+    assert shades(load_images(rows, seed=2, eval_fraction=0.1).eval) != evaluate
+    assert any("8 of the 73 images of split 'train' are held out, 10% of every class, seed 1" in n for n in data.notes)
+    assert any("held out" in message for message in caplog.messages)
+
+
+def test_a_single_split_of_another_name_is_cut_too():
+    assert len(load_images(datasets.DatasetDict(test=table(LABELS, NAMES))).train) == 8
+
+
+def test_splits_named_and_sliced():
+    rows = pair(table(LABELS, NAMES), extra=table(LABELS, NAMES))
+    assert len(load_images(rows, train_split="extra", eval_split="train").eval) == 10
+    data = load_images(rows, train_split="train[:60%]", eval_split="train[60%:]")
+    assert shades(data.train) == [0, 1, 2, 3, 4, 5]
+    assert shades(data.eval) == [6, 7, 8, 9]
+    both = load_images(pair(table(LABELS), validation=table(LABELS), test=table([0])), train_split="train+validation")
+    assert (len(both.train), len(both.eval)) == (20, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"train_split": "train", "eval_split": "train"}, ConfigurationError, "two different splits"),
+        ({"train_split": "train[:60%]", "eval_split": "train[50%:]"}, ConfigurationError, "share images"),
+        ({"eval_split": "train[50%:]"}, ConfigurationError, "share images"),
+        ({"train_split": "tran"}, DataError, r"\['train', 'extra'\], .*found train_split='tran'"),
+        ({"eval_split": "tost[:5]"}, DataError, "found eval_split='tost"),
+    ],
+)
+def test_splits_that_cannot_serve(options, error, message):
+    with pytest.raises(error, match=message):
+        load_images(pair(table(LABELS, NAMES), extra=table(LABELS, NAMES)), **options)
+
+
+def test_no_split_called_train():
+    rows = datasets.DatasetDict(fold0=table(LABELS), fold1=table(LABELS))
+    with pytest.raises(DataError, match=r"called 'train', found \['fold0', 'fold1'\]"):
+        load_images(rows)
+
+
+def test_one_image_of_each_class_cannot_be_cut():
+    with pytest.raises(DataError, match="pass eval_split"):
+        load_images(table([0, 1, 2]))
+
+
+def test_limits_keep_every_class_and_the_order():
+    labels = [0] * 60 + [1] * 30 + [2] * 2
+    data = load_images(pair(table(labels), test=table(labels)), max_train=20, max_eval=3)
+    counts = torch.bincount(data.train.labels).tolist()
+    assert sum(counts) == len(data.train) == 20
+    assert counts[2] == 1
+    assert 11 <= counts[0] <= 14
+    assert sorted(data.eval.labels.tolist()) == [0, 1, 2]
+    rows = shades(data.train)
+    assert rows == sorted(rows)
+    assert set(rows) <= set(shades(load_images(pair(table(labels), test=table(labels)), max_train=30).train))
+    assert "20 of the 92 images of split 'train' are used, every class in proportion" in data.notes
+
+
+# --- streams
+
+
+def streams(**splits: datasets.Dataset) -> datasets.IterableDatasetDict:
+    return datasets.IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in splits.items()})
+
+
+def test_streaming_needs_classes_and_an_evaluation_split():
+    text = streams(train=table(["b", "a"] * 3), test=table(["a"]))
+    with pytest.raises(DataError, match=r"pass classes=\[...\]"):
+        load_images(text)
+    data = load_images(text, classes=["a", "b"], shuffle_buffer=0)
+    assert [label for _, label in data.train] == [1, 0] * 3
+    with pytest.raises(DataError, match="streaming=False to hold"):
+        load_images(streams(train=table(LABELS, NAMES)))
+    with pytest.raises(DataError, match="a slice needs streaming=False"):
+        load_images(streams(train=table(LABELS, NAMES)), train_split="train[:5]", eval_split="train")
+
+
+def test_streams_pass_over_unlabelled_splits_and_refuse_unlabelled_images():
+    rows = table(LABELS, NAMES)
+    data = load_images(streams(train=rows, validation=table([-1, -1], NAMES), test=rows))
+    assert len(list(data.eval)) == 10
+    assert data.notes == ("split 'validation' is not used: it has no labels",)
+    mixed = load_images(streams(train=table([0, -1], NAMES), test=rows), shuffle_buffer=0)
+    with pytest.raises(LabelError, match="split 'train', image 1"):
+        list(mixed.train)
+
+
+def test_streams_of_unknown_columns():
+    def generate():
+        for index in range(6):
+            yield {"image": picture(index), "label": "ab"[index % 2]}
+
+    stream = datasets.IterableDataset.from_generator(generate)
+    data = load_images({"train": stream, "test": stream}, classes=["a", "b"], max_train=4, shuffle_buffer=0)
+    assert shades(data.train) == [0, 1, 2, 3]
+    assert [label for _, label in data.eval] == [0, 1] * 3
+
+
+def test_streamed_first_image_may_be_broken():
+    broken = table(LABELS, NAMES, broken=(0,))
+    data = load_images({"train": broken, "test": broken}, streaming=True)
+    assert len(list(data.train)) == len(list(data.eval)) == 9
+
+
+def test_folders_are_read_in_the_order_of_names(tmp_path):
+    root = folder(tmp_path, {"b": 2, "a": 2})
+    (root / "a" / "broken.jpg").write_bytes(truncated())
+    rows = image_sources.class_folders(root)["train"].cast_column("image", datasets.Image(decode=False))
+    assert [Path(cell["path"]).relative_to(root).as_posix() for cell in rows["image"]] == [
+        "a/0.png", "a/1.png", "a/broken.jpg", "b/0.png", "b/1.png",
+    ]  # fmt: skip

@@ -1,0 +1,194 @@
+"""What comes out of the transforms, parity with image processors, and batches."""
+
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from entprop_wrap.errors import ConfigurationError, ImageError
+from entprop_wrap.integrations.hub_datasets import (
+    ImageFormat,
+    MixedCollate,
+    collate,
+    eval_transform,
+    hf_collate,
+    image_format,
+    train_transform,
+)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def noise(width: int = 90, height: int = 60) -> Image.Image:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("make", [train_transform, eval_transform])
+@pytest.mark.parametrize("size", [32, (24, 40)])
+@pytest.mark.parametrize("source", [noise(), noise(20, 13), v2.functional.pil_to_tensor(noise())])
+def test_output_is_a_plain_float_tensor_in_the_unit_range(make, size, source):
+    result = make(size)(source)
+    assert type(result) is torch.Tensor
+    assert result.dtype == torch.float32
+    assert tuple(result.shape[1:]) == (size if isinstance(size, tuple) else (size, size))
+    assert 0 <= result.min() < result.max() <= 1
+
+
+def test_eval_resizes_the_short_side_and_crops_the_centre():
+    image = Image.new("RGB", (80, 40))
+    image.paste((255, 255, 255), (20, 0, 60, 40))  # the middle half is white
+    assert eval_transform(32, resize=32)(image)[:, :, 2:-2].min() == 1
+    assert eval_transform(32, resize=(32, 32))(image)[:, :, :6].max() == 0  # the whole width, squeezed
+    image.putpixel((40, 20), (0, 0, 0))
+    centre = v2.functional.pil_to_tensor(image.crop((20, 0, 60, 40))) / 255
+    assert torch.equal(eval_transform(40, resize=40)(image), centre)
+
+
+@pytest.mark.parametrize("normalize", [(MEAN, STD), SimpleNamespace(mean=MEAN, std=STD)])
+@pytest.mark.parametrize("make", [train_transform, eval_transform])
+def test_normalization(make, normalize):
+    torch.manual_seed(0)
+    plain = make(16)(noise())
+    torch.manual_seed(0)
+    normal = make(16, normalize=normalize)(noise())
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    torch.testing.assert_close(normal, (plain - mean) / std)
+
+
+def test_one_number_normalizes_every_channel():
+    result = eval_transform(16, normalize=((0.5,), (0.5,)))(noise())
+    torch.testing.assert_close(result, eval_transform(16)(noise()) * 2 - 1)
+
+
+def test_train_transform_is_random_reproducible_and_respects_its_scale():
+    transform = train_transform(16)
+    torch.manual_seed(3)
+    first, second = transform(noise()), transform(noise())
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(transform(noise()), first)
+    whole = train_transform(16, scale=(1, 1), ratio=(1.5, 1.5), flip=0)
+    torch.testing.assert_close(whole(noise()), eval_transform(16, resize=(16, 16))(noise()))
+    mirrored = train_transform(16, scale=(1, 1), ratio=(1.5, 1.5), flip=1)
+    torch.testing.assert_close(mirrored(noise()), whole(noise()).flip(2), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("transform", [train_transform(16), eval_transform(16, normalize=(MEAN, STD))])
+def test_transforms_can_be_sent_to_workers(transform):
+    assert pickle.loads(pickle.dumps(transform))(noise()).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (train_transform, {"size": 0}, "positive numbers of pixels"),
+        (train_transform, {"size": 16, "scale": (0.5, 0.2)}, "scale"),
+        (train_transform, {"size": 16, "ratio": (0, 1)}, "ratio"),
+        (train_transform, {"size": 16, "flip": 2}, "flip"),
+        (eval_transform, {"size": object()}, "image_format"),
+        (eval_transform, {"size": 16, "normalize": ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4))}, "divided by 255"),
+        (eval_transform, {"size": 16, "normalize": ((0.5, 0.5), (0.5, 0.5))}, "3 channels"),
+        (eval_transform, {"size": 16, "normalize": 0.5}, r"normalize=\(mean, std\)"),
+    ],
+)
+def test_wrong_arguments_are_named(make, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make(**options)
+
+
+PROCESSORS = [
+    ("ViTImageProcessor", {"size": {"height": 32, "width": 40}}),
+    ("MobileNetV1ImageProcessor", {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}),
+    ("CLIPImageProcessor", {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}),
+    ("ConvNextImageProcessor", {"size": {"shortest_edge": 28}, "crop_pct": 0.875}),
+    ("ConvNextImageProcessor", {"size": {"shortest_edge": 384}, "crop_pct": 0.875}),
+    ("PoolFormerImageProcessor", {"size": {"shortest_edge": 36}, "crop_size": {"height": 36, "width": 36}}),
+    ("LevitImageProcessor", {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}),
+    ("ViTImageProcessor", {"size": {"height": 32, "width": 32}, "do_normalize": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), PROCESSORS, ids=[f"{name}-{i}" for i, (name, _) in enumerate(PROCESSORS)])
+def test_eval_transform_does_what_the_processor_does(name, options):
+    transformers = pytest.importorskip("transformers")
+    processor = getattr(transformers, name)(**options)
+    expected = processor(noise(), return_tensors="pt")["pixel_values"][0]
+    result = eval_transform(image_format(processor))(noise())
+    assert result.shape == expected.shape
+    assert (result - expected).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"size": {"longest_edge": 224}},
+        {"size": {"height": 8, "width": 8}, "do_resize": False},
+        {"size": {"height": 8, "width": 8}, "do_rescale": False},
+        {"size": {"height": 8, "width": 8}, "rescale_factor": 1 / 127.5},
+        {"size": {"height": 8, "width": 8}, "rescale_offset": True},
+        {"size": {"height": 8, "width": 8}, "do_flip_channel_order": True},
+    ],
+)
+def test_processors_of_another_kind_are_refused(options):
+    with pytest.raises(ConfigurationError, match="ImageFormat"):
+        image_format(SimpleNamespace(**options))
+
+
+def test_format_of_a_timm_configuration():
+    config = {"input_size": (3, 224, 224), "crop_pct": 0.95, "interpolation": "bicubic", "mean": MEAN, "std": STD}
+    expected = ImageFormat((224, 224), 235, MEAN, STD, v2.InterpolationMode.BICUBIC)
+    assert image_format(config) == expected
+    assert image_format(SimpleNamespace(pretrained_cfg=config)) == expected
+    with pytest.raises(ConfigurationError, match="3 channels"):
+        image_format(config | {"input_size": (1, 28, 28)})
+
+
+def samples(count: int = 4) -> list[tuple[torch.Tensor, int]]:
+    return [(torch.full((3, 8, 8), index / 10), index) for index in range(count)]
+
+
+def test_collate_gives_tuples_and_hf_collate_dicts():
+    images, labels = collate(samples())
+    assert images.shape == (4, 3, 8, 8)
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [0, 1, 2, 3]
+    assert isinstance(collate(samples()), tuple)
+    batch = hf_collate(samples())
+    assert set(batch) == {"pixel_values", "labels"}
+    assert torch.equal(batch["pixel_values"], images)
+
+
+def test_collate_takes_soft_labels():
+    soft = [(image, torch.tensor([0.25, 0.75])) for image, _ in samples()]
+    assert collate(soft)[1].shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([noise()], "give the data set a transform"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], "of one size"),
+    ],
+)
+def test_collate_says_what_is_missing(images, message):
+    with pytest.raises(ImageError, match=message):
+        collate([(image, 0) for image in images])
+
+
+@pytest.mark.parametrize("mixing", [v2.MixUp(num_classes=4), v2.CutMix(num_classes=4)])
+def test_mixing_composes_with_either_collate(mixing):
+    images, labels = MixedCollate(mixing)(samples())
+    batch = MixedCollate(mixing, hf_collate)(samples())
+    for soft in (labels, batch["labels"]):
+        assert soft.shape == (4, 4)
+        torch.testing.assert_close(soft.sum(1), torch.ones(4))
+    assert images.shape == batch["pixel_values"].shape == (4, 3, 8, 8)
+    loader = DataLoader(samples(), batch_size=2, collate_fn=pickle.loads(pickle.dumps(MixedCollate(mixing))))
+    assert next(iter(loader))[1].shape == (2, 4)
