@@ -4,7 +4,7 @@
     loader = DataLoader(data.train, batch_size=64, shuffle=True, num_workers=4, collate_fn=collate)
     model = AutoModelForImageClassification.from_pretrained(name, id2label=data.id2label, label2id=data.label2id)
 
-Everything one needs is importable from here; the parts are in the modules beside this one.
+Everything one needs is importable from here; the parts are in ``image_data`` beside this module.
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ from typing import Any
 
 import datasets
 
-from .collating import MixedCollate, collate, hf_collate
-from .image_datasets import LabelledImages, StreamedImages
-from .image_decoding import BrokenImageError, to_rgb
-from .image_formats import ImageFormat, image_format
-from .image_labels import LabelMap
-from .image_sources import open_splits
-from .image_splits import stored_images, streamed_images
-from .image_transforms import eval_transform, train_transform
-from .in_memory import InMemoryImages, in_memory, random_crop_flip
-from .load_options import LoadOptions, OnBroken
+from .image_data.collating import MixedCollate, collate, hf_collate
+from .image_data.decoding import BrokenImageError, to_rgb
+from .image_data.formats import ImageFormat, image_format
+from .image_data.image_datasets import LabelledImages, StreamedImages
+from .image_data.in_memory import InMemoryImages, in_memory, random_crop_flip
+from .image_data.labels import LabelMap
+from .image_data.load_options import LoadOptions, OnBroken
+from .image_data.parts import stored_images, streamed_images
+from .image_data.sources import open_splits
+from .image_data.transforms import eval_transform, train_transform
 
 __all__ = [
     "BrokenImageError",

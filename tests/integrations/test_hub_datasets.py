@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from entprop_wrap.errors import ConfigurationError, DataError, LabelError
-from entprop_wrap.integrations import image_sources
 from entprop_wrap.integrations.hub_datasets import collate, eval_transform, in_memory, load_images, train_transform
+from entprop_wrap.integrations.image_data import sources
 
 from .image_samples import encoded, folder, picture, shades, table, truncated
 
@@ -441,7 +441,7 @@ def test_streamed_first_image_may_be_broken():
 def test_folders_are_read_in_the_order_of_names(tmp_path):
     root = folder(tmp_path, {"b": 2, "a": 2})
     (root / "a" / "broken.jpg").write_bytes(truncated())
-    rows = image_sources.class_folders(root)["train"].cast_column("image", datasets.Image(decode=False))
+    rows = sources.class_folders(root)["train"].cast_column("image", datasets.Image(decode=False))
     assert [Path(cell["path"]).relative_to(root).as_posix() for cell in rows["image"]] == [
         "a/0.png", "a/1.png", "a/broken.jpg", "b/0.png", "b/1.png",
     ]  # fmt: skip

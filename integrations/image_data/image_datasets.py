@@ -14,8 +14,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from entprop_wrap.errors import DataError, ImageError
 
-from .image_decoding import BrokenImageError, read_image, to_rgb
-from .image_labels import LabelMap, label_value
+from .decoding import BrokenImageError, read_image, to_rgb
+from .labels import LabelMap, label_value
 from .load_options import OnBroken, check_on_broken
 
 __all__ = ["LabelledImages", "StreamedImages"]

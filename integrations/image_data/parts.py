@@ -4,9 +4,9 @@ import datasets
 
 from entprop_wrap.errors import DataError
 
-from .image_columns import find_image_column, find_label_column
+from .columns import find_image_column, find_label_column
 from .image_datasets import LabelledImages, StreamedImages
-from .image_labels import LabelMap, build_label_map, label_value, read_labels
+from .labels import LabelMap, build_label_map, label_value, read_labels
 from .load_options import LoadOptions
 from .splits import split_names, stratified_sample, stratified_split, take_splits
 

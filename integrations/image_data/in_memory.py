@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from entprop_wrap.errors import ConfigurationError, DataError, ImageError, LabelError
 
+from .decoding import BrokenImageError
 from .image_datasets import LabelledImages
-from .image_decoding import BrokenImageError
 
 __all__ = ["InMemoryImages", "in_memory", "random_crop_flip"]
 

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from entprop_wrap.errors import ConfigurationError
 
-from .image_formats import ImageFormat
+from .formats import ImageFormat
 
 __all__ = ["eval_transform", "train_transform"]
 
