@@ -1,0 +1,91 @@
+"""Mixing is the linear map it says, follows its generator, and keeps the memory format."""
+
+import pytest
+import torch
+
+from entprop_wrap import CutMix, MixUp
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.losses import Target, cross_entropy
+from entprop_wrap.mixing import take
+
+
+def images(count=6, height=10, width=14):
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_mixup_is_the_weighted_sum(seed):
+    batch = images()
+    mix = MixUp(alpha=0.4).draw(batch.shape, torch.Generator().manual_seed(seed))
+    expected = torch.stack([mix.share * batch[i] + (1 - mix.share) * batch[int(j)] for i, j in enumerate(mix.partner)])
+    assert torch.allclose(mix.apply(batch), expected, rtol=0, atol=1e-15)
+    assert sorted(mix.partner.tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_cutmix_pastes_a_box_and_counts_its_area(seed):
+    batch = images()
+    mix = CutMix().draw(batch.shape, torch.Generator().manual_seed(seed))
+    mixed = mix.apply(batch)
+    for i, j in enumerate(mix.partner.tolist()):
+        changed = (mixed[i] != batch[i]).any(0)
+        assert torch.equal(mixed[i][:, changed], batch[j][:, changed])
+        if j != i:
+            assert float(changed.double().mean()) == pytest.approx(1 - mix.share, abs=1e-12)
+            rows, columns = changed.any(1), changed.any(0)
+            assert torch.equal(changed, rows[:, None] & columns[None, :])
+
+
+@pytest.mark.parametrize("mixer", [MixUp(0.2), CutMix(1.0)])
+def test_shares_have_the_mean_of_their_distribution(mixer):
+    generator = torch.Generator().manual_seed(0)
+    shares = [mixer.draw(torch.Size((2, 3, 64, 64)), generator).share for _ in range(3000)]
+    assert all(0 <= share <= 1 for share in shares)
+    # A clipped box is smaller than drawn, so CutMix keeps more than half on average.
+    assert sum(shares) / 3000 == pytest.approx(0.5 if isinstance(mixer, MixUp) else 0.66, abs=0.03)
+
+
+@pytest.mark.parametrize("mixer", [MixUp(), CutMix()])
+def test_draws_follow_the_generator_and_torch_s_seed(mixer):
+    batch = images()
+    drawn = [mixer.draw(batch.shape, torch.Generator().manual_seed(3)).apply(batch) for _ in range(2)]
+    assert torch.equal(*drawn)
+    seeded = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        seeded.append(mixer.draw(batch.shape, None).apply(batch))
+    assert torch.equal(*seeded)
+    assert not torch.equal(seeded[0], drawn[0])
+
+
+@pytest.mark.parametrize("mixer", [MixUp(), CutMix()])
+def test_channels_last_is_kept_and_the_input_untouched(mixer):
+    batch = images().contiguous(memory_format=torch.channels_last)
+    before = batch.clone()
+    mixed = mixer.draw(batch.shape, None).apply(batch)
+    assert mixed.is_contiguous(memory_format=torch.channels_last)
+    assert take(batch, torch.tensor([2, 0])).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch, before)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_two_label_targets_follow_their_rows(soft):
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    logits = torch.randn(6, 4, dtype=torch.float64)
+    mix = MixUp().draw(images().shape, None)
+    target = Target.mixed(torch.nn.functional.one_hot(labels, 4).double() if soft else labels, mix)
+    rows = torch.tensor([4, 1, 3])
+    pairs = [(labels[i], labels[mix.partner[i]]) for i in rows]
+    expected = sum(
+        -mix.share * logits[i].log_softmax(0)[a] - (1 - mix.share) * logits[i].log_softmax(0)[b]
+        for i, (a, b) in zip(rows, pairs, strict=True)
+    )
+    assert torch.allclose(target.rows(rows).loss(cross_entropy, logits[rows]), expected / 3)
+    source = target.rows(rows).source().loss(cross_entropy, logits[rows])
+    assert torch.allclose(source, torch.nn.functional.cross_entropy(logits[rows], labels[rows]))
+
+
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf")])
+def test_shapes_of_no_beta_distribution_are_refused(alpha):
+    with pytest.raises(ConfigurationError, match="alpha"):
+        MixUp(alpha)
