@@ -1,4 +1,4 @@
-"""What a training batch must look like. Shapes and types are checked every step, values where it costs no device sync."""
+"""What a batch must look like: shapes and types every step, values where looking costs no device sync."""
 
 from __future__ import annotations
 
@@ -45,39 +45,46 @@ def check_images(images: Any, space: PixelSpace) -> None:
         raise ImageError(f"Found {shape[1]} channels; pixel_space has a mean and std for {space.channels}.")
     if shape[0] < 2:
         raise ImageError(
-            f"Expected a batch of at least 2 images, found {shape[0]}: batch statistics and selection need more. Drop the "
-            "last incomplete batch (DataLoader(..., drop_last=True)) or choose another batch size."
+            f"Expected a batch of at least 2 images, found {shape[0]}: batch statistics and selection need more. Drop "
+            "the last incomplete batch (DataLoader(..., drop_last=True)) or choose another batch size."
         )
 
 
-def check_labels(labels: Any, batch: int) -> Tensor:
-    """Check type and shape of labels; return them as int64 ``(N,)`` or floating ``(N, C)``.
+def check_labels(labels: Any, images: Tensor) -> Tensor:
+    """Check type, shape and device of labels; return them as int64 ``(N,)`` or floating ``(N, C)``.
 
     Raises:
         LabelError: Labels of another kind.
     """
     if not isinstance(labels, Tensor):
         raise LabelError(f"Expected labels as a tensor, found {type(labels).__name__}.")
-    shape = tuple(labels.shape)
+    if labels.device != images.device:
+        raise LabelError(f"Labels are on {labels.device}, images on {images.device}: write labels.to(images.device).")
+    shape, batch = tuple(labels.shape), len(images)
     if labels.is_floating_point():
         if labels.ndim != 2 or shape[0] != batch:
             raise LabelError(
-                f"Floating-point labels are probabilities of shape ({batch}, C); found {labels.dtype} of shape {shape}. "
-                "For class indices write labels.long()."
+                f"Floating-point labels are probabilities of shape ({batch}, C); found {labels.dtype} of shape "
+                f"{shape}. For class indices write labels.long()."
             )
         return labels
     if labels.dtype == torch.bool or labels.is_complex():
         raise LabelError(f"Expected integer class indices or floating-point probabilities, found {labels.dtype}.")
+    if labels.ndim == 2 and shape[0] == batch and shape[1] > 1:
+        raise LabelError(
+            f"Expected {batch} class indices of shape ({batch},); found {labels.dtype} of shape {shape}. If labels are "
+            "one-hot, write labels.float() for probabilities, or labels.argmax(1) for indices."
+        )
     if shape != (batch,):
         raise LabelError(f"Expected {batch} class indices of shape ({batch},), one per image; found shape {shape}.")
     return labels.long()
 
 
-def logits_of(output: Any, batch: int) -> Tensor:
+def logits_of(output: Any, batch: int, *, differentiable: bool = True) -> Tensor:
     """Return the logits ``(N, C)`` in what a model returned: a tensor, ``.logits``, ``["logits"]``, or a tuple's first.
 
     Raises:
-        ModelOutputError: There are none.
+        ModelOutputError: There are none, or they are not ``differentiable`` though they should be.
     """
     logits = getattr(output, "logits", None)
     if logits is None:
@@ -86,11 +93,13 @@ def logits_of(output: Any, batch: int) -> Tensor:
         logits = logits[0]
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
         found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
+        if isinstance(output, dict):
+            found += f" with {sorted(map(str, output))}"
         raise ModelOutputError(
-            f"Expected logits of shape ({batch}, C) with C > 1 from the model, as a tensor, a tuple's first item, or under "
-            f"'logits'; found {found}. Use a classification model, such as AutoModelForImageClassification."
+            f"Expected logits of shape ({batch}, C) with C > 1 from the model, as a tensor, a tuple's first item, or "
+            f"under 'logits'; found {found}. Use a classification model, such as AutoModelForImageClassification."
         )
-    if not logits.requires_grad:
+    if differentiable and not logits.requires_grad:
         raise ModelOutputError(
             "The logits do not depend on anything that can be differentiated: the model ran without gradients, or "
             "detached its output. Leave out torch.no_grad() around the step."
@@ -108,6 +117,7 @@ class Checker:
 
     def __init__(self) -> None:
         self.first = True
+        self.classes: int | None = None  # known after the first pass
         self.pending: dict[str, Tensor] = {}
 
     def images(self, images: Tensor, space: PixelSpace) -> None:
@@ -121,8 +131,8 @@ class Checker:
                 raise _image_problem(low, high, lower, upper)
             if self.first and float(low.min()) >= 0 and float(high.max()) <= 1 and float(lower.max()) <= -0.5:
                 warnings.warn(
-                    f"The first batch spans [{float(low.min()):.2f}, {float(high.max()):.2f}], which looks like pixels in "
-                    f"[0, 1], but pixel_space={space} says that images are normalised. If they are not, leave "
+                    f"The first batch spans [{float(low.min()):.2f}, {float(high.max()):.2f}], which looks like pixels "
+                    f"in [0, 1], but pixel_space={space} says that images are normalised. If they are not, leave "
                     "pixel_space out.",
                     stacklevel=5,
                 )
@@ -147,8 +157,8 @@ class Checker:
         elif bool(bad):
             if not labels.is_floating_point():
                 message += (
-                    f"; found [{int(labels.min())}, {int(labels.max())}]. Give the model num_labels={int(labels.max()) + 1}, "
-                    "or make labels start at 0."
+                    f"; found [{int(labels.min())}, {int(labels.max())}]. Give the model as many outputs as there are "
+                    "classes, and make labels start at 0."
                 )
             raise LabelError(message)
 
@@ -158,8 +168,8 @@ class Checker:
         for message, flag in pending.items():
             if bool(flag):
                 raise (LabelError if "labels" in message.lower() or "indices" in message else PixelRangeError)(
-                    f"A batch since the last look at the metrics was wrong: {message}. Weights may have been trained on "
-                    "it; go back to the last checkpoint. Run on the CPU to have each batch checked before its step."
+                    f"A batch since the last look at the metrics was wrong: {message}. Weights may have been trained "
+                    "on it; go back to the last checkpoint. Run on the CPU to have each batch checked before its step."
                 )
 
     def _note(self, message: str, flag: Tensor) -> None:

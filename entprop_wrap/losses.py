@@ -20,8 +20,8 @@ cross_entropy: Loss = F.cross_entropy
 class Target:
     """The labels of a batch, and, for mixed images, those of their partners.
 
-    The loss of a two-label target is ``share * loss(logits, labels) + (1 - share) * loss(logits, partner labels)``, which
-    needs nothing of the loss but that it takes labels. Source: MixUp (Zhang et al., ICLR 2018), official code.
+    The loss of a two-label target is ``share * loss(logits, labels) + (1 - share) * loss(logits, partner labels)``,
+    which needs nothing of the loss but that it takes labels. Source: MixUp (Zhang et al., ICLR 2018), official code.
     """
 
     def __init__(self, labels: Tensor, partners: Tensor | None = None, share: float = 1.0) -> None:

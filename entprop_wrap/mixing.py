@@ -1,7 +1,8 @@
 """Augmentations that mix two images of a batch and so raise entropy: MixUp and CutMix.
 
 A mixer draws a :class:`Mix` for a batch; a mix is a linear map of the batch that can also be applied to gradients.
-Write your own mixer as any object with a ``draw`` method that returns an object with ``partner``, ``share`` and ``apply``.
+Write your own mixer as any object with a ``draw`` method that returns an object with ``partner``, ``share`` and
+``apply``.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class CutMix:
 
 
 def take(images: Tensor, rows: Tensor) -> Tensor:
-    """Return ``images[rows]`` as a new tensor, in the memory format of ``images`` (indexing would drop channels_last)."""
+    """Return ``images[rows]`` as a new tensor, in its memory format (plain indexing drops channels_last)."""
     rows = rows.to(images.device, non_blocking=True)
     taken = images.index_select(0, rows)
     if images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last):

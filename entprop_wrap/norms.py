@@ -6,12 +6,13 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
 
 from entprop_wrap.errors import ConfigurationError, NoNormLayersError, UnsupportedModelError
+from entprop_wrap.switch import HOLDER_PREFIX
 
 __all__ = ["Selector", "find_norms", "is_norm"]
 
@@ -86,7 +87,9 @@ def _own_tensors(module: nn.Module) -> list[object]:
 
 def _has_weighted_child(module: nn.Module) -> bool:
     # A fused activation such as PReLU has a vector of weights at most; a convolution or a linear layer has a matrix.
-    return any(parameter.ndim > 1 for child in module.children() for parameter in child.parameters())
+    # The copies of a wrapped norm have the shapes of its own weights.
+    children = [child for name, child in module.named_children() if not name.startswith(HOLDER_PREFIX)]
+    return any(parameter.ndim > 1 for child in children for parameter in child.parameters())
 
 
 def _selectors(value: Selector | Iterable[Selector] | None) -> list[Selector]:
@@ -143,10 +146,21 @@ def _refuse_untouchable(norms: dict[str, nn.Module]) -> None:
     for name, module in norms.items():
         if parametrize.is_parametrized(module):
             problems.append(f"{name} is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first")
-        elif any(isinstance(tensor, UninitializedTensorMixin) for tensor in _own_tensors(module)):
+        elif computed := _computed_tensors(module):
+            problems.append(
+                f"{name} computes its {computed[0]} from other tensors (pruning, weight or spectral norm): make it "
+                "permanent first, for example with torch.nn.utils.prune.remove"
+            )
+        elif any(isinstance(tensor, (UninitializedBuffer, UninitializedParameter)) for tensor in _own_tensors(module)):
             problems.append(f"{name} is lazy and not initialised yet: run one forward pass first")
     if problems:
         raise UnsupportedModelError("Norm layers that cannot be copied: " + "; ".join(problems) + ".")
+
+
+def _computed_tensors(module: nn.Module) -> list[str]:
+    # Pruning and torch's older weight norms keep weight_orig or weight_g, and set a plain tensor "weight" from it.
+    attributes = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
+    return [name for name in attributes if any(key.startswith(f"{name}_") for key in module._parameters)]
 
 
 def _some(names: Iterable[str], most: int = 4) -> str:

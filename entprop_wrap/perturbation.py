@@ -92,7 +92,7 @@ class PixelSpace:
         config = config if isinstance(config, dict) else getattr(config, "to_dict", dict)()
         if not config.get("mean") or not config.get("std"):
             raise ConfigurationError(
-                f"{type(model).__name__} has no pretrained_cfg with a mean and a std. Write PixelSpace(mean=..., std=...)."
+                f"{type(model).__name__} has no pretrained_cfg with mean and std. Write PixelSpace(mean=..., std=...)."
             )
         return cls(tuple(config["mean"]), tuple(config["std"]))
 
@@ -117,8 +117,8 @@ def ascend(
 ) -> Tensor:
     """Take one signed gradient step from ``images``, and stay within ``epsilon`` of ``origin`` and in valid pixels.
 
-    ``clamp(origin + clip(images - origin + step_size * sign(gradient), -epsilon, epsilon), pixel 0, pixel 1)``. Only the
-    sign of the gradient matters, so a loss scaled for fp16 will do; where the gradient is NaN nothing moves.
+    ``clamp(origin + clip(images - origin + step_size * sign(gradient), -epsilon, epsilon), pixel 0, pixel 1)``. Only
+    the sign of the gradient matters, so a loss scaled for fp16 will do; where the gradient is NaN nothing moves.
 
     Args:
         images: ``(N, C, H, W)`` in ``space``: where the attack stands.

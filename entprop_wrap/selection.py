@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ def entropy(logits: Tensor, labels: Tensor | None = None) -> Tensor:
 
     Source: EntProp, section 3.1.
     """
-    return torch.special.entr(_float(logits).softmax(dim=-1)).sum(dim=-1)
+    probabilities = _float(logits).softmax(dim=-1)
+    return cast(Tensor, torch.special.entr(probabilities)).sum(dim=-1)
 
 
 def least_confidence(logits: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -70,7 +72,16 @@ def count(batch: int, fraction: float, at_least: int = 2) -> int:
 
 
 def top(scores: Tensor, number: int) -> Tensor:
-    """Return the indices of the ``number`` highest of ``scores`` ``(N,)``, highest first, without a device sync."""
+    """Return the indices of the ``number`` highest of ``scores`` ``(N,)``, highest first, without a device sync.
+
+    Raises:
+        ConfigurationError: The scores are no vector of at least ``number`` entries.
+    """
+    if scores.ndim != 1 or len(scores) < number:
+        raise ConfigurationError(
+            f"An uncertainty gives one score per image, (N,); found shape {tuple(scores.shape)}. A loss needs "
+            "reduction='none'."
+        )
     return scores.topk(number).indices
 
 

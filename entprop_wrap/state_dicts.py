@@ -21,12 +21,12 @@ __all__ = [
 
 def main_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict without the copies, under the plain model's own keys: it loads without this package."""
-    return {key: value for key, value in plain_model(model).state_dict().items() if not is_auxiliary_key(key)}
+    return _part(model, auxiliary=False)
 
 
 def auxiliary_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the copies' part of the state dict: all that :func:`main_state_dict` leaves out."""
-    return {key: value for key, value in plain_model(model).state_dict().items() if is_auxiliary_key(key)}
+    return _part(model, auxiliary=True)
 
 
 def load_auxiliary_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -40,10 +40,19 @@ def load_auxiliary_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> 
     if missing_or_foreign := expected ^ set(state):
         raise CheckpointError(
             f"The checkpoint's auxiliary copies do not fit the model: {len(expected - set(state))} missing and "
-            f"{len(set(state) - expected)} unexpected, for example {sorted(missing_or_foreign)[0]!r}. Wrap the model with "
-            "the same auxiliaries=, include= and exclude= as in the run that saved it."
+            f"{len(set(state) - expected)} unexpected, for example {sorted(missing_or_foreign)[0]!r}. Wrap the model "
+            "with the same auxiliaries=, include= and exclude= as in the run that saved it."
         )
     root.load_state_dict(dict(state), strict=False)
+
+
+def _part(model: nn.Module, *, auxiliary: bool) -> dict[str, Tensor]:
+    # Taken out of torch's own dictionary, which carries the version of each module: loading may depend on it.
+    state: dict[str, Tensor] = plain_model(model).state_dict()
+    for keys in (state, getattr(state, "_metadata", {})):
+        for key in [key for key in keys if is_auxiliary_key(key) != auxiliary]:
+            del keys[key]
+    return state
 
 
 def is_auxiliary_key(key: str) -> bool:

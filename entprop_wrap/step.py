@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from entprop_wrap import checks
 from entprop_wrap.containers import no_gradient_sync, plain_model
-from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
+from entprop_wrap.errors import ConfigurationError, EntPropError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.losses import Loss, Target
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.registry import find_registry
@@ -107,24 +107,51 @@ class Step:
             raise ConfigurationError("The model is in evaluation mode. Write model.train() before the training step.")
         if type(model).__name__ == "DeepSpeedEngine":
             raise UnsupportedModelError(
-                "DeepSpeed steps its engine at every synchronised backward, so two backwards would be two steps. Expected "
-                "a plain, DDP or FSDP2 model: choose one of these with `accelerate config`."
+                "DeepSpeed steps its engine at every synchronised backward, so two backwards would be two steps. "
+                "Expected a plain, DDP or FSDP2 model: choose one of these with `accelerate config`."
             )
+        if not torch.is_grad_enabled():
+            raise ConfigurationError("Gradients are switched off. Leave out torch.no_grad() around the training step.")
         checks.check_images(images, space)
         self.checker = checks.checker_of(plain_model(model))
         self.checker.images(images, space)
         self.model, self.images, self.space, self.loss, self.generator = model, images.detach(), space, loss, generator
-        self.labels = checks.check_labels(labels, len(images))
+        self.labels = checks.check_labels(labels, images)
         self._backward = backward
+        if self.checker.classes is not None:
+            self.checker.labels(self.labels, self.checker.classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits ``(N, C)`` of ``images``, at least float32."""
+        if self.checker.classes is None:
+            return self._first_forward(images)
         logits = checks.logits_of(self.model(images), len(images))
-        self.checker.labels(self.labels, logits.shape[1])
+        if logits.shape[1] != self.checker.classes:  # the model was given another head
+            self.checker.labels(self.labels, logits.shape[1])
+            self.checker.classes = logits.shape[1]
+        return logits
+
+    def _first_forward(self, images: Tensor) -> Tensor:
+        # Only the first pass shows how many classes there are. If the labels do not fit, it has not happened.
+        buffers = list(plain_model(self.model).buffers())
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            logits = checks.logits_of(self.model(images), len(images))
+            self.checker.labels(self.labels, logits.shape[1])
+        except EntPropError:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+            raise
+        self.checker.classes = logits.shape[1]
         return logits
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of a scalar loss, as the training loop wants it."""
+        if loss.ndim != 0:
+            raise ConfigurationError(
+                f"loss must return a scalar, the mean over the batch; found shape {tuple(loss.shape)}. Leave out "
+                "reduction='none'."
+            )
         if self._backward is None:
             loss.backward()  # type: ignore[no-untyped-call]
         else:
@@ -157,8 +184,8 @@ class Step:
                     raise
                 raise UnsupportedModelError(
                     "Attack steps after the first need the gradient of the images alone, which reentrant activation "
-                    "checkpointing cannot give. Write use_reentrant=False (gradient_checkpointing_kwargs in Hugging Face "
-                    "models), or attack_steps=1."
+                    "checkpointing cannot give. Write use_reentrant=False (gradient_checkpointing_kwargs in Hugging "
+                    "Face models), or attack_steps=1."
                 ) from error
         return gradient
 
@@ -170,8 +197,8 @@ class Step:
         if not registry.warned and any(isinstance(norm, _BatchNorm) for norm in registry.norms.values()):
             registry.warned = True
             warnings.warn(
-                f"Only {number} images a step go through the auxiliary batch norms: too few for stable statistics. Raise "
-                "the batch size or the fraction to have 8 or more.",
+                f"Only {number} images a step go through the auxiliary batch norms: too few for stable statistics. "
+                "Raise the batch size or the fraction to have 8 or more.",
                 stacklevel=5,
             )
 
@@ -184,7 +211,7 @@ def input_gradient(images: Tensor) -> Tensor:
     """
     if images.grad is None:
         raise ModelOutputError(
-            "No gradient reached the images: the model detaches its input, or the given backward() did not run. Expected "
-            "logits that are differentiable with respect to the images."
+            "No gradient reached the images: the model detaches its input, or the given backward() did not run. "
+            "Expected logits that are differentiable with respect to the images."
         )
     return images.grad

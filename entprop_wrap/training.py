@@ -60,9 +60,12 @@ def training_step(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"training_step() expects a torch.nn.Module first, found {type(model).__name__}.")
-    if isinstance(method, type):
-        raise TypeError(f"method expects an instance: write method={method.__name__}().")
     method = EntProp() if method is None else method
+    if isinstance(method, type) or not hasattr(method, "step"):
+        found = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+        raise TypeError(f"method expects an instance of a training method, found {found}: write method=EntProp(), say.")
+    if pixel_space is not None and not isinstance(pixel_space, PixelSpace):
+        raise TypeError(f"pixel_space expects a PixelSpace, found {pixel_space!r}: write PixelSpace(mean, std).")
     if method.auxiliaries:
         find_registry(model)  # raises before anything runs
     step = Step(model, images, labels, pixel_space or PixelSpace(), loss or cross_entropy, backward, generator)

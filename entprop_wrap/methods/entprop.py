@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
@@ -48,7 +49,8 @@ class EntProp:
             and mixes the selected images among themselves, their gradients likewise.
         auxiliary_target: Of mixed images in the auxiliary pass: "mixed" has both labels, as in the main pass; "source"
             only the first, which is the wrong one where ``share < 1/2`` (Algorithm 1 to the letter).
-        uncertainty: Score to select by, ``(logits, labels) -> (N,)``; see ``entprop_wrap.selection``.
+        uncertainty: Score to select by, ``(logits, labels) -> (N,)``; see ``entprop_wrap.selection``. The labels are those
+            of the images themselves, also where the batch is mixed.
         weighting: "per_image" lets every image that is passed count alike, so that the mean auxiliary loss has weight
             ``k`` (the intent of section 4.1.3, whose formula is not given); "sum" adds both means (Algorithm 1).
         auxiliary: Name of the auxiliary domain.
@@ -118,11 +120,11 @@ class EntProp:
         with step.only_local():
             logits = step.forward(images)
             main_loss = target.loss(step.loss, logits)
+            selected = top(self.uncertainty(logits.detach(), step.labels), number)
             step.backward(main_loss)
         logits = logits.detach()
-        gradient = input_gradient(images) if self.attack_steps > 0 else None
+        gradient = input_gradient(images) if self.attack_steps > 0 else torch.zeros_like(images)
 
-        selected = top(self.uncertainty(logits, step.labels), number)
         aux_images, aux_target = self._harden(step, images.detach(), gradient, target, selected)
         with step.auxiliary(self.auxiliary):
             aux_logits = step.forward(aux_images)
@@ -144,15 +146,14 @@ class EntProp:
         )
 
     def _harden(
-        self, step: Step, images: Tensor, gradient: Tensor | None, target: Target, selected: Tensor
+        self, step: Step, images: Tensor, gradient: Tensor, target: Target, selected: Tensor
     ) -> tuple[Tensor, Target]:
-        origin, target = take(images, selected), target.rows(selected)
-        gradient = None if gradient is None else take(gradient, selected)
+        origin, target, gradient = take(images, selected), target.rows(selected), take(gradient, selected)
         if self.mix is not None and self.mix_on == "auxiliary":
             mix = self.mix.draw(origin.shape, step.generator)
             origin, target = mix.apply(origin), Target.mixed(target.labels, mix)
             # The gradient of the mixed loss for a change that both parents share, to first order.
-            gradient = None if gradient is None else mix.apply(gradient)
+            gradient = mix.apply(gradient)
         if self.auxiliary_target == "source":
             target = target.source()
 
@@ -162,6 +163,5 @@ class EntProp:
             if attack_step > 0:
                 with step.auxiliary(self.auxiliary, record_statistics=False):
                     gradient = step.pixel_gradient(hardened, target)
-            assert gradient is not None
             hardened = ascend(hardened, origin, gradient, epsilon=epsilon, step_size=step_size, space=step.space)
         return hardened, target

@@ -1,0 +1,554 @@
+"""``training_step`` inside other people's loops: passes, accumulation, clipping, AMP, and what it refuses."""
+
+import contextlib
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import nn
+
+import entprop_wrap as entprop
+from entprop_wrap import errors
+from tests.reference.models import CLASSES, MODELS, build, random_batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
+
+BATCH, FRACTION, SELECTED = 7, 0.4, 3
+MIXES = {
+    "unmixed": {"mix": None},
+    "mixup_batch": {"mix": entprop.MixUp(alpha=1.0), "mix_on": "batch"},
+    "mixup_auxiliary": {"mix": entprop.MixUp(alpha=1.0), "mix_on": "auxiliary"},
+    "cutmix_batch": {"mix": entprop.CutMix(alpha=1.0), "mix_on": "batch"},
+    "cutmix_auxiliary": {"mix": entprop.CutMix(alpha=1.0), "mix_on": "auxiliary"},
+}
+
+
+def entprop_method(**options):
+    return entprop.EntProp(**{"fraction": FRACTION, "mix": None, **options})
+
+
+def wrapped(kind="batch_norm", dtype=torch.float64, seed=0):
+    """A wrapped model whose copies differ from its main norms; always the same one."""
+    plain = build(kind, seed=seed, dtype=dtype)
+    names = set(plain.state_dict())
+    model = entprop.wrap(plain)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in names:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+    return model
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_gradients(batch, *, kind="batch_norm", dtype=torch.float64, amp=None, method=None, **options):
+    """Gradients of one step in a plain loop, on a fresh model, under autocast to ``amp`` if given."""
+    model = wrapped(kind, dtype)
+    with torch.autocast("cpu", amp, enabled=amp is not None):
+        entprop.training_step(model, *batch, method=method or entprop_method(**options))
+    return gradients(model)
+
+
+def distance_under_autocast(batch, *, kind, amp):
+    """How far autocast alone moves the gradient of an ordinary training step."""
+    full, reduced = (
+        plain_gradients(batch, kind=kind, dtype=torch.float32, method=entprop.Vanilla(), amp=to) for to in (None, amp)
+    )
+    return distance(reduced, full)
+
+
+def assert_close(found, expected, tolerance):
+    assert set(found) == set(expected)
+    wrong = {}
+    for name, wanted in expected.items():
+        error = (found[name] - wanted).norm().item() / max(wanted.norm().item(), 1e-4)
+        if not error <= tolerance:
+            wrong[name] = error
+    assert not wrong, f"relative errors above {tolerance}: {wrong}"
+
+
+def distance(found, expected):
+    """Relative distance of two whole gradients."""
+    assert set(found) == set(expected)
+    apart = sum((found[name].double() - wanted.double()).square().sum() for name, wanted in expected.items())
+    return math.sqrt(apart / sum(wanted.double().square().sum() for wanted in expected.values()))
+
+
+# Passes ---------------------------------------------------------------------------------------------------------------
+
+
+class _Counted(torch.autograd.Function):
+    """The identity; writes down the batch size of each backward pass."""
+
+    @staticmethod
+    def forward(context, tensor, log):
+        context.log = log
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(context, gradient):
+        context.log.append(len(gradient))
+        return gradient, None
+
+
+class Counter:
+    """Batch sizes of the forward and backward passes through a model, and of the calls of ``backward``."""
+
+    def __init__(self, model):
+        self.forwards, self.backwards, self.calls = [], [], 0
+        model.register_forward_pre_hook(lambda module, args: self.forwards.append(len(args[0])))
+        model.register_forward_hook(lambda module, args, output: _Counted.apply(output, self.backwards))
+
+    def backward(self, loss):
+        self.calls += 1
+        loss.backward()
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_passes(steps, mix):
+    """One main pass and one per attack step: neither mixing nor the first attack step adds any."""
+    model = wrapped()
+    counter = Counter(model)
+    out = entprop.training_step(
+        model, *random_batch(BATCH), method=entprop_method(attack_steps=steps, **MIXES[mix]), backward=counter.backward
+    )
+    passes = [BATCH] + [SELECTED] * max(steps, 1)
+    assert counter.forwards == passes
+    assert counter.backwards == passes
+    assert counter.calls == 2
+    assert out.passes == pytest.approx(sum(passes) / BATCH)
+
+
+def test_vanilla_is_one_pass():
+    model = wrapped()
+    counter = Counter(model)
+    out = entprop.training_step(model, *random_batch(BATCH), method=entprop.Vanilla(), backward=counter.backward)
+    assert (counter.forwards, counter.backwards, counter.calls, out.passes) == ([BATCH], [BATCH], 1, 1)
+
+
+def test_the_losses_handed_to_backward_add_up_to_the_loss():
+    losses = []
+
+    def backward(loss):
+        losses.append(loss.item())
+        loss.backward()
+
+    for weighting in ("per_image", "sum"):
+        losses.clear()
+        out = entprop.training_step(
+            wrapped(), *random_batch(BATCH), method=entprop_method(weighting=weighting), backward=backward
+        )
+        weight = {"per_image": SELECTED / BATCH, "sum": 1.0}[weighting]
+        assert losses == pytest.approx([out.main_loss.item(), weight * out.aux_loss.item()], rel=1e-12)
+        assert out.loss.item() == pytest.approx(sum(losses), rel=1e-12)
+
+
+# Loops ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerator():
+    """A factory, so that no test inherits another's process-wide state."""
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+
+    reset()
+    yield lambda **options: Accelerator(cpu=True, **options)
+    reset()
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_plain_and_an_accelerate_loop_agree(kind, steps, mix, accelerator):
+    batch = random_batch(BATCH)
+    models = [wrapped(kind), wrapped(kind)]
+    outs = []
+    for model, accelerate in zip(models, (None, accelerator()), strict=True):
+        trained = accelerate.prepare(model) if accelerate else model
+        out = entprop.training_step(
+            trained,
+            *batch,
+            method=entprop_method(attack_steps=steps, **MIXES[mix]),
+            backward=accelerate.backward if accelerate else None,
+            generator=torch.Generator().manual_seed(0),
+        )
+        outs.append(out)
+    assert torch.equal(outs[0].loss, outs[1].loss)
+    assert_close(gradients(models[1]), gradients(models[0]), 0.0)
+    for first, second in zip(models[0].buffers(), models[1].buffers(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", ["batch_norm", "layer_norm"])
+def test_accumulated_gradients_are_the_mean_of_the_steps(kind, steps, accelerator):
+    accelerate = accelerator(gradient_accumulation_steps=3)
+    model = wrapped(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerate.prepare(model, optimizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batches = [random_batch(BATCH, seed=seed) for seed in range(3)]
+    for index, batch in enumerate(batches):
+        with accelerate.accumulate(model):
+            out = entprop.training_step(
+                model, *batch, method=entprop_method(attack_steps=steps), backward=accelerate.backward
+            )
+            assert accelerate.sync_gradients == (index == 2)
+            assert out.loss.item() == pytest.approx(
+                out.main_loss.item() + SELECTED / BATCH * out.aux_loss.item(), rel=1e-12
+            )
+            if accelerate.sync_gradients:
+                found = gradients(model)
+            optimizer.step()
+            optimizer.zero_grad()
+    singles = [plain_gradients(batch, kind=kind, attack_steps=steps) for batch in batches]
+    mean = {name: sum(single[name] for single in singles) / 3 for name in found}
+    assert_close(found, mean, 1e-12)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, before[name] - 0.1 * mean[name], rtol=0, atol=1e-12)
+
+
+def test_clipping_sees_both_branches(accelerator):
+    batch = random_batch(BATCH)
+    accelerate = accelerator()
+    model = accelerate.prepare(wrapped())
+    entprop.training_step(model, *batch, method=entprop_method(), backward=accelerate.backward)
+    norm = accelerate.clip_grad_norm_(model.parameters(), 0.05)
+    expected = plain_gradients(batch)
+    total = math.sqrt(sum(gradient.square().sum() for gradient in expected.values()))
+    assert total > 0.05
+    assert norm.item() == pytest.approx(total, rel=1e-12)
+    assert_close(gradients(model), {name: g * (0.05 / (total + 1e-6)) for name, g in expected.items()}, 1e-12)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("how", ["autocast", "accelerate"])
+def test_bfloat16_is_close_to_float32(how, kind, accelerator):
+    batch = random_batch(BATCH, dtype=torch.float32)
+    expected = plain_gradients(batch, kind=kind, dtype=torch.float32, attack_steps=2)
+    model = wrapped(kind, torch.float32)
+    if how == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            out = entprop.training_step(model, *batch, method=entprop_method(attack_steps=2))
+    else:
+        accelerate = accelerator(mixed_precision="bf16")
+        prepared = accelerate.prepare(model)
+        out = entprop.training_step(
+            prepared, *batch, method=entprop_method(attack_steps=2), backward=accelerate.backward
+        )
+    assert out.entropy.dtype == torch.float32
+    assert out.aux_images.dtype == torch.float32
+    assert 0 < distance(gradients(model), expected) < 2 * distance_under_autocast(batch, kind=kind, amp=torch.bfloat16)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_scaled_loss_gives_the_same_gradients_once_unscaled(kind, steps):
+    batch = random_batch(BATCH, dtype=torch.float32)
+    expected = plain_gradients(batch, kind=kind, dtype=torch.float32, attack_steps=steps)
+    model = wrapped(kind, torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    entprop.training_step(
+        model, *batch, method=entprop_method(attack_steps=steps), backward=lambda loss: scaler.scale(loss).backward()
+    )
+    scaler.unscale_(optimizer)
+    assert_close(gradients(model), expected, 1e-5)
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler.step(optimizer)
+    scaler.update()
+    assert not all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["batch_norm", "layer_norm"])
+def test_float16_with_a_scaler_is_close_to_float32(kind):
+    batch = random_batch(BATCH, dtype=torch.float32)
+    expected = plain_gradients(batch, kind=kind, dtype=torch.float32, attack_steps=3)
+    model = wrapped(kind, torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    with torch.autocast("cpu", torch.float16):
+        entprop.training_step(
+            model, *batch, method=entprop_method(attack_steps=3), backward=lambda loss: scaler.scale(loss).backward()
+        )
+    scaler.unscale_(optimizer)
+    assert 0 < distance(gradients(model), expected) < 3 * distance_under_autocast(batch, kind=kind, amp=torch.float16)
+
+
+def test_a_scaler_skips_a_step_that_overflows_in_the_auxiliary_branch():
+    """One optimizer step sees both branches, so an overflow in either makes the scaler drop the whole step."""
+    model = wrapped(dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    calls = []
+
+    def backward(loss):
+        calls.append(loss)
+        scaler.scale(loss * (float("inf") if len(calls) == 2 else 1.0)).backward()
+
+    before = [p.detach().clone() for p in model.parameters()]
+    entprop.training_step(model, *random_batch(BATCH, dtype=torch.float32), method=entprop_method(), backward=backward)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**11
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_few_steps_learn():
+    model = wrapped(dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    images, labels = random_batch(32, dtype=torch.float32)
+    losses = []
+    for _ in range(25):
+        out = entprop.training_step(model, images, labels, method=entprop_method(attack_steps=2))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((out.main_loss.item(), out.aux_loss.item()))
+    assert losses[-1][0] < 0.8 * losses[0][0]
+    assert losses[-1][1] < 0.8 * losses[0][1]
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+class Returning(nn.Module):
+    """A wrapped-to-be net whose output goes through ``change``."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net = build("batch_norm")
+        self.change = change
+
+    def forward(self, pixels):
+        return self.change(self.net(pixels))
+
+
+def images_like(change):
+    return lambda: (change(random_batch(BATCH)[0]), random_batch(BATCH)[1])
+
+
+def labels_like(change):
+    return lambda: (random_batch(BATCH)[0], change(random_batch(BATCH)[1]))
+
+
+def with_value(index, value):
+    def change(tensor):
+        tensor[index] = value
+        return tensor
+
+    return change
+
+
+SPACE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+BAD_BATCHES = {
+    # name: (batch, pixel space, error, what its message has to say)
+    "uint8": (images_like(lambda x: (255 * x).to(torch.uint8)), None, errors.ImageError, "uint8"),
+    "integers": (images_like(lambda x: (255 * x).to(torch.int64)), None, errors.ImageError, "int64"),
+    "0 to 255": (images_like(lambda x: 255 * x), None, errors.PixelRangeError, "255"),
+    "NHWC": (images_like(lambda x: x.permute(0, 2, 3, 1)), None, errors.ImageError, r"\(7, 8, 8, 3\)|permute|NHWC"),
+    "one image": (images_like(lambda x: x[0]), None, errors.ImageError, r"\(3, 8, 8\)"),
+    "a list": (images_like(list), None, errors.ImageError, "list"),
+    "an array": (images_like(lambda x: x.numpy()), None, errors.ImageError, "ndarray"),
+    "no images": (lambda: (torch.zeros(0, 3, 8, 8).double(), torch.zeros(0).long()), None, errors.ImageError, None),
+    "NaN": (images_like(with_value((4, 2, 1, 1), math.nan)), None, errors.ImageError, "NaN|nan|finite"),
+    "infinite": (images_like(with_value((4, 2, 1, 1), math.inf)), None, errors.ImageError, "inf|finite"),
+    "normalised": (images_like(lambda x: (x - 0.45) / 0.22), None, errors.PixelRangeError, "normalised.*pixel_space"),
+    "not normalised": (images_like(lambda x: 6 * x - 3), SPACE, errors.PixelRangeError, None),
+    "batch of one": (lambda: random_batch(1), None, errors.EntPropError, "2|two|one"),
+    "labels too large": (labels_like(with_value(3, CLASSES)), None, errors.LabelError, "5"),
+    "labels negative": (labels_like(with_value(3, -1)), None, errors.LabelError, "-1"),
+    "labels float": (labels_like(lambda y: y.double()), None, errors.LabelError, "float64"),
+    "labels bool": (labels_like(lambda y: y > 1), None, errors.LabelError, "bool"),
+    "labels (N, 1)": (labels_like(lambda y: y[:, None]), None, errors.LabelError, r"\(7, 1\)"),
+    "labels too few": (labels_like(lambda y: y[:5]), None, errors.LabelError, "5.*7|7.*5"),
+    "labels a list": (labels_like(lambda y: y.tolist()), None, errors.LabelError, "list"),
+    "labels one number": (labels_like(lambda y: y[0]), None, errors.LabelError, None),
+    "one-hot integers": (labels_like(lambda y: F.one_hot(y, CLASSES)), None, errors.LabelError, "float"),
+    "soft labels, too few classes": (
+        labels_like(lambda y: torch.full((BATCH, CLASSES - 1), 1 / (CLASSES - 1)).double()),
+        None,
+        errors.LabelError,
+        "4",
+    ),
+    "soft labels, too few": (
+        labels_like(lambda y: F.one_hot(y, CLASSES)[:5].double()),
+        None,
+        errors.LabelError,
+        "5.*7|7.*5",
+    ),
+    "soft labels, NaN": (
+        labels_like(lambda y: with_value((1, 1), math.nan)(F.one_hot(y, CLASSES).double())),
+        None,
+        errors.LabelError,
+        None,
+    ),
+    "soft labels, negative": (
+        labels_like(lambda y: 2.0 * F.one_hot(y, CLASSES).double() - 0.25),
+        None,
+        errors.LabelError,
+        None,
+    ),
+}
+
+BAD_MODELS = {
+    "not wrapped": (lambda: build("batch_norm"), errors.NotWrappedError, "wrap"),
+    "in eval mode": (lambda: wrapped().eval(), errors.EntPropError, r"train\(\)|eval"),
+    "features": (lambda: entprop.wrap(Returning(lambda z: z.mean(1)).train()), errors.ModelOutputError, r"\(7,\)"),
+    "a map": (lambda: entprop.wrap(Returning(lambda z: z[..., None]).train()), errors.ModelOutputError, "5, 1"),
+    "nothing": (lambda: entprop.wrap(Returning(lambda z: None).train()), errors.ModelOutputError, "None"),
+    "no logits": (
+        lambda: entprop.wrap(Returning(lambda z: {"last_hidden_state": z}).train()),
+        errors.ModelOutputError,
+        "last_hidden_state",
+    ),
+    "other rows": (lambda: entprop.wrap(Returning(lambda z: z[:3]).train()), errors.ModelOutputError, r"\(3, 5\)"),
+}
+
+
+@contextlib.contextmanager
+def untouched(model):
+    """Whatever happens inside, the model keeps its parameters, buffers, modes and (no) gradients."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    yield
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert not moved, f"moved: {moved}"
+    assert not gradients(model)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("name", BAD_BATCHES)
+def test_bad_batches_are_refused(name, steps):
+    batch, space, error, message = BAD_BATCHES[name]
+    model = wrapped()
+    with untouched(model), pytest.raises(error, match=message):
+        entprop.training_step(
+            model,
+            *batch(),
+            method=entprop_method(attack_steps=steps),
+            pixel_space=entprop.PixelSpace(**space) if space else None,
+        )
+
+
+@pytest.mark.parametrize("name", ["uint8", "NHWC", "NaN", "labels too large", "labels float", "labels too few"])
+def test_vanilla_refuses_bad_batches_too(name):
+    batch, _, error, message = BAD_BATCHES[name]
+    model = wrapped()
+    with untouched(model), pytest.raises(error, match=message):
+        entprop.training_step(model, *batch(), method=entprop.Vanilla())
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_models_are_refused(name):
+    make, error, message = BAD_MODELS[name]
+    model = make()
+    with untouched(model), pytest.raises(error, match=message):
+        entprop.training_step(model, *random_batch(BATCH), method=entprop_method())
+
+
+def test_a_refused_batch_leaves_the_next_step_as_it_was():
+    batch = random_batch(BATCH)
+    model = wrapped()
+    for name in ("uint8", "labels too large", "normalised"):
+        with pytest.raises(errors.EntPropError):
+            entprop.training_step(model, *BAD_BATCHES[name][0](), method=entprop_method())
+    entprop.training_step(model, *batch, method=entprop_method())
+    assert_close(gradients(model), plain_gradients(batch), 0.0)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_step_without_gradients_is_refused(context):
+    model = wrapped()
+    with untouched(model), context(), pytest.raises(errors.EntPropError, match=r"no_grad"):
+        entprop.training_step(model, *random_batch(BATCH), method=entprop_method())
+
+
+@pytest.mark.parametrize("score", [F.cross_entropy, lambda logits, labels: logits])
+def test_an_uncertainty_that_is_not_one_score_an_image_is_refused_before_the_backward(score):
+    model = wrapped()
+    with pytest.raises(errors.ConfigurationError, match=r"one score per image"):
+        entprop.training_step(model, *random_batch(BATCH), method=entprop_method(uncertainty=score))
+    assert not gradients(model)
+
+
+BAD_OPTIONS = {
+    "epsilon in pixels": ({"epsilon": 4}, "4/255"),
+    "epsilon in pixels, float": ({"epsilon": 4.0}, "4/255"),
+    "step_size in pixels": ({"step_size": 1}, "1/255"),
+    "epsilon negative": ({"epsilon": -1 / 255}, "epsilon"),
+    "step_size negative": ({"step_size": -1 / 255}, "step_size"),
+    "epsilon NaN": ({"epsilon": math.nan}, "epsilon"),
+    "fraction zero": ({"fraction": 0}, "fraction"),
+    "fraction negative": ({"fraction": -0.2}, "fraction"),
+    "fraction in percent": ({"fraction": 20}, "fraction"),
+    "fraction NaN": ({"fraction": math.nan}, "fraction"),
+    "attack_steps negative": ({"attack_steps": -1}, "attack_steps"),
+    "attack_steps fractional": ({"attack_steps": 1.5}, "attack_steps"),
+    "mix_on": ({"mix_on": "selected", "mix": entprop.MixUp()}, "batch.*auxiliary"),
+    "auxiliary_target": ({"auxiliary_target": "y_a"}, "mixed.*source"),
+    "weighting": ({"weighting": "mean"}, "per_image.*sum"),
+    "mix a number": ({"mix": 0.2}, "MixUp"),
+    "mix a class": ({"mix": entprop.MixUp}, "MixUp"),
+    "uncertainty a string": ({"uncertainty": "entropy"}, "entropy"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options_are_refused_where_they_are_written(name):
+    options, message = BAD_OPTIONS[name]
+    with pytest.raises(errors.EntPropError, match=message):
+        entprop.EntProp(**options)
+
+
+@pytest.mark.parametrize("mixer", ["MixUp", "CutMix"])
+@pytest.mark.parametrize("alpha", [0, -1.0, math.nan, math.inf])
+def test_bad_alphas_are_refused(mixer, alpha):
+    with pytest.raises(errors.ConfigurationError, match="alpha"):
+        getattr(entprop, mixer)(alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ((0.5,) * 3, (0.5, 0.0, 0.5)),
+        ((0.5,) * 3, (0.5, -0.5, 0.5)),
+        ((0.5,) * 2, (0.5,) * 3),
+        ((math.nan,) * 3, (1.0,) * 3),
+    ],
+)
+def test_bad_pixel_spaces_are_refused(mean, std):
+    with pytest.raises(errors.ConfigurationError, match=r"mean|std"):
+        entprop.PixelSpace(mean, std)
+
+
+def test_a_pixel_space_of_other_channels_is_refused():
+    model = wrapped()
+    with untouched(model), pytest.raises(errors.EntPropError, match="channel"):
+        entprop.training_step(
+            model, *random_batch(BATCH), method=entprop_method(), pixel_space=entprop.PixelSpace((0.5,) * 4, (0.5,) * 4)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_narrow_integer_labels_are_taken_or_refused_in_words(dtype):
+    images, labels = random_batch(BATCH)
+    model = wrapped()
+    with untouched(model) as _, contextlib.suppress(errors.LabelError):
+        entprop.training_step(copy.deepcopy(model), images, labels.to(dtype), method=entprop_method())
+        taken = wrapped()
+        entprop.training_step(taken, images, labels.to(dtype), method=entprop_method())
+        assert_close(gradients(taken), plain_gradients((images, labels)), 0.0)
