@@ -3,18 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.mixing import Mix, take
+from entprop_wrap.selection import entropy
 
-__all__ = ["Loss", "Target", "cross_entropy"]
+__all__ = ["Loss", "Regularised", "Target", "cross_entropy", "smooth"]
 
 #: ``(logits (N, C), labels (N,) or (N, C)) -> scalar``, a mean over the batch.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 cross_entropy: Loss = F.cross_entropy
+
+
+def smooth(labels: Tensor, smoothing: float, classes: int) -> Tensor:
+    """Return ``(1 - smoothing) * labels + smoothing / classes`` as probabilities ``(N, C)``.
+
+    Source: Szegedy et al., CVPR 2016, section 7.
+    """
+    probabilities = labels if labels.is_floating_point() else F.one_hot(labels, classes).float()
+    return torch.lerp(probabilities, torch.full_like(probabilities, 1 / classes), smoothing)
+
+
+@dataclass(frozen=True)
+class Regularised:
+    """A loss with an entropy bonus and smoothed labels: ``loss(logits, smooth(labels)) - weight * mean entropy``.
+
+    Source: label smoothing as in :func:`smooth`; the bonus is the confidence penalty of Pereyra et al., ICLR workshop
+    2017, equation 2.
+
+    Attributes:
+        loss: What to regularise; it has to take probabilities if labels are smoothed.
+        label_smoothing: In [0, 1).
+        entropy_weight: At least 0, in units of the loss per nat.
+
+    Raises:
+        ConfigurationError: A coefficient is out of its range.
+    """
+
+    loss: Loss
+    label_smoothing: float = 0.0
+    entropy_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigurationError(f"label_smoothing must be in [0, 1), found {self.label_smoothing!r}.")
+        if not self.entropy_weight >= 0:
+            raise ConfigurationError(f"entropy_weight must be at least 0, found {self.entropy_weight!r}.")
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of ``logits`` ``(N, C)``."""
+        if self.label_smoothing:
+            labels = smooth(labels, self.label_smoothing, logits.shape[1]).to(logits.dtype)
+        value = self.loss(logits, labels)
+        return value - self.entropy_weight * entropy(logits).mean() if self.entropy_weight else value
 
 
 class Target:

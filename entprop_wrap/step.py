@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from entprop_wrap import checks
-from entprop_wrap.containers import no_gradient_sync, plain_model
+from entprop_wrap.containers import no_gradient_sync, plain_model, walk
 from entprop_wrap.errors import ConfigurationError, EntPropError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.losses import Loss, Target
 from entprop_wrap.perturbation import PixelSpace
@@ -125,7 +125,7 @@ class Step:
         """Return the logits ``(N, C)`` of ``images``, at least float32."""
         if self.checker.classes is None:
             return self._first_forward(images)
-        logits = checks.logits_of(self.model(images), len(images))
+        logits = checks.logits_of(self.model(images), len(images), differentiable=torch.is_grad_enabled())
         if logits.shape[1] != self.checker.classes:  # the model was given another head
             self.checker.labels(self.labels, logits.shape[1])
             self.checker.classes = logits.shape[1]
@@ -136,7 +136,7 @@ class Step:
         buffers = list(plain_model(self.model).buffers())
         before = [buffer.clone() for buffer in buffers]
         try:
-            logits = checks.logits_of(self.model(images), len(images))
+            logits = checks.logits_of(self.model(images), len(images), differentiable=torch.is_grad_enabled())
             self.checker.labels(self.labels, logits.shape[1])
         except EntPropError:
             for buffer, value in zip(buffers, before, strict=True):
@@ -165,20 +165,58 @@ class Step:
         """Return a context in which the model runs through the auxiliary norms ``name``."""
         return auxiliary(self.model, name, record_statistics=record_statistics)
 
-    def pixel_gradient(self, images: Tensor, target: Target) -> Tensor:
-        """Return the gradient of the loss with respect to ``images``, up to a positive factor; no parameter gets any.
+    @contextmanager
+    def norms_frozen(self, frozen: bool = True) -> Iterator[None]:
+        """Run norm layers on their running statistics, as in evaluation, and everything else in training mode."""
+        norms = [module for module in walk(self.model) if frozen and isinstance(module, _NormBase) and module.training]
+        for norm in norms:
+            norm.training = False
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.training = True
 
-        The factor is a power of two that keeps small gradients from vanishing in fp16.
+    @contextmanager
+    def norm_gradients_scaled(self, auxiliary: str | None, factor: float) -> Iterator[None]:
+        """Scale the gradients of a domain's norm parameters (None: the main domain) in backwards of the with-block.
+
+        Raises:
+            UnsupportedModelError: The parameters are sharded, where hooks on them see nothing.
+        """
+        parameters = [p for p in find_registry(self.model).tensors(auxiliary) if p.requires_grad]
+        if any(type(parameter) is not nn.Parameter for parameter in parameters):
+            raise UnsupportedModelError(
+                "Gradients of sharded norm parameters cannot be re-balanced: use DDP, not FSDP."
+            )
+        handles = [
+            parameter.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
+            for parameter in parameters
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def pixel_gradient(self, images: Tensor, target: Target) -> Tensor:
+        """Return :meth:`pixel_gradient_of` the loss of ``target``."""
+        return self.pixel_gradient_of(images, lambda logits: target.loss(self.loss, logits))
+
+    def pixel_gradient_of(self, images: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the gradient of ``objective(logits)`` with respect to ``images``, up to a positive factor.
+
+        No parameter gets a gradient. The factor is a power of two that keeps small gradients from vanishing in fp16.
 
         Raises:
             UnsupportedModelError: The model uses reentrant checkpointing, which torch cannot differentiate this way.
         """
         images = images.detach().requires_grad_()
         with self.only_local():
-            loss = target.loss(self.loss, self.forward(images))
+            value = objective(self.forward(images))
             scale = 2.0 ** (9 + (len(images) - 1).bit_length())
             try:
-                (gradient,) = torch.autograd.grad(loss * scale, images)
+                (gradient,) = torch.autograd.grad(value * scale, images)
             except RuntimeError as error:
                 if "checkpoint" not in str(error).lower():
                     raise

@@ -1,6 +1,10 @@
 """Training methods: one file, one method, one frozen dataclass with one ``step``."""
 
+from entprop_wrap.methods.adversarial_training import AdversarialTraining
+from entprop_wrap.methods.advprop import AdvProp
 from entprop_wrap.methods.entprop import EntProp
+from entprop_wrap.methods.fast_advprop import FastAdvProp
+from entprop_wrap.methods.mixprop import MixProp
 from entprop_wrap.methods.vanilla import Vanilla
 
-__all__ = ["EntProp", "Vanilla"]
+__all__ = ["AdvProp", "AdversarialTraining", "EntProp", "FastAdvProp", "MixProp", "Vanilla"]

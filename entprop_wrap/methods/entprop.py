@@ -49,8 +49,8 @@ class EntProp:
             and mixes the selected images among themselves, their gradients likewise.
         auxiliary_target: Of mixed images in the auxiliary pass: "mixed" has both labels, as in the main pass; "source"
             only the first, which is the wrong one where ``share < 1/2`` (Algorithm 1 to the letter).
-        uncertainty: Score to select by, ``(logits, labels) -> (N,)``; see ``entprop_wrap.selection``. The labels are those
-            of the images themselves, also where the batch is mixed.
+        uncertainty: Score to select by, ``(logits, labels) -> (N,)``; see ``entprop_wrap.selection``. The labels are
+            those of the images themselves, also where the batch is mixed.
         weighting: "per_image" lets every image that is passed count alike, so that the mean auxiliary loss has weight
             ``k`` (the intent of section 4.1.3, whose formula is not given); "sum" adds both means (Algorithm 1).
         auxiliary: Name of the auxiliary domain.

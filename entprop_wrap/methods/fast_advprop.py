@@ -1,0 +1,126 @@
+"""Fast AdvProp (Mei et al., "Fast AdvProp", ICLR 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entprop_wrap.attacks import uniform_start
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.losses import Target
+from entprop_wrap.perturbation import ascend, check_magnitude
+from entprop_wrap.selection import count, entropy
+from entprop_wrap.step import Step, StepOutput, input_gradient
+
+__all__ = ["FastAdvProp"]
+
+
+@dataclass(frozen=True)
+class FastAdvProp:
+    """Most of the batch is trained clean, the rest adversarially; no image is both, no pass is for the attack alone.
+
+    The last ``fraction`` of the batch (which is shuffled anyway) gets uniform noise; one pass through the auxiliary
+    norms gives the gradient of the pixels and trains on the noisy images at weight ``beta``; one step along it
+    gives the adversarial images, which train at weight ``1 - beta`` (Algorithm 1: 0.5 both). Every image counts alike: losses
+    are sums over images, divided by what each parameter has seen, so that shared weights, main norms and auxiliary
+    norms learn at one rate (gradient re-balancing 1:1:1, section 3.3).
+
+    Cost: ``1 + fraction`` passes. The paper divides the number of epochs by that, so that the whole training costs as
+    much as vanilla training; set ``epochs`` accordingly.
+
+    Attributes:
+        fraction: Share of the batch that is trained adversarially, in (0, 1); the number is rounded, at least 2.
+        epsilon: Largest change of a pixel and size of the one step, as a fraction of the pixel range.
+        beta: Weight of the noise pass; the adversarial pass has ``1 - beta``. In (0, 1).
+        shuffle: Exchange adversarial images between processes, so that batch statistics do not give away which images
+            were attacked together ("Shuffling BN", section 3.3). Without effect on one process.
+        auxiliary: Name of the auxiliary domain.
+    """
+
+    fraction: float = 0.2
+    epsilon: float = 1 / 255
+    beta: float = 0.5
+    shuffle: bool = True
+    auxiliary: str = "aux"
+
+    def __post_init__(self) -> None:
+        check_magnitude("epsilon", self.epsilon)
+        for name in ("fraction", "beta"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} must be in (0, 1), found {getattr(self, name)!r}.")
+
+    @property
+    def auxiliaries(self) -> tuple[str, ...]:
+        """The one auxiliary domain."""
+        return (self.auxiliary,)
+
+    def step(self, step: Step) -> StepOutput:
+        """Run the step (Algorithm 1)."""
+        batch = len(step.images)
+        number = count(batch, self.fraction, at_least=4)
+        clean = batch - max(2, min(number, batch - 2))
+        step.warn_if_few(batch - clean)
+        weight = (batch - clean) / batch
+
+        with step.only_local(), step.norm_gradients_scaled(None, batch / clean):
+            logits = step.forward(step.images[:clean])
+            main_loss = Target(step.labels[:clean]).loss(step.loss, logits)
+            step.backward((1 - weight) * main_loss)
+
+        origin, target = step.images[clean:], Target(step.labels[clean:])
+        noisy = uniform_start(origin, self.epsilon, step.space, step.generator).requires_grad_()
+        with step.auxiliary(self.auxiliary), step.norm_gradients_scaled(self.auxiliary, 1 / weight):
+            with step.only_local():
+                noise_loss = target.loss(step.loss, step.forward(noisy))
+                step.backward(self.beta * weight * noise_loss)
+            images = ascend(
+                noisy.detach(),
+                origin,
+                input_gradient(noisy),
+                epsilon=self.epsilon,
+                step_size=self.epsilon,
+                space=step.space,
+            )
+            if self.shuffle:
+                images, target = shuffle_between_processes(images, target.labels)
+            aux_logits = step.forward(images)
+            aux_loss = target.loss(step.loss, aux_logits)
+            step.backward((1 - self.beta) * weight * aux_loss)
+
+        logits, main_loss = logits.detach(), main_loss.detach()
+        aux_loss = self.beta * noise_loss.detach() + (1 - self.beta) * aux_loss.detach()
+        return StepOutput(
+            loss=(1 - weight) * main_loss + weight * aux_loss,
+            main_loss=main_loss,
+            logits=logits,
+            entropy=entropy(logits),
+            passes=1.0 + weight,
+            aux_loss=aux_loss,
+            aux_logits=aux_logits.detach(),
+            aux_images=images,
+            checker=step.checker,
+        )
+
+
+def shuffle_between_processes(images: Tensor, labels: Tensor) -> tuple[Tensor, Target]:
+    """Permute images and labels over all processes; every process holds as many afterwards as before.
+
+    The permutation comes from the first process's random state. All processes must hold equally many images.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return images, Target(labels)
+    processes, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    everything = [gather(tensor, processes) for tensor in (images, labels)]
+    order = torch.randperm(len(everything[0])).to(images.device)
+    torch.distributed.broadcast(order, src=0)
+    mine = order[rank * len(images) : (rank + 1) * len(images)]
+    return everything[0][mine], Target(everything[1][mine])
+
+
+def gather(tensor: Tensor, processes: int) -> Tensor:
+    """Return the rows of all processes, in the order of ranks."""
+    parts = [torch.empty_like(tensor) for _ in range(processes)]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
