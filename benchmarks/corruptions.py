@@ -19,8 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from entprop_wrap.robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt  # noqa: E402
-from tests.reference.corruptions import REFERENCES  # noqa: E402
+from entprop_wrap.robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt
+from tests.reference.corruptions import REFERENCES
 
 SEVERITIES = (1, 3, 5)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from entprop_wrap.robustness.corruptions.draws import Draws
 from entprop_wrap.robustness.corruptions.filters import gaussian_blur_2d, shrink_and_enlarge
-from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish
+from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish, in_slices
 
 __all__ = ["brightness", "contrast", "elastic_transform", "pixelate", "saturate"]
 
@@ -32,6 +32,7 @@ _SATURATE = Levels(
 )
 
 
+@in_slices
 def brightness(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Raise the value of HSV and leave hue and saturation as they are. Nothing is drawn.
 
@@ -57,6 +58,7 @@ def brightness(images: Tensor, severity: int, generator: torch.Generator | None 
     return finish(torch.where(black, raised, scaled), images)
 
 
+@in_slices
 def contrast(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Pull every colour towards the mean colour of its image. Nothing is drawn.
 
@@ -75,6 +77,7 @@ def contrast(images: Tensor, severity: int, generator: torch.Generator | None = 
     return finish(torch.lerp(pixels.mean(dim=(2, 3), keepdim=True), pixels, kept), images)
 
 
+@in_slices
 def elastic_transform(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Shift three points of the image at random and the rest along with them, then stretch it locally.
 
@@ -107,6 +110,7 @@ def elastic_transform(images: Tensor, severity: int, generator: torch.Generator 
     return finish(_sample(moved, grid, corners_are_centres=False), images)
 
 
+@in_slices
 def pixelate(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Average down with a box filter and enlarge again without smoothing. Nothing is drawn.
 
@@ -128,6 +132,7 @@ def pixelate(images: Tensor, severity: int, generator: torch.Generator | None = 
     return finish(shrink_and_enlarge(pixels, int(height * share), int(width * share)), images)
 
 
+@in_slices
 def saturate(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Change the saturation of HSV and leave hue and value as they are. Nothing is drawn.
 
@@ -165,7 +170,8 @@ def _affine_places(moves: Tensor, height: int, width: int) -> Tensor:
     back = torch.linalg.solve(torch.cat([points + moves, one], dim=2), points.expand(len(moves), -1, -1))
     grid = _grid(moves.new_empty(1, 1, height, width))
     rows = torch.cat([grid, torch.ones_like(grid[..., :1])], dim=-1).view(1, -1, 3)
-    return (rows @ back).view(len(moves), height, width, 2)
+    places: Tensor = rows @ back
+    return places.view(len(moves), height, width, 2)
 
 
 def _grid(pixels: Tensor) -> Tensor:

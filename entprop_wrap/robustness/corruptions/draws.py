@@ -54,8 +54,8 @@ class Draws:
 
     def uniform(self, shape: Sequence[int], low: float = 0.0, high: float = 1.0) -> Tensor:
         """Draw ``(N, *shape)`` uniform values from the open interval ``(low, high)``."""
-        values = (self._integers(math.prod(shape)) >> (32 - _BITS)) & (2**_BITS - 1)
-        unit = values.to(self._dtype).add_(0.5).mul_(2.0**-_BITS)
+        values = self._integers(math.prod(shape)).bitwise_right_shift_(32 - _BITS).bitwise_and_(2**_BITS - 1)
+        unit: Tensor = values.to(self._dtype).add_(0.5).mul_(2.0**-_BITS)
         if (low, high) != (0.0, 1.0):
             unit = unit.mul_(high - low).add_(low)
         return unit.view(-1, *shape)
@@ -66,12 +66,16 @@ class Draws:
         half = (count + 1) // 2
         radius = self.uniform((half,)).log_().mul_(-2.0).sqrt_()
         angle = self.uniform((half,), 0.0, 2.0 * math.pi)
-        return torch.cat([radius * angle.cos(), radius * angle.sin_()], dim=1)[:, :count].reshape(-1, *shape)
+        pairs = torch.stack([angle.cos(), angle.sin_()], dim=1).mul_(radius.unsqueeze(1))
+        return pairs.flatten(1)[:, :count].reshape(-1, *shape)
 
     def below(self, bound: int, shape: Sequence[int]) -> Tensor:
-        """Draw ``(N, *shape)`` integers (int64) from 0 to ``bound - 1``; ``bound`` is small, so the bias is nil."""
-        values = (self._integers(math.prod(shape)) >> (32 - _BITS)) & (2**_BITS - 1)
-        return ((values.long() * bound) >> _BITS).view(-1, *shape)
+        """Draw ``(N, *shape)`` integers (int32) from 0 to ``bound - 1``, each as likely within ``bound / 2**16``."""
+        return (((self._integers(math.prod(shape)) >> 16) & 0xFFFF) * bound >> 16).view(-1, *shape)
+
+    def zeros(self, shape: Sequence[int]) -> Tensor:
+        """Return ``(N, *shape)`` zeros of the same dtype and device; draws nothing."""
+        return torch.zeros(self._keys.shape[1], *shape, dtype=self._dtype, device=self._keys.device)
 
     def _integers(self, count: int) -> Tensor:
         """The next ``count`` 32-bit integers of every stream, ``(N, count)``, int32."""
@@ -84,6 +88,6 @@ class Draws:
 
 def _mix(values: Tensor) -> Tensor:
     """Scramble int32 values in place, one to one; the masks make the shifts logical ones."""
-    values.bitwise_xor_((values >> 16) & 0xFFFF).mul_(_FIRST)
-    values.bitwise_xor_((values >> 15) & 0x1FFFF).mul_(_SECOND)
-    return values.bitwise_xor_((values >> 16) & 0xFFFF)
+    values.bitwise_xor_((values >> 16).bitwise_and_(0xFFFF)).mul_(_FIRST)
+    values.bitwise_xor_((values >> 15).bitwise_and_(0x1FFFF)).mul_(_SECOND)
+    return values.bitwise_xor_((values >> 16).bitwise_and_(0xFFFF))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish
+from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish, in_slices
 
 __all__ = ["compress", "jpeg_compression"]
 
@@ -40,6 +40,7 @@ _CHROMINANCE = (
 _TIE = 1e-3
 
 
+@in_slices
 def jpeg_compression(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Round to bytes, compress as JPEG with chroma at half the resolution, and decompress. Nothing is drawn.
 
@@ -82,7 +83,8 @@ def compress(pixels: Tensor, quality: int) -> Tensor:
     # Weights of 3/4 and 1/4 in each direction, the IJG decoder's default ("fancy upsampling").
     full = F.interpolate(small, scale_factor=2.0, mode="bilinear", align_corners=False)
     full = torch.floor(full + _in_turn(full, 8 / 16, 7 / 16))  # sixteenths, ties up and down in turn
-    blueness, redness = (full[..., :height, :width] - 128.0).split(1, dim=1)
+    chroma = full[..., :height, :width] - 128.0
+    blueness, redness = chroma[:, :1], chroma[:, 1:]
     decoded = torch.cat(
         [
             luma + 1.402 * redness,

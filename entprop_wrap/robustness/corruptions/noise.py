@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.robustness.corruptions.draws import Draws
-from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish
+from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish, in_slices
 
 __all__ = ["gaussian_noise", "impulse_noise", "shot_noise", "speckle_noise"]
 
@@ -27,6 +27,7 @@ _FEW = 4.0
 _MOST_OF_FEW = 18
 
 
+@in_slices
 def gaussian_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Add independent normal noise to every value, as in low light.
 
@@ -46,6 +47,7 @@ def gaussian_noise(images: Tensor, severity: int, generator: torch.Generator | N
     return finish(noise.mul_(sigma).add_(pixels), images)
 
 
+@in_slices
 def shot_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Replace every value by a Poisson count of photons, as in electronic sensors.
 
@@ -65,9 +67,10 @@ def shot_noise(images: Tensor, severity: int, generator: torch.Generator | None 
     """
     pixels, photons = begin(images, severity, _SHOT)
     probability = Draws(pixels, generator).uniform(pixels.shape[1:])
-    return finish(_poisson(pixels * photons, probability).div_(photons), images)
+    return finish(_poisson(pixels * photons, probability, photons).div_(photons), images)
 
 
+@in_slices
 def impulse_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Set some values to 0 and as many to 1: salt and pepper in each channel, as from bit errors.
 
@@ -88,6 +91,7 @@ def impulse_noise(images: Tensor, severity: int, generator: torch.Generator | No
     return finish(peppered.masked_fill_(chance > 1.0 - amount / 2, 1.0), images)
 
 
+@in_slices
 def speckle_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Add normal noise in proportion to each value: the brighter, the noisier.
 
@@ -107,24 +111,38 @@ def speckle_noise(images: Tensor, severity: int, generator: torch.Generator | No
     return finish(noise.mul_(sigma).add_(1.0).mul_(pixels), images)
 
 
-def _poisson(rate: Tensor, probability: Tensor) -> Tensor:
-    """Counts at which the Poisson distribution of each ``rate`` reaches each ``probability``.
+def _poisson(rate: Tensor, probability: Tensor, highest: float) -> Tensor:
+    """Counts at which the Poisson distribution of each ``rate`` up to ``highest`` reaches each ``probability``."""
+    if highest < _FEW:
+        return _sum_up(rate, probability)
+    counts = _expand(rate.clamp(min=_FEW), probability).flatten()
+    few = (rate < _FEW).flatten().nonzero().squeeze(1)
+    counts[few] = _sum_up(rate.take(few), probability.take(few))
+    return counts.view_as(rate)
 
-    High rates use the expansion of M. Giles, "Algorithm 955: Approximation of the Inverse Poisson Cumulative
-    Distribution Function" (2016), section 2.2, to the order ``1 / rate``.
-    """
-    low = rate.clamp(max=_FEW)
-    term = torch.exp(-low)
-    reached = term.clone()
-    few = (probability > reached).to(rate.dtype)
+
+def _sum_up(rate: Tensor, probability: Tensor) -> Tensor:
+    """Poisson quantiles for rates below ``_FEW``: how many partial sums stay below the probability."""
+    target = probability * rate.exp()
+    power, partial = torch.ones_like(rate), torch.ones_like(rate)
+    below = torch.empty_like(rate)
+    counts = torch.gt(target, partial).to(rate.dtype)
     for count in range(1, _MOST_OF_FEW + 1):
-        term.mul_(low).div_(count)
-        few.add_(probability > reached.add_(term))
-    high = rate.clamp(min=_FEW)
-    root = high.sqrt()
+        partial.add_(power.mul_(rate), alpha=1.0 / math.factorial(count))
+        counts.add_(torch.gt(target, partial, out=below))
+    return counts
+
+
+def _expand(rate: Tensor, probability: Tensor) -> Tensor:
+    """Poisson quantiles for rates from ``_FEW`` upwards, to the order ``1 / rate``.
+
+    Source: M. Giles, "Algorithm 955: Approximation of the Inverse Poisson Cumulative Distribution Function" (2016),
+    section 2.2.
+    """
+    root = rate.sqrt()
     z = torch.erfinv(2.0 * probability - 1.0).mul_(math.sqrt(2.0))
     square = z * z
-    many = high + root * z + square / 6 + 1 / 3
-    many -= z * (1 / 36 + square / 72) / root
-    many += ((square / 270 + 7 / 810) * square - 8 / 405) / high
-    return torch.where(rate < _FEW, few, many.floor_().clamp_(min=0.0))
+    counts = (root * z).add_(rate).add_(square, alpha=1 / 6).add_(1 / 3)
+    counts -= (square / 72).add_(1 / 36).mul_(z).div_(root)
+    counts += (square / 270).add_(7 / 810).mul_(square).sub_(8 / 405).div_(rate)
+    return counts.floor_().clamp_(min=0.0)

@@ -1,0 +1,115 @@
+"""Procedural textures for the weather: clouds of plasma, and the ice that grows on a window."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from entprop_wrap.robustness.corruptions.draws import Draws
+
+__all__ = ["ice", "plasma"]
+
+# The blue-white of ice in the sun, as (red, green, blue) in [0, 1].
+_ICE = (0.83, 0.93, 1.0)
+
+# Barbs per crystal, and how many lengths they are chosen from.
+_BARBS = 9.0
+_LENGTHS = 61
+
+
+def plasma(draws: Draws, height: int, width: int, decay: float) -> Tensor:
+    """A fractal height map by the diamond-square algorithm, ``(N, height, width)``, from 0 to 1 before cropping.
+
+    The map is periodic, its side the power of two from ``max(height, width)`` upwards. Each halving of the step
+    divides the random part by ``decay ** 2``, the square because the released code scales its uniform draws, which
+    already span plus and minus the current amplitude, by that amplitude once more.
+
+    Source: A. Fournier, D. Fussell, L. Carpenter, "Computer Rendering of Stochastic Models" (1982).
+    """
+    side = 1 << (max(height, width) - 1).bit_length()
+    grid = draws.zeros((1, 1))
+    amplitude = 1.0
+    while grid.shape[-1] < side:
+        size = grid.shape[-1]
+        wobble = draws.uniform((3, size, size), -amplitude, amplitude)
+        right, below = grid.roll(-1, 2), grid.roll(-1, 1)
+        centre = (grid + right + below + right.roll(-1, 1)) / 4 + wobble[:, 0]
+        top = (grid + right + centre + centre.roll(1, 1)) / 4 + wobble[:, 1]
+        left = (grid + below + centre + centre.roll(1, 2)) / 4 + wobble[:, 2]
+        rows = torch.stack([torch.stack([grid, top], dim=3), torch.stack([left, centre], dim=3)], dim=2)
+        grid = rows.reshape(-1, 2 * size, 2 * size)
+        amplitude /= decay**2
+    low, high = grid.amin(dim=(1, 2), keepdim=True), grid.amax(dim=(1, 2), keepdim=True)
+    return ((grid - low) / (high - low))[:, :height, :width]
+
+
+def ice(draws: Draws, height: int, width: int, grain: float) -> Tensor:
+    """Frost on a window, ``(N, 3, height, width)`` in [0, 1]: feathers of ice that meet at bright seams.
+
+    The pane is divided among randomly placed seeds. From each grows a spine in a random direction, and from the
+    spine barbs at 60 degrees, each of its own length, as ice does. Three sizes of crystals are laid over each
+    other, and a cloud of plasma thins them out in places.
+
+    Args:
+        draws: Where the random numbers come from.
+        height: In pixels.
+        width: In pixels.
+        grain: Size of a large crystal, in pixels.
+    """
+    cover = plasma(draws, height, width, 1.7)
+    cover = cover / cover.mean(dim=(1, 2), keepdim=True) * 0.5
+    cover = ((cover - 0.15) / 0.4).clamp_(0.25, 1.0)
+    light = 0.5 * _crystals(draws, height, width, grain)
+    light += 0.4 * _crystals(draws, height, width, grain * 0.45)
+    light += 0.3 * _crystals(draws, height, width, grain * 0.2)
+    dust = draws.uniform((height, width), 0.75, 1.25)
+    light = (0.08 + cover * light * dust).unsqueeze(1)
+    tint = light.new_tensor(_ICE).view(1, 3, 1, 1)
+    # The thicker the ice, the whiter.
+    return (light * (tint + (1.0 - tint) * light)).clamp_(0.0, 1.0)
+
+
+def _crystals(draws: Draws, height: int, width: int, size: float) -> Tensor:
+    """One layer of feathers about ``size`` pixels across, ``(N, height, width)``, from 0 to about 1."""
+    rows, columns = math.ceil(height / size) + 3, math.ceil(width / size) + 3
+    seeds = draws.uniform((3, rows, columns))
+    lengths = draws.uniform((_LENGTHS,), 0.05, 0.75)
+    bend = draws.normal((2, rows, columns))
+    # Bent a little, in units of crystals, with a margin of one crystal all around.
+    bend = F.interpolate(bend, size=(height, width), mode="bilinear", align_corners=True) * 0.04
+    y = torch.arange(height, device=seeds.device, dtype=seeds.dtype).unsqueeze(1) / size + 1.5
+    x = torch.arange(width, device=seeds.device, dtype=seeds.dtype) / size + 1.5
+    y, x = (y + bend[:, 0]).flatten(1), (x + bend[:, 1]).flatten(1)
+    row, column = y.floor().clamp_(1, rows - 2), x.floor().clamp_(1, columns - 2)
+    corner = (row * columns + column).long()
+    lattice_y = torch.arange(rows, device=seeds.device, dtype=seeds.dtype).unsqueeze(1)
+    lattice_x = torch.arange(columns, device=seeds.device, dtype=seeds.dtype)
+    down, right = (seeds[:, 0] + lattice_y).flatten(1), (seeds[:, 1] + lattice_x).flatten(1)
+
+    nearest = torch.full_like(y, float("inf"))
+    second, owner = nearest, torch.zeros_like(corner)
+    for step in (step_y * columns + step_x for step_y in (-1, 0, 1) for step_x in (-1, 0, 1)):
+        # Moving the few seeds costs less than moving the index of every pixel.
+        distance = (y - down.roll(-step, 1).gather(1, corner)).square_()
+        distance.add_((x - right.roll(-step, 1).gather(1, corner)).square_())
+        second = torch.minimum(second, torch.maximum(nearest, distance))
+        owner.masked_fill_(distance < nearest, step)
+        nearest = torch.minimum(nearest, distance)
+    owner += corner
+    along, across = x - right.gather(1, owner), y - down.gather(1, owner)
+    angles = seeds[:, 2].flatten(1)
+    turn = angles.gather(1, owner) * (2.0 * math.pi)
+    cosine, sine = turn.cos(), turn.sin()
+    along, across = along * cosine + across * sine, across * cosine - along * sine
+    side, across = (across > 0.0).long(), across.abs()
+    # Lines of equal phase leave the spine at 60 degrees: across / along = tan(60 degrees).
+    phase = _BARBS * (along - across / math.sqrt(3.0))
+    barb = (phase.floor().long() + 17 * owner + 29 * side).remainder(_LENGTHS)
+    reach = torch.sigmoid(24.0 * (lengths.gather(1, barb) - across))
+    needles = torch.sin(math.pi * phase.frac()).square() * reach * torch.exp(-across)
+    spine = torch.exp(-25.0 * across)
+    seam = torch.exp(-14.0 * (second.sqrt() - nearest.sqrt()))
+    return (0.7 * needles + 0.4 * spine + 0.3 * seam + 0.12).view(-1, height, width)

@@ -1,0 +1,127 @@
+"""Weather: snow, frost, and fog (Hendrycks & Dietterich 2019, section 4.1 and appendix B)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from entprop_wrap.robustness.corruptions.blur import move
+from entprop_wrap.robustness.corruptions.draws import Draws
+from entprop_wrap.robustness.corruptions.filters import zoom_centre
+from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish, in_slices
+from entprop_wrap.robustness.corruptions.textures import ice, plasma
+
+__all__ = ["fog", "frost", "snow"]
+
+# Mean and deviation of the flakes, their size, the least brightness that counts, radius and deviation of their
+# trail in pixels, and how much of the image's own colour is kept.
+_SNOW = Levels(
+    (
+        (0.1, 0.3, 3.0, 0.5, 10, 4.0, 0.8),
+        (0.2, 0.3, 2.0, 0.5, 12, 4.0, 0.7),
+        (0.55, 0.3, 4.0, 0.9, 12, 8.0, 0.7),
+        (0.55, 0.3, 4.5, 0.85, 12, 8.0, 0.65),
+        (0.55, 0.3, 2.5, 0.85, 12, 12.0, 0.55),
+    ),
+    (
+        (0.1, 0.2, 1.0, 0.6, 8, 3.0, 0.95),
+        (0.1, 0.2, 1.0, 0.5, 10, 4.0, 0.9),
+        (0.15, 0.3, 1.75, 0.55, 10, 4.0, 0.9),
+        (0.25, 0.3, 2.25, 0.6, 12, 6.0, 0.85),
+        (0.3, 0.3, 1.25, 0.65, 14, 12.0, 0.8),
+    ),
+)
+# Weights of the image and of the ice.
+_FROST = Levels(
+    ((1.0, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)),
+    ((1.0, 0.2), (1.0, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
+)
+# Size of the ice's crystals as they are drawn, in pixels, and how often the drawing is shrunk: CIFAR-C shrinks its
+# photographs of frost too (to a fifth), and needles finer than a pixel would be noise.
+_ICE = Levels(((70.0, 1),) * 5, ((42.0, 3),) * 5)
+# Thickness of the fog, and how fast its detail decays.
+_FOG = Levels(
+    ((1.5, 2.0), (2.0, 2.0), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4)),
+    ((0.2, 3.0), (0.5, 3.0), (0.75, 2.5), (1.0, 2.0), (1.5, 1.75)),
+)
+
+
+@in_slices
+def snow(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+    """Whiten the image and let blurred flakes fall across it, the same flakes once more upside down.
+
+    The released code rounds the flakes to bytes; that is left out.
+
+    Args:
+        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
+        severity: 1 to 5; the flakes of ImageNet-C change size back and forth, so the order is not by PSNR.
+        generator: CPU generator that seeds the images; ``None`` for torch's default one.
+
+    Returns:
+        New images of the same shape, dtype and device, clipped to [0, 1].
+
+    Raises:
+        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+    """
+    pixels, (mean, deviation, size, least, radius, sigma, kept) = begin(images, severity, _SNOW)
+    draws = Draws(pixels, generator)
+    height, width = pixels.shape[-2:]
+    flakes = draws.normal((1, math.ceil(height / size), math.ceil(width / size))) * deviation + mean
+    layer = zoom_centre(flakes, size, height, width)
+    layer = torch.where(layer < least, 0.0, layer).clamp_(0.0, 1.0)
+    layer = move(layer, radius, sigma, draws.uniform((), -135.0, -45.0))
+    grey = (pixels * pixels.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    whitened = torch.lerp(torch.maximum(pixels, grey * 1.5 + 0.5), pixels, kept)
+    return finish(whitened + layer + layer.flip((2, 3)), images)
+
+
+@in_slices
+def frost(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+    """Add ice that has grown on the lens.
+
+    The data sets used crops of six photographs. Here the ice is generated (see :func:`~.textures.ice`) and blended
+    with the published weights, so that scores on this corruption are not those on the data sets' frost.
+
+    Args:
+        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
+        severity: 1 (mild) to 5 (strong).
+        generator: CPU generator that seeds the images; ``None`` for torch's default one.
+
+    Returns:
+        New images of the same shape, dtype and device, clipped to [0, 1].
+
+    Raises:
+        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+    """
+    pixels, (image_weight, ice_weight) = begin(images, severity, _FROST)
+    height, width = pixels.shape[-2:]
+    grain, shrink = _ICE.at(severity, min(height, width))
+    frozen = ice(Draws(pixels, generator), height * shrink, width * shrink, grain)
+    if shrink > 1:
+        frozen = F.avg_pool2d(frozen, shrink)
+    return finish(pixels * image_weight + frozen * ice_weight, images)
+
+
+@in_slices
+def fog(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+    """Add a cloud of plasma and scale back to the brightest value of the image.
+
+    Args:
+        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
+        severity: 1 (mild) to 5 (strong).
+        generator: CPU generator that seeds the images; ``None`` for torch's default one.
+
+    Returns:
+        New images of the same shape, dtype and device, clipped to [0, 1].
+
+    Raises:
+        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+    """
+    pixels, (thickness, decay) = begin(images, severity, _FOG)
+    height, width = pixels.shape[-2:]
+    cloud = plasma(Draws(pixels, generator), height, width, decay)
+    brightest = pixels.amax(dim=(1, 2, 3), keepdim=True)
+    return finish((pixels + thickness * cloud.unsqueeze(1)) * (brightest / (brightest + thickness)), images)
