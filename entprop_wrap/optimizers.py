@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -68,30 +69,35 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     _check(find_registry(model), optimizer)
 
 
+#: The living wrapped models, each with the optimizers that have passed the check.
+_guarded: weakref.WeakKeyDictionary[Registry, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
+
+
 def guard_first_step(registry: Registry) -> None:
-    """Run the check once, before the first step of the optimizer that trains this model's norms, whoever built it.
-
-    torch has a hook before every optimizer's step. It goes once it has seen such an optimizer, or with the model.
-    """
-    reference = weakref.ref(registry)
-
-    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        living = reference()
-        if living is None or _check(living, optimizer):
-            handle.remove()
-
-    handle = register_optimizer_step_pre_hook(before_step)
-    weakref.finalize(registry, handle.remove)
+    """Check every optimizer against this model before the optimizer's first step, whoever built it."""
+    _guarded[registry] = weakref.WeakSet()
+    _watch_optimizers()
 
 
-def _check(registry: Registry, optimizer: Optimizer) -> bool:
-    """Return whether the optimizer holds a norm of the model at all; raise if it misses a copy of one."""
+@functools.cache
+def _watch_optimizers() -> None:
+    # One hook for all models, never removed: torch iterates over its dictionary of hooks while it calls them.
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for registry, passed in list(_guarded.items()):
+        if optimizer not in passed:
+            _check(registry, optimizer)
+            passed.add(optimizer)
+
+
+def _check(registry: Registry, optimizer: Optimizer) -> None:
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     pairs = [(name, copy) for name, norm, copy in registry.mirrors() if copy.requires_grad and id(norm) in trained]
     if missing := [name for name, copy in pairs if id(copy) not in trained]:
         raise OptimizerMismatchError(
-            f"The optimizer trains {missing[0]!r} but not its auxiliary copy ({len(missing)} of {len(pairs)} copies are "
-            "missing): it was built before wrap(). Write model = entprop.wrap(model) first, then "
+            f"The optimizer trains {missing[0]!r} but not its auxiliary copy ({len(missing)} of {len(pairs)} copies "
+            "are missing): it was built before wrap(). Write model = entprop.wrap(model) first, then "
             "optimizer = Optimizer(entprop.parameter_groups(model, ...))."
         )
-    return bool(pairs)

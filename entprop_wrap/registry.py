@@ -1,4 +1,4 @@
-"""What the root of a wrapped model carries: the registry of its switched norms, two hooks, and their audit."""
+"""What the root of a wrapped model carries: the registry of its switched norms, a hook, and their audit."""
 
 from __future__ import annotations
 
@@ -51,18 +51,6 @@ class Registry:
                         yield f"{name}.{key}" if name else key, parameter, mirror
 
 
-class _EnterForward:
-    """Forward pre-hook of the root: a backward that failed half-way leaves no domain behind."""
-
-    def __init__(self, registry: Registry) -> None:
-        self.registry = registry
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
-            state = self.registry.switch.thread()
-            state.key = state.block
-
-
 class _LeaveForward:
     """Forward hook of the root: pins the domain on the output, and keeps idle parameters in DDP's graph."""
 
@@ -78,7 +66,7 @@ class _LeaveForward:
         else:
             key = switch.resolve()
             _each_tensor(output, lambda tensor: _pin(tensor, switch, key))
-        if module.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             idle = self._idle(auxiliary_of(key))
             return _each_tensor(output, lambda tensor: keep_in_graph(tensor, idle)) if idle else None
         return None
@@ -91,7 +79,7 @@ class _LeaveForward:
 
 
 def _pin(tensor: Tensor, switch: Switch, key: str | None) -> Tensor:
-    tensor.register_hook(lambda gradient: switch.pin(key))
+    tensor.register_hook(lambda gradient: switch.pin(key))  # type: ignore[no-untyped-call]
     return tensor
 
 
@@ -111,18 +99,17 @@ def _each_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def attach(root: nn.Module, registry: Registry) -> None:
-    """Put the registry and its hooks on the root."""
+    """Put the registry and its hook on the root."""
     root.__dict__[_ATTRIBUTE] = registry
-    root.register_forward_pre_hook(_EnterForward(registry))
     root.register_forward_hook(_LeaveForward(registry))
 
 
 def detach(root: nn.Module) -> None:
     """Undo :func:`attach`."""
+    registry_on(root).norms = {}  # whoever still holds the registry finds nothing in it
     del root.__dict__[_ATTRIBUTE]
-    for hooks in (root._forward_pre_hooks, root._forward_hooks):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, (_EnterForward, _LeaveForward))]:
-            del hooks[key]
+    for key in [key for key, hook in root._forward_hooks.items() if isinstance(hook, _LeaveForward)]:
+        del root._forward_hooks[key]
 
 
 def find_registry(model: nn.Module) -> Registry:
@@ -137,7 +124,7 @@ def find_registry(model: nn.Module) -> Registry:
     if not roots:
         if not norms:
             raise NotWrappedError(
-                f"{type(model).__name__} is not wrapped. Write model = entprop.wrap(model) before the optimizer is built."
+                f"{type(model).__name__} is not wrapped. Write entprop.wrap(model) before the optimizer is built."
             )
         raise NotWrappedError(
             "This is a part of a wrapped model, or a copy of a part. Expected the model that was passed to wrap()."
@@ -169,8 +156,8 @@ def _audit(registry: Registry, norms: list[SwitchedNorm]) -> None:
     present = {id(norm) for norm in norms}
     if lost := [name for name, norm in registry.norms.items() if id(norm) not in present]:
         problems.append(
-            f"{len(lost)} norm layers were replaced after wrap(), such as {lost[0]!r} (SyncBatchNorm conversion, freezing "
-            "or a new head): convert and replace before wrap()"
+            f"{len(lost)} norm layers were replaced after wrap(), such as {lost[0]!r} (SyncBatchNorm conversion, "
+            "freezing or a new head): convert and replace before wrap()"
         )
     if foreign := sum(norm._entprop_switch is not registry.switch for norm in norms):
         problems.append(
@@ -180,7 +167,9 @@ def _audit(registry: Registry, norms: list[SwitchedNorm]) -> None:
     for norm in norms:
         if "forward" in norm.__dict__:
             problems.append(f"{names.get(id(norm), '?')!r} was given a forward() of its own after wrap()")
-        elif "parametrizations" in norm._modules:
-            problems.append(f"{names.get(id(norm), '?')!r} was parametrised after wrap()")
+        elif norm._parameters.keys() != norm._entprop_names:
+            problems.append(
+                f"{names.get(id(norm), '?')!r} was parametrised, pruned or given other parameters after wrap()"
+            )
     if problems:
         raise UnsupportedModelError("The switch cannot reach every norm layer: " + "; ".join(problems) + ".")

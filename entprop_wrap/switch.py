@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ __all__ = [
     "View",
     "auxiliary_of",
     "copy_of",
+    "drop_copies",
     "install",
     "keep_in_graph",
     "key_of",
@@ -65,6 +66,15 @@ class _Thread:
         self.key: str | None = None  # the same, except while a backward of another domain runs in this thread
 
 
+class _EndOfBackward:
+    """A callback that autograd calls when a backward succeeds, and lets go of when it fails: either ends the pin."""
+
+    forget: weakref.finalize[..., _EndOfBackward]
+
+    def __call__(self) -> None:
+        self.forget()
+
+
 class Switch:
     """The domain that the norms of one wrapped model run in: per thread, and per running backward.
 
@@ -74,7 +84,8 @@ class Switch:
 
     def __init__(self) -> None:
         self.local = threading.local()
-        self.pins: dict[int, str | None] = {}  # autograd graph task -> the domain whose backward it is
+        # autograd graph task -> the domain whose backward it is, and the thread that found out
+        self.pins: dict[int, tuple[str | None, int]] = {}
         self.owner: weakref.ref[Any] | None = None  # the registry on the wrapped root; None in an orphaned copy
 
     def __reduce__(self) -> tuple[type[Switch], tuple[()]]:
@@ -97,9 +108,9 @@ class Switch:
         if task == -1:
             return self.thread().block
         if task in self.pins:
-            return self.pins[task]
-        # Reentrant checkpoints nest graph tasks: an inner one inherits, as long as there is only one to inherit from.
-        inherited = set(self.pins.values())
+            return self.pins[task][0]
+        # Reentrant checkpoints nest graph tasks within a thread: an inner one inherits, from one domain only.
+        inherited = {key for key, thread in list(self.pins.values()) if thread == threading.get_ident()}
         if len(inherited) == 1:
             return inherited.pop()
         raise UnsupportedModelError(
@@ -117,7 +128,7 @@ class Switch:
         pinned = dict(self.pins) if task != -1 else {}
         state.block = state.key = key
         if task != -1:
-            self.pins[task] = key
+            self.pins[task] = key, threading.get_ident()
         try:
             yield
         finally:
@@ -132,14 +143,15 @@ class Switch:
         task = torch._C._current_graph_task_id()
         state = self.thread()
         if task not in self.pins:
-
-            def forget() -> None:
-                self.pins.pop(task, None)
-                state.key = state.block
-
-            torch.autograd.Variable._execution_engine.queue_callback(forget)  # type: ignore[no-untyped-call]
-        self.pins[task] = key
+            end = _EndOfBackward()
+            end.forget = weakref.finalize(end, self._forget, task, state)
+            torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[no-untyped-call]
+        self.pins[task] = key, threading.get_ident()
         state.key = key  # compiled blocks inside an eager checkpoint can read nothing else
+
+    def _forget(self, task: int, state: _Thread) -> None:
+        self.pins.pop(task, None)
+        state.key = state.block
 
 
 class Copy(nn.Module):
@@ -152,6 +164,8 @@ class Copy(nn.Module):
 
 class View(nn.Module):
     """What an auxiliary forward sees as ``self``: the copy's tensors, and everything else of the norm."""
+
+    _entprop_base: type[nn.Module]
 
     # No __init__: nn.Module's own would give the view tensors, hooks and flags of its own.
 
@@ -178,7 +192,7 @@ class View(nn.Module):
         self.__dict__.update(state)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (view_class, type(self)._entprop_base), self.__dict__
+        return _rebuild, (view_class, self._entprop_base), self.__dict__
 
 
 class SwitchedNorm(nn.Module):
@@ -187,6 +201,12 @@ class SwitchedNorm(nn.Module):
     _entprop_base: type[nn.Module]
     _entprop_switch: Switch
     _entprop_views: dict[str, View]
+
+    @property
+    def _entprop_names(self) -> frozenset[str]:
+        """The names of the parameters that there are copies of."""
+        names: frozenset[str] = self._entprop_views[_UNRECORDED].__dict__["_entprop_parameters"]
+        return names
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the original forward on this norm, or on the view of the domain that is switched on."""
@@ -200,7 +220,7 @@ class SwitchedNorm(nn.Module):
         return self._entprop_base.forward(self._entprop_views[key], *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)
+        _, _, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
         return _rebuild, (switched_class, self._entprop_base), *state
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -210,23 +230,28 @@ class SwitchedNorm(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # A checkpoint of the plain model knows no copies: they start again as what they are copies of. torch hands the
-        # children what this dictionary, its own shallow copy, holds once we return.
+        # children what this dictionary, its own shallow copy, holds once we return. Only now has it been brought up to
+        # date by the norm: checkpoints before torch 0.4.1 have no num_batches_tracked.
         for name, copy in self._modules.items():
             if not isinstance(copy, Copy) or any(key.startswith(f"{prefix}{name}.") for key in state_dict):
                 continue
             for tensor in copy.state_dict():
                 if (value := state_dict.get(prefix + tensor)) is not None:
                     state_dict[f"{prefix}{name}.{tensor}"] = value.clone()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def copy_of(norm: nn.Module) -> Copy:
-    """Return a copy of the norm's own tensors: equal values, same dtype, device, ``requires_grad``, persistence."""
+def copy_of(norm: nn.Module, cloned: dict[int, nn.Parameter]) -> Copy:
+    """Return a copy of the norm's own tensors: equal values, same dtype, device, ``requires_grad``, persistence.
+
+    ``cloned`` remembers the parameters cloned for one auxiliary, so that what is tied stays tied.
+    """
     copy = Copy()
     for name, parameter in norm._parameters.items():
-        cloned = parameter if parameter is None else nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-        copy.register_parameter(name, cloned)
+        if parameter is not None and id(parameter) not in cloned:
+            cloned[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        copy.register_parameter(name, None if parameter is None else cloned[id(parameter)])
     for name, buffer in norm._buffers.items():
         persistent = name not in norm._non_persistent_buffers_set
         copy.register_buffer(name, buffer if buffer is None else buffer.detach().clone(), persistent=persistent)
@@ -243,21 +268,26 @@ def install(norm: nn.Module, copies: dict[str, Copy], switch: Switch) -> None:
         views[name] = _view(norm, copy, record=True)
         views[name + _UNRECORDED] = _view(norm, copy, record=False)
     views[_UNRECORDED] = _view(norm, norm, record=False)
-    norm.__class__ = switched_class(base)
+    norm.__class__ = switched_class(base)  # type: ignore[assignment, arg-type]
     norm.__dict__["_entprop_switch"] = switch
     norm.__dict__["_entprop_views"] = views
 
 
 def remove(norm: SwitchedNorm) -> None:
     """Undo :func:`install`, in place."""
-    for name in [name for name, child in norm._modules.items() if isinstance(child, Copy)]:
-        del norm._modules[name]
+    drop_copies(norm)
     del norm.__dict__["_entprop_switch"], norm.__dict__["_entprop_views"]
     norm.__class__ = norm._entprop_base
 
 
+def drop_copies(module: nn.Module) -> None:
+    """Take the copies out of a norm, or out of what a conversion has put in a norm's place."""
+    for name in [name for name, child in module._modules.items() if isinstance(child, Copy)]:
+        del module._modules[name]
+
+
 def _view(norm: nn.Module, copy: nn.Module, *, record: bool) -> View:
-    view: View = object.__new__(view_class(type(norm)))
+    view: View = object.__new__(view_class(type(norm)))  # type: ignore[arg-type]
     view.__dict__.update(
         _entprop_norm=norm,
         _entprop_copy=copy,
@@ -296,7 +326,7 @@ def _reader(name: str) -> Callable[[View], Any]:
 
 
 def _tracks(view: View) -> bool:
-    # In training mode a batch norm that tracks nothing normalises with the batch and touches no buffer: exact, and free.
+    # In training mode a batch norm that tracks nothing normalises with the batch and touches no buffer: exact and free.
     norm: Any = view.__dict__["_entprop_norm"]
     return bool(norm.track_running_stats and (view.__dict__["_entprop_record"] or not norm.training))
 
@@ -306,7 +336,8 @@ def _identity(base: type[nn.Module]) -> dict[str, Any]:
 
 
 def _rebuild(make_class: Any, base: type[nn.Module]) -> nn.Module:
-    return object.__new__(make_class(base))
+    rebuilt: nn.Module = object.__new__(make_class(base))
+    return rebuilt
 
 
 def keep_in_graph(output: Tensor, tensors: list[nn.Parameter]) -> Tensor:
@@ -320,7 +351,7 @@ class _KeepInGraph(torch.autograd.Function):
 
     @staticmethod
     def forward(output: Tensor, *tensors: Tensor) -> Tensor:
-        return output.view_as(output)
+        return output.clone()  # as DDP's own sink does: a view made in here could not be modified in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

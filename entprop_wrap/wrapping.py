@@ -30,7 +30,7 @@ from entprop_wrap.errors import (
 from entprop_wrap.norms import Selector, find_norms
 from entprop_wrap.optimizers import guard_first_step
 from entprop_wrap.registry import Registry, attach, detach, find_registry, find_wrapped, registry_on
-from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm, copy_of, install, key_of, remove
+from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm, copy_of, drop_copies, install, key_of, remove
 
 __all__ = ["Summary", "auxiliary", "is_wrapped", "summary", "unwrap", "wrap"]
 
@@ -81,7 +81,10 @@ def wrap(
     refuse_wrapping(model)
     norms = find_norms(model, include, exclude)
     _refuse_norms(norms, auxiliaries)
-    copies = {name: {auxiliary: copy_of(norm) for auxiliary in auxiliaries} for name, norm in norms.items()}
+    cloned: dict[str, dict[int, nn.Parameter]] = {auxiliary: {} for auxiliary in auxiliaries}
+    copies = {
+        name: {auxiliary: copy_of(norm, cloned[auxiliary]) for auxiliary in auxiliaries} for name, norm in norms.items()
+    }
 
     # Nothing has been changed so far, and nothing below fails.
     registry = Registry(auxiliaries, norms)
@@ -102,7 +105,7 @@ def unwrap(model: Model) -> Model:
         UnsupportedModelError: Called inside an ``auxiliary()`` block.
     """
     roots, norms = find_wrapped(model)
-    if not norms:
+    if not (roots or norms):
         raise NotWrappedError(f"{type(model).__name__} has no auxiliary copies: it was not wrapped, or is unwrapped.")
     registries = [registry_on(root) for root in roots]
     for norm in norms:
@@ -113,6 +116,8 @@ def unwrap(model: Model) -> Model:
         raise UnsupportedModelError("unwrap() was called inside auxiliary(): leave the with-block first.")
     for norm in norms:
         remove(norm)
+    for module in walk(model):
+        drop_copies(module)
     for root in roots:
         detach(root)
     return model
@@ -169,7 +174,8 @@ class Summary:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.norms.items())
         share = 100 * self.added / max(self.parameters, 1)
         copies = "" if self.auxiliaries == ("aux",) else f" in {', '.join(self.auxiliaries)}"
-        return f"{self.model}: {sum(self.norms.values())} norm layers ({kinds}), +{self.added:,} parameters{copies} ({share:.2g} %)"
+        layers = f"{sum(self.norms.values())} norm layers ({kinds})"
+        return f"{self.model}: {layers}, +{self.added:,} parameters{copies} ({share:.2g} %)"
 
 
 def summary(model: nn.Module) -> Summary:
@@ -200,8 +206,8 @@ def _check_names(auxiliaries: tuple[str, ...]) -> None:
     for name in auxiliaries:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name) or re.search("norm|bias", name, re.I):
             raise AuxiliaryNameError(
-                f"{name!r} cannot name an auxiliary: expected letters, digits and underscores, without 'norm' or 'bias' "
-                "(trainers decide weight decay by such names). Write 'aux' or 'adv', say."
+                f"{name!r} cannot name an auxiliary: expected letters, digits and underscores, without 'norm' or "
+                "'bias' (trainers decide weight decay by such names). Write 'aux' or 'adv', say."
             )
 
 

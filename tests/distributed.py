@@ -1,0 +1,48 @@
+"""Runs a function in two gloo processes on this machine, as torchrun would, and hands back what each returned."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+LIMIT = timedelta(seconds=60)
+
+
+def run_processes(function: Callable[..., Any], *args: Any, processes: int = 2) -> list[Any]:
+    """Call ``function(rank, *args)`` in each process of a gloo group; return the results by rank.
+
+    ``function`` must be importable. An exception in one process is raised here with its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_work, (processes, folder, function, args), nprocs=processes)
+        results = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(processes)]
+    errors = [result for succeeded, result in results if not succeeded]
+    if errors:
+        raise AssertionError("\n".join(errors))
+    return [result for _, result in results]
+
+
+def _work(rank: int, processes: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes, timeout=LIMIT
+    )
+    try:
+        outcome = True, function(rank, *args)
+    except BaseException:
+        outcome = False, f"process {rank}: {traceback.format_exc()}"
+    (Path(folder) / str(rank)).write_bytes(pickle.dumps(outcome))
+    if outcome[0]:  # after a failure the other process may be waiting in a collective: leave at once
+        torch.distributed.destroy_process_group()
+    else:
+        os._exit(0)

@@ -1,0 +1,27 @@
+"""The README's "works with" table says what the tests say."""
+
+import pytest
+
+from tests import works_with
+from tests.models import ARCHITECTURES
+
+
+def test_the_readme_is_up_to_date():
+    block = works_with.block_in(works_with.README.read_text(encoding="utf-8"))
+    if block is None:
+        pytest.skip("the README has no works-with block")
+    assert block == works_with.table(), "run: python -m tests.works_with"
+
+
+def test_the_block_is_written_between_the_markers():
+    text = f"before\n{works_with.START}\nold\n{works_with.END}\nafter\n"
+    new = works_with.updated(text)
+    assert works_with.block_in(new) == works_with.table()
+    assert new.startswith("before\n")
+    assert new.endswith("\nafter\n")
+    assert works_with.updated(new) == new
+    assert works_with.block_in("no markers") is None
+
+
+def test_every_architecture_has_a_row():
+    assert len(works_with.table().splitlines()) == len(ARCHITECTURES) + 2

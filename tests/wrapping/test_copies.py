@@ -1,0 +1,318 @@
+"""Copies of wrapped models, checkpoints, and averages."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+import entprop_wrap as entprop
+from entprop_wrap.errors import AlreadyWrappedError, CheckpointError, NotWrappedError, UnsupportedModelError
+from entprop_wrap.state_dicts import is_auxiliary_key
+from entprop_wrap.switch import SwitchedNorm
+from tests.wrapping.nets import rows, toy
+from tests.wrapping.oracle import (
+    assert_same,
+    auxiliary_tensors,
+    changed,
+    expected_pass,
+    loss_of,
+    observed_pass,
+    perturb,
+    snapshot,
+)
+
+
+def _wrapped(norm="batch", **options):
+    model = entprop.wrap(toy(norm), **options)
+    perturb(model)
+    return model
+
+
+def _exact(model, batch=None):
+    """Both domains of ``model`` compute what its own weights say."""
+    batch = rows() if batch is None else batch
+    plain = toy("batch")
+    plain.load_state_dict(entprop.main_state_dict(model))
+    tensors = auxiliary_tensors(model)
+    for auxiliary, given in ((None, None), ("aux", tensors)):
+        expected = expected_pass(plain, batch, given)
+        model.zero_grad()
+        with entprop.auxiliary(model, auxiliary):
+            output = model(batch)
+        loss_of(output, batch).backward()
+        assert_same(observed_pass(model, output, auxiliary), expected)
+
+
+def _pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def _saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled, _saved], ids=["deepcopy", "pickle", "torch.save"])
+def test_a_duplicate_lives_on_its_own(duplicate):
+    model = _wrapped()
+    twin = duplicate(model)
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
+    before = snapshot(model)
+    _exact(twin)
+    assert not changed(model, before)
+    before = snapshot(twin)
+    _exact(model)
+    assert not changed(twin, before)
+    with entprop.auxiliary(twin):
+        assert model._entprop_registry.switch.resolve() is None
+    assert entprop.summary(twin) == entprop.summary(model)
+    with pytest.raises(AlreadyWrappedError):
+        entprop.wrap(twin)
+    entprop.unwrap(model)
+    _exact(twin)
+    entprop.unwrap(twin)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in toy("batch").modules()]
+    assert not twin._forward_hooks
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_pickle_protocol(protocol):
+    _exact(pickle.loads(pickle.dumps(_wrapped(), protocol)))
+
+
+def test_duplicated_inside_a_block_it_is_at_rest():
+    model = _wrapped()
+    with entprop.auxiliary(model):
+        twin, again = copy.deepcopy(model), _pickled(model)
+    for each in (twin, again):
+        assert each._entprop_registry.switch.resolve() is None
+        _exact(each)
+
+
+def test_duplicates_of_duplicates():
+    _exact(copy.deepcopy(_pickled(copy.deepcopy(_wrapped()))))
+
+
+def test_a_pickle_opens_in_a_new_process(tmp_path):
+    model = _wrapped()
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(model.eval()(rows()), tmp_path / "main.pt")
+    with entprop.auxiliary(model):
+        torch.save(model(rows()), tmp_path / "aux.pt")
+    script = (
+        "import sys, torch; from pathlib import Path; folder = Path(sys.argv[1]); torch.set_num_threads(1)\n"
+        "model = torch.load(folder / 'model.pt', weights_only=False).eval()\n"
+        "import entprop_wrap as entprop; from tests.wrapping.nets import rows\n"
+        "torch.testing.assert_close(model(rows()), torch.load(folder / 'main.pt'))\n"
+        "with entprop.auxiliary(model):\n"
+        "    torch.testing.assert_close(model(rows()), torch.load(folder / 'aux.pt'))\n"
+        "entprop.unwrap(model)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+
+
+def test_a_part_taken_out_is_at_rest_in_the_main_domain():
+    model = _wrapped()
+    with entprop.auxiliary(model):
+        part = copy.deepcopy(model.blocks[0])
+        inside = part(torch.randn(4, 8))
+    assert inside.shape == (4, 8)
+    assert part.inner.num_batches_tracked == 1
+    with pytest.raises(NotWrappedError, match="copy of a part"), entprop.auxiliary(part):
+        pass
+
+
+def test_a_duplicate_does_not_share_its_optimizer_guard():
+    model = _wrapped()
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    loss_of(twin(rows()), rows()).backward()
+    optimizer.step()
+
+
+# Checkpoints
+
+
+def test_a_plain_checkpoint_restarts_the_copies():
+    model = _wrapped()
+    plain = toy("batch", seed=5)
+    plain(rows())
+    assert model.load_state_dict(plain.state_dict(), strict=True)
+    for name, norm, mirror in model._entprop_registry.mirrors():
+        assert torch.equal(norm, mirror), name
+        assert norm.data_ptr() != mirror.data_ptr()
+    assert torch.equal(model.blocks[0].inner.entprop_aux.running_mean, plain.blocks[0].inner.running_mean)
+    _exact(model)
+
+
+def test_a_checkpoint_without_metadata_or_batch_counts():
+    state = {key: value for key, value in toy("batch").state_dict().items() if "num_batches" not in key}
+    toy("batch").load_state_dict(state)
+    model = _wrapped()
+    model.load_state_dict(state)
+    _exact(model)
+
+
+def test_assigning_a_checkpoint():
+    model = _wrapped()
+    model.load_state_dict(toy("batch", seed=5).state_dict(), assign=True)
+    mirrors = list(model._entprop_registry.mirrors())
+    assert all(isinstance(mirror, nn.Parameter) and mirror.requires_grad for _, _, mirror in mirrors)
+    assert not {id(norm) for _, norm, _ in mirrors} & {id(mirror) for _, _, mirror in mirrors}
+    _exact(model)
+
+
+def test_a_wrapped_checkpoint_round_trips():
+    model, fresh = _wrapped(), entprop.wrap(toy("batch", seed=5))
+    with entprop.auxiliary(model):
+        model(rows())
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    assert all(torch.equal(tensor, fresh.state_dict()[key]) for key, tensor in model.state_dict().items())
+    _exact(fresh)
+
+
+def test_the_two_parts_make_up_the_whole():
+    model = _wrapped()
+    main, copies = entprop.main_state_dict(model), entprop.auxiliary_state_dict(model)
+    assert list(main) == list(toy("batch").state_dict())
+    assert {*main, *copies} == set(model.state_dict())
+    assert all(is_auxiliary_key(key) for key in copies)
+    compiled = torch.compile(model, backend="eager")
+    assert list(entprop.main_state_dict(compiled)) == list(main)
+
+
+def test_the_main_part_keeps_the_versions_of_the_modules():
+    class Versioned(nn.Module):
+        _version = 2
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+            if (local_metadata.get("version") or 1) < 2:
+                state_dict[prefix + "weight"] = state_dict[prefix + "weight"] + 100
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    plain = nn.Sequential(Versioned(), nn.LayerNorm(3))
+    main = entprop.main_state_dict(entprop.wrap(copy.deepcopy(plain)))
+    assert main._metadata == plain.state_dict()._metadata
+    plain.load_state_dict(main)
+    assert torch.equal(plain[0].weight, torch.ones(3))
+
+
+def test_copies_that_do_not_fit():
+    model = _wrapped()
+    other = entprop.wrap(toy("batch"), auxiliaries=("aux", "more"))
+    with pytest.raises(CheckpointError, match="0 missing and 22 unexpected"):
+        entprop.load_auxiliary_state_dict(entprop.wrap(toy("layer")), entprop.auxiliary_state_dict(other))
+    with pytest.raises(CheckpointError, match=r"missing and 0 unexpected.*same auxiliaries="):
+        entprop.load_auxiliary_state_dict(other, entprop.auxiliary_state_dict(model))
+
+
+def test_loading_copies_leaves_the_main_weights():
+    model, fresh = _wrapped(), entprop.wrap(toy("batch", seed=5))
+    before = snapshot(fresh)
+    entprop.load_auxiliary_state_dict(fresh, entprop.auxiliary_state_dict(model))
+    assert all(is_auxiliary_key(name) for name in changed(fresh, before))
+    _exact(fresh)
+
+
+def test_one_auxiliary_of_two_in_a_checkpoint():
+    model, fresh = _wrapped(), entprop.wrap(toy("batch", seed=5), auxiliaries=("aux", "more"))
+    fresh.load_state_dict(model.state_dict(), strict=True)  # "more" starts from the main norms
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor)
+        if (
+            not is_auxiliary_key(name)
+            and (mirror := fresh.state_dict().get(_copy_key(fresh, name, "more"))) is not None
+        ):
+            assert torch.equal(mirror, tensor)
+
+
+def _copy_key(model, name, auxiliary):
+    owner, key = name.rsplit(".", 1)
+    return f"{owner}.entprop_{auxiliary}.{key}" if isinstance(model.get_submodule(owner), SwitchedNorm) else name
+
+
+def test_a_safetensors_file_round_trips(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model, plain = _wrapped(), toy("batch", seed=5)
+    save_file(entprop.main_state_dict(model), tmp_path / "model.safetensors")
+    plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(plain.eval()(rows()), model.eval()(rows()))
+
+
+# Moving and averaging
+
+
+@pytest.mark.parametrize("move", [lambda m: m.double(), lambda m: m.to(torch.float64)], ids=["double", "to"])
+def test_moving_takes_the_copies_along(move):
+    model = move(_wrapped())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    with entprop.auxiliary(model):
+        assert model(rows().double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    model = _wrapped("layer").to(dtype)
+    with entprop.auxiliary(model):
+        loss_of(model(rows().to(dtype)), rows()).backward()
+    assert all(p.grad is None or p.grad.dtype == dtype for p in model.parameters())
+
+
+def test_swa_and_its_update_of_statistics():
+    model = _wrapped()
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    update_bn([rows()], averaged)
+    assert averaged.module.blocks[0].inner.num_batches_tracked == 1
+    _exact(averaged.module)
+    assert not any(is_auxiliary_key(key) for key in entprop.unwrap(averaged.module).state_dict())
+    assert any(is_auxiliary_key(key) for key in model.state_dict())
+
+
+def test_timm_ema():
+    ema = pytest.importorskip("timm.utils").ModelEmaV3(_wrapped(), decay=0.5)
+    model = _wrapped()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    before = snapshot(ema.module)
+    ema.update(model)
+    for name, parameter in ema.module.named_parameters():
+        torch.testing.assert_close(parameter, before[name] * 0.5)
+    _exact(ema.module.train())
+
+
+def test_peft_modules_to_save():
+    """PEFT copies the modules it trains: their norms are no longer the wrapped model's, and that is said."""
+    peft = pytest.importorskip("peft")
+    model = _wrapped("layer")
+    config = peft.LoraConfig(target_modules=["linear"], modules_to_save=["last"])
+    adapted = peft.get_peft_model(model, config)
+    with pytest.raises(UnsupportedModelError, match="copies taken out of a wrapped model"), entprop.auxiliary(adapted):
+        pass
+
+
+def test_wrapping_after_peft():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(toy("layer"), peft.LoraConfig(target_modules=["linear"]))
+    model = entprop.wrap(adapted)
+    perturb(model)
+    with entprop.auxiliary(model):
+        inside = model(rows())
+    assert not torch.equal(inside, model(rows()))
+    assert not any(is_auxiliary_key(key) for key in entprop.unwrap(model).state_dict())

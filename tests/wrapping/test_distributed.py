@@ -1,0 +1,217 @@
+"""DDP and FSDP2 on two gloo processes, against one process with the whole batch.
+
+The functions that run in the processes check several things each: starting a process costs more than the checks.
+"""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import torch.distributed
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import entprop_wrap as entprop
+from entprop_wrap.containers import no_gradient_sync
+from entprop_wrap.errors import UnsupportedModelError
+from entprop_wrap.state_dicts import is_auxiliary_key
+from tests.distributed import run_processes
+from tests.wrapping.nets import rows, toy
+from tests.wrapping.oracle import perturb
+
+STEPS = 3
+
+
+def _model(norm="layer", mode="none"):
+    model = entprop.wrap(toy(norm, mode).double())
+    perturb(model)
+    return model
+
+
+def _batch(step):
+    return rows(8, seed=step).double()
+
+
+def _hard(batch):
+    return 0.5 * batch.flip(1)
+
+
+def _loss(output, batch):
+    # Labels by content, so that half a batch has the labels it has in the whole batch.
+    labels = (batch.sum(1) * 7).long().abs() % 5
+    return torch.nn.functional.cross_entropy(output, labels)
+
+
+def _two_passes(call, batch):
+    """Main pass without synchronising, auxiliary pass with: how the training step does it."""
+    with no_gradient_sync(call):
+        _loss(call(batch), batch).backward()
+    with entprop.auxiliary(call):
+        loss = _loss(call(_hard(batch)), batch)
+    loss.backward()
+
+
+def _main_only(call, batch):
+    _loss(call(batch), batch).backward()
+
+
+def _train(call, share=slice(None), passes=_two_passes):
+    optimizer = torch.optim.SGD(call.parameters(), lr=0.1, momentum=0.9)
+    gradients = []
+    for step in range(STEPS):
+        batch = _batch(step)
+        for each in (passes,) if callable(passes) else (passes[step],):
+            each(call, batch[share])
+        gradients.append({n.removeprefix("module."): p.grad for n, p in call.named_parameters()})
+        gradients[-1] = {n: None if g is None else g.clone() for n, g in gradients[-1].items()}
+        optimizer.step()
+        optimizer.zero_grad()
+    return gradients
+
+
+def _same(found, expected):
+    for mine, theirs in zip(found, expected, strict=True):
+        for name, gradient in theirs.items():
+            ours = mine[name]
+            if ours is None or gradient is None:  # DDP gives zeros where there is nothing
+                assert ours is None or not ours.any(), name
+                assert gradient is None or not gradient.any(), name
+            else:
+                torch.testing.assert_close(ours, gradient, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def _ddp(rank):
+    share = slice(4 * rank, 4 * rank + 4)
+    single = _train(_model())
+    for unused in (False, True):
+        for mode in ("none", "plain"):
+            parallel = DistributedDataParallel(_model(mode=mode), find_unused_parameters=unused)
+            _same(_train(parallel, share), single)
+            entprop.unwrap(parallel)
+            assert not any(is_auxiliary_key(key) for key in parallel.state_dict())
+
+    # Steps of one domain only, and mixed with steps of both.
+    for schedule in ((_main_only,) * 3, (_main_only, _two_passes, _main_only)):
+        wanted = _train(_model(), passes=schedule)
+        for unused in (False, True):
+            _same(_train(DistributedDataParallel(_model(), find_unused_parameters=unused), share, schedule), wanted)
+
+    # Fine-tuning in eval mode.
+    model = _model("batch").eval()
+    wanted = _train(copy.deepcopy(model))
+    _same(_train(DistributedDataParallel(model), share), wanted)
+
+    # Batch norms: every process keeps its statistics, as always; the copies' too. Buffers are broadcast.
+    model = _model("batch")
+    parallel = DistributedDataParallel(model)
+    _train(parallel, share)
+    for block in model.blocks:
+        assert block.inner.num_batches_tracked == block.inner.entprop_aux.num_batches_tracked == STEPS
+    return True
+
+
+def test_ddp():
+    assert run_processes(_ddp) == [True, True]
+
+
+def _ddp_rest(rank):
+    share = slice(4 * rank, 4 * rank + 4)
+    single = _train(_model())
+
+    # An infinite copy stays out of the main pass.
+    model = _model()
+    with torch.no_grad():
+        model.last.entprop_aux.weight[0] = float("inf")
+    parallel = DistributedDataParallel(model)
+    loss = _loss(parallel(_batch(0)[share]), _batch(0)[share])
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for n, p in model.named_parameters() if not is_auxiliary_key(n))
+
+    # Logits may be modified in place.
+    logits = _model()(_batch(0))
+    logits[:, 0] = -1.0
+    logits.div_(2.0).sum().backward()
+
+    # Compiled inside and outside.
+    for compiled in (
+        lambda: DistributedDataParallel(torch.compile(_model(), backend="aot_eager")),
+        lambda: torch.compile(DistributedDataParallel(_model()), backend="aot_eager"),
+    ):
+        torch._dynamo.reset()
+        found = _train(compiled())
+        strip = [{n.replace("_orig_mod.", "").removeprefix("module."): g for n, g in step.items()} for step in found]
+        _same(strip, single)
+
+    # Accumulation, both passes of the first micro-batch unsynchronised.
+    model = _model()
+    parallel = DistributedDataParallel(model)
+    with parallel.no_sync():
+        _two_passes(parallel, _batch(0)[share])
+    _two_passes(parallel, _batch(1)[share])
+    whole = _model()
+    _two_passes(whole, _batch(0))
+    _two_passes(whole, _batch(1))
+    for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+
+    # Wrapped too late.
+    try:
+        entprop.wrap(DistributedDataParallel(toy()))
+    except UnsupportedModelError as error:
+        return str(error)
+    raise AssertionError("wrap() took a DDP model")
+
+
+def test_ddp_with_compilation_accumulation_and_infinities():
+    messages = run_processes(_ddp_rest)
+    assert all("DistributedDataParallel(entprop.wrap(model))" in message for message in messages)
+
+
+def _shard(model, mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _fsdp(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    share = slice(4 * rank, 4 * rank + 4)
+    single = _train(_model())
+    for mode in ("none", "plain"):
+        sharded = _shard(_model(mode=mode), mesh)
+        found = _train(sharded, share)
+        whole = [{n: None if g is None else g.full_tensor() for n, g in step.items()} for step in found]
+        _same(whole, single)
+        assert any(is_auxiliary_key(key) for key in sharded.state_dict())
+        entprop.unwrap(sharded)
+        assert not any(is_auxiliary_key(key) for key in sharded.state_dict())
+    try:
+        entprop.wrap(_shard(toy().double(), mesh))
+    except UnsupportedModelError as error:
+        return str(error)
+    raise AssertionError("wrap() took a sharded model")
+
+
+def test_fsdp2():
+    pytest.importorskip("torch.distributed.fsdp")
+    messages = run_processes(_fsdp)
+    assert all("call entprop.wrap(model) first, then shard it" in message for message in messages)
+
+
+@pytest.mark.skip(
+    reason="torch's SyncBatchNorm synchronises on accelerators only; test_traps.py builds and switches it"
+)
+def test_sync_batch_norm_on_two_processes():
+    pass
+
+
+def test_no_sync_is_found_in_containers():
+    assert isinstance(no_gradient_sync(toy()), contextlib.nullcontext)
+    assert isinstance(no_gradient_sync(torch.compile(toy(), backend="eager")), contextlib.nullcontext)
+    assert isinstance(no_gradient_sync(nn.Sequential(toy())), contextlib.nullcontext)

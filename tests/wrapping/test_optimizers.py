@@ -1,0 +1,178 @@
+"""Optimizers and the copies: groups, and the guard before a first step."""
+
+import pytest
+import torch
+from torch import nn
+
+import entprop_wrap as entprop
+from entprop_wrap.errors import ConfigurationError, OptimizerMismatchError
+from entprop_wrap.state_dicts import is_auxiliary_key, original_name
+from tests.wrapping.nets import rows, toy
+from tests.wrapping.oracle import changed, loss_of, snapshot
+
+
+def _backward(model):
+    for auxiliary in (None, "aux"):
+        with entprop.auxiliary(model, auxiliary):
+            loss_of(model(rows()), rows()).backward()
+
+
+def test_an_optimizer_from_before_wrap_raises_before_it_moves_a_weight():
+    model = toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    entprop.wrap(model)
+    _backward(model)
+    before = snapshot(model)
+    for _ in range(2):  # and not only once
+        with pytest.raises(OptimizerMismatchError, match=r"10 of 10 copies are missing.*built before wrap"):
+            optimizer.step()
+    assert not changed(model, before)
+
+
+def test_an_optimizer_from_before_wrap_under_accelerate():
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    model = toy()
+    optimizer = torch.optim.AdamW(model.parameters())
+    entprop.wrap(model)
+    _, optimizer = accelerator.prepare(model, optimizer)
+    _backward(model)
+    with pytest.raises(OptimizerMismatchError):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.LBFGS], ids=lambda cls: cls.__name__)
+def test_every_kind_of_optimizer_is_guarded(make):
+    model = toy()
+    optimizer = make(model.parameters(), lr=0.1)
+    entprop.wrap(model)
+    _backward(model)
+    with pytest.raises(OptimizerMismatchError):
+        optimizer.step(lambda: torch.zeros(()))
+
+
+def test_an_optimizer_from_after_wrap_moves_the_copies():
+    model = entprop.wrap(toy())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    entprop.check_optimizer(model, optimizer)
+    before = snapshot(model)
+    _backward(model)
+    optimizer.step()
+    assert changed(model, before) == set(before)
+
+
+def test_two_models_each_with_an_optimizer():
+    models = [entprop.wrap(toy(seed=seed)) for seed in range(3)]
+    stale = nn.LayerNorm(8)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    optimizers.append(torch.optim.SGD(stale.parameters(), lr=0.1))
+    for model in models:
+        _backward(model)
+    for _ in range(2):
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_an_optimizer_of_another_model_is_left_alone():
+    other = toy(seed=1)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    model = entprop.wrap(toy())
+    loss_of(other(rows()), rows()).backward()
+    optimizer.step()
+    entprop.check_optimizer(model, optimizer)
+
+
+def test_two_optimizers_that_split_the_model():
+    model = entprop.wrap(toy())
+    body = torch.optim.SGD(model.blocks.parameters(), lr=0.1)
+    rest = torch.optim.SGD([*model.last.parameters(), *model.head.parameters()], lr=0.1)
+    _backward(model)
+    body.step()
+    rest.step()
+
+
+def test_the_second_of_two_optimizers_is_checked_too():
+    model = toy()
+    stale = torch.optim.SGD(model.last.parameters(), lr=0.1)
+    entprop.wrap(model)
+    fresh = torch.optim.SGD(model.blocks.parameters(), lr=0.1)
+    _backward(model)
+    fresh.step()
+    with pytest.raises(OptimizerMismatchError, match=r"'last\.weight'.*2 of 2"):
+        stale.step()
+
+
+def test_an_optimizer_of_the_head_alone():
+    model = toy()
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    entprop.wrap(model)
+    _backward(model)
+    optimizer.step()
+
+
+def test_frozen_norms_need_no_optimizer():
+    model = toy()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    entprop.wrap(model)
+    _backward(model)
+    optimizer.step()
+
+
+def test_after_unwrap_nothing_is_guarded():
+    model = entprop.wrap(toy())
+    registry = model._entprop_registry  # an exception's traceback may hold it, say
+    entprop.unwrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_of(model(rows()), rows()).backward()
+    optimizer.step()
+    assert list(registry.mirrors()) == []
+
+
+def test_groups_put_a_copy_where_its_norm_goes():
+    model = entprop.wrap(toy("batch"), auxiliaries=("one", "two"))
+    decayed, undecayed = entprop.parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.05, 0.0)
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [{named[id(p)] for p in group["params"]} for group in (decayed, undecayed)]
+    assert groups[0] | groups[1] == set(named.values())
+    assert not groups[0] & groups[1]
+    assert groups[0] == {"stem.weight", "head.weight", "blocks.0.linear.weight", "blocks.1.linear.weight"}
+    assert sum(is_auxiliary_key(name) for name in groups[1]) == 2 * 2 * 5
+
+
+def test_groups_by_a_rule_of_ones_own():
+    model = entprop.wrap(toy())
+    seen = []
+
+    def no_decay(name, parameter):
+        seen.append(name)
+        return name.startswith("last.")
+
+    decayed, undecayed = entprop.parameter_groups(torch.compile(model, backend="eager"), 0.1, no_decay=no_decay)
+    assert {id(p) for p in undecayed["params"]} == {id(p) for p in model.last.parameters()}
+    assert not any(is_auxiliary_key(name) for name in seen)
+    assert len(decayed["params"]) + len(undecayed["params"]) == len(list(model.parameters()))
+
+
+def test_groups_of_a_plain_model():
+    plain, wrapped = toy(), entprop.wrap(toy())
+    for mine, theirs in zip(entprop.parameter_groups(plain, 0.1), entprop.parameter_groups(wrapped, 0.1), strict=True):
+        names = {id(p): name for name, p in wrapped.named_parameters()}
+        main = [p for p in theirs["params"] if not is_auxiliary_key(names[id(p)])]
+        assert [p.shape for p in mine["params"]] == [p.shape for p in main]
+        assert all(original_name(names[id(p)]) in dict(plain.named_parameters()) for p in theirs["params"])
+
+
+def test_frozen_parameters_are_in_no_group_and_empty_groups_are_left_out():
+    model = toy()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("last"))
+    groups = entprop.parameter_groups(entprop.wrap(model), 0.1)
+    assert [len(group["params"]) for group in groups] == [4]
+
+
+def test_negative_decay():
+    with pytest.raises(ConfigurationError, match="at least 0, found -1"):
+        entprop.parameter_groups(toy(), -1)

@@ -1,0 +1,671 @@
+"""What breaks a switch without a trace elsewhere works here, or raises and says what to write instead."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import entprop_wrap as entprop
+from entprop_wrap.errors import (
+    AlreadyWrappedError,
+    AuxiliaryNameError,
+    EntPropError,
+    NotWrappedError,
+    UnsupportedModelError,
+)
+from entprop_wrap.state_dicts import is_auxiliary_key
+from entprop_wrap.switch import SwitchedNorm
+from tests.wrapping.nets import Toy, rows, toy
+from tests.wrapping.oracle import (
+    assert_same,
+    auxiliary_tensors,
+    changed,
+    expected_pass,
+    loss_of,
+    observed_pass,
+    perturb,
+    snapshot,
+)
+
+
+def _conv_net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+
+
+def _is_untouched(model):
+    return not any(isinstance(module, SwitchedNorm) for module in model.modules()) and not any(
+        is_auxiliary_key(key) for key in model.state_dict()
+    )
+
+
+def _refuses_to_switch(model, message):
+    with pytest.raises(UnsupportedModelError, match=message), entprop.auxiliary(model):
+        pass
+
+
+# Conversions after wrap
+
+
+def test_sync_batch_norm_after_wrap_is_noticed():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(entprop.wrap(_conv_net()))
+    _refuses_to_switch(model, "1 norm layers were replaced after wrap.*'1'.*before wrap")
+
+
+def test_unwrapping_after_a_conversion_leaves_no_copies():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(entprop.wrap(_conv_net()))
+    entprop.unwrap(model)
+    assert isinstance(model[1], nn.SyncBatchNorm)
+    assert _is_untouched(model)
+    assert not model._forward_hooks
+
+
+def test_sync_batch_norm_before_wrap_is_switched():
+    model = entprop.wrap(nn.SyncBatchNorm.convert_sync_batchnorm(_conv_net()))
+    assert isinstance(model[1], nn.SyncBatchNorm)
+    assert isinstance(model[1], SwitchedNorm)
+    assert entprop.summary(model).norms == {"SyncBatchNorm": 1}
+    before, images = snapshot(model), torch.randn(2, 3, 8, 8)
+    model.eval()  # a SyncBatchNorm refuses the CPU in training mode
+    with entprop.auxiliary(model):
+        loss_of(model(images), images).backward()
+    assert model[1].weight.grad is None
+    assert model[1].entprop_aux.weight.grad is not None
+    assert not changed(model, before)
+    entprop.unwrap(model)
+    assert type(model[1]) is nn.SyncBatchNorm
+
+
+def test_freezing_after_wrap_is_noticed():
+    layers = pytest.importorskip("timm.layers")
+    model = layers.freeze_batch_norm_2d(entprop.wrap(_conv_net()))
+    _refuses_to_switch(model, "1 norm layers were replaced after wrap")
+
+
+def test_timm_conversion_after_wrap_is_noticed():
+    timm = pytest.importorskip("timm")
+    model = entprop.wrap(timm.create_model("test_efficientnet", num_classes=5))
+    _refuses_to_switch(timm.layers.convert_sync_batchnorm(model), "13 norm layers were replaced")
+
+
+def test_a_new_head_with_a_norm_is_noticed():
+    model = entprop.wrap(toy())
+    model.last = nn.LayerNorm(8)
+    _refuses_to_switch(model, "1 norm layers were replaced after wrap.*'last'")
+
+
+# Wrapping twice, a part, or a container
+
+
+def test_wrapping_twice():
+    model = entprop.wrap(toy())
+    with pytest.raises(AlreadyWrappedError, match="unwrap"):
+        entprop.wrap(model)
+    with pytest.raises(AlreadyWrappedError):
+        entprop.wrap(nn.Sequential(model, nn.LayerNorm(5)))
+    with pytest.raises(AlreadyWrappedError):
+        entprop.wrap(model.blocks[0])
+    entprop.wrap(entprop.unwrap(model))
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["model", "part"])
+def test_wrapping_what_is_compiled(part):
+    model = toy()
+    if part:
+        model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    with pytest.raises(UnsupportedModelError, match=r"torch\.compile\(entprop\.wrap\(model\)\)"):
+        entprop.wrap(model)
+    assert _is_untouched(model)
+
+
+def test_wrapping_what_is_compiled_in_place():
+    model = toy()
+    model.compile(backend="eager")
+    with pytest.raises(UnsupportedModelError, match="before compiling"):
+        entprop.wrap(model)
+
+
+def test_wrapping_data_parallel():
+    with pytest.raises(UnsupportedModelError, match=r"DataParallel\(entprop\.wrap\(model\)\)"):
+        entprop.wrap(nn.DataParallel(toy()))
+
+
+def test_replicating_for_data_parallel():
+    model = entprop.wrap(toy())
+    with pytest.raises(UnsupportedModelError, match="accelerate launch"):
+        model.last._replicate_for_data_parallel()
+
+
+def test_wrapping_torchscript():
+    scripted = torch.jit.trace(toy(), rows())
+    with pytest.raises(UnsupportedModelError, match=r"after entprop.unwrap"):
+        entprop.wrap(scripted)
+
+
+def test_wrapping_no_module():
+    with pytest.raises(TypeError, match=r"expects a torch\.nn\.Module, found dict"):
+        entprop.wrap({})
+
+
+def test_unwrapping_a_part():
+    model = entprop.wrap(toy())
+    with pytest.raises(NotWrappedError, match="part of a wrapped model"):
+        entprop.unwrap(model.blocks)
+    with pytest.raises(NotWrappedError, match="part of a wrapped model"), entprop.auxiliary(model.blocks):
+        pass
+    entprop.unwrap(model)
+    assert _is_untouched(model)
+
+
+@pytest.mark.parametrize("call", [entprop.unwrap, entprop.summary, lambda m: entprop.auxiliary(m).__enter__()])
+def test_what_is_not_wrapped(call):
+    with pytest.raises(NotWrappedError, match="wrap"):
+        call(toy())
+
+
+def test_unwrapping_inside_a_block():
+    model = entprop.wrap(toy())
+    with entprop.auxiliary(model), pytest.raises(UnsupportedModelError, match="leave the with-block"):
+        entprop.unwrap(model)
+    entprop.unwrap(model)
+
+
+def test_unwrapping_through_containers():
+    model = entprop.wrap(toy())
+    compiled = torch.compile(model, backend="eager")
+    entprop.unwrap(nn.Sequential(compiled))
+    assert _is_untouched(model)
+
+
+def test_a_wrapped_part_of_a_larger_model():
+    plain = nn.Sequential(toy(), nn.LayerNorm(5))
+    model = nn.Sequential(entprop.wrap(copy.deepcopy(plain[0])), copy.deepcopy(plain[1]))
+    perturb(model)
+    batch = rows()
+    expected = expected_pass(plain, batch, auxiliary_tensors(model))
+    with entprop.auxiliary(model):
+        output = model(batch)
+        loss_of(output, batch).backward()
+    assert_same(observed_pass(model, output), expected)
+
+
+def test_two_wrapped_models_in_one():
+    model = nn.ModuleList([entprop.wrap(toy()), entprop.wrap(toy())])
+    _refuses_to_switch(model, "several wrapped models")
+    before = snapshot(model)
+    model[0].train()
+    with entprop.auxiliary(model[0]):
+        assert torch.equal(model[1](rows()), toy()(rows()))
+    assert not changed(model, before)
+
+
+# Norms that are not what they seem
+
+
+def test_a_forward_on_the_instance_before_wrap():
+    model = toy()
+    model.last.forward = lambda x: 2 * x
+    with pytest.raises(UnsupportedModelError, match=r"'last' has a forward.. set on the instance"):
+        entprop.wrap(model)
+    assert _is_untouched(model)
+
+
+def test_a_forward_on_the_instance_after_wrap():
+    model = entprop.wrap(toy())
+    model.last.forward = lambda x: 2 * x
+    _refuses_to_switch(model, "'last' was given a forward.. of its own after wrap")
+
+
+def test_parametrizing_after_wrap_is_noticed():
+    class Positive(nn.Module):
+        def forward(self, weight):
+            return weight.exp()
+
+    model = entprop.wrap(toy())
+    parametrize.register_parametrization(model.last, "weight", Positive())
+    _refuses_to_switch(model, "'last' was parametrised")
+
+
+def test_spectral_norm_and_pruning_after_wrap_are_noticed():
+    model = entprop.wrap(toy())
+    prune.l1_unstructured(model.last, "weight", 0.5)
+    _refuses_to_switch(model, "'last' was parametrised, pruned")
+    model = entprop.wrap(toy())
+    parametrizations.weight_norm(model.last)
+    _refuses_to_switch(model, "'last' was parametrised, pruned")
+
+
+def test_a_norm_used_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+            self.again = self.norm
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.again(self.norm(x).square()))
+
+    plain = Twice()
+    model = entprop.wrap(copy.deepcopy(plain))
+    perturb(model)
+    assert entprop.summary(model).norms == {"BatchNorm1d": 1}
+    batch = rows()
+    expected = expected_pass(plain, batch, auxiliary_tensors(model))
+    with entprop.auxiliary(model):
+        output = model(batch)
+        loss_of(output, batch).backward()
+    assert_same(observed_pass(model, output), expected)
+    assert model.norm.entprop_aux.num_batches_tracked == 2
+    assert model.norm.num_batches_tracked == 0
+
+
+def test_norms_that_share_a_weight_go_on_sharing():
+    model = toy()
+    model.blocks[0].outer.weight = model.last.weight
+    plain = copy.deepcopy(model)
+    entprop.wrap(model, auxiliaries=("one", "two"))
+    assert model.blocks[0].outer.entprop_one.weight is model.last.entprop_one.weight
+    assert model.last.entprop_one.weight is not model.last.entprop_two.weight
+    perturb(model)
+    batch = rows()
+    tensors = auxiliary_tensors(model, "two")
+    with entprop.auxiliary(model, "two"):
+        output = model(batch)
+        loss_of(output, batch).backward()
+    assert_same(observed_pass(model, output, "two"), expected_pass(plain, batch, tensors))
+
+
+def test_a_copied_part_put_back():
+    model = entprop.wrap(toy())
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+    _refuses_to_switch(model, "2 norm layers are copies taken out of a wrapped model")
+
+
+def test_a_copied_part_in_place_of_the_original():
+    model = entprop.wrap(toy())
+    model.blocks[0] = copy.deepcopy(model.blocks[0])
+    _refuses_to_switch(model, "replaced after wrap.*; 2 norm layers are copies")
+
+
+def test_a_copied_part_can_be_unwrapped():
+    part = copy.deepcopy(entprop.wrap(toy()).blocks[0])
+    assert _is_untouched(entprop.unwrap(part))
+
+
+def test_a_norm_as_the_whole_model():
+    model = entprop.wrap(nn.BatchNorm1d(8))
+    with entprop.auxiliary(model):
+        model(rows())
+    assert (model.entprop_aux.num_batches_tracked, model.num_batches_tracked) == (1, 0)
+    assert type(entprop.unwrap(model)) is nn.BatchNorm1d
+
+
+def test_computing_with_an_auxiliary_copy_directly():
+    model = entprop.wrap(toy())
+    with pytest.raises(UnsupportedModelError, match="holds tensors only"):
+        model.last.entprop_aux(rows())
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("auxiliaries", "message"),
+    [
+        ("aux", r"write \('aux',\)"),
+        ((), "at least one"),
+        (("a", "a"), "twice"),
+        (("a.b",), "cannot name"),
+        (("",), "cannot name"),
+        (("1st",), "cannot name"),
+        (("my_norm",), "cannot name"),
+        (("unBiased",), "cannot name"),
+        ((3,), "cannot name"),
+    ],
+)
+def test_bad_names(auxiliaries, message):
+    model = toy()
+    with pytest.raises(AuxiliaryNameError, match=message):
+        entprop.wrap(model, auxiliaries=auxiliaries)
+    assert _is_untouched(model)
+
+
+def test_a_name_that_is_taken():
+    model = toy()
+    model.last.entprop_aux = 3
+    with pytest.raises(UnsupportedModelError, match="'last' already has an attribute named after an auxiliary"):
+        entprop.wrap(model)
+    assert _is_untouched(model)
+
+
+def test_an_unknown_auxiliary():
+    model = entprop.wrap(toy(), auxiliaries=("weak", "strong"))
+    with pytest.raises(AuxiliaryNameError, match="No auxiliary named 'aux'; this model has 'weak', 'strong'"):
+        entprop.auxiliary(model).__enter__()
+
+
+def test_all_problems_are_reported_at_once():
+    model = toy()
+    for block in model.blocks:
+        block.outer.forward = lambda x: x
+    with pytest.raises(EntPropError, match=r"blocks\.0\.outer.*blocks\.1\.outer"):
+        entprop.wrap(model)
+
+
+# Blocks
+
+
+def test_nested_blocks_and_several_auxiliaries():
+    plain = toy()
+    model = entprop.wrap(copy.deepcopy(plain), auxiliaries=("weak", "strong"))
+    perturb(model)
+    batch = rows()
+    want = {name: expected_pass(plain, batch, auxiliary_tensors(model, name)).logits for name in ("weak", "strong")}
+    want[None] = expected_pass(plain, batch).logits
+    with entprop.auxiliary(model, "weak"):
+        assert torch.equal(model(batch), want["weak"])
+        with entprop.auxiliary(model, "strong"):
+            assert torch.equal(model(batch), want["strong"])
+            with entprop.auxiliary(model, None):
+                assert torch.equal(model(batch), want[None])
+            assert torch.equal(model(batch), want["strong"])
+        assert torch.equal(model(batch), want["weak"])
+    assert torch.equal(model(batch), want[None])
+
+
+def test_an_exception_restores_the_domain():
+    model = entprop.wrap(toy("batch"))
+    perturb(model)
+    before = model.eval()(rows())
+    with pytest.raises(ZeroDivisionError), entprop.auxiliary(model), entprop.auxiliary(model, record_statistics=False):
+        raise ZeroDivisionError
+    assert torch.equal(model(rows()), before)
+
+
+def test_an_exception_in_the_forward_restores_the_domain():
+    model = entprop.wrap(toy())
+    perturb(model)
+    before = model(rows())
+    with pytest.raises(RuntimeError), entprop.auxiliary(model):
+        model(torch.randn(3, 7))
+    assert torch.equal(model(rows()), before)
+
+
+class _Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ZeroDivisionError
+
+
+class _FailingToy(Toy):
+    fails = False
+
+    def _blocks(self, x):
+        x = super()._blocks(x)
+        return _Fails.apply(x) if self.fails else x
+
+
+@pytest.mark.parametrize("mode", ["none", "plain", "nested"])
+def test_a_backward_that_failed_leaves_no_domain_behind(mode):
+    torch.manual_seed(0)
+    model = _FailingToy(mode=mode)
+    plain = toy()
+    entprop.wrap(model)
+    perturb(model)
+    switch = model._entprop_registry.switch
+    batch = rows()
+    model.fails = True
+    with entprop.auxiliary(model):
+        output = model(batch)
+    with pytest.raises(ZeroDivisionError):
+        loss_of(output, batch).backward()
+    model.fails = False
+    assert switch.pins == {}
+    assert switch.thread().key is None
+    model.zero_grad()
+    output = model(batch)
+    loss_of(output, batch).backward()
+    assert_same(observed_pass(model, output, None), expected_pass(plain, batch))
+
+
+@pytest.mark.parametrize("mode", ["none", "plain", "reentrant"])
+def test_a_forward_and_backward_inside_a_backward(mode):
+    """A hook runs the model in another domain while a checkpointed backward is under way."""
+    plain, model = toy(), entprop.wrap(toy(mode=mode))
+    perturb(model)
+    batch = rows().requires_grad_()
+    main, aux = expected_pass(plain, batch), expected_pass(plain, batch, auxiliary_tensors(model))
+
+    def hook(gradient):
+        with torch.enable_grad():
+            with entprop.auxiliary(model):
+                output = model(batch)
+            loss_of(output, batch).backward()  # two domains are pinned now, in one thread
+        assert torch.equal(output, aux.logits)
+
+    output = model(batch)
+    output.register_hook(hook)
+    loss_of(output, batch).backward()
+    for name, norm, mirror in model._entprop_registry.mirrors():
+        torch.testing.assert_close(norm.grad, main.gradients[name], msg=name)
+        torch.testing.assert_close(mirror.grad, aux.gradients[name], msg=name)
+    assert model._entprop_registry.switch.pins == {}
+
+
+def test_eval_mode_uses_the_copies_and_moves_nothing():
+    plain = toy("batch").eval()
+    model = entprop.wrap(copy.deepcopy(plain))
+    perturb(model)
+    before, batch = snapshot(model), rows()
+    expected = expected_pass(plain, batch, auxiliary_tensors(model))
+    with entprop.auxiliary(model):
+        output = model(batch)
+    assert torch.equal(output, expected.logits)
+    assert not changed(model, before)
+
+
+def test_hooks_on_a_norm_run_once_in_each_domain():
+    model, calls = toy(), []
+    model.last.register_forward_hook(lambda module, args, output: calls.append(module))
+    model.last.register_forward_pre_hook(lambda module, args: calls.append(module))
+    entprop.wrap(model)
+    model(rows())
+    with entprop.auxiliary(model):
+        model(rows())
+    assert calls == [model.last] * 4
+
+
+def test_switching_class_attributes_reads_the_norm():
+    class Offset(nn.LayerNorm):
+        shift = 0.0
+
+        def forward(self, x):
+            return super().forward(x) + self.shift
+
+    model = entprop.wrap(nn.Sequential(Offset(8), nn.Linear(8, 5)))
+    model[0].shift = 2.0
+    with entprop.auxiliary(model):
+        inside = model(rows())
+    assert torch.equal(inside, model(rows()))
+
+
+def test_a_norm_may_assign_its_buffers():
+    class Assigning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+            self.register_buffer("mean", torch.zeros(8))
+
+        def forward(self, x):
+            if self.training:
+                self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+            return (x - x.mean(0)) * self.weight
+
+    Assigning.__name__ = "AssigningNorm"
+    model = entprop.wrap(nn.Sequential(Assigning(), nn.Linear(8, 5)))
+    with entprop.auxiliary(model, record_statistics=False):
+        model(rows())
+    assert not model[0].entprop_aux.mean.any()
+    with entprop.auxiliary(model):
+        model(rows())
+    assert not model[0].mean.any()
+    assert torch.equal(model[0].entprop_aux.mean, 0.5 * rows().mean(0))
+
+
+# Outputs, and functional transforms
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple", "list", "namedtuple", "nested", "ModelOutput"])
+def test_every_kind_of_output_is_pinned(kind):
+    from collections import namedtuple
+
+    pair = namedtuple("pair", "logits extra")
+
+    class Wraps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = toy(mode="plain")
+
+        def forward(self, x):
+            y = self.net(x)
+            if kind == "ModelOutput":
+                return pytest.importorskip("transformers.modeling_outputs").ImageClassifierOutput(logits=y)
+            kinds = {"dict": {"logits": y}, "tuple": (y, 3), "list": [y], "namedtuple": pair(y, None)}
+            return kinds.get(kind, {"all": [(y,)]})
+
+    model = entprop.wrap(Wraps())
+    perturb(model)
+    with entprop.auxiliary(model):
+        output = model(rows())
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    F.cross_entropy(output, torch.arange(6) % 5).backward()
+    assert model.net.last.weight.grad is None
+    assert model.net.blocks[0].inner.weight.grad is None
+    assert model.net.blocks[0].inner.entprop_aux.weight.grad.abs().sum() > 0
+
+
+def test_a_part_called_under_checkpointing_raises_instead_of_guessing():
+    model = entprop.wrap(toy(mode="plain"))
+    with entprop.auxiliary(model):
+        features = model._blocks(model.stem(rows()))
+    with pytest.raises(UnsupportedModelError, match="did not come from calling the wrapped model"):
+        features.sum().backward()
+
+
+@pytest.mark.parametrize("auxiliary", [None, "aux"])
+def test_per_sample_gradients_and_jacobians(auxiliary):
+    from torch.func import functional_call, grad, jacrev, vmap
+
+    model = entprop.wrap(toy())
+    perturb(model)
+    batch = rows()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, row, label):
+        return F.cross_entropy(functional_call(model, parameters, (row[None],)), label[None])
+
+    labels = torch.arange(6) % 5
+    with entprop.auxiliary(model, auxiliary):
+        per_sample = vmap(grad(loss), (None, 0, 0))(parameters, batch, labels)
+        jacobian = jacrev(model)(batch[:1])
+        F.cross_entropy(model(batch), labels).backward()
+    assert jacobian.shape == (1, 5, 1, 8)
+    for name, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(per_sample[name].mean(0), gradient, msg=name)
+
+
+def test_input_gradients_of_an_attack():
+    model = entprop.wrap(toy("batch", mode="plain"))
+    before = snapshot(model)
+    batch = rows().requires_grad_()
+    with entprop.auxiliary(model, record_statistics=False):
+        loss = loss_of(model(batch), batch)
+    (gradient,) = torch.autograd.grad(loss, batch)
+    assert gradient.abs().sum() > 0
+    assert not changed(model, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_double_backward():
+    plain = toy(mode="none").double()
+    model = entprop.wrap(toy(mode="plain").double())
+    perturb(model)
+    tensors = auxiliary_tensors(model)
+
+    def penalty(call):
+        batch = rows().double().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_of(call(batch), batch), batch, create_graph=True)
+        return gradient.square().sum()
+
+    with entprop.auxiliary(model):
+        penalised = penalty(model)
+    penalised.backward()
+    penalty(lambda batch: torch.func.functional_call(plain, tensors, (batch,))).backward()
+    for name, parameter in plain.named_parameters():
+        if name in tensors:
+            assert model.get_parameter(name).grad is None
+            owner, key = name.rsplit(".", 1)
+            torch.testing.assert_close(model.get_parameter(f"{owner}.entprop_aux.{key}").grad, tensors[name].grad)
+        else:
+            torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
+
+
+# What is left of a model
+
+
+def test_summary():
+    model = toy("batch")
+    parameters = sum(p.numel() for p in model.parameters())
+    found = entprop.summary(entprop.wrap(model, auxiliaries=("a", "b")))
+    assert (found.norms, found.auxiliaries) == ({"LayerNorm": 3, "BatchNorm1d": 2}, ("a", "b"))
+    assert (found.parameters, found.added) == (parameters, 2 * 5 * 16)
+    assert str(found).startswith("Toy: 5 norm layers (3 LayerNorm, 2 BatchNorm1d), +160 parameters in a, b (")
+
+
+def test_copies_inherit_what_the_norms_are():
+    model = toy("batch").to(torch.float64)
+    model.last.requires_grad_(False)
+    entprop.wrap(model)
+    copy_ = model.last.entprop_aux
+    assert copy_.weight.dtype == torch.float64
+    assert not copy_.weight.requires_grad
+    assert model.blocks[0].inner.entprop_aux.weight.requires_grad
+    assert torch.equal(copy_.weight, model.last.weight)
+    assert copy_.weight.data_ptr() != model.last.weight.data_ptr()
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        model = entprop.wrap(toy("batch"))
+        with entprop.auxiliary(model):
+            assert model(torch.empty(2, 8)).shape == (2, 5)
+    model.to_empty(device="cpu")
+    assert model.last.entprop_aux.weight.device.type == "cpu"
+
+
+def test_a_wrapped_model_is_collected_with_its_registry():
+    model = entprop.wrap(toy())
+    registry, norm = weakref.ref(model._entprop_registry), weakref.ref(model.last)
+    del model
+    gc.collect()
+    assert registry() is None
+    assert norm() is None
+
+
+def test_the_same_object_comes_back():
+    model = toy()
+    assert entprop.wrap(model) is model
+    assert entprop.unwrap(model) is model
