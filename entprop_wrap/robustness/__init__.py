@@ -1,1 +1,27 @@
-"""Robustness, measured."""
+"""Robustness, measured: corruptions, attacks, shifts, and the scores SA, RA and Hscore."""
+
+from entprop_wrap.robustness.attacks import FGSM, PGD, Attack, Transfer
+from entprop_wrap.robustness.comparison import Comparison, Estimate, compare
+from entprop_wrap.robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt
+from entprop_wrap.robustness.curves import accuracy_against_epsilon
+from entprop_wrap.robustness.evaluation import evaluate_robustness
+from entprop_wrap.robustness.result import RobustnessResult
+from entprop_wrap.robustness.scores import Scores, hscore
+
+__all__ = [
+    "CORRUPTIONS",
+    "EXTRA_CORRUPTIONS",
+    "FGSM",
+    "PGD",
+    "Attack",
+    "Comparison",
+    "Estimate",
+    "RobustnessResult",
+    "Scores",
+    "Transfer",
+    "accuracy_against_epsilon",
+    "compare",
+    "corrupt",
+    "evaluate_robustness",
+    "hscore",
+]

@@ -1,0 +1,223 @@
+"""Adversarial attacks, to measure accuracy under them: FGSM, PGD in two norms, and transfer from another model.
+
+An attack is called ``attack(model, images, labels, pixel_space, generator)`` and returns images. Magnitudes are
+fractions of the pixel range, whatever the images are normalised with, and attacked pixels stay valid. The model is
+attacked as it is evaluated: in evaluation mode, with no gradient left on its parameters.
+
+High accuracy under one attack is no proof of robustness: look at several, at large epsilons, where accuracy must fall
+to 0, and at transfer (Carlini et al. 2019, "On evaluating adversarial robustness", https://arxiv.org/abs/1902.06705).
+EntProp itself is no defence: its accuracy under PGD is near that of vanilla training (its table 11).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.perturbation import PixelSpace, ascend, check_magnitude
+from entprop_wrap.robustness.ascent import AttackLoss, check_attackable, direction, length, losses, pixel_gradient
+from entprop_wrap.robustness.corruptions.draws import Draws
+from entprop_wrap.robustness.pixels import to_images, to_pixels
+from entprop_wrap.robustness.subjects import device_of, logits
+
+__all__ = ["FGSM", "PGD", "Attack", "Transfer"]
+
+_PIXELS = PixelSpace()
+
+
+class Attack(Protocol):
+    """An attack; a function of your own with these arguments, around another library, serves as well."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        pixel_space: PixelSpace | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return attacked images ``(N, C, H, W)`` in ``pixel_space``; labels are class indices ``(N,)``."""
+
+
+@dataclass(frozen=True)
+class FGSM:
+    """One step of full size along the sign of the gradient of the cross-entropy, from the image itself.
+
+    Attributes:
+        epsilon: Change of each pixel, as a fraction of the pixel range: 4/255.
+
+    Source: Goodfellow et al. (ICLR 2015), section 4.
+    """
+
+    epsilon: float = 4 / 255
+
+    def __post_init__(self) -> None:
+        check_magnitude("epsilon", self.epsilon)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        pixel_space: PixelSpace | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return attacked images; draws nothing."""
+        return PGD(self.epsilon, self.epsilon, steps=1, random_start=False)(model, images, labels, pixel_space)
+
+    def at(self, epsilon: float) -> FGSM:
+        """Return the same attack at another magnitude."""
+        return replace(self, epsilon=epsilon)
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Projected gradient ascent on the loss, within a ball around the image and within valid pixels.
+
+    Each step moves by ``step_size`` along the sign of the gradient ("linf") or along the gradient scaled to length 1
+    ("l2"), then back into the ball. The last iterate counts; of several restarts, for each image the one that is
+    misclassified, and with the highest loss among those.
+
+    Attributes:
+        epsilon: Radius of the ball. For "linf", change of a pixel as a fraction of the pixel range, in (0, 1): 4/255.
+            For "l2", length of the change of the whole image in the same unit, above 0: 128/255 is usual at 32 px.
+        step_size: Length of a step, likewise; None: ``2.5 * epsilon / steps``, as Madry et al. have it.
+        steps: Number of steps, at least 1.
+        norm: "linf" or "l2".
+        restarts: Number of attempts, at least 1. More than one needs ``random_start``.
+        random_start: Begin at a point drawn uniformly from the ball, else at the image.
+        loss: "cross_entropy", or "margin" (largest other logit minus that of the label), which still has a gradient
+            where confidence has saturated the other (Carlini & Wagner 2017, their f6).
+
+    Source: Madry et al. (ICLR 2018), section 2.1.
+    """
+
+    epsilon: float = 4 / 255
+    step_size: float | None = None
+    steps: int = 20
+    norm: Literal["linf", "l2"] = "linf"
+    restarts: int = 1
+    random_start: bool = True
+    loss: AttackLoss = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("norm", ("linf", "l2")), ("loss", ("cross_entropy", "margin"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigurationError(f"{name} must be one of {allowed}, found {getattr(self, name)!r}.")
+        for name in ("steps", "restarts"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigurationError(f"{name} must be an int of at least 1, found {value!r}.")
+        for name in ("epsilon", "step_size"):
+            value = getattr(self, name)
+            if name == "step_size" and value is None:
+                continue
+            if self.norm == "linf":
+                check_magnitude(name, value)
+            elif not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ConfigurationError(f"{name} must be a number above 0, found {value!r}.")
+        if self.restarts > 1 and not self.random_start:
+            raise ConfigurationError("restarts > 1 without random_start would repeat the same attack. Leave one out.")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        pixel_space: PixelSpace | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return attacked images.
+
+        Args:
+            model: In evaluation mode, with parameters of at least 32 bits (or bfloat16).
+            images: ``(N, C, H, W)`` in ``pixel_space``.
+            labels: ``(N,)`` class indices.
+            pixel_space: What images are normalised with; None: nothing.
+            generator: CPU generator of the random starts, None for torch's default. What is drawn for an image does
+                not depend on the batch size or the device.
+
+        Returns:
+            Images of the same shape and dtype, on the device of the model.
+
+        Raises:
+            ConfigurationError: The model is in training mode.
+            UnsupportedModelError: The model is float16, in which gradients vanish, or gives no gradient.
+        """
+        check_attackable(model)
+        space = pixel_space or _PIXELS
+        origin = to_pixels(images.detach().to(device_of(model, images)), space)
+        labels = labels.to(origin.device)
+        draws = Draws(origin, generator) if self.random_start else None
+        best, highest = origin, torch.full((len(origin), 2), -math.inf, dtype=torch.float64, device="cpu")
+        for _ in range(self.restarts):
+            pixels = origin if draws is None else self._start(origin, draws)
+            for _ in range(self.steps):
+                pixels = self._step(pixels, origin, pixel_gradient(model, pixels, labels, space, self.loss))
+            if self.restarts == 1:
+                return to_images(pixels, space).to(images.dtype)
+            with torch.no_grad():
+                found = logits(model, to_images(pixels, space))
+            score = torch.stack([(found.argmax(1) != labels).double(), losses(found, labels, self.loss)], 1).cpu()
+            better = (score[:, 0] > highest[:, 0]) | ((score[:, 0] == highest[:, 0]) & (score[:, 1] > highest[:, 1]))
+            best = torch.where(better.to(origin.device)[:, None, None, None], pixels, best)
+            highest = torch.where(better[:, None], score, highest)
+        return to_images(best, space).to(images.dtype)
+
+    def at(self, epsilon: float) -> PGD:
+        """Return the same attack at another magnitude; a ``step_size`` that was given stays in proportion."""
+        size = None if self.step_size is None else self.step_size * epsilon / self.epsilon
+        return replace(self, epsilon=epsilon, step_size=size)
+
+    def _start(self, origin: Tensor, draws: Draws) -> Tensor:
+        if self.norm == "linf":
+            return (origin + draws.uniform(origin.shape[1:], -self.epsilon, self.epsilon)).clamp_(0, 1)
+        drawn = draws.normal(origin.shape[1:])
+        # The volume within radius r grows as r^d, so that r is the d-th root of a uniform number.
+        radius = draws.uniform((1, 1, 1)) ** (1 / origin[0].numel())
+        return (origin + self.epsilon * radius * direction(drawn)).clamp_(0, 1)
+
+    def _step(self, pixels: Tensor, origin: Tensor, gradient: Tensor) -> Tensor:
+        size = 2.5 * self.epsilon / self.steps if self.step_size is None else self.step_size
+        if self.norm == "linf":
+            return ascend(pixels, origin, gradient, epsilon=self.epsilon, step_size=size, space=_PIXELS)
+        change = pixels + size * direction(gradient) - origin
+        return (origin + change * (self.epsilon / length(change)).clamp(max=1)).clamp_(0, 1)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Attack ``source`` instead of the model under evaluation.
+
+    A model that only hides its gradients falls to images made for another, ordinary one: worth a look wherever
+    training has changed how confident a model is.
+
+    Attributes:
+        source: The model that is attacked, in evaluation mode; better one that was trained on its own.
+        attack: How.
+
+    Source: Papernot et al. (2017), "Practical black-box attacks against machine learning".
+    """
+
+    source: nn.Module
+    attack: FGSM | PGD = PGD()
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        pixel_space: PixelSpace | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return images that attack ``source``; ``model`` is not looked at."""
+        return self.attack(self.source, images, labels, pixel_space, generator)
+
+    def at(self, epsilon: float) -> Transfer:
+        """Return the same attack at another magnitude."""
+        return replace(self, attack=self.attack.at(epsilon))

@@ -1,0 +1,177 @@
+"""Methods compared over seeds: means with t-intervals, and differences paired by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.robustness.result import RobustnessResult, markdown_table
+
+__all__ = ["Comparison", "Estimate", "compare"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+        mean: In the unit of the values.
+        half_width: Of the t-interval around the mean, likewise; None for one seed, which says nothing of the spread.
+    """
+
+    mean: float
+    half_width: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float], confidence: float = 0.95) -> Estimate:
+        """Return mean and two-sided t-interval of independent values, taken to be normally distributed."""
+        number = len(values)
+        mean = math.fsum(values) / number
+        if number < 2:
+            return cls(mean, None)
+        variance = math.fsum((value - mean) ** 2 for value in values) / (number - 1)
+        return cls(mean, t_critical(confidence, number - 1) * math.sqrt(variance / number))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Scores of several methods over the same seeds. Numbers are in [0, 1]; Markdown shows percent.
+
+    Attributes:
+        baseline: The method that differences are taken to.
+        seeds: Number of seeds.
+        confidence: Of all intervals, in (0, 1).
+        protocol: What RA is the mean over.
+        scores: Estimates by method and score: "SA", "RA", "Hscore", and those of shifts and attacks.
+        differences: Likewise, of the method minus the baseline, seed by seed.
+    """
+
+    baseline: str
+    seeds: int
+    confidence: float
+    protocol: str
+    scores: dict[str, dict[str, Estimate]]
+    differences: dict[str, dict[str, Estimate]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain types that JSON knows."""
+        return asdict(self)
+
+    def to_markdown(self) -> str:
+        """Return a table of scores and a table of differences, in percent and percentage points, as Markdown."""
+        keys = list(self.scores[self.baseline])
+        scores = [["method", *keys]]
+        scores += [[name, *(_percent(row[key], "{:.2f}") for key in keys)] for name, row in self.scores.items()]
+        changes = [[f"minus {self.baseline}", *keys]]
+        changes += [[name, *(_percent(row[key], "{:+.2f}") for key in keys)] for name, row in self.differences.items()]
+        if self.seeds > 1:
+            note = (
+                f"Mean and {100 * self.confidence:g} % t-interval over {self.seeds} seeds; differences are paired by "
+                "seed, and their intervals are not corrected for the number of comparisons."
+            )
+        else:
+            note = "One seed: nothing is known of the spread, and a difference may be chance."
+        tables = [markdown_table(scores)] + ([markdown_table(changes)] if self.differences else [])
+        return "\n\n".join([*tables, f"{note} RA: {self.protocol}."])
+
+
+def compare(results: Mapping[str, Sequence[RobustnessResult]], *, confidence: float = 0.95) -> Comparison:
+    """Compare methods over seeds.
+
+        compare({"vanilla": [v0, v1, v2], "EntProp": [e0, e1, e2]}).to_markdown()
+
+    Results at the same place belong together: same seed of training, same data. That is what pairing makes use of: what
+    a seed does to all methods alike drops out of the differences.
+
+    Args:
+        results: For each method its results, in the order of the seeds. The first method is the baseline.
+        confidence: Of all intervals, in (0, 1).
+
+    Raises:
+        ConfigurationError: No results, not as many for each method, or of different protocols.
+    """
+    if not 0 < confidence < 1:
+        raise ConfigurationError(f"confidence must be in (0, 1), such as 0.95; found {confidence!r}.")
+    lengths = {name: len(row) for name, row in results.items()}
+    if not lengths or len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ConfigurationError(
+            f"Expected as many results for each method, one for each seed; found {lengths or 'none'}."
+        )
+    first = next(iter(results.values()))[0]
+    for name, row in results.items():
+        for result in row:
+            if _measured(result) != _measured(first):
+                raise ConfigurationError(
+                    f"Only results of one protocol can be compared. Expected {_measured(first)}; found "
+                    f"{_measured(result)} for {name!r}."
+                )
+    values = {
+        name: {key: [_values(result)[key] for result in row] for key in _values(first)} for name, row in results.items()
+    }
+    baseline, *others = values
+    return Comparison(
+        baseline=baseline,
+        seeds=lengths[baseline],
+        confidence=confidence,
+        protocol=first.protocol,
+        scores={
+            name: {key: Estimate.of(column, confidence) for key, column in row.items()} for name, row in values.items()
+        },
+        differences={
+            name: {
+                key: Estimate.of([a - b for a, b in zip(column, values[baseline][key], strict=True)], confidence)
+                for key, column in values[name].items()
+            }
+            for name in others
+        },
+    )
+
+
+def t_critical(confidence: float, degrees: int) -> float:
+    """Return t with ``P(|T| <= t) = confidence`` for Student's T with ``degrees`` degrees of freedom.
+
+    The probability of integer degrees is a finite sum over the angle ``atan(t / sqrt(degrees))`` (Abramowitz & Stegun
+    1964, equations 26.7.3 and 26.7.4); the angle is found by bisection.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(100):
+        angle = (low + high) / 2
+        if _within(angle, degrees) < confidence:
+            low = angle
+        else:
+            high = angle
+    return math.tan(high) * math.sqrt(degrees)
+
+
+def _within(angle: float, degrees: int) -> float:
+    """Return ``P(|T| <= sqrt(degrees) * tan(angle))``."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term = cosine if odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= (k - 1) / k * cosine**2
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+def _values(result: RobustnessResult) -> dict[str, float]:
+    return {
+        "SA": result.sa,
+        "RA": result.ra,
+        "Hscore": result.hscore,
+        **{f"SA on {name}": scores.accuracy for name, scores in result.shifts.items()},
+        **{f"under {name}": scores.accuracy for name, scores in result.adversarial.items()},
+    }
+
+
+def _measured(result: RobustnessResult) -> str:
+    return f"{', '.join(_values(result))} over {result.protocol}"
+
+
+def _percent(estimate: Estimate, form: str) -> str:
+    mean = form.format(100 * estimate.mean)
+    return mean if estimate.half_width is None else f"{mean} ± {100 * estimate.half_width:.2f}"

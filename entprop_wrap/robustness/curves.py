@@ -1,0 +1,74 @@
+"""Accuracy as a function of the size of an attack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.robustness.attacks import FGSM, PGD, Transfer
+from entprop_wrap.robustness.scores import Tally
+from entprop_wrap.robustness.sharing import Share, gather
+from entprop_wrap.robustness.streams import Streams
+from entprop_wrap.robustness.subjects import Subject, check_state
+
+__all__ = ["accuracy_against_epsilon"]
+
+
+def accuracy_against_epsilon(
+    model: nn.Module,
+    data: Iterable[Any],
+    epsilons: Sequence[float] = (0, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 32 / 255),
+    *,
+    attack: FGSM | PGD | Transfer | None = None,
+    pixel_space: PixelSpace | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[float, float]:
+    """Return accuracy in [0, 1] by epsilon.
+
+    A curve that does not reach 0 at large epsilons tells of an attack that fails, not of a robust model (Carlini et al.
+    2019, "On evaluating adversarial robustness", section 5). Random starts of an image are the same at every epsilon,
+    up to size.
+
+    Args:
+        model: In evaluation mode, in its main domain.
+        data: Batches in ``pixel_space``, as :func:`~entprop_wrap.robustness.evaluate_robustness` takes them.
+        epsilons: Fractions of the pixel range (for ``norm="l2"``, lengths in that unit); 0 is no attack.
+        attack: What to do at each epsilon, its own being replaced; None: :class:`PGD` as it comes.
+        pixel_space: What the data is normalised with; None: nothing.
+        seed: Of random starts.
+        progress: Show a progress bar, on the first process.
+
+    Raises:
+        ConfigurationError: No epsilons, or one twice; a model in training mode.
+        PixelRangeError: An epsilon that is no fraction of the pixel range.
+    """
+    check_state(model, "The model")
+    if not isinstance(epsilons, Sequence) or not epsilons or len(set(epsilons)) < len(epsilons):
+        raise ConfigurationError(f"epsilons must be a sequence of different numbers, found {epsilons!r}.")
+    base = PGD() if attack is None else attack
+    attacks = {epsilon: base.at(epsilon) if epsilon else None for epsilon in epsilons}
+    subject, space, streams = Subject("The model", model), pixel_space or PixelSpace(), Streams(seed)
+    share = Share(data, space)
+    with tqdm(total=len(share) * len(attacks) or None, disable=not progress or share.process > 0, unit="pass") as bar:
+        for batch in share:
+            for epsilon, one in attacks.items():
+                images = batch.images
+                if one is not None:
+                    generator = streams.at(batch.position, "epsilon", share.salt)
+                    images = one(subject.model, images, batch.labels, space, generator)
+                subject.measure(("epsilon", str(epsilon)), images, batch.labels, batch.own)
+                bar.update()
+            subject.check_logits()
+    states = gather({condition: tally.state() for condition, tally in subject.tallies.items()})
+
+    def accuracy(epsilon: float) -> float:
+        condition = ("epsilon", str(epsilon))
+        return Tally.scores([state[condition] for state in states if condition in state]).accuracy
+
+    return {epsilon: accuracy(epsilon) for epsilon in attacks}

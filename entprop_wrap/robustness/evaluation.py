@@ -1,0 +1,193 @@
+"""``evaluate_robustness``: SA, RA and Hscore of one or several models in one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, overload
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.robustness.attacks import Attack
+from entprop_wrap.robustness.corruptions import corrupt
+from entprop_wrap.robustness.pixels import check_batch, to_images, to_pixels
+from entprop_wrap.robustness.protocol import conditions_of
+from entprop_wrap.robustness.result import RobustnessResult
+from entprop_wrap.robustness.scores import Scores, Tally
+from entprop_wrap.robustness.sharing import Batch, Share, gather
+from entprop_wrap.robustness.streams import Streams
+from entprop_wrap.robustness.subjects import Condition, Subject, describe, device_of, subjects_of
+
+__all__ = ["evaluate_robustness"]
+
+_ALONE = "The model"
+_CLEAN = ("clean images",)
+
+
+@overload
+def evaluate_robustness(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    pixel_space: PixelSpace | None = ...,
+    corruptions: Sequence[str] | None = ...,
+    severities: Sequence[int] = ...,
+    seed: int = ...,
+    auxiliaries: bool = ...,
+    shifts: Mapping[str, Iterable[Any]] | None = ...,
+    attacks: Mapping[str, Attack] | None = ...,
+    progress: bool = ...,
+) -> RobustnessResult: ...
+
+
+@overload
+def evaluate_robustness(
+    model: Mapping[str, nn.Module],
+    data: Iterable[Any],
+    *,
+    pixel_space: PixelSpace | None = ...,
+    corruptions: Sequence[str] | None = ...,
+    severities: Sequence[int] = ...,
+    seed: int = ...,
+    auxiliaries: bool = ...,
+    shifts: Mapping[str, Iterable[Any]] | None = ...,
+    attacks: Mapping[str, Attack] | None = ...,
+    progress: bool = ...,
+) -> dict[str, RobustnessResult]: ...
+
+
+def evaluate_robustness(
+    model: nn.Module | Mapping[str, nn.Module],
+    data: Iterable[Any],
+    *,
+    pixel_space: PixelSpace | None = None,
+    corruptions: Sequence[str] | None = None,
+    severities: Sequence[int] = (1, 2, 3, 4, 5),
+    seed: int = 0,
+    auxiliaries: bool = False,
+    shifts: Mapping[str, Iterable[Any]] | None = None,
+    attacks: Mapping[str, Attack] | None = None,
+    progress: bool = True,
+) -> RobustnessResult | dict[str, RobustnessResult]:
+    """Measure accuracy on clean images (SA) and on corrupted ones (RA), and their harmonic mean (Hscore).
+
+        result = evaluate_robustness(model.eval(), loader, pixel_space=PixelSpace(mean, std))
+        print(result.to_markdown())
+
+    The corruptions are drawn from the seed and an image's place in the data alone: two runs, two models and two batch
+    sizes see the same images. With several models each batch is corrupted once for all of them. Every image counts
+    once, also with several processes (see :mod:`.sharing`); all of them return the same result. For mixed precision,
+    call this inside ``torch.autocast``.
+
+    Args:
+        model: A classifier, wrapped or not, in evaluation mode, on any device; or several of them by name.
+        data: Batches ``(images, labels)``, or dicts with "pixel_values", "images" or "image" and "labels" or "label":
+            a DataLoader without augmentation, say. Images are ``(N, 3, H, W)``, floating point, in ``pixel_space``, at
+            least 32 px; labels are class indices ``(N,)``.
+        pixel_space: What the data is normalised with; None: nothing, images are in [0, 1]. Corruption happens to
+            pixels in [0, 1] at the size the model sees.
+        corruptions: Names from ``CORRUPTIONS`` and ``EXTRA_CORRUPTIONS``; None: the 15 of ImageNet-C.
+        severities: From 1 (mild) to 5 (strong).
+        seed: Of corruptions and attacks.
+        auxiliaries: Also evaluate each auxiliary domain of wrapped models, as ``result.auxiliaries``.
+        shifts: Other data of the same classes and pixel space by name ("sketch", say), evaluated without corruption.
+        attacks: Attacks by name, on the clean images of ``data``: ``{"PGD-20 4/255": PGD(4 / 255, steps=20)}``.
+        progress: Show a progress bar, on the first process.
+
+    Returns:
+        The result, or a dict of results by the names of the models. Accuracies are in [0, 1].
+
+    Raises:
+        ConfigurationError: A model is in training mode; an unknown corruption, severity or option.
+        UnsupportedModelError: A model is inside an ``auxiliary()`` block, or no module.
+        NotWrappedError: ``auxiliaries=True``, and no model is wrapped.
+        DataError: The data is empty or of an unknown form.
+        ImageError: Images of a wrong type or shape, too small, or not finite.
+        PixelRangeError: Images that do not lie in ``pixel_space``.
+        LabelError: Labels of a wrong type or shape, or that do not fit the model.
+        ModelOutputError: No logits, or logits that are NaN or infinite.
+
+    Source: EntProp (Enomoto, UAI 2024), section 4.1; protocol of Hendrycks & Dietterich (ICLR 2019).
+    """
+    models = model if isinstance(model, Mapping) else {_ALONE: model}
+    conditions = conditions_of(corruptions, severities)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigurationError(f"seed must be an int, found {seed!r}.")
+    space, shifts, attacks = pixel_space or PixelSpace(), dict(shifts or {}), dict(attacks or {})
+    groups = subjects_of(models, auxiliaries)
+    subjects = [subject for group in groups.values() for subject in group]
+
+    share, streams = Share(data, space), Streams(seed)
+    passes = len(share) * len(subjects) * (1 + len(conditions) + len(attacks))
+    hidden = not progress or share.process > 0
+    with tqdm(total=passes or None, desc="Robustness", unit="pass", disable=hidden) as bar:
+        for batch in share:
+            for condition, images in _versions(batch, subjects, conditions, space, streams, share.salt):
+                bar.set_postfix_str(describe(condition), refresh=False)
+                for subject in subjects:
+                    subject.measure(condition, images, batch.labels, batch.own)
+                    bar.update()
+            for name, attack in attacks.items():
+                bar.set_postfix_str(name, refresh=False)
+                for subject in subjects:
+                    generator = streams.at(batch.position, "attack", name, share.salt)
+                    with subject.inside():
+                        images = attack(subject.model, batch.images, batch.labels, space, generator)
+                    check_batch(images, batch.labels, space)
+                    subject.measure(("attack", name), images, batch.labels, batch.own)
+                    bar.update()
+            for subject in subjects:
+                subject.check_logits()
+    for name, other in shifts.items():
+        for batch in Share(other, space, f"shifts[{name!r}]"):
+            for subject in subjects:
+                subject.measure(("shift", name), batch.images, batch.labels, batch.own)
+                subject.check_logits()
+
+    results = {}
+    for name, (main, *others) in groups.items():
+        found = {subject.domain or "": _result(subject, conditions, seed, shifts, attacks) for subject in others}
+        results[name] = replace(_result(main, conditions, seed, shifts, attacks), auxiliaries=found)
+    return results if isinstance(model, Mapping) else results[_ALONE]
+
+
+def _versions(
+    batch: Batch,
+    subjects: list[Subject],
+    conditions: list[tuple[str, int]],
+    space: PixelSpace,
+    streams: Streams,
+    salt: int,
+) -> Iterator[tuple[Condition, Tensor]]:
+    """Yield the images of a batch, first as they are, then under each corruption."""
+    yield _CLEAN, batch.images
+    # Accelerators corrupt much faster than a CPU; what is drawn is the same on all of them.
+    pixels = to_pixels(batch.images.to(device_of(subjects[0].model, batch.images)), space)
+    for name, severity in conditions:
+        corrupted = corrupt(pixels, name, severity, streams.at(batch.position, name, severity, salt))
+        yield (name, severity), to_images(corrupted, space).to(batch.images.dtype)
+
+
+def _result(
+    subject: Subject,
+    conditions: list[tuple[str, int]],
+    seed: int,
+    shifts: Iterable[str],
+    attacks: Iterable[str],
+) -> RobustnessResult:
+    """Add up what all processes have counted."""
+    states = gather({condition: tally.state() for condition, tally in subject.tallies.items()})
+
+    def scores(condition: Condition) -> Scores:
+        return Tally.scores([state[condition] for state in states if condition in state])
+
+    return RobustnessResult(
+        clean=scores(_CLEAN),
+        corrupted={condition: scores(condition) for condition in conditions},
+        seed=seed,
+        shifts={name: scores(("shift", name)) for name in shifts},
+        adversarial={name: scores(("attack", name)) for name in attacks},
+    )

@@ -1,0 +1,226 @@
+"""What an evaluation found: SA, RA and Hscore, the table that they are made of, and over what exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.robustness.protocol import in_words, is_full
+from entprop_wrap.robustness.scores import Scores, hscore
+
+__all__ = ["RobustnessResult", "markdown_table"]
+
+
+@dataclass(frozen=True)
+class RobustnessResult:
+    """Scores of one model in one domain. Accuracies are in [0, 1]; Markdown shows percent.
+
+    SA, RA and Hscore are those of EntProp (Enomoto, UAI 2024, section 4.1): RA is the plain mean accuracy over all
+    corruptions and severities. It is *not* the mean corruption error, which weighs by a baseline and is :meth:`mce`.
+
+    Attributes:
+        clean: Scores on the images as they are.
+        corrupted: Scores by ``(corruption, severity)``, in the order of evaluation.
+        seed: Seed of the corruptions.
+        shifts: Scores on other data sets, by the name they were given.
+        adversarial: Scores under attacks, by the name they were given. They enter neither RA nor Hscore.
+        auxiliaries: The same for each auxiliary domain of the model, where that was asked for.
+    """
+
+    clean: Scores
+    corrupted: dict[tuple[str, int], Scores]
+    seed: int = 0
+    shifts: dict[str, Scores] = field(default_factory=dict)
+    adversarial: dict[str, Scores] = field(default_factory=dict)
+    auxiliaries: dict[str, RobustnessResult] = field(default_factory=dict)
+
+    @property
+    def sa(self) -> float:
+        """Accuracy on clean images (standard accuracy)."""
+        return self.clean.accuracy
+
+    @property
+    def ra(self) -> float:
+        """Plain mean accuracy over all corruptions and severities of :attr:`protocol` (robust accuracy)."""
+        return _mean(self.table.values())
+
+    @property
+    def hscore(self) -> float:
+        """Harmonic mean of SA and RA."""
+        return hscore(self.sa, self.ra)
+
+    @property
+    def table(self) -> dict[tuple[str, int], float]:
+        """Accuracy by ``(corruption, severity)``."""
+        return {condition: scores.accuracy for condition, scores in self.corrupted.items()}
+
+    @property
+    def per_corruption(self) -> dict[str, float]:
+        """Mean accuracy over severities, by corruption."""
+        return {name: _mean(self.table[name, severity] for severity in self.severities) for name in self.corruptions}
+
+    @property
+    def per_severity(self) -> dict[int, float]:
+        """Mean accuracy over corruptions, by severity."""
+        return {
+            severity: _mean(self.table[name, severity] for name in self.corruptions) for severity in self.severities
+        }
+
+    @property
+    def corruptions(self) -> tuple[str, ...]:
+        """Names of the corruptions, in the order of evaluation."""
+        return tuple(dict.fromkeys(name for name, _ in self.corrupted))
+
+    @property
+    def severities(self) -> tuple[int, ...]:
+        """The severities, in the order of evaluation."""
+        return tuple(dict.fromkeys(severity for _, severity in self.corrupted))
+
+    @property
+    def images(self) -> int:
+        """Number of clean images; each was also evaluated under every corruption and severity."""
+        return self.clean.images
+
+    @property
+    def mean_class_accuracy(self) -> float:
+        """Accuracy on clean images, averaged over classes."""
+        return self.clean.mean_class_accuracy
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy on clean images, in nats."""
+        return self.clean.loss
+
+    @property
+    def corrupted_loss(self) -> float:
+        """Mean cross-entropy over all corruptions and severities, in nats."""
+        return _mean(scores.loss for scores in self.corrupted.values())
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error on clean images (15 bins), in [0, 1]."""
+        return self.clean.calibration_error
+
+    @property
+    def corrupted_calibration_error(self) -> float:
+        """Mean of the expected calibration errors of all corruptions and severities (15 bins each), in [0, 1]."""
+        return _mean(scores.calibration_error for scores in self.corrupted.values())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether RA is over the 15 corruptions of ImageNet-C at 5 severities, as published RA is."""
+        return is_full(self.corrupted)
+
+    @property
+    def protocol(self) -> str:
+        """What RA is the mean over; says so when that is not the full protocol."""
+        return f"{self.images:,} images, seed {self.seed}, {in_words(self.corrupted)}"
+
+    def mce(self, baseline: RobustnessResult) -> float:
+        """Return the mean corruption error relative to ``baseline``: 1 is the baseline, smaller is better.
+
+        For each corruption, errors summed over severities are divided by those of the baseline; the mean over
+        corruptions is mCE. Published values take AlexNet as the baseline, and are in percent.
+
+        Raises:
+            ConfigurationError: The baseline has another protocol, or makes no error under some corruption.
+
+        Source: Hendrycks & Dietterich (ICLR 2019), section 4.
+        """
+        if set(baseline.corrupted) != set(self.corrupted) or baseline.images != self.images:
+            raise ConfigurationError(
+                f"mCE needs a baseline of the same protocol. Expected {self.protocol}; found {baseline.protocol}."
+            )
+        ours, theirs = self.per_corruption, baseline.per_corruption
+        if perfect := [name for name in theirs if theirs[name] == 1]:
+            raise ConfigurationError(
+                f"mCE divides by the errors of the baseline, which makes none under {perfect[0]!r}."
+            )
+        return _mean((1 - ours[name]) / (1 - theirs[name]) for name in ours)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain types that JSON knows; :meth:`from_dict` reads it back."""
+        return {
+            "sa": self.sa,
+            "ra": self.ra,
+            "hscore": self.hscore,
+            "protocol": self.protocol,
+            "seed": self.seed,
+            "clean": asdict(self.clean),
+            "corrupted": [{"corruption": n, "severity": s, **asdict(v)} for (n, s), v in self.corrupted.items()],
+            "shifts": {name: asdict(scores) for name, scores in self.shifts.items()},
+            "adversarial": {name: asdict(scores) for name, scores in self.adversarial.items()},
+            "auxiliaries": {name: result.to_dict() for name, result in self.auxiliaries.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RobustnessResult:
+        """Return the result that :meth:`to_dict` wrote.
+
+        Raises:
+            ConfigurationError: ``data`` is something else.
+        """
+        try:
+            return cls(
+                clean=Scores(**data["clean"]),
+                corrupted={
+                    (row["corruption"], row["severity"]): Scores(
+                        **{key: row[key] for key in row if key not in ("corruption", "severity")}
+                    )
+                    for row in data["corrupted"]
+                },
+                seed=data["seed"],
+                shifts={name: Scores(**scores) for name, scores in data["shifts"].items()},
+                adversarial={name: Scores(**scores) for name, scores in data["adversarial"].items()},
+                auxiliaries={name: cls.from_dict(part) for name, part in data["auxiliaries"].items()},
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"Expected what RobustnessResult.to_dict() returns, found {type(data).__name__} for which reading "
+                f"failed at {error}."
+            ) from error
+
+    def to_json(self) -> str:
+        """Return :meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> RobustnessResult:
+        """Return the result that :meth:`to_json` wrote."""
+        return cls.from_dict(json.loads(text))
+
+    def to_markdown(self) -> str:
+        """Return the scores and the table of accuracies in percent, as Markdown."""
+        percent = partial("{:.2f}".format)
+        domains = {"main": self, **self.auxiliaries}
+        head = [["domain", *domains]] if self.auxiliaries else [["score", "%"]]
+        rows = [
+            [label, *(percent(100 * getattr(result, key)) for result in domains.values())]
+            for label, key in (("SA", "sa"), ("RA", "ra"), ("Hscore", "hscore"))
+        ]
+        for name in self.shifts:
+            rows.append([f"SA on {name}", *(percent(100 * r.shifts[name].accuracy) for r in domains.values())])
+        for name in self.adversarial:
+            rows.append([f"under {name}", *(percent(100 * r.adversarial[name].accuracy) for r in domains.values())])
+        grid = [["accuracy, %", *map(str, self.severities), "mean"]]
+        for name, mean in self.per_corruption.items():
+            cells = (self.table[name, severity] for severity in self.severities)
+            grid.append([name, *(percent(100 * cell) for cell in cells), percent(100 * mean)])
+        grid.append(["mean", *(percent(100 * v) for v in self.per_severity.values()), percent(100 * self.ra)])
+        return "\n\n".join([markdown_table(head + rows), markdown_table(grid), f"RA: {self.protocol}."])
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Return rows of cells, the first being the head, as a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
+    return "\n".join(lines)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)

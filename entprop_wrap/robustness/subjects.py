@@ -1,0 +1,168 @@
+"""The models under evaluation: what state they must be in, and how they are asked for logits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from entprop_wrap.checks import logits_of
+from entprop_wrap.containers import plain_model, walk
+from entprop_wrap.errors import (
+    ConfigurationError,
+    LabelError,
+    ModelOutputError,
+    NotWrappedError,
+    UnsupportedModelError,
+)
+from entprop_wrap.registry import find_registry, find_wrapped
+from entprop_wrap.robustness.scores import Tally
+from entprop_wrap.wrapping import auxiliary, is_wrapped
+
+__all__ = ["Condition", "Subject", "check_labels_fit", "check_state", "describe", "device_of", "logits", "subjects_of"]
+
+#: What images are evaluated under: ``("fog", 3)``, ``("attack", "PGD-20")``, ``("shift", "sketch")``.
+Condition: TypeAlias = tuple[str | int, ...]
+
+
+class Subject:
+    """One model in one domain, and what has been counted of it.
+
+    Args:
+        name: What messages call the model.
+        model: In evaluation mode, outside of ``auxiliary()``.
+        domain: Auxiliary to run in; None for the main domain.
+    """
+
+    def __init__(self, name: str, model: nn.Module, domain: str | None = None) -> None:
+        # A DDP forward broadcasts buffers, which would wait for processes that have no batch left.
+        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.name = name if domain is None else f"{name}, auxiliary {domain!r}"
+        self.domain = domain
+        self.tallies: dict[Condition, Tally] = {}
+        self.classes: int | None = None
+
+    def inside(self) -> AbstractContextManager[None]:
+        """Return the context in which the model runs in its domain."""
+        return nullcontext() if self.domain is None else auxiliary(self.model, self.domain)
+
+    def measure(self, condition: Condition, images: Tensor, labels: Tensor, count: int) -> None:
+        """Count the first ``count`` images of a batch under ``condition``.
+
+        Raises:
+            LabelError: Labels do not fit the classes of the model.
+            ModelOutputError: The model returned no logits, or another number of them than before.
+        """
+        with torch.no_grad(), self.inside():
+            found = logits(self.model, images)
+        classes = found.shape[1]
+        if self.classes is None:
+            self.classes = classes
+        elif self.classes != classes:
+            raise ModelOutputError(
+                f"{self.name}: expected as many logits for every batch, found {self.classes} and then {classes}."
+            )
+        if condition not in self.tallies:
+            self.tallies[condition] = Tally(classes, found.device)
+        check_labels_fit(labels, classes, self.name)
+        self.tallies[condition].add(found[:count], labels[:count])
+
+    def check_logits(self) -> None:
+        """Raise :class:`ModelOutputError` if logits so far were not all finite; waits for the device."""
+        for condition, tally in self.tallies.items():
+            if tally.unusable:
+                raise ModelOutputError(
+                    f"{self.name}: the logits of {tally.unusable} images are NaN or infinite ({describe(condition)}). "
+                    "Expected finite logits: look for diverged weights, or half precision that overflows."
+                )
+
+
+def subjects_of(models: Mapping[str, nn.Module], auxiliaries: bool) -> dict[str, list[Subject]]:
+    """Return what is evaluated of each model: its main domain first, then its auxiliaries if asked for.
+
+    Raises:
+        ConfigurationError: There are no models, or one is in training mode.
+        UnsupportedModelError: One is no module, or inside ``auxiliary()``.
+        NotWrappedError: ``auxiliaries`` are asked for, and none is wrapped.
+    """
+    if not models:
+        raise ConfigurationError("Expected at least one model, found an empty dict.")
+    for name, model in models.items():
+        check_state(model, name)
+    if auxiliaries and not any(map(is_wrapped, models.values())):
+        raise NotWrappedError(
+            "auxiliaries=True needs a wrapped model, but none is. An exported or unwrapped model has no auxiliary "
+            "norms left: evaluate before unwrap(), or leave auxiliaries out."
+        )
+    return {
+        name: [
+            Subject(name, model, domain)
+            for domain in (None, *(find_registry(model).auxiliaries if auxiliaries and is_wrapped(model) else ()))
+        ]
+        for name, model in models.items()
+    }
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits ``(N, C)`` of images on any device, at least float32; differentiable where gradients are on.
+
+    Images go to the device of the model, and take the dtype of its parameters: a bfloat16 model takes no float32.
+    """
+    like = _first_tensor(model, images)
+    return logits_of(model(images.to(like.device, like.dtype)), len(images), differentiable=False)
+
+
+def device_of(model: nn.Module, images: Tensor) -> torch.device:
+    """Return the device of a model, or that of the images if it has no tensors."""
+    return _first_tensor(model, images).device
+
+
+def describe(condition: Condition) -> str:
+    """Return a condition in words: "fog 3"."""
+    return " ".join(map(str, condition))
+
+
+def _first_tensor(model: nn.Module, default: Tensor) -> Tensor:
+    """Return the first parameter or buffer in a dtype that computations happen in."""
+    usual = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor for tensor in tensors if tensor.dtype in usual), default)
+
+
+def check_state(model: nn.Module, name: str) -> None:
+    """Check that a model is in evaluation mode and in its main domain.
+
+    Raises:
+        ConfigurationError: It, or a part of it, is in training mode.
+        UnsupportedModelError: It is no module, or inside an ``auxiliary()`` block of this thread.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"{name}: expected a torch.nn.Module, found {type(model).__name__}.")
+    # What DDP and torch.compile put around a model has a mode of its own, which changes nothing.
+    model = plain_model(model)
+    if model.training:
+        raise ConfigurationError(f"{name} is in training mode. Write model.eval() before the evaluation.")
+    if any(module.training for module in walk(model)):
+        part = next(key for key, module in model.named_modules() if module.training)
+        raise ConfigurationError(
+            f"{name}: its part {part!r} is in training mode, so scores would depend on the batch. Write model.eval()."
+        )
+    if any(norm._entprop_switch.thread().block is not None for norm in find_wrapped(model)[1]):
+        raise UnsupportedModelError(
+            f"{name} is inside an auxiliary() block. Expected the main domain: call it after the with-block, or write "
+            "auxiliaries=True to have the auxiliary domains evaluated as well."
+        )
+
+
+def check_labels_fit(labels: Tensor, classes: int, name: str) -> None:
+    """Raise :class:`LabelError` unless labels are in [0, classes - 1]; waits for their device."""
+    low, high = (int(value) for value in torch.aminmax(labels))
+    if low < 0 or high >= classes:
+        raise LabelError(
+            f"{name} has {classes} logits, so class indices must be in [0, {classes - 1}]; found [{low}, {high}]. "
+            "Evaluate on the data that the model was trained for, with the same order of classes."
+        )
