@@ -268,7 +268,7 @@ def install(norm: nn.Module, copies: dict[str, Copy], switch: Switch) -> None:
         views[name] = _view(norm, copy, record=True)
         views[name + _UNRECORDED] = _view(norm, copy, record=False)
     views[_UNRECORDED] = _view(norm, norm, record=False)
-    norm.__class__ = switched_class(base)  # type: ignore[assignment, arg-type]
+    norm.__class__ = switched_class(base)  # type: ignore[arg-type]
     norm.__dict__["_entprop_switch"] = switch
     norm.__dict__["_entprop_views"] = views
 
@@ -277,7 +277,7 @@ def remove(norm: SwitchedNorm) -> None:
     """Undo :func:`install`, in place."""
     drop_copies(norm)
     del norm.__dict__["_entprop_switch"], norm.__dict__["_entprop_views"]
-    norm.__class__ = norm._entprop_base
+    norm.__class__ = norm._entprop_base  # type: ignore[assignment]
 
 
 def drop_copies(module: nn.Module) -> None:

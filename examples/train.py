@@ -83,7 +83,8 @@ def train(name, method, model, data, seed, options):
     seconds = time.perf_counter() - start
     if method.auxiliaries:
         entprop.unwrap(trainer.model)
-    return report.Run(name, seed, seconds, trainer.history), trainer.model.eval()
+    history = report.read_history(options.output / f"{name}-seed{seed}" / "metrics.jsonl")
+    return report.Run(name, seed, seconds, history), trainer.model.eval()
 
 
 def methods(options) -> dict[str, entprop.Method]:
@@ -154,7 +155,7 @@ def parse() -> argparse.Namespace:
     group.add_argument(
         "--epsilon",
         type=fraction,
-        help="largest change of a pixel, such as 4/255 (default: the paper's rule; digits: 0.1, as they have 16 grey levels)",
+        help="largest change of a pixel, such as 4/255 (default: the paper's; digits: 0.1, for 16 grey levels)",
     )
     group.add_argument("--step-size", type=fraction, help="change per step (default: derived from epsilon)")
     group.add_argument(
@@ -201,7 +202,7 @@ def parse() -> argparse.Namespace:
         "--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of the corruptions (default: 1 2 3 4 5)"
     )
     group.add_argument(
-        "--robustness-images", type=int, help="corrupt only so many test images (digits: 300; default: all)"
+        "--robustness-images", type=int, help="measure SA and RA on so many test images (digits: 500; default: all)"
     )
     group.add_argument(
         "--output", type=Path, default=Path("outputs/train"), help="folder for everything (default: outputs/train)"
@@ -217,7 +218,7 @@ def parse() -> argparse.Namespace:
         "learning_rate": 0.1 if digits else 3e-4,
         "weight_decay": 5e-4 if digits else 0.01,
         "epsilon": 0.1 if digits else None,
-        "robustness_images": 300 if digits else None,
+        "robustness_images": 500 if digits else None,
     }
     for name, value in defaults.items():
         if getattr(options, name) is None:

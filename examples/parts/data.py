@@ -49,7 +49,7 @@ def load(options, space: PixelSpace, size: int) -> Data:
 
 
 def digits(options, space: PixelSpace) -> Data:
-    """Return 8x8 digits as 32 px RGB: a few hundred to train on, as in the paper's case for small data; the rest tests."""
+    """Return 8x8 digits as 32 px RGB: a few hundred to train on (small data is the paper's claim), the rest tests."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

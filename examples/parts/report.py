@@ -33,6 +33,11 @@ class Run:
         return statistics.fmean(record["passes"] for record in self.history if "passes" in record)
 
 
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Read the records of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def table(runs: list[Run], data) -> str:
     """Return one row per method: means over seeds, and the sample standard deviation of Hscore and SA."""
     lines = [
