@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.perturbation import PixelSpace, ascend, check_magnitude
 
-__all__ = ["PGD", "Attack", "Gradient"]
+__all__ = ["PGD", "Attack", "Gradient", "check_attack", "uniform_start"]
 
 #: ``images (N, C, H, W) -> gradient`` of the objective to increase, up to a positive factor.
 Gradient = Callable[[Tensor], Tensor]
@@ -61,11 +61,17 @@ class PGD:
         return moved
 
 
+def check_attack(attack: Any) -> None:
+    """Raise :class:`ConfigurationError` unless ``attack`` looks like an :class:`Attack`."""
+    if isinstance(attack, type) or not (hasattr(attack, "run") and hasattr(attack, "steps")):
+        raise ConfigurationError(f"attack must be an attack such as PGD(epsilon=4/255), found {attack!r}.")
+
+
 def uniform_start(images: Tensor, epsilon: float, space: PixelSpace, generator: torch.Generator | None) -> Tensor:
     """Return a uniformly random point within ``epsilon`` of each image and within valid pixels."""
     if generator is None:
         noise = torch.rand_like(images)
-    else:  # drawn where the generator lives, so that every device gives the same
+    else:  # drawn on the CPU, so that every device gives the same
         noise = torch.rand(images.shape, generator=generator, dtype=images.dtype).to(images.device)
     lower, upper = space.bounds(images)
     moved: Tensor = (images + noise.mul_(2).sub_(1) * (epsilon * space.scale(images))).clamp_(lower, upper)

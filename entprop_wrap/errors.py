@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ConfigurationError",
     "DataError",
+    "DivergedError",
     "EntPropError",
     "ImageError",
     "LabelError",
@@ -76,3 +77,7 @@ class DataError(EntPropError, ValueError):
 
 class CheckpointError(EntPropError, RuntimeError):
     """A checkpoint is missing, incomplete, or belongs to another run."""
+
+
+class DivergedError(EntPropError, ArithmeticError):
+    """The loss or the weights are no longer finite: there is nothing left to train."""

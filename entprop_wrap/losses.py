@@ -11,9 +11,8 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.mixing import Mix, take
-from entprop_wrap.selection import entropy
 
-__all__ = ["Loss", "Regularised", "Target", "cross_entropy", "smooth"]
+__all__ = ["Loss", "Regularised", "Target", "cross_entropy", "mean_entropy", "smooth"]
 
 #: ``(logits (N, C), labels (N,) or (N, C)) -> scalar``, a mean over the batch.
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -21,13 +20,22 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 cross_entropy: Loss = F.cross_entropy
 
 
-def smooth(labels: Tensor, smoothing: float, classes: int) -> Tensor:
+def smooth(labels: Tensor, smoothing: float, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return ``(1 - smoothing) * labels + smoothing / classes`` as probabilities ``(N, C)``.
 
     Source: Szegedy et al., CVPR 2016, section 7.
     """
-    probabilities = labels if labels.is_floating_point() else F.one_hot(labels, classes).float()
+    probabilities = (labels if labels.is_floating_point() else F.one_hot(labels, classes)).to(dtype)
     return torch.lerp(probabilities, torch.full_like(probabilities, 1 / classes), smoothing)
+
+
+def mean_entropy(logits: Tensor) -> Tensor:
+    """Return the mean entropy of the softmax of ``logits`` ``(N, C)``, in nats, with a finite gradient everywhere.
+
+    The gradient of ``selection.entropy`` is NaN where a probability underflows to zero.
+    """
+    log_probabilities = logits.log_softmax(dim=-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean()
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,9 @@ class Regularised:
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of ``logits`` ``(N, C)``."""
         if self.label_smoothing:
-            labels = smooth(labels, self.label_smoothing, logits.shape[1]).to(logits.dtype)
+            labels = smooth(labels, self.label_smoothing, logits.shape[1], logits.dtype)
         value = self.loss(logits, labels)
-        return value - self.entropy_weight * entropy(logits).mean() if self.entropy_weight else value
+        return value - self.entropy_weight * mean_entropy(logits) if self.entropy_weight else value
 
 
 class Target:

@@ -42,7 +42,6 @@ def _work(rank: int, processes: int, folder: str, function: Callable[..., Any], 
     except BaseException:
         outcome = False, f"process {rank}: {traceback.format_exc()}"
     (Path(folder) / str(rank)).write_bytes(pickle.dumps(outcome))
-    if outcome[0]:  # after a failure the other process may be waiting in a collective: leave at once
+    if outcome[0]:  # after a failure the other process may be waiting in a collective
         torch.distributed.destroy_process_group()
-    else:
-        os._exit(0)
+    os._exit(0)  # an orderly exit sometimes aborts, where a container that is still alive holds threads of gloo

@@ -1,0 +1,76 @@
+"""What data a Trainer takes: which data sets, and which form of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from entprop_wrap.errors import DataError
+
+__all__ = ["images_and_labels", "refuse_dataset", "refuse_loader"]
+
+_IMAGES = ("pixel_values", "images", "image")
+_LABELS = ("labels", "label")
+
+
+def images_and_labels(batch: Any, name: str = "The data") -> tuple[Tensor, Tensor]:
+    """Return ``images (N, C, H, W)`` and ``labels`` of a batch.
+
+    Args:
+        batch: ``(images, labels)``, or a mapping with "pixel_values", "images" or "image", and "labels" or "label".
+        name: What messages call the data.
+
+    Raises:
+        DataError: The batch is of another form; the message says what it holds.
+    """
+    if isinstance(batch, Mapping):
+        images = next((batch[key] for key in _IMAGES if key in batch), None)
+        labels = next((batch[key] for key in _LABELS if key in batch), None)
+        found = f"a dict with {', '.join(map(repr, batch))}"
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        (images, labels), found = batch, f"({type(batch[0]).__name__}, {type(batch[1]).__name__})"
+    else:
+        images, labels, found = None, None, type(batch).__name__
+        found = f"{found} of {len(batch)} items" if isinstance(batch, (tuple, list)) else f"{found} without labels"
+    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+        raise DataError(
+            f"{name}: expected batches (images, labels) of tensors, or dicts with 'pixel_values', 'images' or 'image' "
+            f"and 'labels' or 'label'; found {found}. Return both from the data set, or from a DataLoader's collate_fn."
+        )
+    return images, labels
+
+
+def refuse_dataset(data: Any, name: str) -> None:
+    """Raise :class:`DataError` unless ``data`` is a map-style data set with something in it."""
+    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise DataError(
+            f"{name}: expected a map-style data set (with __len__ and __getitem__) or a DataLoader over one, found "
+            f"{type(data).__name__}. A stream has no order to repeat and no place to resume from: load it whole."
+        )
+    if isinstance(data, Mapping):
+        raise DataError(
+            f"{name}: expected one data set, found a {type(data).__name__} with {', '.join(map(repr, data))}. Pass one "
+            f"split: data[{next(iter(data), 'train')!r}]."
+        )
+    if len(data) == 0:
+        raise DataError(f"{name} is empty. Expected at least one batch.")
+
+
+def refuse_loader(loader: DataLoader[Any], name: str) -> None:
+    """Raise :class:`DataError` unless ``loader`` makes batches of a whole map-style data set."""
+    if isinstance(loader.dataset, IterableDataset):
+        refuse_dataset(loader.dataset, name)
+    if loader.batch_sampler is None:
+        raise DataError(
+            f"{name}: expected a DataLoader that makes batches, found batch_size=None. Write batch_size=64, say."
+        )
+    if isinstance(getattr(loader.batch_sampler, "sampler", None), DistributedSampler):
+        raise DataError(
+            f"{name}: found a DataLoader with a DistributedSampler. Expected one over the whole data: the Trainer "
+            "gives each process its share."
+        )
+    if len(loader.dataset) == 0:  # type: ignore[arg-type]
+        raise DataError(f"{name} is empty. Expected at least one batch.")

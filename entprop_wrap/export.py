@@ -1,0 +1,63 @@
+"""Writing a trained model so that it loads without this package."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+__all__ = ["export_model", "save_weights"]
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors to a safetensors file, each key with its own bytes, so that they load with ``strict=True``."""
+    seen: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        tensor = tensor.detach().cpu().contiguous()
+        # The format stores no ties: tied weights become equal ones, which tie again in the model that loads them.
+        start = tensor.untyped_storage().data_ptr()
+        own[key] = tensor.clone() if start in seen else tensor
+        seen.add(start)
+    save_file(own, path, metadata={"format": "pt"})
+
+
+def export_model(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write ``weights`` as a model of the class of ``model`` into ``folder``, file by file in one go each.
+
+    A Hugging Face model is written by its own ``save_pretrained``. Of others there is ``model.safetensors`` under the
+    model's own keys, and a ``model.json`` that names the class and says how to load. Other files in ``folder`` stay.
+
+    Args:
+        model: Wrapped or plain; not changed.
+        weights: Its state dict without auxiliary copies.
+        folder: Is made if there is none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save = getattr(model, "save_pretrained", None)
+    if save is not None and "state_dict" in inspect.signature(save).parameters:
+        save(partial, state_dict=dict(weights))
+    else:
+        save_weights(weights, partial / "model.safetensors")
+        kind = type(model)
+        card = {
+            "class": f"{kind.__module__}.{kind.__qualname__}",
+            "parameters": sum(weights[name].numel() for name, _ in model.named_parameters() if name in weights),
+            "torch": torch.__version__,
+            "load": "model = ...  # as it was built for training; then\n"
+            "model.load_state_dict(safetensors.torch.load_file('model.safetensors'))",
+        }
+        (partial / "model.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    for file in sorted(partial.iterdir()):
+        os.replace(file, folder / file.name)
+    partial.rmdir()

@@ -1,0 +1,110 @@
+"""The Accelerator of a training run, and the traces that it leaves on a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from torch import nn
+from torch.optim import Optimizer
+
+from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
+from entprop_wrap.trainer_config import TrainerConfig
+
+__all__ = ["Prepared", "make_accelerator"]
+
+
+def make_accelerator(config: TrainerConfig) -> Accelerator:
+    """Return an Accelerator for ``config``: this process alone, or one of those that ``accelerate launch`` started.
+
+    Accelerate keeps one precision per Python process. Several Trainers in a process may differ nevertheless: each has
+    its own Accelerator, whose shared part is made anew where the precision changes.
+
+    Raises:
+        ConfigurationError: ``accelerate launch`` was told something else than ``config``, or fp16 on the CPU.
+        UnsupportedModelError: DeepSpeed, FSDP1 or Megatron.
+    """
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16", "fp16"):
+        raise ConfigurationError(
+            f"mixed_precision must be 'no', 'bf16' or 'fp16'; accelerate launch says {precision!r}."
+        )
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
+    if accumulation not in ("auto", "1", str(config.gradient_accumulation_steps)):
+        raise ConfigurationError(
+            f"accelerate launch says gradient_accumulation_steps={accumulation}, the configuration "
+            f"{config.gradient_accumulation_steps}. Write TrainerConfig(gradient_accumulation_steps={accumulation})."
+        )
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        # There is no public way; without it, Accelerate refuses a second precision.
+        AcceleratorState._reset_state(reset_partial_state=False)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        # The Trainer itself groups batches: Accelerate would divide a last, smaller group by the full number.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=config.log_with,
+        project_dir=str(config.output_dir),
+    )
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigurationError("mixed_precision='fp16' needs an accelerator. On the CPU write 'bf16' or 'no'.")
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UnsupportedModelError(
+            f"{kind.value} steps inside backward, so the two backwards of a step would be two steps. Choose DDP or "
+            "FSDP2 with `accelerate config`."
+        )
+    if kind == DistributedType.FSDP and not getattr(accelerator, "is_fsdp2", False):
+        raise UnsupportedModelError("FSDP1 flattens parameters. Choose fsdp_version: 2 with `accelerate config`.")
+    if kind == DistributedType.FSDP and (config.save_every is not None or config.ema_decay is not None):
+        raise UnsupportedModelError(
+            "Checkpoints and moving averages of sharded models are not supported yet. Write "
+            "TrainerConfig(save_every=None, ema_decay=None); the model is exported at the end of fit()."
+        )
+    return accelerator
+
+
+class Prepared:
+    """A model and its optimizer as Accelerate runs them.
+
+    Accelerate sets attributes on the model, among them a ``forward`` for mixed precision. They are there while the
+    model runs and gone outside, so that the model in the user's hands stays what it was.
+
+    Attributes:
+        model: The model in its DDP, FSDP2 or compiled container, or itself.
+        optimizer: Accelerate's optimizer around the given one.
+        precision: "no", "bf16" or "fp16".
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, *, compile: bool) -> None:
+        self.precision = accelerator.mixed_precision
+        self._device = accelerator.device.type
+        self._plain = model
+        before = set(model.__dict__)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if compile and not hasattr(self.model, "_orig_mod"):
+            self.model = torch.compile(self.model)
+        self._attributes = {name: model.__dict__.pop(name) for name in set(model.__dict__) - before}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Have Accelerate's attributes on the model inside the with-block."""
+        if not self._attributes.keys().isdisjoint(self._plain.__dict__):  # nested
+            yield
+            return
+        self._plain.__dict__.update(self._attributes)
+        try:
+            yield
+        finally:
+            for name in self._attributes:
+                self._plain.__dict__.pop(name, None)
+
+    def autocast(self) -> Any:
+        """Return the autocast context of this precision, for a model that Accelerate has not prepared."""
+        types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return torch.autocast(self._device, dtype=types.get(self.precision), enabled=self.precision in types)

@@ -1,0 +1,185 @@
+"""The training loop: epochs, accumulation, logs, evaluations and checkpoints, from wherever the run stands."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from entprop_wrap.batches import Batches
+from entprop_wrap.checkpoint import CheckpointFolder, better
+from entprop_wrap.ema import update_average
+from entprop_wrap.errors import DivergedError
+from entprop_wrap.meters import Meter, MetricsFile
+from entprop_wrap.run_state import RunState
+from entprop_wrap.step import StepOutput
+from entprop_wrap.trainer_config import TrainerConfig
+
+__all__ = ["Loop"]
+
+logger = logging.getLogger(__name__)
+
+#: ``(images, labels, divisor of the loss) -> what the step computed``; leaves gradients.
+Train = Callable[[Tensor, Tensor, int], StepOutput]
+
+
+class Loop:
+    """One run of training.
+
+    Args:
+        config: Options.
+        state: All that changes; advanced in place.
+        batches: Training data.
+        train: Runs the passes of one batch.
+        evaluate: Returns the metrics of the evaluation data; None without such data.
+        checkpoints: Where to save.
+        metrics: Where to write metrics.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        state: RunState,
+        batches: Batches,
+        train: Train,
+        evaluate: Callable[[], dict[str, float]] | None,
+        checkpoints: CheckpointFolder,
+        metrics: MetricsFile,
+    ) -> None:
+        self.config, self.state, self.batches, self.train, self.evaluate = config, state, batches, train, evaluate
+        self.checkpoints, self.metrics = checkpoints, metrics
+        self.accelerator = state.accelerator
+        self.timer = _Timer()
+
+    def run(self) -> None:
+        """Train to the end of the last epoch.
+
+        Raises:
+            DivergedError: The loss is not finite.
+        """
+        position = self.state.position
+        visible = self.config.progress and self.accelerator.is_main_process
+        with tqdm(total=self.state.total_steps, initial=position.step, disable=not visible, unit="step") as self.bar:
+            self.state.prepared.optimizer.zero_grad()
+            self.timer.start()
+            while position.epoch < self.config.epochs:
+                self._epoch()
+
+    def _epoch(self) -> None:
+        position, config = self.state.position, self.config
+        self.state.prepared.model.train()
+        batches = self.batches.epoch(position.epoch, start=position.batch)
+        while position.batch < len(self.batches):
+            size = min(config.gradient_accumulation_steps, len(self.batches) - position.batch)
+            self._step(islice(batches, size), size)
+            position.batch += size
+            if position.step % config.log_every == 0 or position.step == self.state.total_steps:
+                self._log()
+            due = config.save_every_steps is not None and position.step % config.save_every_steps == 0
+            if due and position.batch < len(self.batches):
+                self._save()
+        position.epoch, position.batch = position.epoch + 1, 0
+        self._end_epoch(due)
+
+    def _step(self, batches: Iterator[tuple[Tensor, Tensor]], size: int) -> None:
+        """Take one optimizer step on ``size`` batches."""
+        state, accelerator = self.state, self.accelerator
+        optimizer = state.prepared.optimizer
+        for number, (images, labels) in enumerate(batches, start=1):
+            last = number == size
+            with nullcontext() if last else accelerator.no_sync(state.prepared.model):
+                output = self.train(images, labels, size)
+            state.meter.add(output, len(images))
+        if self.config.max_grad_norm is not None:
+            accelerator.clip_grad_norm_(state.prepared.model.parameters(), self.config.max_grad_norm)
+        state.learning_rate = float(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:  # fp16: gradients overflowed, the scaler adapts
+            state.schedule.step()
+            if state.average is not None:
+                update_average(state.average, state.model)
+        optimizer.zero_grad()
+        state.position.step += 1
+        state.position.evaluation = None
+        self.bar.update()
+
+    def _log(self) -> None:
+        """Write the averages since the last log line. Everything that waits for the device is here."""
+        state, position = self.state, self.state.position
+        values, finite, batches = state.meter.read(self.accelerator)
+        images, state.meter = state.meter.images, Meter()
+        seconds = self.timer.lap()
+        # Under fp16 single overflows are part of the method; a window of nothing else is not.
+        if finite < batches and not (state.prepared.precision == "fp16" and finite > 0):
+            latest = self.checkpoints.latest()
+            raise DivergedError(
+                f"The loss was not finite in {batches - finite} of the {batches} batches up to step {position.step}. "
+                f"The last checkpoint: {latest or 'none'}. Try a smaller learning rate, a max_grad_norm, or "
+                "mixed_precision='bf16' for 'fp16'."
+            )
+        values["learning_rate"] = state.learning_rate
+        values["images_per_second"] = images * self.accelerator.num_processes / seconds
+        self._write("train", values)
+        self.bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+
+    def _end_epoch(self, save_due: bool) -> None:
+        position, config = self.state.position, self.config
+        over = position.epoch == config.epochs
+        best = False
+        if self.evaluate is not None and (over or position.epoch % config.evaluate_every == 0):
+            with self.timer.paused():
+                position.evaluation = self.evaluate()
+            weights = "last" if self.state.average is None else "average"
+            self._write("eval", position.evaluation, weights=weights)
+            best = self._is_best(position.evaluation)
+        if config.save_every is not None and (best or over or save_due or position.epoch % config.save_every == 0):
+            self._save()
+
+    def _is_best(self, evaluation: dict[str, float]) -> bool:
+        metric, best = self.config.keep_best, self.state.position.best
+        if metric is None or not better(metric, evaluation[metric], best.get(metric)):
+            return False
+        best[metric] = evaluation[metric]
+        return True
+
+    def _save(self) -> None:
+        with self.timer.paused():
+            path = self.checkpoints.save(self.state.position.step, self.accelerator, self.state.save)
+        if self.accelerator.is_main_process:
+            logger.info("Saved %s.", path)
+
+    def _write(self, kind: str, values: dict[str, float], **more: Any) -> None:
+        position = self.state.position
+        epoch = position.epoch + position.batch / len(self.batches)
+        if self.accelerator.is_main_process:
+            self.metrics.write({"kind": kind, "step": position.step, "epoch": round(epoch, 4), **values, **more})
+            logger.info(
+                "Step %d: %s", position.step, ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            )
+        self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=position.step)
+
+
+class _Timer:
+    """Wall time of training, without evaluating and saving."""
+
+    def start(self) -> None:
+        self.since = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return seconds since the last lap, above 0."""
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        return max(seconds, 1e-9)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside the with-block out."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began

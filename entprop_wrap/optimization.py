@@ -1,0 +1,116 @@
+"""From a configuration to the wrapped model's optimizer and its schedule."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError
+from entprop_wrap.optimizers import check_optimizer, parameter_groups
+from entprop_wrap.registry import find_registry
+from entprop_wrap.step import Method
+from entprop_wrap.trainer_config import TrainerConfig
+from entprop_wrap.wrapping import is_wrapped, unwrap, wrap
+
+__all__ = ["wrap_with_optimizer"]
+
+
+def wrap_with_optimizer(
+    model: nn.Module, method: Method, given: Optimizer | None, config: TrainerConfig, total_steps: int
+) -> tuple[Optimizer, LRScheduler]:
+    """Wrap ``model`` if ``method`` needs auxiliaries and it is plain; return its optimizer, and that one's schedule.
+
+    After an error the model is as it was.
+
+    Raises:
+        AuxiliaryNameError: The model was wrapped with other auxiliaries.
+        OptimizerMismatchError: The given optimizer does not train the auxiliary copies.
+        ConfigurationError: See :func:`build_optimizer` and :func:`build_schedule`.
+    """
+    if given is not None and not isinstance(given, Optimizer):
+        raise TypeError(
+            f"optimizer expects a torch.optim.Optimizer, found {given!r}. By name: TrainerConfig(optimizer='sgd')."
+        )
+    wrapped_here = bool(method.auxiliaries) and not is_wrapped(model)
+    if wrapped_here:
+        wrap(model, auxiliaries=method.auxiliaries)
+    try:
+        _check_auxiliaries(model, method)
+        optimizer = given or build_optimizer(model, config)
+        if is_wrapped(model):
+            check_optimizer(model, optimizer)
+        return optimizer, build_schedule(optimizer, config, total_steps)
+    except Exception:
+        if wrapped_here:
+            unwrap(model)
+        raise
+
+
+def _check_auxiliaries(model: nn.Module, method: Method) -> None:
+    if not method.auxiliaries:
+        return
+    present = find_registry(model).auxiliaries
+    if missing := [name for name in method.auxiliaries if name not in present]:
+        raise AuxiliaryNameError(
+            f"{type(method).__name__} needs the auxiliaries {method.auxiliaries}; the model has {present}, "
+            f"without {missing}. Write wrap(model, auxiliaries={method.auxiliaries}), or pass a plain model."
+        )
+
+
+def build_optimizer(model: nn.Module, config: TrainerConfig) -> Optimizer:
+    """Return the optimizer that ``config`` describes, over the parameter groups of ``model``.
+
+    Raises:
+        ConfigurationError: Nothing is trainable, or the given function returned no optimizer.
+    """
+    groups = parameter_groups(model, config.weight_decay)
+    if not groups:
+        raise ConfigurationError(f"No parameter of {type(model).__name__} has requires_grad=True: nothing to train.")
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=config.learning_rate)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+    optimizer = config.optimizer(groups)  # type: ignore[operator]
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigurationError(
+            f"The function given as optimizer returned {type(optimizer).__name__}. Expected a torch.optim.Optimizer."
+        )
+    return optimizer
+
+
+def build_schedule(optimizer: Optimizer, config: TrainerConfig, total_steps: int) -> LRScheduler:
+    """Return the schedule that ``config`` describes, for ``total_steps`` steps of ``optimizer``.
+
+    Raises:
+        ConfigurationError: The given function returned no schedule, or one that steps on a metric.
+    """
+    if not isinstance(config.schedule, str):
+        schedule = config.schedule(optimizer, total_steps)
+        if not isinstance(schedule, LRScheduler) or isinstance(schedule, ReduceLROnPlateau):
+            raise ConfigurationError(
+                f"The function given as schedule returned {type(schedule).__name__}. Expected an LRScheduler that "
+                "steps once after every optimizer step, without a metric."
+            )
+        return schedule
+    return LambdaLR(optimizer, partial(_factor, config.schedule, round(config.warmup * total_steps), total_steps))
+
+
+def _factor(name: str, warmup: int, total: int, step: int) -> float:
+    """Return what the learning rate is multiplied by in ``step``, counted from 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)
+    if name == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if name == "linear":
+        return 1 - done
+    if name == "step":
+        return 0.1 ** math.floor(3 * done + 1e-9) if done < 1 else 0.01
+    return 1.0

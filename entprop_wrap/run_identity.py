@@ -1,0 +1,65 @@
+"""What makes a run this run: what may not change between a checkpoint and the run that goes on from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from entprop_wrap.errors import CheckpointError
+from entprop_wrap.trainer_config import TrainerConfig
+
+__all__ = ["check_same_run", "describe", "identity"]
+
+
+def describe(value: Any) -> str:
+    """Return a description that is the same in every process: qualified names, and no addresses."""
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def identity(
+    config: TrainerConfig, model: nn.Module, optimizer: Optimizer, total_steps: int, **more: Any
+) -> dict[str, Any]:
+    """Return what a resumed run must share with the run it goes on with, as JSON; all other options may change.
+
+    Args:
+        config: Options of the run.
+        model: The model, wrapped if it will be.
+        optimizer: After its schedule was made, which notes initial learning rates.
+        total_steps: Steps of the run.
+        more: Numbers, or objects to be told apart by :func:`describe`.
+    """
+    options = ("batch_size", "gradient_accumulation_steps", "max_grad_norm", "ema_decay", "seed", "channels_last")
+    noted = ("initial_lr", "momentum", "weight_decay")
+    return {
+        "model": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "optimizer": type(optimizer).__name__,
+        "groups": [{key: group[key] for key in noted if key in group} for group in optimizer.param_groups],
+        "schedule": describe(config.schedule),
+        "warmup": config.warmup,
+        # A constant rate does not know how long the run is, which may then be made longer.
+        "steps": None if config.schedule == "constant" and config.warmup == 0 else total_steps,
+        **{name: getattr(config, name) for name in options},
+        **{key: value if isinstance(value, (int, str)) else describe(value) for key, value in more.items()},
+    }
+
+
+def check_same_run(checkpoint: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise :class:`CheckpointError`, listing all differences, unless both runs mean the same."""
+    differences = [
+        f"{key}: {saved.get(key)!r} there, {current.get(key)!r} here"
+        for key in {**saved, **current}
+        if saved.get(key) != current.get(key)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint} belongs to another run ({'; '.join(differences)}). Expected the same options to resume. To "
+            "train on with others, load its model.safetensors into the model and start in a new output_dir."
+        )

@@ -1,0 +1,288 @@
+"""``Trainer``: a whole training run on Accelerate, from a model and its data to an exported model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, set_seed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from entprop_wrap.batches import Batches
+from entprop_wrap.checkpoint import CheckpointFolder, read_state
+from entprop_wrap.containers import plain_model
+from entprop_wrap.ema import make_average, share_statistics
+from entprop_wrap.errors import CheckpointError, DataError, UnsupportedModelError
+from entprop_wrap.evaluation import evaluate
+from entprop_wrap.export import export_model
+from entprop_wrap.launch import Prepared, make_accelerator
+from entprop_wrap.loop import Loop
+from entprop_wrap.losses import Loss, cross_entropy
+from entprop_wrap.meters import Meter, MetricsFile
+from entprop_wrap.methods import EntProp
+from entprop_wrap.optimization import wrap_with_optimizer
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.reproducible import seed_of
+from entprop_wrap.run_identity import check_same_run, describe, identity
+from entprop_wrap.run_state import Position, RunState
+from entprop_wrap.state_dicts import main_state_dict
+from entprop_wrap.step import Method, StepOutput
+from entprop_wrap.trainer_config import TrainerConfig
+from entprop_wrap.training import training_step
+
+__all__ = ["Trainer"]
+
+logger = logging.getLogger(__name__)
+
+#: A map-style data set of any library, or a DataLoader over one.
+Data = Dataset[Any] | DataLoader[Any] | Any
+
+
+class Trainer:
+    """Trains a classifier with a method, on one process or on all that ``accelerate launch`` or ``torchrun`` started.
+
+        trainer = entprop.Trainer(model, train_data, eval_data, method=EntProp(), pixel_space=PixelSpace(mean, std))
+        trainer.fit()             # metrics.jsonl, checkpoints/ and the plain model in model/, all in config.output_dir
+
+    The model is trained in place and stays wrapped, so that training can go on; ``entprop.unwrap(trainer.model)`` gives
+    the plain model back. End scripts for several processes with ``trainer.accelerator.end_training()``, which closes the
+    process group: left open, gloo may abort at exit.
+
+    Args:
+        model: The model on any device, wrapped or plain. It is wrapped here if the method has auxiliaries.
+        train_data: Map-style data set, or DataLoader over one, of ``(image (C, H, W), label)`` or of dicts with
+            "pixel_values", "images" or "image" and "labels" or "label". Order and augmentation depend on
+            ``config.seed``, epoch and sample alone, see ``entprop_wrap.batches``.
+        eval_data: Likewise; None: no evaluation.
+        method: What to do in a step; ``EntProp()`` by default.
+        pixel_space: How the images were normalised; None: they are in [0, 1].
+        loss: ``(logits, labels) -> scalar mean``, for training and evaluation; None: cross-entropy.
+        config: All other options.
+        optimizer: A ready optimizer over the wrapped model's parameters, instead of one by ``config.optimizer``.
+
+    Attributes:
+        model: The model that was given.
+        position: Steps and epochs done, and the last evaluation.
+        checkpoints: The checkpoint folders, with ``latest()`` and ``best()``.
+
+    Raises:
+        DataError: Data is empty, has no labels, or is no map-style data set.
+        ConfigurationError: Options contradict the machine or each other.
+        AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
+        OptimizerMismatchError: The optimizer does not train the auxiliary copies.
+        UnsupportedModelError: The model is in a container, or the launcher chose what the method cannot run in.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data: Data,
+        eval_data: Data | None = None,
+        *,
+        method: Method | None = None,
+        pixel_space: PixelSpace | None = None,
+        loss: Loss | None = None,
+        config: TrainerConfig | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        if isinstance(method, type):
+            raise TypeError(f"method expects an instance: write method={method.__name__}().")
+        if plain_model(model) is not model:
+            raise UnsupportedModelError(
+                f"Trainer expects a plain model, found a {type(model).__name__}: it distributes and compiles the model "
+                "itself. Pass the module inside, and compile=True in the configuration for torch.compile."
+            )
+        self.model, self.method, self.config = model, method or EntProp(), config or TrainerConfig()
+        self.pixel_space, self.loss = pixel_space or PixelSpace(), loss or cross_entropy
+        self.accelerator = make_accelerator(self.config)
+        self.train_batches = self._batches(train_data, training=True)
+        self.eval_batches = None if eval_data is None else self._batches(eval_data, training=False)
+
+        # The last step of an epoch takes the batches that are left.
+        total_steps = -(-len(self.train_batches) // self.config.gradient_accumulation_steps) * self.config.epochs
+        # Data and options are sound; from here on the model changes.
+        optimizer, schedule = wrap_with_optimizer(model, self.method, optimizer, self.config, total_steps)
+        if self.config.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        prepared = Prepared(self.accelerator, model, optimizer, compile=self.config.compile)
+        average = None
+        if self.config.ema_decay is not None:
+            average = make_average(model, self.config.ema_decay)
+        self._state = RunState(
+            self.accelerator,
+            model,
+            prepared,
+            schedule,
+            average,
+            torch.Generator(),
+            Meter(),
+            Position(),
+            identity(
+                self.config,
+                model,
+                optimizer,
+                total_steps,
+                method=self.method,
+                pixel_space=self.pixel_space,
+                loss=self.loss,
+                precision=self.accelerator.mixed_precision,
+                samples=self.train_batches.samples,
+                batches=len(self.train_batches),
+                processes=self.accelerator.num_processes,
+            ),
+            total_steps,
+        )
+        output = Path(self.config.output_dir)
+        self.checkpoints = CheckpointFolder(output / "checkpoints", self.config.keep_last, self.config.keep_best)
+        self._metrics = MetricsFile(output / "metrics.jsonl")
+
+    @property
+    def position(self) -> Position:
+        """Steps and epochs done, and the last evaluation."""
+        return self._state.position
+
+    def fit(self, *, resume: bool | str | Path = False) -> dict[str, float]:
+        """Train to the end of the last epoch, and export the model to ``output_dir/model``.
+
+        Resumed, a run goes on bit for bit as if it had not stopped (on the CPU; elsewhere as far as kernels are
+        deterministic), also in the middle of an epoch.
+
+        Args:
+            resume: True goes on from the latest checkpoint in ``output_dir``, or begins where there is none; a path
+                goes on from that checkpoint.
+
+        Returns:
+            The last evaluation, see :meth:`evaluate`; empty without evaluation data.
+
+        Raises:
+            CheckpointError: The checkpoint belongs to another run or is damaged; or ``output_dir`` holds a run and
+                ``resume`` is False: nothing is overwritten.
+            DivergedError: The loss is not finite.
+        """
+        state, config = self._state, self.config
+        checkpoint = self._to_resume(resume)
+        set_seed(config.seed, device_specific=True)
+        state.generator.manual_seed(seed_of(config.seed, "step", self.accelerator.process_index))
+        with state.prepared.running():
+            if checkpoint is not None:
+                state.load(checkpoint)
+                self._say(f"Resumed from {checkpoint}: step {self.position.step} of {state.total_steps}.")
+            elif resume:
+                self._say(f"No checkpoint in {self.checkpoints.path}: training begins.")
+            if self.accelerator.is_main_process:
+                self.checkpoints.clean()
+                self._metrics.cut(self.position.step)
+            self._start_trackers()
+            evaluate = None if self.eval_batches is None else self.evaluate
+            loop = Loop(config, state, self.train_batches, self._train, evaluate, self.checkpoints, self._metrics)
+            try:
+                loop.run()
+            finally:
+                for tracker in self.accelerator.trackers:
+                    tracker.finish()
+                self.accelerator.trackers = []
+        self.export(Path(config.output_dir) / "model")
+        return self.position.evaluation or {}
+
+    def evaluate(self, data: Data | None = None) -> dict[str, float]:
+        """Evaluate the model in its main domain, or its moving average if there is one. Call it on all processes.
+
+        Args:
+            data: Other data than ``eval_data``.
+
+        Returns:
+            "loss", "accuracy" and "mean_class_accuracy", the latter two in [0, 1]; exact over all processes.
+
+        Raises:
+            DataError: There is no data, or it has no labels.
+        """
+        batches = self.eval_batches if data is None else self._batches(data, training=False)
+        if batches is None:
+            raise DataError("No data to evaluate on. Write Trainer(model, train_data, eval_data), or evaluate(data).")
+        average, prepared = self._state.average, self._state.prepared
+        layout = self.config.channels_last
+        if average is not None:
+            share_statistics(average)
+            with prepared.autocast():
+                return evaluate(average.module, batches, self.loss, self.accelerator, channels_last=layout)
+        with prepared.running():
+            return evaluate(prepared.model, batches, self.loss, self.accelerator, channels_last=layout)
+
+    def export(self, folder: str | Path) -> None:
+        """Write the plain model, of the moving average if there is one, so that it loads without this package.
+
+        Hugging Face models are written by ``save_pretrained``; of others there is ``model.safetensors`` and a
+        ``model.json`` that says how to load it.
+        """
+        average = self._state.average
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            full = self.accelerator.get_state_dict(self._state.prepared.model)
+            weights = {key: value for key, value in full.items() if key in main_state_dict(self.model)}
+        else:
+            weights = main_state_dict(self.model if average is None else average.module)
+        if self.accelerator.is_main_process:
+            export_model(self.model, weights, Path(folder))
+        self._say(f"Exported the {'last' if average is None else 'averaged'} weights to {folder}.")
+        self.accelerator.wait_for_everyone()
+
+    def _batches(self, data: Data, *, training: bool) -> Batches:
+        size = self.config.batch_size
+        return Batches(
+            data,
+            batch_size=size if training else self.config.eval_batch_size or size,
+            workers=self.config.workers,
+            training=training,
+            name="train_data" if training else "eval_data",
+            seed=self.config.seed,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            device=self.accelerator.device,
+        )
+
+    def _to_resume(self, resume: bool | str | Path) -> Path | None:
+        """Return the checkpoint to go on from, or None; raise where that would mix or overwrite runs."""
+        checkpoint = self.checkpoints.to_resume(resume)
+        elsewhere = checkpoint is None or checkpoint.resolve().parent != self.checkpoints.path.resolve()
+        if elsewhere and resume is not True and self._metrics.path.exists():
+            raise CheckpointError(
+                f"{self._metrics.path} holds the metrics of another run. Choose a new output_dir, or remove that one; "
+                "fit(resume=True) begins again there."
+            )
+        if checkpoint is None and self.position.step:
+            raise CheckpointError(
+                "This Trainer has trained already, and kept no checkpoint to go on from. Make a new Trainer; the model "
+                "goes on with the weights it has."
+            )
+        if checkpoint is not None:
+            check_same_run(checkpoint, read_state(checkpoint)["run"], self._state.identity)
+        return checkpoint
+
+    def _train(self, images: Tensor, labels: Tensor, divisor: int) -> StepOutput:
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return training_step(
+            self._state.prepared.model,
+            images,
+            labels,
+            method=self.method,
+            pixel_space=self.pixel_space,
+            loss=self.loss,
+            backward=lambda loss: self.accelerator.backward(loss / divisor),
+            generator=self._state.generator,
+        )
+
+    def _start_trackers(self) -> None:
+        if self.config.log_with is not None:
+            values = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
+            values = {"method": self.method, **values}
+            simple = {key: v if isinstance(v, (int, float, str)) else describe(v) for key, v in values.items()}
+            self.accelerator.init_trackers(self.config.project, config=simple)
+
+    def _say(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            logger.info(message)

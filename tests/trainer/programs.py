@@ -1,0 +1,141 @@
+"""What other processes run: ``python -m tests.trainer.programs <function> <arguments>``."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+import entprop_wrap as entprop
+from tests.trainer.toys import BatchNormNet, GroupNormNet, Images, make
+
+torch.set_num_threads(1)
+
+
+def resumable(folder, *, workers=0, stop_after=None):
+    """A run of 2 epochs of 3 steps with all that is random or has memory; saved after every second step."""
+    batches = 0.0
+
+    def loss(logits, labels):
+        nonlocal batches
+        batches += 0.5 * (torch.is_grad_enabled() and len(logits) == 2)  # auxiliary passes, for each of two labels
+        if stop_after is not None and batches > stop_after:
+            raise KeyboardInterrupt
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    loss.__qualname__, loss.__module__ = "loss", "tests"
+    config = entprop.TrainerConfig(
+        epochs=2,
+        batch_size=8,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        ema_decay=0.8,
+        workers=workers,
+        output_dir=folder,
+        log_every=3,
+        save_every_steps=2,
+        keep_last=None,
+        progress=False,
+    )
+    return entprop.Trainer(
+        make(BatchNormNet),
+        Images(augment=True),
+        Images(seed=1),
+        method=entprop.EntProp(fraction=0.25),
+        loss=loss,
+        config=config,
+    )
+
+
+def resume(*folders):
+    for folder in folders:
+        # Whatever the new process has done with its random numbers before must not matter.
+        torch.rand(17)
+        resumable(folder, workers=int(folder.endswith("workers"))).fit(resume=True)
+
+
+def short(folder, optimizer="sgd", **options):
+    config = entprop.TrainerConfig(
+        epochs=3, batch_size=20, optimizer=optimizer, output_dir=folder, progress=False, keep_last=None, **options
+    )
+    return entprop.Trainer(make(GroupNormNet), Images(), Images(), method=entprop.EntProp(mix=None), config=config)
+
+
+def sgd(groups):
+    return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+
+
+def die_while_saving(folder):
+    """Save after the first epoch, and be killed half-way through the save after the second."""
+
+    class SGD(torch.optim.SGD):
+        def state_dict(self):
+            if (Path(folder) / "checkpoints" / "step-00000002").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().state_dict()
+
+    def sgd(groups):
+        return SGD(groups, lr=0.05, momentum=0.9)
+
+    short(folder, sgd).fit()
+
+
+def distributed(folder, accumulation=1):
+    """The same batches per step whether two processes take one each, or one process accumulates two."""
+    runs = {
+        "vanilla": (entprop.Vanilla(), {}),
+        "entprop": (entprop.EntProp(fraction=0.5, mix=None), {"ema_decay": 0.5}),
+        "accumulated": (entprop.EntProp(fraction=0.5, mix=None, attack_steps=2), {"gradient_accumulation_steps": 2}),
+    }
+    for name, (method, options) in runs.items():
+        options = {"gradient_accumulation_steps": 1, **options}
+        options["gradient_accumulation_steps"] *= accumulation
+        config = entprop.TrainerConfig(
+            epochs=2,
+            batch_size=4,
+            eval_batch_size=5,
+            optimizer="sgd",
+            learning_rate=0.1,
+            output_dir=f"{folder}/{name}",
+            log_every=1,
+            progress=False,
+            **options,
+        )
+        # 9 evaluation batches, the last of 3: an odd number for two processes, and uneven.
+        trainer = entprop.Trainer(make(GroupNormNet), Images(32), Images(43), method=method, config=config)
+        trainer.fit()
+        if name == "vanilla":
+            trainer.evaluate(Images(3))  # fewer batches than processes
+    if accumulation == 1:
+        _resume_together(folder)
+        trainer.accelerator.end_training()
+
+
+def _resume_together(folder):
+    """Processes with dropout, MixUp and statistics of their own go on from the middle of an epoch, bit for bit."""
+    ends = []
+    for name, resume in (("whole", False), ("resumed", f"{folder}/whole/checkpoints/step-00000003")):
+        config = entprop.TrainerConfig(
+            epochs=2,
+            batch_size=8,
+            mixed_precision="bf16",
+            ema_decay=0.5,
+            output_dir=f"{folder}/{name}",
+            save_every_steps=1,
+            keep_last=None,
+            progress=False,
+        )
+        trainer = entprop.Trainer(make(BatchNormNet), Images(64, augment=True), Images(), config=config)
+        torch.rand(len(name))  # where random numbers stand must not matter
+        trainer.fit(resume=resume)
+        average = trainer._state.average.module
+        ends.append(
+            [(trainer.position, trainer.evaluate()), *trainer.model.state_dict().values(), average.bn.running_var]
+        )
+    assert ends[0][0] == ends[1][0]
+    assert all(map(torch.equal, ends[0][1:], ends[1][1:]))
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,164 @@
+"""Batches depend on seed, epoch and data; data of another form is refused with what to write instead."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, WeightedRandomSampler
+
+from entprop_wrap.batches import Batches
+from entprop_wrap.errors import DataError
+from tests.trainer.toys import Images
+
+
+def batches(data, *, training=True, batch_size=8, workers=0, **options):
+    return Batches(
+        data, batch_size=batch_size, workers=workers, training=training, name="train_data", seed=3, **options
+    )
+
+
+def content(found):
+    return [(images.clone(), labels.clone()) for images, labels in found]
+
+
+def same(first, second):
+    flat = [[tensor for batch in batches for tensor in batch] for batches in (first, second)]
+    return len(first) == len(second) and all(map(torch.equal, *flat))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_repeats_from_its_middle(workers):
+    data = Images(36, augment=True)
+    first = content(batches(data).epoch(2))
+    torch.rand(5)
+    again = batches(data, workers=workers)
+    assert same(content(again.epoch(2, start=2)), first[2:])
+    assert not same(content(again.epoch(3)), first)
+    assert len(again) == len(first) == 4  # the incomplete batch is left out
+
+
+def test_loading_leaves_random_states_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    content(batches(Images(augment=True)).epoch(0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_augmentation_differs_between_samples_and_epochs():
+    class Random(Dataset):
+        def __len__(self):
+            return 16
+
+        def __getitem__(self, index):
+            return torch.rand(3, 2, 2), index
+
+    made = batches(Random())
+    drawn = torch.cat([images for epoch in (0, 1) for images, _ in made.epoch(epoch)])
+    assert len(drawn.flatten(1).unique(dim=0)) == 32
+
+
+def test_processes_share_the_same_epoch():
+    data = Images(44)
+    whole = content(batches(data).epoch(1))
+    shares = [content(batches(data, process=rank, processes=2).epoch(1)) for rank in (0, 1)]
+    assert same(shares[0], whole[0:4:2])
+    assert same(shares[1], whole[1:4:2])
+
+
+def test_evaluation_keeps_everything_in_order():
+    data = Images(19)
+    shares = [batches(data, training=False, process=rank, processes=2) for rank in (0, 1)]
+    assert [len(share) for share in shares] == [2, 2]
+    assert [share.number for share in shares] == [2, 1]
+    labels = [labels for share in shares for _, labels in list(share.epoch(0))[: share.number]]
+    assert sorted(map(len, labels)) == [3, 8, 8]
+    assert torch.equal(torch.cat([labels[0], labels[2], labels[1]]), data.labels)
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_a_loader_brings_its_sampler_and_collate(seeded):
+    data = Images(20)
+    weights = torch.ones(20)
+    weights[::4] = 0  # no class 0
+
+    def loader():
+        generator = torch.Generator().manual_seed(torch.randint(100, ()).item()) if seeded else None
+        sampler = WeightedRandomSampler(weights, 12, generator=generator)
+        return DataLoader(data, 4, sampler=sampler, collate_fn=lambda samples: {"image": 1, **_dict(samples)})
+
+    first = content(batches(loader()).epoch(1))
+    assert len(first) == 3
+    assert all((labels > 0).all() for _, labels in first)
+    used = loader()
+    list(used)  # where its generator stands does not matter
+    assert same(content(batches(used).epoch(1, start=1)), first[1:])
+
+
+def _dict(samples):
+    images, labels = zip(*samples, strict=True)
+    return {"pixel_values": torch.stack(images), "labels": torch.tensor(labels)}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+class Unlabelled(Images):
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0]
+
+
+class Triples(Images):
+    def __getitem__(self, index):
+        return (*super().__getitem__(index), index)
+
+
+class NoPixels(Images):
+    def __getitem__(self, index):
+        return {"text": "a", "labels": 1}
+
+
+class Sizes(Images):
+    def __getitem__(self, index):
+        return torch.rand(3, 8 + index, 8), 0
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda: Images(0), "train_data is empty"),
+        (lambda: DataLoader([], 4), "train_data is empty"),
+        (lambda: Images(7), "Choose a smaller batch_size"),
+        (lambda: DataLoader(Images(9), 4), "drop_last=True"),
+        (lambda: DataLoader(Images(9), None), "batch_size=64"),
+        (lambda: Stream(), "a map-style data set"),
+        (lambda: DataLoader(Stream(), 4), "a map-style data set"),
+        (lambda: iter(Images(9)), "a map-style data set"),
+        (lambda: {"train": Images(9), "test": Images(9)}, r"data\['train'\]"),
+        (lambda: Unlabelled(16), "Tensor without labels"),
+        (lambda: Triples(16), "of 3 items"),
+        (lambda: NoPixels(16), "a dict with 'text', 'labels'"),
+        (lambda: Sizes(16), "tensors of one size"),
+        (lambda: [(object(), 1)] * 16, "give the data set a transform"),
+        (lambda: DataLoader(Images(9), 4, sampler=DistributedSampler(Images(9), 2, 0)), "DistributedSampler"),
+    ],
+)
+def test_other_data_is_refused(data, message):
+    with pytest.raises(DataError, match=message):
+        batches(data())
+
+
+def test_epochs_of_changing_length_are_refused():
+    class Growing:
+        epoch = 0
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __iter__(self):
+            return iter([[0, 1]] * (2 + self.epoch))
+
+    made = batches(DataLoader(Images(9), batch_sampler=Growing()))
+    assert len(content(made.epoch(0))) == 2
+    with pytest.raises(DataError, match="3 batches in epoch 1, and 2 in the first"):
+        content(made.epoch(1))

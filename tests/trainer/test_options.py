@@ -1,0 +1,506 @@
+"""Real runs on small data: what each option does."""
+
+import copy
+import json
+
+import pytest
+import torch
+from accelerate.tracking import GeneralTracker, on_main_process
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+import entprop_wrap as entprop
+from entprop_wrap import EntProp, Trainer, TrainerConfig, Vanilla
+from entprop_wrap.errors import (
+    AuxiliaryNameError,
+    ConfigurationError,
+    DataError,
+    DivergedError,
+    LabelError,
+    NoNormLayersError,
+    OptimizerMismatchError,
+    PixelRangeError,
+    UnsupportedModelError,
+)
+from tests.trainer.toys import CLASSES, BatchNormNet, GroupNormNet, Images, make
+
+pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
+
+
+def trainer(folder, model=None, data=None, eval_data=None, *, method=None, loss=None, ready=None, **options):
+    options = {"epochs": 2, "batch_size": 10, "learning_rate": 1e-2, "log_every": 1, "progress": False, **options}
+    model = make(BatchNormNet) if model is None else model
+    data, eval_data = Images() if data is None else data, Images(seed=1) if eval_data is None else eval_data
+    config = TrainerConfig(output_dir=folder, **options)
+    return Trainer(model, data, eval_data, method=method, loss=loss, config=config, optimizer=ready)
+
+
+def recording(types):
+    def hook(module, args, output):
+        types.append(output.dtype)
+
+    return hook
+
+
+def lines(folder, kind):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def test_a_run_learns_and_writes_everything(tmp_path):
+    run = trainer(tmp_path, epochs=6, method=EntProp(fraction=0.4, attack_steps=2))
+    plain = list(make(BatchNormNet).state_dict())
+    result = run.fit()
+    assert result["accuracy"] > 0.9
+    assert result == run.position.evaluation
+    assert result == run.evaluate()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl", "model"]
+    train, evaluated = lines(tmp_path, "train"), lines(tmp_path, "eval")
+    assert [line["step"] for line in train] == list(range(1, 25))
+    assert [line["epoch"] for line in evaluated] == [1, 2, 3, 4, 5, 6]
+    assert train[0].keys() == {
+        "kind",
+        "step",
+        "epoch",
+        "loss",
+        "main_loss",
+        "aux_loss",
+        "main_entropy",
+        "aux_entropy",
+        "passes",
+        "learning_rate",
+        "images_per_second",
+    }
+    assert all(line["passes"] == pytest.approx(1.8) for line in train)
+    assert train[0]["loss"] == pytest.approx(train[0]["main_loss"] + 0.4 * train[0]["aux_loss"], rel=1e-5)
+    assert evaluated[0].keys() == {"kind", "step", "epoch", "loss", "accuracy", "mean_class_accuracy", "weights"}
+    model = entprop.unwrap(run.model)
+    assert list(model.state_dict()) == plain
+    assert model.__dict__.keys() == make(BatchNormNet).__dict__.keys()  # no trace of Accelerate
+
+
+def test_log_lines_average_their_steps(tmp_path):
+    trainer(tmp_path / "each", epochs=1).fit()
+    trainer(tmp_path / "pairs", epochs=1, log_every=2).fit()
+    each, pairs = lines(tmp_path / "each", "train"), lines(tmp_path / "pairs", "train")
+    assert [line["step"] for line in pairs] == [2, 4]
+    for key in ("loss", "main_loss", "aux_loss", "main_entropy", "aux_entropy"):
+        assert pairs[1][key] == pytest.approx((each[2][key] + each[3][key]) / 2, rel=1e-5)
+    assert pairs[1]["learning_rate"] == each[3]["learning_rate"]
+
+
+@pytest.mark.parametrize("norm", [None, 0.2])  # clipping hides the scale
+def test_the_last_group_of_batches_counts_by_its_size(tmp_path, norm):
+    """Against a loop written out: 5 batches in groups of 2, 2 and 1; clipped; decayed where it should be."""
+    model = make(GroupNormNet)
+    reference = copy.deepcopy(model)
+    run = trainer(
+        tmp_path,
+        model,
+        Images(50),
+        method=Vanilla(),
+        epochs=1,
+        optimizer="sgd",
+        learning_rate=0.3,
+        weight_decay=0.1,
+        gradient_accumulation_steps=2,
+        max_grad_norm=norm,
+        schedule="linear",
+        warmup=0.34,
+    )
+    batches = list(run.train_batches.epoch(0))
+    run.fit()
+    decayed = [reference.conv.weight, reference.fc.weight]
+    others = [p for p in reference.parameters() if all(p is not d for d in decayed)]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.3, momentum=0.9)
+    for group, factor in (([0, 1], 0.5), ([2, 3], 1.0), ([4], 0.5)):
+        for index in group:
+            images, labels = batches[index]
+            (cross_entropy(reference(images), labels) / len(group)).backward()
+        if norm is not None:
+            assert torch.nn.utils.clip_grad_norm_(reference.parameters(), norm) > norm
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = 0.3 * factor
+        optimizer.step()
+        optimizer.zero_grad()
+    for found, expected in zip(run.model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert [line["learning_rate"] for line in lines(tmp_path, "train")] == pytest.approx([0.15, 0.3, 0.15])
+
+
+def test_copies_are_decayed_like_what_they_copy(tmp_path):
+    run = trainer(tmp_path, optimizer="adamw", weight_decay=0.3)
+    groups = run._state.prepared.optimizer.param_groups
+    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert [names[id(parameter)] for parameter in groups[0]["params"]] == ["conv.weight", "fc.weight"]
+    undecayed = [names[id(parameter)] for parameter in groups[1]["params"]]
+    assert len(undecayed) == 6
+    assert {"bn.weight", "bn.bias", "conv.bias", "fc.bias"} < set(undecayed)
+    assert sum("entprop_aux" in name for name in undecayed) == 2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1, 1, 1, 1, 1, 1]),
+        ("linear", [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ("step", [1, 1, 0.1, 0.1, 0.01, 0.01]),
+        ("cosine", [1, 0.933, 0.75, 0.5, 0.25, 0.067]),
+        (
+            lambda optimizer, steps: torch.optim.lr_scheduler.ExponentialLR(optimizer, 1 / steps),
+            [6**-n for n in range(6)],
+        ),
+    ],
+    ids=["constant", "linear", "step", "cosine", "function"],
+)
+def test_schedules(tmp_path, schedule, expected):
+    trainer(tmp_path, make(GroupNormNet), Images(30), schedule=schedule, warmup=0.0, method=Vanilla()).fit()
+    rates = [line["learning_rate"] / 1e-2 for line in lines(tmp_path, "train")]
+    assert rates == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_named_optimizers(tmp_path, optimizer):
+    run = trainer(tmp_path, optimizer=optimizer, epochs=1, momentum=0.5, weight_decay=0.01)
+    run.fit()
+    inner = run._state.prepared.optimizer.optimizer
+    assert type(inner).__name__.lower() == optimizer
+    assert inner.defaults["lr"] == 1e-2
+    if optimizer == "sgd":
+        assert inner.defaults["momentum"] == 0.5
+
+
+def test_a_function_makes_the_optimizer(tmp_path):
+    run = trainer(tmp_path, optimizer=lambda groups: torch.optim.RMSprop(groups, lr=1e-3), epochs=1)
+    run.fit()
+    assert type(run._state.prepared.optimizer.optimizer) is torch.optim.RMSprop
+
+
+def test_a_given_optimizer_is_used(tmp_path):
+    model = entprop.wrap(make(BatchNormNet))
+    optimizer = torch.optim.SGD(entprop.parameter_groups(model, 0.0), lr=0.05)
+    run = trainer(tmp_path, model, ready=optimizer, epochs=1, schedule="constant", warmup=0.0)
+    before = model.conv.weight.clone()
+    run.fit()
+    assert not torch.equal(before, model.conv.weight)
+    assert lines(tmp_path, "train")[0]["learning_rate"] == 0.05
+
+
+def test_the_average_follows_its_formula(tmp_path):
+    """decay * average + (1 - decay) * weights after each step, starting with the first."""
+    seen = []
+
+    class Recording(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            seen.append(run.model.conv.weight.detach().clone())
+
+    model = entprop.wrap(make(BatchNormNet))
+    optimizer = Recording(entprop.parameter_groups(model, 0.0), lr=0.5)
+    run = trainer(tmp_path, model, ready=optimizer, epochs=1, ema_decay=0.7)
+    result = run.fit()
+    expected = seen[0]
+    for weights in seen[1:]:
+        expected = 0.7 * expected + 0.3 * weights
+    average = run._state.average.module
+    torch.testing.assert_close(average.conv.weight, expected)
+    assert int(average.bn.num_batches_tracked) == int(model.bn.num_batches_tracked) == 4
+    assert not torch.equal(average.bn.running_mean, model.bn.running_mean)
+    assert lines(tmp_path, "eval")[0]["weights"] == "average"
+
+    plain = Trainer(
+        average.requires_grad_(True),
+        Images(),
+        Images(seed=1),
+        method=Vanilla(),
+        config=TrainerConfig(batch_size=10, output_dir=tmp_path / "b"),
+    )
+    assert plain.evaluate() == pytest.approx(result)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"mixed_precision": "bf16"}, {"channels_last": True}, {"mixed_precision": "bf16", "ema_decay": 0.5}],
+    ids=["bf16", "channels_last", "bf16-ema"],
+)
+def test_options_that_change_the_numbers_a_little(tmp_path, options):
+    losses = {}
+    for name, chosen in (("plain", {}), ("option", options)):
+        run = trainer(tmp_path / name, make(BatchNormNet, dropout=0.0), epochs=2, **chosen)
+        run.fit()
+        losses[name] = [line["loss"] for line in lines(tmp_path / name, "train")]
+        if name == "option" and "mixed_precision" in options:
+            types = []
+            run.model.fc.register_forward_hook(recording(types))
+            if run._state.average is not None:
+                run._state.average.module.fc.register_forward_hook(recording(types))
+            run.evaluate()
+            assert set(types) == {torch.bfloat16}
+        if name == "option" and "channels_last" in options:
+            assert run.model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert losses["option"] == pytest.approx(losses["plain"], rel=0.05)
+
+
+def test_compile(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", _eagerly(torch.compile))  # the backend is not what is tested
+    trainer(tmp_path / "eager", make(BatchNormNet, dropout=0.0), epochs=1).fit()
+    run = trainer(tmp_path / "compiled", make(BatchNormNet, dropout=0.0), epochs=1, compile=True)
+    assert hasattr(run._state.prepared.model, "_orig_mod")
+    run.fit()
+    for first, second in zip(*(lines(tmp_path / name, "train") for name in ("eager", "compiled")), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+
+
+def _eagerly(compile):
+    return lambda model: compile(model, backend="aot_eager")
+
+
+def test_trainers_of_different_precision_in_one_process(tmp_path):
+    first = trainer(tmp_path / "a", mixed_precision="bf16", epochs=1)
+    second = trainer(tmp_path / "b", mixed_precision="no", epochs=1)
+    third = trainer(tmp_path / "c", epochs=1)
+    kinds = {}
+    for run in (first, second, third):
+        run.model.fc.register_forward_hook(recording(kinds.setdefault(run, [])))
+        run.fit()
+        run.evaluate()
+    assert [set(types) for types in kinds.values()] == [{torch.bfloat16}, {torch.float32}, {torch.float32}]
+
+
+def test_the_same_model_again(tmp_path):
+    model = make(BatchNormNet)
+    trainer(tmp_path / "vanilla", model, method=Vanilla(), epochs=1, mixed_precision="bf16").fit()
+    run = trainer(tmp_path / "entprop", model, epochs=1)
+    types = []
+    model.fc.register_forward_hook(recording(types))
+    run.fit()
+    assert set(types) == {torch.float32}
+
+
+def test_keep_last_and_best(tmp_path):
+    # Accuracy by design: best after the second epoch.
+    values = iter([0.3, 0.8, 0.5, 0.8, 0.1])
+
+    class Scripted(Trainer):
+        def evaluate(self, data=None):
+            return {**super().evaluate(data), "accuracy": next(values)}
+
+    config = TrainerConfig(epochs=5, batch_size=20, output_dir=tmp_path, progress=False, keep_last=2)
+    run = Scripted(make(BatchNormNet), Images(), Images(), config=config)
+    run.fit()
+    names = [path.name for path in run.checkpoints.all()]
+    assert names == ["step-00000004", "step-00000008", "step-00000010"]
+    assert run.checkpoints.best().name == "step-00000004"
+    assert run.position.best == {"accuracy": 0.8}
+
+
+def test_a_new_best_is_saved_between_saves(tmp_path):
+    run = trainer(tmp_path, epochs=4, save_every=3, keep_best="loss", keep_last=None)
+    run.fit()
+    losses = [line["loss"] for line in lines(tmp_path, "eval")]
+    best = losses.index(min(losses)) + 1
+    assert f"step-{4 * best:08d}" in [path.name for path in run.checkpoints.all()]
+    assert run.checkpoints.best().name == f"step-{4 * best:08d}"
+
+
+def test_no_checkpoints(tmp_path):
+    run = trainer(tmp_path, save_every=None, epochs=1)
+    run.fit()
+    assert not (tmp_path / "checkpoints").exists()
+    assert (tmp_path / "model").exists()
+
+
+def test_evaluate_every_and_last(tmp_path):
+    trainer(tmp_path, epochs=3, evaluate_every=2).fit()
+    assert [line["epoch"] for line in lines(tmp_path, "eval")] == [2, 3]
+
+
+def test_evaluation_by_hand(tmp_path):
+    model = make(BatchNormNet)
+    data = Images(30)
+    data.labels = torch.tensor([0] * 20 + [1] * 7 + [3] * 3)  # one class is missing
+    run = trainer(tmp_path, model, eval_data=data, eval_batch_size=7, method=Vanilla())
+    found = run.evaluate()
+    assert model.training
+    with torch.no_grad():
+        logits = copy.deepcopy(model).eval()(data.images.clamp(0, 1))
+    right = (logits.argmax(1) == data.labels).double()
+    assert found["loss"] == pytest.approx(cross_entropy(logits, data.labels).item(), rel=1e-6)
+    assert found["accuracy"] == pytest.approx(right.mean().item())
+    by_class = [right[data.labels == label].mean().item() for label in (0, 1, 3)]
+    assert found["mean_class_accuracy"] == pytest.approx(sum(by_class) / 3)
+    assert run.evaluate(DataLoader(Images(6), 4)).keys() == found.keys()
+
+
+def test_soft_labels(tmp_path):
+    class Soft(Images):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image, 0.9 * torch.eye(CLASSES)[label] + 0.1 / CLASSES
+
+    hard = trainer(tmp_path / "hard", epochs=1, data=Soft(), eval_data=Images(seed=1))
+    hard.fit()
+    soft = hard.evaluate(Soft(seed=1))
+    assert soft["accuracy"] == hard.evaluate()["accuracy"]
+
+
+def test_a_loss_of_ones_own(tmp_path):
+    calls = []
+
+    def smooth(logits, labels):
+        calls.append(len(logits))
+        return cross_entropy(logits, labels, label_smoothing=0.1)
+
+    trainer(tmp_path, epochs=1, loss=smooth, method=Vanilla(), data=DataLoader(Images(20), 5)).fit()
+    assert calls[:4] == [5, 5, 5, 5]
+
+
+def test_trackers_get_what_the_file_gets(tmp_path):
+    class Memory(GeneralTracker):
+        name, requires_logging_directory = "memory", False
+
+        @on_main_process
+        def __init__(self):
+            super().__init__()
+            self.configuration, self.logged, self.finished = {}, [], False
+
+        @property
+        def tracker(self):
+            return self
+
+        def store_init_configuration(self, values):
+            self.configuration = values
+
+        def log(self, values, step, **options):
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.finished = True
+
+    tracker = Memory()
+    trainer(tmp_path, epochs=1, log_with=tracker).fit()
+    assert tracker.configuration["batch_size"] == 10
+    assert tracker.configuration["method"].startswith("EntProp(")
+    assert [step for step, _ in tracker.logged] == [1, 2, 3, 4, 4]
+    assert tracker.logged[0][1]["train/loss"] == lines(tmp_path, "train")[0]["loss"]
+    assert "eval/accuracy" in tracker.logged[-1][1]
+    assert tracker.finished
+
+
+def test_progress_bar(tmp_path, capsys):
+    trainer(tmp_path, epochs=1, progress=True).fit()
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_workers(tmp_path):
+    trainer(tmp_path / "none", epochs=1, data=Images(augment=True)).fit()
+    trainer(tmp_path / "two", epochs=1, data=Images(augment=True), workers=2).fit()
+    first, second = (lines(tmp_path / name, "train") for name in ("none", "two"))
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
+
+
+def test_a_diverging_run_stops(tmp_path):
+    run = trainer(tmp_path, learning_rate=1e30, optimizer="sgd", max_grad_norm=None, schedule="constant", warmup=0.0)
+    with pytest.raises(DivergedError, match=r"up to step \d+\. The last checkpoint: none"):
+        run.fit()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    def loss(logits, labels):  # finite, with a gradient that is not
+        return cross_entropy(logits, labels) + (0 * logits).sum().abs().sqrt()
+
+    run = trainer(
+        tmp_path, loss=loss, epochs=1, batch_size=40, method=Vanilla(), max_grad_norm=None, eval_data=Images()
+    )
+    with pytest.raises(DivergedError, match="Did not save"):
+        run.fit()
+    assert run.checkpoints.all() == []
+
+
+# What cannot be right is refused, before anything is written and with the model as it was.
+
+
+def refused(error, message, folder, *args, **options):
+    with pytest.raises(error, match=message):
+        trainer(folder, *args, **options)
+    assert not list(folder.iterdir())
+
+
+def test_bad_data_leaves_no_trace(tmp_path):
+    model = make(BatchNormNet)
+    keys = list(model.state_dict())
+    refused(DataError, "train_data is empty", tmp_path, model, Images(0))
+    refused(DataError, "eval_data is empty", tmp_path, model, Images(), Images(0))
+    assert list(model.state_dict()) == keys
+
+
+def test_an_optimizer_from_before_the_wrap(tmp_path):
+    model = make(BatchNormNet)
+    keys = list(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    refused(OptimizerMismatchError, "built before wrap", tmp_path, model, ready=optimizer)
+    assert list(model.state_dict()) == keys
+    entprop.wrap(model)
+    refused(OptimizerMismatchError, "built before wrap", tmp_path, model, ready=optimizer)
+
+
+def test_another_auxiliary(tmp_path):
+    model = entprop.wrap(make(BatchNormNet), auxiliaries=("adv",))
+    refused(AuxiliaryNameError, "'adv'", tmp_path, model)
+    trainer(tmp_path, model, method=EntProp(auxiliary="adv"), epochs=1).fit()
+
+
+def test_models_that_do_not_fit(tmp_path):
+    refused(NoNormLayersError, "norm", tmp_path, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, CLASSES)))
+    compiled = torch.compile(make(BatchNormNet), backend="eager")
+    refused(UnsupportedModelError, "compile=True", tmp_path, compiled)
+    frozen = make(BatchNormNet).requires_grad_(False)
+    refused(ConfigurationError, "nothing to train", tmp_path, frozen)
+    with pytest.raises(TypeError, match=r"method=EntProp\(\)"):
+        trainer(tmp_path, method=EntProp)
+    with pytest.raises(TypeError, match=r"TrainerConfig\(optimizer='sgd'\)"):
+        trainer(tmp_path, ready="sgd")
+
+
+def test_functions_that_return_something_else(tmp_path):
+    model = make(BatchNormNet)
+    keys = list(model.state_dict())
+    refused(ConfigurationError, "returned dict", tmp_path, model, optimizer=lambda groups: {})
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    schedule = lambda optimizer, steps: plateau(optimizer)  # noqa: E731
+    refused(ConfigurationError, "without a metric", tmp_path, model, schedule=schedule)
+    assert list(model.state_dict()) == keys
+
+
+def test_launcher_and_configuration_must_agree(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    refused(ConfigurationError, "gradient_accumulation_steps=4", tmp_path)
+    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert trainer(tmp_path).accelerator.mixed_precision == "bf16"
+    assert trainer(tmp_path, mixed_precision="no").accelerator.mixed_precision == "no"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works there")
+def test_fp16_on_the_cpu(tmp_path):
+    refused(ConfigurationError, "write 'bf16' or 'no'", tmp_path, mixed_precision="fp16")
+
+
+def test_errors_of_the_step_come_through(tmp_path):
+    class Bytes(Images):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return 255 * image, label
+
+    with pytest.raises(PixelRangeError, match="divide by 255"):
+        trainer(tmp_path, data=Bytes()).fit()
+    wrong = Images()
+    wrong.labels = wrong.labels + 1
+    with pytest.raises(LabelError, match="Class indices"):
+        trainer(tmp_path, data=wrong).fit()
+    with pytest.raises(LabelError, match="Class indices"):
+        trainer(tmp_path).evaluate(wrong)
+    with pytest.raises(DataError, match="No data to evaluate on"):
+        Trainer(make(BatchNormNet), Images(), config=TrainerConfig(batch_size=10, output_dir=tmp_path)).evaluate()

@@ -1,0 +1,41 @@
+"""Two gloo processes equal one, in weights, metrics and evaluation."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.trainer import programs
+from tests.trainer.launch import torchrun
+
+pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
+
+
+def test_two_processes_equal_one(tmp_path):
+    torchrun(tmp_path / "logs", "tests.trainer.programs", "distributed", tmp_path / "two")
+    programs.distributed(tmp_path / "one", accumulation=2)
+    for run in ("vanilla", "entprop", "accumulated"):
+        one, two = _last(tmp_path / "one" / run), _last(tmp_path / "two" / run)
+        files = sorted(path.name for path in one.glob("*.safetensors"))
+        assert files == sorted(path.name for path in two.glob("*.safetensors"))
+        assert len(files) == {"vanilla": 1, "entprop": 4, "accumulated": 2}[run]
+        for name in files:
+            torch.testing.assert_close(load_file(one / name), load_file(two / name), rtol=1e-4, atol=1e-6)
+        for first, second in zip(_lines(tmp_path / "one" / run), _lines(tmp_path / "two" / run), strict=True):
+            assert first.keys() == second.keys()
+            for key, value in first.items():
+                same = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)
+                assert second[key] == same, f"{run} step {first['step']} {key}"
+            if first["kind"] == "eval":  # 43 samples: a repetition or an omission would change the denominator
+                assert second["accuracy"] * 43 == pytest.approx(round(second["accuracy"] * 43))
+        assert sorted(path.name for path in two.glob("process-*")) == ["process-00000.pt", "process-00001.pt"]
+
+
+def _last(folder):
+    return folder / "checkpoints" / f"step-{_lines(folder)[-1]['step']:08d}"
+
+
+def _lines(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
