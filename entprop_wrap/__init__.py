@@ -7,8 +7,7 @@ from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.selection import entropy
 from entprop_wrap.state_dicts import auxiliary_state_dict, load_auxiliary_state_dict, main_state_dict
 from entprop_wrap.step import Method, Step, StepOutput
-from entprop_wrap.trainer import Trainer
-from entprop_wrap.trainer_config import TrainerConfig
+from entprop_wrap.trainer import Trainer, TrainerConfig
 from entprop_wrap.training import training_step
 from entprop_wrap.wrapping import Summary, auxiliary, summary, unwrap, wrap
 

@@ -1,4 +1,4 @@
-"""What data a Trainer takes: which data sets, and which form of batches."""
+"""What data a Trainer and an evaluation take: which data sets, and which form of batches."""
 
 from __future__ import annotations
 

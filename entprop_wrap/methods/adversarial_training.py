@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entprop_wrap.attacks import PGD, Attack
+from entprop_wrap.attacks import PGD, Attack, check_attack
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.losses import Regularised
+from entprop_wrap.losses import Regularised, mean_entropy
 from entprop_wrap.selection import entropy
 from entprop_wrap.step import Step, StepOutput
 
@@ -26,7 +26,10 @@ class AdversarialTraining:
     increases the loss. Cost: ``n + 1`` passes, ``n + 2`` with a clean part.
 
     "trades": ``L(f(x), y) + beta KL(f(x) || f(x_adv))``, where ``x_adv`` increases the divergence. Cost:
-    ``n + 2`` passes.
+    ``n + 2`` passes, and a forward pass without a backward, which is not counted.
+
+    The attack sees batch norms as in evaluation, on running statistics (as the official code of TRADES does); only the
+    passes that train record statistics.
 
     Entropy maximisation (EntM) and label smoothing act on the parts that ``regularise`` names. They are the standard
     definitions; which part Jin et al. ("Rethinking Uncertainty in Deep Learning", arXiv 2011.13538) apply them to, and
@@ -41,7 +44,10 @@ class AdversarialTraining:
         entropy_weight: Coefficient of the entropy bonus, at least 0 (Pereyra et al. 2017: 0.1 to 1).
         label_smoothing: Share of the uniform distribution in the labels, in [0, 1).
         regularise: "adversarial", "clean" or "both": the losses that get the two terms. In TRADES the only loss with
-            labels is the clean one, and the entropy of the adversarial part joins the divergence.
+            labels is the clean one; of the adversarial part only the entropy is added, at ``entropy_weight``.
+
+    Raises:
+        ConfigurationError: An option is out of range, or has no effect together with the others.
     """
 
     attack: Attack = PGD(epsilon=8 / 255, steps=10, step_size=2 / 255)  # noqa: RUF009 - frozen
@@ -53,6 +59,7 @@ class AdversarialTraining:
     regularise: Literal["adversarial", "clean", "both"] = "both"
 
     def __post_init__(self) -> None:
+        check_attack(self.attack)
         if self.kind not in ("pgd", "trades"):
             raise ConfigurationError(f"kind must be 'pgd' or 'trades', found {self.kind!r}.")
         if self.regularise not in ("adversarial", "clean", "both"):
@@ -62,6 +69,22 @@ class AdversarialTraining:
                 f"Expected beta > 0 and clean_weight in [0, 1), found {self.beta!r} and {self.clean_weight!r}."
             )
         Regularised(F.cross_entropy, self.label_smoothing, self.entropy_weight)  # raises if out of range
+        if self.kind == "trades":
+            self._check_trades()
+        elif self.regularise == "clean" and not self.clean_weight and (self.entropy_weight or self.label_smoothing):
+            raise ConfigurationError("regularise='clean' needs a clean part: write clean_weight=0.5, say.")
+
+    def _check_trades(self) -> None:
+        if self.clean_weight:
+            raise ConfigurationError("TRADES has a clean part at weight 1: leave out clean_weight, choose beta.")
+        if self.label_smoothing and self.regularise == "adversarial":
+            raise ConfigurationError(
+                "The adversarial part of TRADES has no labels to smooth: write regularise='clean' or 'both'."
+            )
+        if not getattr(self.attack, "random_start", True):
+            raise ConfigurationError(
+                "The divergence has no gradient at the image itself: the attack of TRADES needs random_start=True."
+            )
 
     @property
     def auxiliaries(self) -> tuple[str, ...]:
@@ -70,43 +93,52 @@ class AdversarialTraining:
 
     def step(self, step: Step) -> StepOutput:
         """Run the step."""
-        clean_loss, hard_loss = (self._loss(step, part) for part in ("clean", "adversarial"))
-        with_clean = self.kind == "trades" or self.clean_weight > 0
-        reference = None
-        if self.kind == "trades":
-            with torch.no_grad(), step.norms_frozen(), step.only_local():
-                reference = step.forward(step.images).log_softmax(-1)
-        images = self._attack(step, reference)
+        images = self._attack(step)
+        loss, logits = self._trades(step, images) if self.kind == "trades" else self._pgd(step, images)
+        loss, logits = loss.detach(), logits.detach()
+        passes = self.attack.steps + 1.0 + (self.kind == "trades" or self.clean_weight > 0)
+        return StepOutput(loss, loss, logits, entropy(logits), passes=passes, checker=step.checker)
 
-        clean = step.forward(step.images) if with_clean else None
+    def _pgd(self, step: Step, images: Tensor) -> tuple[Tensor, Tensor]:
+        weight = self.clean_weight
+        if weight:
+            with step.only_local():
+                clean = step.forward(step.images)
+                clean_loss = self._loss(step, "clean")(clean, step.labels)
+                step.backward(weight * clean_loss)
         hard = step.forward(images)
-        if clean is None:
-            loss = hard_loss(hard, step.labels)
-        elif self.kind == "pgd":
-            loss = (1 - self.clean_weight) * hard_loss(hard, step.labels) + self.clean_weight * clean_loss(
-                clean, step.labels
-            )
-        else:
-            divergence = F.kl_div(hard.log_softmax(-1), clean.log_softmax(-1), log_target=True, reduction="batchmean")
-            loss = clean_loss(clean, step.labels) + self.beta * divergence
-            if self.regularise != "clean":
-                loss = loss - self.entropy_weight * entropy(hard).mean()
+        hard_loss = self._loss(step, "adversarial")(hard, step.labels)
+        step.backward((1 - weight) * hard_loss)
+        return (weight * clean_loss + (1 - weight) * hard_loss, clean) if weight else (hard_loss, hard)
+
+    def _trades(self, step: Step, images: Tensor) -> tuple[Tensor, Tensor]:
+        with step.only_local():  # else DDP broadcasts buffers between two forwards of one backward
+            clean = step.forward(step.images)
+        hard = step.forward(images)
+        loss = self._loss(step, "clean")(clean, step.labels) + self.beta * divergence(clean.log_softmax(-1), hard)
+        if self.entropy_weight and self.regularise != "clean":
+            loss = loss - self.entropy_weight * mean_entropy(hard)
         step.backward(loss)
-        logits = (hard if clean is None else clean).detach()
-        passes = self.attack.steps + 1.0 + with_clean
-        return StepOutput(loss.detach(), loss.detach(), logits, entropy(logits), passes=passes, checker=step.checker)
+        return loss, clean
 
     def _loss(self, step: Step, part: str) -> Regularised:
         chosen = self.regularise in (part, "both")
         return Regularised(step.loss, self.label_smoothing if chosen else 0.0, self.entropy_weight if chosen else 0.0)
 
-    def _attack(self, step: Step, reference: Tensor | None) -> Tensor:
-        def objective(logits: Tensor) -> Tensor:
-            if reference is None:
-                return step.loss(logits, step.labels)
-            return F.kl_div(logits.log_softmax(-1), reference, log_target=True, reduction="batchmean")
-
+    def _attack(self, step: Step) -> Tensor:
         with step.norms_frozen():
+            if self.kind == "trades":
+                with torch.no_grad(), step.only_local():
+                    prediction = step.forward(step.images).log_softmax(-1)
+
+            def objective(logits: Tensor) -> Tensor:
+                return divergence(prediction, logits) if self.kind == "trades" else step.loss(logits, step.labels)
+
             return self.attack.run(
                 step.images, lambda images: step.pixel_gradient_of(images, objective), step.space, step.generator
             )
+
+
+def divergence(log_probabilities: Tensor, logits: Tensor) -> Tensor:
+    """Return the mean over the batch of ``KL(probabilities || softmax(logits))``, both ``(N, C)``."""
+    return F.kl_div(logits.log_softmax(-1), log_probabilities, log_target=True, reduction="batchmean")

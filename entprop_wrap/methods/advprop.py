@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from entprop_wrap.attacks import PGD, Attack
+from entprop_wrap.attacks import PGD, Attack, check_attack
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
 from entprop_wrap.selection import entropy
@@ -41,6 +41,7 @@ class AdvProp:
     auxiliary: str = "aux"
 
     def __post_init__(self) -> None:
+        check_attack(self.attack)
         if self.attack_statistics not in ("running", "batch"):
             raise ConfigurationError(
                 f"attack_statistics must be 'running' or 'batch', found {self.attack_statistics!r}."
@@ -55,6 +56,8 @@ class AdvProp:
 
     def step(self, step: Step) -> StepOutput:
         """Run the step (slide 15 of the authors' talk: equal weights)."""
+        if self.targeted and step.labels.is_floating_point():
+            raise ConfigurationError("A targeted attack needs integer labels, found soft ones: write targeted=False.")
         target = Target(step.labels)
         with step.only_local():
             logits = step.forward(step.images)
@@ -93,7 +96,5 @@ class AdvProp:
 
 def wrong_labels(labels: Tensor, classes: int, generator: torch.Generator | None) -> Tensor:
     """Return for each of ``labels`` ``(N,)`` another class, uniformly at random."""
-    if labels.is_floating_point():
-        raise ConfigurationError("A targeted attack needs integer labels, found soft ones: write targeted=False.")
     shift = torch.randint(1, classes, labels.shape, generator=generator).to(labels.device)
     return (labels + shift) % classes

@@ -23,15 +23,17 @@ class FastAdvProp:
 
     The last ``fraction`` of the batch (which is shuffled anyway) gets uniform noise; one pass through the auxiliary
     norms gives the gradient of the pixels and trains on the noisy images at weight ``beta``; one step along it
-    gives the adversarial images, which train at weight ``1 - beta`` (Algorithm 1: 0.5 both). Every image counts alike: losses
-    are sums over images, divided by what each parameter has seen, so that shared weights, main norms and auxiliary
-    norms learn at one rate (gradient re-balancing 1:1:1, section 3.3).
+    gives the adversarial images, which train at weight ``1 - beta`` (Algorithm 1: 0.5 both). Every image counts alike:
+    losses are sums over images, divided by how many images each parameter has seen, so that shared weights, main norms
+    and auxiliary norms learn at one rate (gradient re-balancing 1:1:1, section 3.3). Both auxiliary passes normalise
+    with batch statistics and record them.
 
     Cost: ``1 + fraction`` passes. The paper divides the number of epochs by that, so that the whole training costs as
     much as vanilla training; set ``epochs`` accordingly.
 
     Attributes:
-        fraction: Share of the batch that is trained adversarially, in (0, 1); the number is rounded, at least 2.
+        fraction: Share of the batch that is trained adversarially, in (0, 1); the number is rounded, and each part has
+            at least 2 images.
         epsilon: Largest change of a pixel and size of the one step, as a fraction of the pixel range.
         beta: Weight of the noise pass; the adversarial pass has ``1 - beta``. In (0, 1).
         shuffle: Exchange adversarial images between processes, so that batch statistics do not give away which images
@@ -59,10 +61,9 @@ class FastAdvProp:
     def step(self, step: Step) -> StepOutput:
         """Run the step (Algorithm 1)."""
         batch = len(step.images)
-        number = count(batch, self.fraction, at_least=4)
-        clean = batch - max(2, min(number, batch - 2))
-        step.warn_if_few(batch - clean)
-        weight = (batch - clean) / batch
+        number = count_adversarial(batch, self.fraction)
+        clean, weight = batch - number, number / batch
+        step.warn_if_few(number)
 
         with step.only_local(), step.norm_gradients_scaled(None, batch / clean):
             logits = step.forward(step.images[:clean])
@@ -84,7 +85,8 @@ class FastAdvProp:
                 space=step.space,
             )
             if self.shuffle:
-                images, target = shuffle_between_processes(images, target.labels)
+                images, labels = shuffle_between_processes(images, target.labels, step.generator)
+                target = Target(labels)
             aux_logits = step.forward(images)
             aux_loss = target.loss(step.loss, aux_logits)
             step.backward((1 - self.beta) * weight * aux_loss)
@@ -104,23 +106,40 @@ class FastAdvProp:
         )
 
 
-def shuffle_between_processes(images: Tensor, labels: Tensor) -> tuple[Tensor, Target]:
+def count_adversarial(batch: int, fraction: float) -> int:
+    """Return how many of ``batch`` images are trained adversarially.
+
+    Raises:
+        ConfigurationError: The batch is too small for two parts.
+    """
+    if batch < 4:
+        raise ConfigurationError(
+            f"Expected a batch of at least 4 images, 2 clean and 2 adversarial ones, found {batch}. Drop the last "
+            "incomplete batch (DataLoader(..., drop_last=True)) or choose a batch size that leaves no such rest."
+        )
+    return min(count(batch, fraction), batch - 2)
+
+
+def shuffle_between_processes(
+    images: Tensor, labels: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """Permute images and labels over all processes; every process holds as many afterwards as before.
 
-    The permutation comes from the first process's random state. All processes must hold equally many images.
+    The permutation is the first process's draw. All processes must hold equally many images.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return images, Target(labels)
+        return images, labels
     processes, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     everything = [gather(tensor, processes) for tensor in (images, labels)]
-    order = torch.randperm(len(everything[0])).to(images.device)
+    order = torch.randperm(len(everything[0]), generator=generator).to(images.device)
     torch.distributed.broadcast(order, src=0)
     mine = order[rank * len(images) : (rank + 1) * len(images)]
-    return everything[0][mine], Target(everything[1][mine])
+    return everything[0][mine], everything[1][mine]
 
 
 def gather(tensor: Tensor, processes: int) -> Tensor:
     """Return the rows of all processes, in the order of ranks."""
+    tensor = tensor.contiguous()  # the parts are then laid out alike: bytes are exchanged in the order of memory
     parts = [torch.empty_like(tensor) for _ in range(processes)]
-    torch.distributed.all_gather(parts, tensor.contiguous())
+    torch.distributed.all_gather(parts, tensor)
     return torch.cat(parts)

@@ -37,6 +37,8 @@ class MixProp:
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ConfigurationError(f"weight must be above 0, found {self.weight!r}.")
+        if isinstance(self.mix, type) or not hasattr(self.mix, "draw"):
+            raise ConfigurationError(f"mix must be a mixer such as MixUp(alpha=1.0), found {self.mix!r}.")
 
     @property
     def auxiliaries(self) -> tuple[str, ...]:

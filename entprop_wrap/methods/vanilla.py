@@ -22,7 +22,7 @@ class Vanilla:
     Attributes:
         label_smoothing: Share of the uniform distribution in the labels, in [0, 1) (Szegedy et al., CVPR 2016, sec. 7).
         entropy_weight: Coefficient of the entropy bonus (EntM, the confidence penalty of Pereyra et al. 2017), at least
-        0.
+            0.
 
     Either alone makes gradients small, and a model look robust to attacks by its own gradients when it is not (Fu et
     al., arXiv 2009.08233): evaluate with transferred attacks too.

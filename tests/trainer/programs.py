@@ -109,7 +109,9 @@ def distributed(folder, accumulation=1):
             trainer.evaluate(Images(3))  # fewer batches than processes
     if accumulation == 1:
         _resume_together(folder)
-        trainer.accelerator.end_training()
+        trainer.accelerator.wait_for_everyone()
+        # Gloo's threads may abort an interpreter that shuts down while containers hold the group (pytorch#179291).
+        os._exit(0)
 
 
 def _resume_together(folder):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, WeightedRandomSampler
 
-from entprop_wrap.batches import Batches
 from entprop_wrap.errors import DataError
+from entprop_wrap.trainer.batches import Batches
 from tests.trainer.toys import Images
 
 

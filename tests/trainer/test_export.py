@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import entprop_wrap as entprop
-from entprop_wrap.export import save_weights
+from entprop_wrap.trainer.export import save_weights
 from tests.trainer.launch import python
 from tests.trainer.toys import BatchNormNet, Images, make, tiny_vit
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
-from entprop_wrap.trainer_config import TrainerConfig
+from entprop_wrap.trainer.config import TrainerConfig
 
 __all__ = ["Prepared", "make_accelerator"]
 

@@ -6,11 +6,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from entprop_wrap.batches import Batches
 from entprop_wrap.checks import check_labels, checker_of, logits_of
 from entprop_wrap.containers import plain_model
 from entprop_wrap.errors import ModelOutputError
 from entprop_wrap.losses import Loss
+from entprop_wrap.trainer.batches import Batches
 
 __all__ = ["evaluate"]
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from entprop_wrap.checkpoint import read_state
 from entprop_wrap.errors import CheckpointError, DivergedError
-from entprop_wrap.export import save_weights
-from entprop_wrap.launch import Prepared
-from entprop_wrap.meters import Meter
 from entprop_wrap.state_dicts import auxiliary_state_dict, load_auxiliary_state_dict, main_state_dict
+from entprop_wrap.trainer.checkpoint import read_state
+from entprop_wrap.trainer.export import save_weights
+from entprop_wrap.trainer.launch import Prepared
+from entprop_wrap.trainer.meters import Meter
 
 __all__ = ["Position", "RunState"]
 
@@ -60,7 +60,7 @@ class RunState:
         generator: Of the step's draws.
         meter: Of the metrics since the last log line.
         position: Where the run stands.
-        identity: What makes it this run; see :func:`~entprop_wrap.run_identity.check_same_run`.
+        identity: What makes it this run; see :func:`~entprop_wrap.trainer.run_identity.check_same_run`.
         total_steps: Steps of the whole run.
         learning_rate: Of the first parameter group, in the last step.
     """

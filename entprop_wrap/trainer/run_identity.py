@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from entprop_wrap.errors import CheckpointError
-from entprop_wrap.trainer_config import TrainerConfig
+from entprop_wrap.trainer.config import TrainerConfig
 
 __all__ = ["check_same_run", "describe", "identity"]
 

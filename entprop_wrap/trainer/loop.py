@@ -12,14 +12,14 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from entprop_wrap.batches import Batches
-from entprop_wrap.checkpoint import CheckpointFolder, better
-from entprop_wrap.ema import update_average
 from entprop_wrap.errors import DivergedError
-from entprop_wrap.meters import Meter, MetricsFile
-from entprop_wrap.run_state import RunState
 from entprop_wrap.step import StepOutput
-from entprop_wrap.trainer_config import TrainerConfig
+from entprop_wrap.trainer.batches import Batches
+from entprop_wrap.trainer.checkpoint import CheckpointFolder, better
+from entprop_wrap.trainer.config import TrainerConfig
+from entprop_wrap.trainer.ema import update_average
+from entprop_wrap.trainer.meters import Meter, MetricsFile
+from entprop_wrap.trainer.run_state import RunState
 
 __all__ = ["Loop"]
 

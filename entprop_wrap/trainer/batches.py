@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from entprop_wrap.data_forms import images_and_labels, refuse_dataset, refuse_loader
 from entprop_wrap.errors import DataError
-from entprop_wrap.reproducible import ReproducibleBatches, random_states_kept, seed_everything, seed_of
+from entprop_wrap.trainer.reproducible import ReproducibleBatches, random_states_kept, seed_everything, seed_of
 
 __all__ = ["Batches"]
 

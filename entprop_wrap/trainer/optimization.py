@@ -14,7 +14,7 @@ from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError
 from entprop_wrap.optimizers import check_optimizer, parameter_groups
 from entprop_wrap.registry import find_registry
 from entprop_wrap.step import Method
-from entprop_wrap.trainer_config import TrainerConfig
+from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.wrapping import is_wrapped, unwrap, wrap
 
 __all__ = ["wrap_with_optimizer"]

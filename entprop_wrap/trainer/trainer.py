@@ -13,26 +13,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from entprop_wrap.batches import Batches
-from entprop_wrap.checkpoint import CheckpointFolder, read_state
 from entprop_wrap.containers import plain_model
-from entprop_wrap.ema import make_average, share_statistics
 from entprop_wrap.errors import CheckpointError, DataError, UnsupportedModelError
-from entprop_wrap.evaluation import evaluate
-from entprop_wrap.export import export_model
-from entprop_wrap.launch import Prepared, make_accelerator
-from entprop_wrap.loop import Loop
 from entprop_wrap.losses import Loss, cross_entropy
-from entprop_wrap.meters import Meter, MetricsFile
 from entprop_wrap.methods import EntProp
-from entprop_wrap.optimization import wrap_with_optimizer
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.reproducible import seed_of
-from entprop_wrap.run_identity import check_same_run, describe, identity
-from entprop_wrap.run_state import Position, RunState
 from entprop_wrap.state_dicts import main_state_dict
 from entprop_wrap.step import Method, StepOutput
-from entprop_wrap.trainer_config import TrainerConfig
+from entprop_wrap.trainer.batches import Batches
+from entprop_wrap.trainer.checkpoint import CheckpointFolder, read_state
+from entprop_wrap.trainer.config import TrainerConfig
+from entprop_wrap.trainer.ema import make_average, share_statistics
+from entprop_wrap.trainer.evaluation import evaluate
+from entprop_wrap.trainer.export import export_model
+from entprop_wrap.trainer.launch import Prepared, make_accelerator
+from entprop_wrap.trainer.loop import Loop
+from entprop_wrap.trainer.meters import Meter, MetricsFile
+from entprop_wrap.trainer.optimization import wrap_with_optimizer
+from entprop_wrap.trainer.reproducible import seed_of
+from entprop_wrap.trainer.run_identity import check_same_run, describe, identity
+from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import training_step
 
 __all__ = ["Trainer"]
@@ -50,14 +50,13 @@ class Trainer:
         trainer.fit()             # metrics.jsonl, checkpoints/ and the plain model in model/, all in config.output_dir
 
     The model is trained in place and stays wrapped, so that training can go on; ``entprop.unwrap(trainer.model)`` gives
-    the plain model back. End scripts for several processes with ``trainer.accelerator.end_training()``, which closes the
-    process group: left open, gloo may abort at exit.
+    the plain model back.
 
     Args:
         model: The model on any device, wrapped or plain. It is wrapped here if the method has auxiliaries.
         train_data: Map-style data set, or DataLoader over one, of ``(image (C, H, W), label)`` or of dicts with
             "pixel_values", "images" or "image" and "labels" or "label". Order and augmentation depend on
-            ``config.seed``, epoch and sample alone, see ``entprop_wrap.batches``.
+            ``config.seed``, epoch and sample alone, see ``entprop_wrap.trainer.batches``.
         eval_data: Likewise; None: no evaluation.
         method: What to do in a step; ``EntProp()`` by default.
         pixel_space: How the images were normalised; None: they are in [0, 1].
