@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.containers import walk
+from entprop_wrap.domains import Switch, auxiliary_of
 from entprop_wrap.errors import NotWrappedError, UnsupportedModelError
-from entprop_wrap.switch import HOLDER_PREFIX, Switch, SwitchedNorm, auxiliary_of, keep_in_graph
+from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm
 
 __all__ = ["Registry", "attach", "detach", "find_registry", "find_wrapped"]
 
@@ -68,7 +69,7 @@ class _LeaveForward:
             _each_tensor(output, lambda tensor: _pin(tensor, switch, key))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             idle = self._idle(auxiliary_of(key))
-            return _each_tensor(output, lambda tensor: keep_in_graph(tensor, idle)) if idle else None
+            return _each_tensor(output, lambda tensor: _keep_in_graph(tensor, idle)) if idle else None
         return None
 
     def _idle(self, running: str | None) -> list[nn.Parameter]:
@@ -81,6 +82,28 @@ class _LeaveForward:
 def _pin(tensor: Tensor, switch: Switch, key: str | None) -> Tensor:
     tensor.register_hook(lambda gradient: switch.pin(key))  # type: ignore[no-untyped-call]
     return tensor
+
+
+def _keep_in_graph(output: Tensor, tensors: list[nn.Parameter]) -> Tensor:
+    """Return ``output`` with ``tensors`` in its graph, contributing nothing: DDP then sees every parameter used."""
+    kept: Tensor = _KeepInGraph.apply(output, *tensors)  # type: ignore[no-untyped-call]
+    return kept
+
+
+class _KeepInGraph(torch.autograd.Function):
+    # 0 * sum(p) would do the same with a kernel per tensor, and turn one infinite weight into a NaN loss.
+
+    @staticmethod
+    def forward(output: Tensor, *tensors: Tensor) -> Tensor:
+        return output.clone()  # as DDP's own sink does: a view made in here could not be modified in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.tensors = len(inputs) - 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (gradients[0], *([None] * ctx.tensors))
 
 
 def _each_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""The mechanism of the switch: what happens inside one norm layer, and inside one thread.
+"""The mechanism of the switch: what happens inside one norm layer.
 
 A norm's class becomes a dynamic subclass of its own class. In the main domain the subclass runs the original forward on
 the norm itself. In an auxiliary domain it runs the *same* original forward on a view: an unregistered object of the
@@ -11,147 +11,21 @@ Nothing in here is public; :mod:`entprop_wrap.wrapping` is the door.
 from __future__ import annotations
 
 import functools
-import threading
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from entprop_wrap.domains import UNRECORDED, Switch
 from entprop_wrap.errors import UnsupportedModelError
 
-__all__ = [
-    "HOLDER_PREFIX",
-    "Copy",
-    "Switch",
-    "SwitchedNorm",
-    "View",
-    "auxiliary_of",
-    "copy_of",
-    "drop_copies",
-    "install",
-    "keep_in_graph",
-    "key_of",
-    "remove",
-]
+__all__ = ["HOLDER_PREFIX", "Copy", "SwitchedNorm", "View", "copy_of", "drop_copies", "install", "remove"]
 
 #: The copies live in a child of each norm named ``entprop_<auxiliary>``. Weight decay is decided by parameter name in
 #: many trainers, so the name contains neither "norm" nor "bias".
 HOLDER_PREFIX = "entprop_"
-_UNRECORDED = " unrecorded"
-
-
-def key_of(auxiliary: str | None, record_statistics: bool = True) -> str | None:
-    """Return the key of a domain: None is the main domain with its statistics recorded, the state of rest."""
-    if record_statistics:
-        return auxiliary
-    return (auxiliary or "") + _UNRECORDED
-
-
-def auxiliary_of(key: str | None) -> str | None:
-    """Return the auxiliary that ``key`` runs in, None for the main domain."""
-    return (key or "").removesuffix(_UNRECORDED) or None
-
-
-class _Thread:
-    """What one thread has asked for."""
-
-    __slots__ = ("block", "key")
-
-    def __init__(self) -> None:
-        self.block: str | None = None  # the innermost auxiliary() block of this thread
-        self.key: str | None = None  # the same, except while a backward of another domain runs in this thread
-
-
-class _EndOfBackward:
-    """A callback that autograd calls when a backward succeeds, and lets go of when it fails: either ends the pin."""
-
-    forget: weakref.finalize[..., _EndOfBackward]
-
-    def __call__(self) -> None:
-        self.forget()
-
-
-class Switch:
-    """The domain that the norms of one wrapped model run in: per thread, and per running backward.
-
-    Norms all point at one switch, and the switch points at nothing of the model, so that a deep copy of a submodule
-    does not drag the whole model along.
-    """
-
-    def __init__(self) -> None:
-        self.local = threading.local()
-        # autograd graph task -> the domain whose backward it is, and the thread that found out
-        self.pins: dict[int, tuple[str | None, int]] = {}
-        self.owner: weakref.ref[Any] | None = None  # the registry on the wrapped root; None in an orphaned copy
-
-    def __reduce__(self) -> tuple[type[Switch], tuple[()]]:
-        return Switch, ()  # threads and running backwards belong to one process; the owner signs in again
-
-    def thread(self) -> _Thread:
-        """Return the calling thread's state, made on first use."""
-        state: _Thread | None = getattr(self.local, "state", None)
-        if state is None:
-            state = self.local.state = _Thread()
-        return state
-
-    def resolve(self) -> str | None:
-        """Return the domain to run in, eagerly: the thread's own, or, in a backward, that of the pinned output.
-
-        A norm runs inside a backward when a checkpointed block is recomputed. By then the ``auxiliary()`` block may be
-        over, and on a GPU it is another thread, so only the output that is being differentiated knows the domain.
-        """
-        task = torch._C._current_graph_task_id()
-        if task == -1:
-            return self.thread().block
-        if task in self.pins:
-            return self.pins[task][0]
-        # Reentrant checkpoints nest graph tasks within a thread: an inner one inherits, from one domain only.
-        inherited = {key for key, thread in list(self.pins.values()) if thread == threading.get_ident()}
-        if len(inherited) == 1:
-            return inherited.pop()
-        raise UnsupportedModelError(
-            "A norm layer ran inside a backward pass (activation checkpointing recomputes it there), but the output "
-            "being differentiated did not come from calling the wrapped model, so its domain is unknown. Expected "
-            "model(images); found a call of a part of the model. Call the model that was passed to wrap()."
-        )
-
-    @contextmanager
-    def block(self, key: str | None) -> Iterator[None]:
-        """Run the norms in ``key`` inside the with-block, in this thread."""
-        state, task = self.thread(), torch._C._current_graph_task_id()
-        block, before = state.block, state.key
-        # Entered inside a backward, it is a forward that some hook runs on purpose, and no recomputation.
-        pinned = dict(self.pins) if task != -1 else {}
-        state.block = state.key = key
-        if task != -1:
-            self.pins[task] = key, threading.get_ident()
-        try:
-            yield
-        finally:
-            state.block, state.key = block, before
-            if task in pinned:
-                self.pins[task] = pinned[task]
-            else:
-                self.pins.pop(task, None)
-
-    def pin(self, key: str | None) -> None:
-        """Say that the running backward belongs to ``key``; called by a hook on the gradient of the output."""
-        task = torch._C._current_graph_task_id()
-        state = self.thread()
-        if task not in self.pins:
-            end = _EndOfBackward()
-            end.forget = weakref.finalize(end, self._forget, task, state)
-            torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[no-untyped-call]
-        self.pins[task] = key, threading.get_ident()
-        state.key = key  # compiled blocks inside an eager checkpoint can read nothing else
-
-    def _forget(self, task: int, state: _Thread) -> None:
-        self.pins.pop(task, None)
-        state.key = state.block
 
 
 class Copy(nn.Module):
@@ -205,7 +79,7 @@ class SwitchedNorm(nn.Module):
     @property
     def _entprop_names(self) -> frozenset[str]:
         """The names of the parameters that there are copies of."""
-        names: frozenset[str] = self._entprop_views[_UNRECORDED].__dict__["_entprop_parameters"]
+        names: frozenset[str] = self._entprop_views[UNRECORDED].__dict__["_entprop_parameters"]
         return names
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -266,8 +140,8 @@ def install(norm: nn.Module, copies: dict[str, Copy], switch: Switch) -> None:
     for name, copy in copies.items():
         norm.add_module(HOLDER_PREFIX + name, copy)
         views[name] = _view(norm, copy, record=True)
-        views[name + _UNRECORDED] = _view(norm, copy, record=False)
-    views[_UNRECORDED] = _view(norm, norm, record=False)
+        views[name + UNRECORDED] = _view(norm, copy, record=False)
+    views[UNRECORDED] = _view(norm, norm, record=False)
     norm.__class__ = switched_class(base)  # type: ignore[arg-type]
     norm.__dict__["_entprop_switch"] = switch
     norm.__dict__["_entprop_views"] = views
@@ -338,25 +212,3 @@ def _identity(base: type[nn.Module]) -> dict[str, Any]:
 def _rebuild(make_class: Any, base: type[nn.Module]) -> nn.Module:
     rebuilt: nn.Module = object.__new__(make_class(base))
     return rebuilt
-
-
-def keep_in_graph(output: Tensor, tensors: list[nn.Parameter]) -> Tensor:
-    """Return ``output`` with ``tensors`` in its graph, contributing nothing: DDP then sees every parameter used."""
-    kept: Tensor = _KeepInGraph.apply(output, *tensors)  # type: ignore[no-untyped-call]
-    return kept
-
-
-class _KeepInGraph(torch.autograd.Function):
-    # 0 * sum(p) would do the same with a kernel per tensor, and turn one infinite weight into a NaN loss.
-
-    @staticmethod
-    def forward(output: Tensor, *tensors: Tensor) -> Tensor:
-        return output.clone()  # as DDP's own sink does: a view made in here could not be modified in place
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.tensors = len(inputs) - 1
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return (gradients[0], *([None] * ctx.tensors))

@@ -21,6 +21,7 @@ from typing import TypeVar
 from torch import nn
 
 from entprop_wrap.containers import refuse_wrapping, walk
+from entprop_wrap.domains import key_of
 from entprop_wrap.errors import (
     AlreadyWrappedError,
     AuxiliaryNameError,
@@ -30,7 +31,7 @@ from entprop_wrap.errors import (
 from entprop_wrap.norms import Selector, find_norms
 from entprop_wrap.optimizers import guard_first_step
 from entprop_wrap.registry import Registry, attach, detach, find_registry, find_wrapped, registry_on
-from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm, copy_of, drop_copies, install, key_of, remove
+from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm, copy_of, drop_copies, install, remove
 
 __all__ = ["Summary", "auxiliary", "is_wrapped", "summary", "unwrap", "wrap"]
 
