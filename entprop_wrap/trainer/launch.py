@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch.optim import Optimizer
 
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.trainer.config import TrainerConfig
+from entprop_wrap.trainer.run_identity import describe
 
-__all__ = ["Prepared", "make_accelerator"]
+__all__ = ["Prepared", "make_accelerator", "trackers"]
 
 
 def make_accelerator(config: TrainerConfig) -> Accelerator:
@@ -67,6 +69,21 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
             "TrainerConfig(save_every=None, ema_decay=None); the model is exported at the end of fit()."
         )
     return accelerator
+
+
+@contextmanager
+def trackers(accelerator: Accelerator, config: TrainerConfig, **more: Any) -> Iterator[None]:
+    """Have the trackers of ``config`` run inside the with-block, told all options and ``more``."""
+    if config.log_with is not None:
+        options = {**more, **{field.name: getattr(config, field.name) for field in fields(config)}}
+        simple = {name: v if isinstance(v, (int, float, str)) else describe(v) for name, v in options.items()}
+        accelerator.init_trackers(config.project, config=simple)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers = []  # accelerator.end_training() would close the process group as well
 
 
 class Prepared:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,12 @@ from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.ema import make_average, share_statistics
 from entprop_wrap.trainer.evaluation import evaluate
 from entprop_wrap.trainer.export import export_model
-from entprop_wrap.trainer.launch import Prepared, make_accelerator
+from entprop_wrap.trainer.launch import Prepared, make_accelerator, trackers
 from entprop_wrap.trainer.loop import Loop
 from entprop_wrap.trainer.meters import Meter, MetricsFile
 from entprop_wrap.trainer.optimization import wrap_with_optimizer
 from entprop_wrap.trainer.reproducible import seed_of
-from entprop_wrap.trainer.run_identity import check_same_run, describe, identity
+from entprop_wrap.trainer.run_identity import check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import training_step
 
@@ -176,15 +175,10 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.checkpoints.clean()
                 self._metrics.cut(self.position.step)
-            self._start_trackers()
             evaluate = None if self.eval_batches is None else self.evaluate
             loop = Loop(config, state, self.train_batches, self._train, evaluate, self.checkpoints, self._metrics)
-            try:
+            with trackers(self.accelerator, config, method=self.method):
                 loop.run()
-            finally:
-                for tracker in self.accelerator.trackers:
-                    tracker.finish()
-                self.accelerator.trackers = []
         self.export(Path(config.output_dir) / "model")
         return self.position.evaluation or {}
 
@@ -274,13 +268,6 @@ class Trainer:
             backward=lambda loss: self.accelerator.backward(loss / divisor),
             generator=self._state.generator,
         )
-
-    def _start_trackers(self) -> None:
-        if self.config.log_with is not None:
-            values = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
-            values = {"method": self.method, **values}
-            simple = {key: v if isinstance(v, (int, float, str)) else describe(v) for key, v in values.items()}
-            self.accelerator.init_trackers(self.config.project, config=simple)
 
     def _say(self, message: str) -> None:
         if self.accelerator.is_main_process:
