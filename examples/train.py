@@ -192,7 +192,7 @@ def parse() -> argparse.Namespace:
     )
     group.add_argument("--warmup", type=float, default=0.1, help="share of the steps to warm up for (default: 0.1)")
     group.add_argument("--max-grad-norm", type=float, help="clip gradients to this norm (default: off)")
-    group.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], help="(default: as accelerate launch was told)")
+    group.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], help="(default: accelerate's)")
     group.add_argument("--channels-last", action="store_true", help="faster convolutions on most hardware")
 
     group = parser.add_argument_group("runs and results")

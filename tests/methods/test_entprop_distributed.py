@@ -1,7 +1,6 @@
 """EntProp's step under DDP and FSDP2 on two gloo processes, against one process that does both halves."""
 
 import pytest
-import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 

@@ -1,0 +1,191 @@
+"""The other methods inside other people's loops: passes, accumulation, bf16, the fp16 gradient scaler."""
+
+import pytest
+import torch
+
+import entprop_wrap as entprop
+from entprop_wrap.attacks import PGD
+from entprop_wrap.methods import AdversarialTraining, AdvProp, FastAdvProp, MixProp, Vanilla
+from tests.methods.test_step_loops import (
+    Counter,
+    assert_close,
+    distance,
+    distance_under_autocast,
+    gradients,
+    plain_gradients,
+    wrapped,
+)
+from tests.reference.models import MODELS, random_batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
+
+BATCH = 10
+ATTACK = PGD(epsilon=4 / 255, steps=3, step_size=1 / 255)
+
+
+def fixed_start(**options):
+    """An attack that draws nothing: two runs of it differ by their gradients alone."""
+    return PGD(**{"epsilon": 2 / 255, "steps": 2, "random_start": False, **options})
+
+
+METHODS = {
+    # name: (method, forward passes in images, calls of backward, StepOutput.passes by the formula in the docstring)
+    "vanilla": (Vanilla(), [10], 1, 1),
+    "vanilla, regularised": (Vanilla(label_smoothing=0.1, entropy_weight=0.1), [10], 1, 1),
+    "mixprop": (MixProp(), [10, 10], 2, 2),
+    "advprop": (AdvProp(attack=ATTACK), [10] * 5, 2, 2 + 3),
+    "advprop, by default": (AdvProp(), [10] * 7, 2, 2 + 5),
+    "advprop, targeted, batch": (AdvProp(ATTACK, targeted=True, attack_statistics="batch"), [10] * 5, 2, 2 + 3),
+    "fast advprop": (FastAdvProp(), [8, 2, 2], 3, 1 + 0.2),
+    "fast advprop, half": (FastAdvProp(fraction=0.5, beta=0.4), [5, 5, 5], 3, 1 + 0.5),
+    "pgd": (AdversarialTraining(ATTACK), [10] * 4, 1, 3 + 1),
+    "pgd, by default": (AdversarialTraining(), [10] * 11, 1, 10 + 1),
+    "pgd, clean": (AdversarialTraining(ATTACK, clean_weight=0.5, entropy_weight=0.1), [10] * 5, 2, 3 + 2),
+    "trades": (AdversarialTraining(ATTACK, kind="trades"), [10] * 5, 1, 3 + 2),
+}
+MAIN_ONLY = (Vanilla, AdversarialTraining)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_passes(name):
+    method, passes, calls, cost = METHODS[name]
+    model = wrapped()
+    counter, trained = Counter(model), []
+    model.register_forward_pre_hook(lambda module, args: trained.append(torch.is_grad_enabled()))
+    out = entprop.training_step(model, *random_batch(BATCH), method=method, backward=counter.backward)
+    # TRADES asks the model once, without a backward, what it predicts as it is
+    without_backward = [size for size, needed in zip(counter.forwards, trained, strict=True) if not needed]
+    assert without_backward == ([BATCH] if "trades" in name else [])
+    assert sorted(counter.forwards) == sorted(passes + without_backward)
+    assert sorted(counter.backwards) == sorted(passes)
+    assert counter.calls == calls
+    assert out.passes == pytest.approx(cost)
+    assert out.passes == pytest.approx(sum(passes) / BATCH)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_losses_handed_to_backward_add_up_to_the_loss(name):
+    losses = []
+
+    def backward(loss):
+        losses.append(loss.item())
+        loss.backward()
+
+    out = entprop.training_step(wrapped(), *random_batch(BATCH), method=METHODS[name][0], backward=backward)
+    assert out.loss.item() == pytest.approx(sum(losses), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kind", ["batch_norm", "mixed_norms"])
+def test_statistics_move_once_for_every_pass_that_trains(kind, name):
+    model, method = wrapped(kind), METHODS[name][0]
+    before = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    entprop.training_step(model, *random_batch(BATCH), method=method)
+    recorded = {
+        part: {
+            (buffer - before[key]).item()
+            for key, buffer in model.named_buffers()
+            if key.endswith("num_batches_tracked") and ("entprop_aux" in key) == (part == "aux")
+        }
+        for part in ("main", "aux")
+    }
+    both = "trades" in name or name == "pgd, clean"
+    assert recorded["main"] == {2 if both else 1}
+    assert recorded["aux"] == {0 if isinstance(method, MAIN_ONLY) else 2 if isinstance(method, FastAdvProp) else 1}
+    for module in model.modules():
+        assert module.training, f"{type(module).__name__} is left in evaluation mode"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_accumulated_gradients_are_the_sum_of_the_steps(name):
+    method = METHODS[name][0]
+    batches = [random_batch(BATCH, seed=seed) for seed in range(2)]
+    model, singles = wrapped("layer_norm"), []
+    for seed, batch in enumerate(batches):
+        torch.manual_seed(seed)
+        entprop.training_step(model, *batch, method=method, backward=lambda loss: (loss / 2).backward())
+        torch.manual_seed(seed)
+        singles.append(plain_gradients(batch, kind="layer_norm", method=method))
+    assert_close(gradients(model), {key: (singles[0][key] + singles[1][key]) / 2 for key in singles[0]}, 1e-12)
+
+
+def test_a_main_only_method_leaves_the_copies_alone_and_needs_none():
+    plain = wrapped()
+    for name, (method, *_) in METHODS.items():
+        if isinstance(method, MAIN_ONLY):
+            model = wrapped()
+            torch.manual_seed(0)
+            entprop.training_step(model, *random_batch(BATCH), method=method)
+            copies = [key for key in dict(model.named_parameters()) if "entprop_aux" in key]
+            assert copies
+            assert not any(key in gradients(model) for key in copies), name
+            torch.manual_seed(0)
+            plain = entprop.unwrap(wrapped())
+            entprop.training_step(plain, *random_batch(BATCH), method=method)
+            found = {key: g for key, g in gradients(model).items() if key not in copies}
+            assert_close(found, gradients(plain), 0.0)
+
+
+# Half precision -------------------------------------------------------------------------------------------------------
+
+SMOOTH = [kind for kind in MODELS if kind != "batch_norm"]  # a ReLU that rounding flips is far away, and rightly so
+HALF = {
+    "vanilla": Vanilla(label_smoothing=0.1, entropy_weight=0.1),
+    "mixprop": MixProp(),
+    "advprop": AdvProp(fixed_start()),
+    "advprop, batch": AdvProp(fixed_start(), attack_statistics="batch"),
+    "fast advprop": FastAdvProp(fraction=0.4),
+    "pgd": AdversarialTraining(fixed_start(), clean_weight=0.3, entropy_weight=0.1, label_smoothing=0.1),
+    "trades": AdversarialTraining(PGD(epsilon=2 / 255, steps=2), kind="trades", beta=1.0),
+}
+
+
+@pytest.mark.parametrize("kind", SMOOTH)
+@pytest.mark.parametrize("name", HALF)
+def test_bfloat16_is_close_to_float32(name, kind):
+    batch = random_batch(32, dtype=torch.float32)
+    found = []
+    for amp in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        found.append(plain_gradients(batch, kind=kind, dtype=torch.float32, method=HALF[name], amp=amp))
+    assert 0 < distance(found[1], found[0]) < 3 * distance_under_autocast(batch, kind=kind, amp=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("kind", SMOOTH)
+@pytest.mark.parametrize("amp", [None, torch.float16])
+def test_a_scaled_loss_gives_the_same_gradients_once_unscaled(amp, kind, name):
+    batch = random_batch(32, dtype=torch.float32)
+    torch.manual_seed(0)
+    expected = plain_gradients(batch, kind=kind, dtype=torch.float32, method=HALF[name])
+    model = wrapped(kind, dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", amp, enabled=amp is not None):
+        entprop.training_step(model, *batch, method=HALF[name], backward=lambda loss: scaler.scale(loss).backward())
+    scaler.unscale_(optimizer)
+    if amp is None:
+        assert_close(gradients(model), expected, 1e-5)
+    else:
+        allowed = 3 * distance_under_autocast(batch, kind=kind, amp=amp)
+        assert 0 < distance(gradients(model), expected) < allowed
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**10
+    assert not all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_few_steps_learn(name):
+    model = wrapped(dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    images, labels = random_batch(32, dtype=torch.float32)
+    losses = []
+    for _ in range(15):
+        out = entprop.training_step(model, images, labels, method=METHODS[name][0])
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(out.loss.item())
+    assert losses[-1] < losses[0]

@@ -1,0 +1,167 @@
+"""Every Python block of the README and the docs runs, in order, as it stands; and the examples do what they say."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import entprop_wrap as entprop
+from entprop_wrap.attacks import PGD
+from entprop_wrap.methods import AdvProp
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+CLASSES = 4
+
+pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
+
+
+class Net(nn.Module):
+    """A classifier as torchvision's are, but tiny."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, pixels):
+        return self.fc(F.relu(self.bn(self.conv(pixels))).mean((2, 3)))
+
+
+class Pictures(Dataset):
+    """Random images, darker or brighter by class, in [0, 1] or normalised."""
+
+    def __init__(self, number, seed, normalised=False):
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = torch.arange(number) % CLASSES
+        shades = (self.labels / CLASSES).view(-1, 1, 1, 1)
+        self.images = (0.75 * torch.rand(number, 3, 8, 8, generator=generator) + 0.25 * shades).clamp(0, 1)
+        if normalised:
+            mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+            self.images = (self.images - mean) / std
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.images[index], int(self.labels[index])
+
+
+def blocks(page):
+    """(line, source) of each Python block."""
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        yield text.count("\n", 0, match.start(1)) + 1, match[1]
+
+
+def run(page, folder):
+    """Execute a page's blocks in one namespace, which holds what the page takes for granted, and return it."""
+    torch.manual_seed(0)
+    data = Pictures(60, seed=1)
+    namespace = {
+        "__name__": "page",
+        "torch": torch,
+        "F": F,
+        "model": Net(),
+        "loader": DataLoader(Pictures(60, 1, normalised=page.name == "README.md"), batch_size=20),
+        "train_data": data,
+        "eval_data": Pictures(20, seed=2),
+        "output_dir": folder / "run",
+        "hard_images": data.images[:20],
+        "labels": data.labels[:20],
+    }
+    for line, source in blocks(page):
+        # so that a traceback shows the page and its line
+        exec(compile("\n" * (line - 1) + source, str(page), "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_runs(page, tmp_path):
+    if page.name == "README.md" and not hasattr(entprop, "Trainer"):
+        pytest.skip("entprop.Trainer is not there yet")
+    run(page, tmp_path)
+
+
+def test_there_are_blocks_to_run():
+    counts = {page.name: len(list(blocks(page))) for page in PAGES}
+    assert counts["README.md"] >= 3
+    assert counts["methods.md"] >= 7
+
+
+# The examples of docs/methods.md --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def examples(tmp_path):
+    return run(ROOT / "docs" / "methods.md", tmp_path)
+
+
+def gradients_of(method, **options):
+    torch.manual_seed(0)
+    model = entprop.wrap(Net().double())
+    images, labels = Pictures(20, seed=3).images.double(), Pictures(20, seed=3).labels
+    out = entprop.training_step(model, images, labels, method=method, **options)
+    return out, {name: p.grad for name, p in model.named_parameters()}, dict(model.named_buffers())
+
+
+def test_the_method_of_the_docs_is_advprop_where_it_selects_every_image(examples):
+    attack = PGD(epsilon=4 / 255, steps=5, step_size=1 / 255, random_start=False)
+    ours = gradients_of(examples["SelectiveAdvProp"](fraction=1.0, attack=attack))
+    theirs = gradients_of(AdvProp(attack=attack, attack_statistics="batch"))
+    assert ours[0].passes == theirs[0].passes
+    assert sorted(ours[0].selected.tolist()) == list(range(20))
+    for found, expected in zip(ours[1:], theirs[1:], strict=True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_the_method_of_the_docs_costs_what_the_paper_says(examples):
+    assert gradients_of(examples["SelectiveAdvProp"]())[0].passes == pytest.approx(4.6)  # EntProp, table 15
+
+
+def test_the_diverging_attack_of_the_docs_moves_predictions(examples):
+    pgd = PGD(epsilon=16 / 255, steps=5, step_size=4 / 255)
+    out = gradients_of(examples["DivergingAdvProp"](fraction=0.5, attack=pgd))[0]
+    images = Pictures(20, seed=3).images.double()[out.selected]
+    assert 0 < (out.aux_images - images).abs().max() <= 16 / 255 + 1e-12
+    assert not torch.equal(out.aux_images, gradients_of(examples["SelectiveAdvProp"](0.5, pgd))[0].aux_images)
+
+
+def test_the_mixer_of_the_docs_joins_two_halves(examples):
+    images = Pictures(6, seed=4).images[..., :7]
+    mix = examples["Halves"]().draw(images.shape, torch.Generator().manual_seed(0))
+    mixed = mix.apply(images)
+    assert mix.share == 3 / 7
+    assert torch.equal(mixed[..., :3], images[..., :3])
+    assert torch.equal(mixed[..., 3:], images[mix.partner][..., 3:])
+
+
+@pytest.mark.parametrize("name", ["MomentumAttack", "Noise"])
+def test_the_attacks_of_the_docs_stay_in_their_ball(examples, name):
+    attack = examples[name](epsilon=8 / 255)
+    out = gradients_of(AdvProp(attack=attack))[0]
+    images = Pictures(20, seed=3).images.double()
+    assert 4 / 255 < (out.aux_images - images).abs().max() <= 8 / 255 + 1e-12
+    assert out.aux_images.min() >= 0
+    assert out.aux_images.max() <= 1
+    assert out.passes == 2 + attack.steps
+
+
+def test_the_momentum_attack_of_the_docs_raises_the_loss(examples):
+    with_noise, attacked = (
+        gradients_of(AdvProp(attack=examples[name](epsilon=16 / 255)))[0].aux_loss
+        for name in ("Noise", "MomentumAttack")
+    )
+    assert attacked > with_noise
+
+
+def test_the_score_of_the_docs_is_highest_where_two_classes_are_close(examples):
+    logits = torch.tensor([[3.0, 0.0, 0.0], [3.0, 2.9, 0.0], [0.0, 1.0, 3.0]])
+    assert examples["rivalry"](logits, None).argmax() == 1
