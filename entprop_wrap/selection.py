@@ -55,20 +55,20 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_float(logits), labels, reduction="none")
 
 
-def count(batch: int, fraction: float, at_least: int = 2) -> int:
+def count(batch: int, fraction: float) -> int:
     """Return how many of ``batch`` samples a ``fraction`` in (0, 1] selects: rounded half up, at least two.
 
     A batch norm in training mode cannot take the statistics of a single image.
 
     Raises:
-        ConfigurationError: The batch holds fewer than ``at_least`` samples.
+        ConfigurationError: The batch holds fewer than two samples.
     """
-    if batch < at_least:
+    if batch < 2:
         raise ConfigurationError(
-            f"Expected a batch of at least {at_least} images to select from, found {batch}. Drop the last incomplete "
+            f"Expected a batch of at least 2 images to select from, found {batch}. Drop the last incomplete "
             "batch (DataLoader(..., drop_last=True)) or choose a batch size that leaves no such rest."
         )
-    return min(batch, max(at_least, math.floor(fraction * batch + 0.5)))
+    return min(batch, max(2, math.floor(fraction * batch + 0.5)))
 
 
 def top(scores: Tensor, number: int) -> Tensor:

@@ -184,10 +184,12 @@ class Step:
         Raises:
             UnsupportedModelError: The parameters are sharded, where hooks on them see nothing.
         """
-        parameters = [p for p in find_registry(self.model).tensors(auxiliary) if p.requires_grad]
+        # By identity: norms may share a parameter, which is to be scaled once.
+        parameters = {id(p): p for p in find_registry(self.model).tensors(auxiliary) if p.requires_grad}.values()
         if any(type(parameter) is not nn.Parameter for parameter in parameters):
             raise UnsupportedModelError(
-                "Gradients of sharded norm parameters cannot be re-balanced: use DDP, not FSDP."
+                "Norm parameters of a kind of their own (FSDP shards them) cannot be re-balanced: expected plain ones. "
+                "Use DDP instead of FSDP."
             )
         handles = [
             parameter.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]

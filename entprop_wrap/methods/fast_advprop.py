@@ -139,7 +139,6 @@ def shuffle_between_processes(
 
 def gather(tensor: Tensor, processes: int) -> Tensor:
     """Return the rows of all processes, in the order of ranks."""
-    tensor = tensor.contiguous()  # the parts are then laid out alike: bytes are exchanged in the order of memory
     parts = [torch.empty_like(tensor) for _ in range(processes)]
-    torch.distributed.all_gather(parts, tensor)
+    torch.distributed.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
