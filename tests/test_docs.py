@@ -40,7 +40,7 @@ class Pictures(Dataset):
         generator = torch.Generator().manual_seed(seed)
         self.labels = torch.arange(number) % CLASSES
         shades = (self.labels / CLASSES).view(-1, 1, 1, 1)
-        self.images = (0.75 * torch.rand(number, 3, 8, 8, generator=generator) + 0.25 * shades).clamp(0, 1)
+        self.images = (0.75 * torch.rand(number, 3, 32, 32, generator=generator) + 0.25 * shades).clamp(0, 1)
         if normalised:
             mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
             self.images = (self.images - mean) / std
