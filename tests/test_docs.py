@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -59,6 +60,22 @@ def blocks(page):
         yield text.count("\n", 0, match.start(1)) + 1, match[1]
 
 
+def hugging_face(folder):
+    """What a user of the Hugging Face Trainer has."""
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=CLASSES
+    )
+    images = Pictures(60, seed=3)
+    return {
+        "hub_model": transformers.ResNetForImageClassification(config),
+        "training_arguments": transformers.TrainingArguments(
+            str(folder / "hub"), max_steps=2, per_device_train_batch_size=20, use_cpu=True, report_to="none"
+        ),
+        "hub_data": [{"pixel_values": image, "labels": label} for image, label in images],
+        "processor": transformers.ConvNextImageProcessor(do_normalize=False),
+    }
+
+
 def run(page, folder):
     """Execute a page's blocks in one namespace, which holds what the page takes for granted, and return it."""
     torch.manual_seed(0)
@@ -74,6 +91,7 @@ def run(page, folder):
         "output_dir": folder / "run",
         "hard_images": data.images[:20],
         "labels": data.labels[:20],
+        **hugging_face(folder),
     }
     for line, source in blocks(page):
         # so that a traceback shows the page and its line
@@ -83,8 +101,6 @@ def run(page, folder):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_runs(page, tmp_path):
-    if page.name == "README.md" and not hasattr(entprop, "Trainer"):
-        pytest.skip("entprop.Trainer is not there yet")
     run(page, tmp_path)
 
 

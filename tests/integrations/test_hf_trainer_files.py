@@ -1,0 +1,117 @@
+"""What the Trainer writes with the callback, and what it reads back."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForImageClassification, Trainer
+
+from entprop_wrap import EntProp, auxiliary_state_dict, main_state_dict
+from entprop_wrap.errors import CheckpointError
+from entprop_wrap.integrations.hf_trainer import EntPropCallback
+from tests.integrations.hf_trainer_reference import SPACE, arguments, build, samples, train
+
+FILE = "entprop_auxiliary.safetensors"
+OPTIONS = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+def callback():
+    return EntPropCallback(EntProp(fraction=0.5), pixel_space=SPACE)
+
+
+def keys(file: Path) -> set:
+    with safe_open(file, "pt") as opened:
+        return set(opened.keys())
+
+
+def assert_same(found, expected):
+    assert set(found) == set(expected)
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("name", ["ResNet", "ViT", "Beit"])
+def test_checkpoints_are_plain_and_resume_is_bit_for_bit(name, tmp_path):
+    whole, _, _ = train(build(name), callback(), tmp_path / "whole", **OPTIONS)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    build(name).save_pretrained(tmp_path / "plain")
+    assert keys(checkpoint / "model.safetensors") == keys(tmp_path / "plain" / "model.safetensors")
+    _, report = AutoModelForImageClassification.from_pretrained(checkpoint, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+
+    trainer = Trainer(
+        model=build(name), args=arguments(tmp_path / "b", **OPTIONS), train_dataset=samples(), callbacks=[callback()]
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert_same(trainer.model.state_dict(), whole.model.state_dict())
+    copies, main = auxiliary_state_dict(trainer.model), main_state_dict(trainer.model)
+    assert any(not torch.equal(copies[key], main[key.replace("entprop_aux.", "")]) for key in copies)
+
+
+def test_the_best_model_comes_back_with_its_copies(tmp_path):
+    options = {**OPTIONS, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    scores = iter([3.0, 1.0, 2.0, 4.0, 5.0])
+    trainer = Trainer(
+        model=build("ResNet"),
+        args=arguments(tmp_path, metric_for_best_model="made_up", greater_is_better=False, **options),
+        train_dataset=samples(),
+        eval_dataset=samples(4),
+        compute_metrics=lambda prediction: {"made_up": next(scores)},
+        callbacks=[callback()],
+    )
+    states = []
+    original = trainer._save_checkpoint
+    trainer._save_checkpoint = lambda *a, **k: (
+        states.append({n: v.clone() for n, v in trainer.model.state_dict().items()}),
+        original(*a, **k),
+    )[1]
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert_same(trainer.model.state_dict(), states[1])
+
+
+def test_a_second_train_goes_on(tmp_path):
+    trainer, _, gradients = train(build("ResNet"), callback(), tmp_path, max_steps=2)
+    before = {n: v.clone() for n, v in auxiliary_state_dict(trainer.model).items()}
+    assert "training_step" not in vars(trainer)
+    trainer.train()
+    after = auxiliary_state_dict(trainer.model)
+    assert len(gradients) == 4
+    assert all(any("entprop_aux" in name for name in step) for step in gradients)
+    assert not torch.equal(*(next(v for n, v in s.items() if n.endswith("weight")) for s in (before, after)))
+    trainer.save_model(tmp_path / "final")
+    assert not any("entprop" in key for key in keys(tmp_path / "final" / "model.safetensors"))
+    assert keys(tmp_path / "final" / FILE) == set(after)
+
+
+def test_a_push_uploads_plain_weights(tmp_path, monkeypatch):
+    trainer, _, _ = train(build("ResNet"), callback(), tmp_path, max_steps=1)
+    seen = []
+    trainer.hub_model_id = "someone/something"
+    monkeypatch.setattr(Trainer, "create_model_card", lambda *a, **k: None)
+    monkeypatch.setattr(Trainer, "_finish_current_push", lambda *a, **k: None)
+    for name in ("upload_folder", "hf_api"):
+        if hasattr(__import__("transformers").trainer, name):
+            target = (lambda **k: seen.append(k)) if name == "upload_folder" else (lambda: Uploader(seen))
+            monkeypatch.setattr(__import__("transformers").trainer, name, target)
+    trainer.push_to_hub()
+    assert seen
+    assert not any("entprop" in key for key in keys(Path(seen[0]["folder_path"]) / "model.safetensors"))
+
+
+class Uploader:
+    def __init__(self, seen):
+        self.seen = seen
+
+    def upload_folder(self, **options):
+        self.seen.append(options)
+
+
+def test_a_checkpoint_without_copies_is_refused(tmp_path):
+    train(build("ViT"), None, tmp_path, **OPTIONS)
+    trainer = Trainer(
+        model=build("ViT"), args=arguments(tmp_path, **OPTIONS), train_dataset=samples(), callbacks=[callback()]
+    )
+    with pytest.raises(CheckpointError, match=FILE):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

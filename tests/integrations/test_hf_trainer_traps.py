@@ -1,0 +1,318 @@
+"""Ways to use the callback that could go wrong: they work, or say what to write instead."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Trainer, ViTImageProcessor
+
+from entprop_wrap import EntProp, MixUp, PixelSpace, Vanilla, wrap
+from entprop_wrap.errors import (
+    ConfigurationError,
+    LabelError,
+    OptimizerMismatchError,
+    UnsupportedModelError,
+)
+from entprop_wrap.integrations.hf_trainer import EntPropCallback, EntPropTrainerMixin
+from entprop_wrap.methods import AdversarialTraining, AdvProp, FastAdvProp, MixProp
+from tests.integrations.hf_trainer_reference import (
+    SPACE,
+    RecordBatches,
+    RecordGradients,
+    arguments,
+    build,
+    by_hand,
+    samples,
+    train,
+    worst,
+)
+
+METHOD = EntProp(fraction=0.5, mix=None)
+
+
+def callback(method=METHOD):
+    return EntPropCallback(method, pixel_space=SPACE)
+
+
+def make(folder, trainer_class=Trainer, model="ViT", **options):
+    names = ("callbacks", "optimizers", "compute_loss_func", "processing_class", "model_init", "entprop")
+    extra = {name: options.pop(name) for name in names if name in options}
+    if "model_init" not in extra:
+        extra["model"] = build(model) if isinstance(model, str) else model
+    data = options.pop("data", samples())
+    return trainer_class(args=arguments(folder, **{"max_steps": 2, **options}), train_dataset=data, **extra)
+
+
+def test_the_processing_class_says_how_images_are_normalised(tmp_path):
+    processor = ViTImageProcessor(image_mean=list(SPACE.mean), image_std=list(SPACE.std))
+    added = EntPropCallback(METHOD)
+    make(tmp_path, callbacks=[added], processing_class=processor)
+    torch.testing.assert_close(torch.tensor(added.space.mean), torch.tensor(SPACE.mean))
+    torch.testing.assert_close(torch.tensor(added.space.std), torch.tensor(SPACE.std))
+    make(tmp_path, callbacks=[EntPropCallback], processing_class=processor).train()
+
+
+def test_without_a_pixel_space_there_is_an_error_at_once(tmp_path):
+    model = build("ViT")
+    with pytest.raises(ConfigurationError, match="processing_class"):
+        make(tmp_path, model=model, callbacks=[EntPropCallback(METHOD)])
+    wrap(model)  # it was left alone
+
+
+def test_model_init_models_are_wrapped_each_time(tmp_path):
+    recorded = RecordGradients()
+    trainer = make(tmp_path, model_init=lambda: build("ResNet"), callbacks=[callback(), recorded])
+    trainer.train()
+    trainer.train()
+    assert len(recorded.steps) == 4
+    assert all(any("entprop_aux" in name for name in step) for step in recorded.steps)
+
+
+def test_an_optimizer_built_too_early_is_refused(tmp_path):
+    model = build("ViT")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(OptimizerMismatchError, match="wrap"):
+        make(tmp_path, model=model, optimizers=(optimizer, None), callbacks=[callback()])
+    wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    make(tmp_path, model=model, optimizers=(optimizer, None), callbacks=[callback()]).train()
+
+
+def test_a_callback_added_late(tmp_path):
+    trainer = make(tmp_path)
+    trainer.add_callback(callback())
+    with pytest.raises(ConfigurationError, match="set_trainer"):
+        trainer.train()
+    trainer = make(tmp_path)
+    late, recorded = callback(), RecordGradients()
+    trainer.add_callback(late)
+    trainer.add_callback(recorded)
+    late.set_trainer(trainer)
+    trainer.train()
+    assert any("entprop_aux" in name for name in recorded.steps[0])
+
+
+def test_a_lazy_transform_and_remove_unused_columns(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"image": list(range(8)), "labels": [i % 5 for i in range(8)]})
+    pixels = samples(8)
+
+    def transform(batch):
+        return {"pixel_values": [pixels[i]["pixel_values"] for i in batch["image"]], "labels": batch["labels"]}
+
+    data.set_transform(transform)
+    trainer = make(tmp_path, data=data, callbacks=[callback()])
+    with pytest.raises(ConfigurationError, match="remove_unused_columns=False"):
+        trainer.train()
+    make(tmp_path, data=data, callbacks=[callback()], remove_unused_columns=False).train()
+
+
+def test_a_batch_without_labels_or_with_other_tensors(tmp_path):
+    no_labels = [{"pixel_values": sample["pixel_values"]} for sample in samples()]
+    with pytest.raises(ConfigurationError, match="no 'labels'"):
+        make(tmp_path, data=no_labels, callbacks=[callback()]).train()
+    masks = [{**sample, "bool_masked_pos": torch.ones(4)} for sample in samples()]
+    with pytest.raises(ConfigurationError, match="bool_masked_pos"):
+        make(tmp_path, model="Beit", data=masks, callbacks=[callback()], remove_unused_columns=False).train()
+
+
+@pytest.mark.parametrize("name", ["ResNet", "ViT", "Swin", "ConvNext"])
+def test_copies_decay_like_the_norms_they_copy(name, tmp_path):
+    trainer = make(tmp_path, model=name, callbacks=[callback()], weight_decay=0.1, optim="adamw_torch")
+    trainer.create_optimizer()
+    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    parameters = dict(trainer.model.named_parameters())
+    copies = [key for key in parameters if "entprop_aux" in key]
+    assert copies
+    assert all(decay[id(parameters[k])] == decay[id(parameters[k.replace("entprop_aux.", "")])] for k in copies)
+
+
+def test_logs_carry_both_losses_and_entropies(tmp_path):
+    trainer = make(tmp_path, callbacks=[callback()])
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2
+    for log in logs:
+        assert 0 < log["aux_entropy"] < 2
+        assert 0 < log["main_entropy"] < 2
+        assert log["loss"] == pytest.approx(log["main_loss"] + 0.5 * log["aux_loss"], abs=2e-4)
+
+
+class WithMixin(EntPropTrainerMixin, Trainer):
+    pass
+
+
+def test_the_mixin_does_what_the_callback_does(tmp_path):
+    results = []
+    for trainer_class, options in ((Trainer, {"callbacks": [callback()]}), (WithMixin, {"entprop": callback()})):
+        trainer = make(tmp_path, trainer_class, **options)
+        trainer.train()
+        results.append(trainer.model.state_dict())
+    for key, value in results[0].items():
+        assert torch.equal(results[1][key], value)
+
+
+class Weighted(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels, weight=torch.arange(1.0, model.config.num_labels + 1))
+        return (loss, outputs) if return_outputs else loss
+
+
+class Features(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs, output_hidden_states=True).hidden_states[-1].mean()
+
+
+class Elsewhere(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return self.model(**inputs).loss
+
+
+def test_an_own_compute_loss_on_logits_works(tmp_path):
+    weights = torch.arange(1.0, 6.0)
+    _, batches, found = train(build("ViT"), callback(), tmp_path, trainer_class=Weighted, max_steps=1)
+    model = wrap(build("ViT"))
+    batch = batches[0]
+    F.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"], weight=weights).backward()
+    main = model.classifier.weight.grad
+    _, _, expected = train(
+        build("ViT"), callback(Vanilla()), tmp_path, trainer_class=Weighted, max_steps=1, seed=42
+    )  # what the Trainer itself does with that loss
+    torch.testing.assert_close(expected[0]["classifier.weight"], main)
+    assert not torch.allclose(found[0]["classifier.weight"], main)
+
+
+@pytest.mark.parametrize("trainer_class", [Features, Elsewhere])
+def test_a_compute_loss_of_anything_else_is_refused(trainer_class, tmp_path):
+    with pytest.raises(UnsupportedModelError, match="compute_loss"):
+        make(tmp_path, trainer_class, callbacks=[callback()]).train()
+
+
+def test_a_model_with_another_loss_is_refused(tmp_path):
+    model = build("ResNet")
+    forward = type(model).forward
+
+    class Smoothed(type(model)):
+        def forward(self, pixel_values, labels=None):
+            output = forward(self, pixel_values)
+            output.loss = F.cross_entropy(output.logits, labels, label_smoothing=0.1) if labels is not None else None
+            return output
+
+    model.__class__ = Smoothed
+    with pytest.raises(UnsupportedModelError, match="compute_loss_func"):
+        make(tmp_path, model=model, callbacks=[callback()]).train()
+    model = build("ResNet")
+    model.__class__ = Smoothed
+    loss = lambda outputs, labels, num_items_in_batch=None: F.cross_entropy(outputs.logits, labels)  # noqa: E731
+    make(tmp_path, model=model, callbacks=[callback()], compute_loss_func=loss).train()
+
+
+def test_soft_labels_need_a_loss_for_them(tmp_path):
+    soft = [{**s, "labels": torch.full((5,), 0.2)} for s in samples()]
+    with pytest.raises(LabelError, match="compute_loss_func"):
+        make(tmp_path, data=soft, callbacks=[callback()]).train()
+    loss = lambda outputs, labels, num_items_in_batch=None: F.cross_entropy(outputs.logits, labels)  # noqa: E731
+    make(tmp_path, data=soft, callbacks=[callback()], compute_loss_func=loss).train()
+
+
+METHODS = (
+    Vanilla(label_smoothing=0.1, entropy_weight=0.1),
+    EntProp(fraction=0.5, attack_steps=2, mix_on="auxiliary"),
+    AdvProp(),
+    FastAdvProp(fraction=0.5),
+    MixProp(mix=MixUp(1.0)),
+    AdversarialTraining(),
+    AdversarialTraining(kind="trades"),
+)
+
+
+@pytest.mark.parametrize("name", ["ViT", "ResNet"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{type(method).__name__}-{getattr(method, 'kind', '')}")
+def test_every_method_trains_as_in_a_loop_of_its_own(method, name, tmp_path):
+    """One step per group of one, where the Trainer's loss is plain cross-entropy."""
+    from entprop_wrap import training_step
+
+    torch.manual_seed(5)
+    draws = torch.get_rng_state()
+    collator = RecordBatches()
+    gradients = RecordGradients()
+
+    class Seeded(Trainer):  # the same random numbers in both steps
+        def _prepare_inputs(self, inputs):
+            torch.set_rng_state(draws)
+            return super()._prepare_inputs(inputs)
+
+    trainer = Seeded(
+        model=build(name),
+        args=arguments(tmp_path, max_steps=1, per_device_train_batch_size=8),
+        train_dataset=samples(),
+        data_collator=collator,
+        callbacks=[callback(method), gradients],
+    )
+    seen = []
+    original = trainer._prepare_inputs
+    trainer._prepare_inputs = lambda inputs: (seen.append(0), original(inputs))[1] if not seen else inputs
+    trainer.train()
+    model = build(name).train()
+    if method.auxiliaries:
+        wrap(model)
+    torch.set_rng_state(draws)
+    batch = collator.batches[0]
+    training_step(model, batch["pixel_values"], batch["labels"], method=method, pixel_space=SPACE)
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert worst(gradients.steps, [expected]) < 5e-4
+
+
+def test_reentrant_checkpointing_with_more_attack_steps_is_refused(tmp_path):
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(UnsupportedModelError, match="use_reentrant=False"):
+        make(tmp_path, callbacks=[callback(EntProp(fraction=0.5, attack_steps=2))], **options).train()
+
+
+def test_more_attack_steps_under_checkpointing_and_accumulation(tmp_path):
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    make(tmp_path, callbacks=[callback(EntProp(fraction=0.5, attack_steps=2))], **options).train()
+
+
+@pytest.mark.parametrize("clip", [1e9, 0.05])
+def test_a_gradient_scaler_leaves_no_trace(clip, tmp_path):
+    """The path of fp16, on the CPU and in float32: the scaler scales, unscales and steps as on a GPU."""
+    collator, gradients = RecordBatches(), RecordGradients()
+
+    class Scaled(Trainer):
+        def create_optimizer(self, *args, **kwargs):
+            optimizer = super().create_optimizer(*args, **kwargs)
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            self.accelerator.scaler = scaler
+            self.accelerator.unscale_gradients = lambda *_: scaler.unscale_(self.optimizer.optimizer)
+            return optimizer
+
+    trainer = Scaled(
+        model=build("ViT"),
+        args=arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=clip),
+        train_dataset=samples(),
+        data_collator=collator,
+        callbacks=[callback(), gradients],
+    )
+    trainer.train()
+    expected, _, _ = by_hand("ViT", build("ViT"), collator.batches, 2, clip=clip)
+    assert trainer.accelerator.scaler.get_scale() == 1024
+    assert worst(gradients.steps, expected) < 5e-4
+
+
+def test_a_method_class_is_refused():
+    with pytest.raises(TypeError, match="EntProp"):
+        EntPropCallback(EntProp)
+    with pytest.raises(ConfigurationError):
+        EntPropCallback(EntProp(fraction=2.0), pixel_space=PixelSpace())
+
+
+def test_one_callback_for_one_trainer(tmp_path):
+    with pytest.raises(ConfigurationError, match="two EntPropCallbacks"):
+        make(tmp_path, callbacks=[callback(), callback()])
+    shared = callback()
+    first, second = (make(tmp_path, callbacks=[shared]) for _ in range(2))
+    with pytest.raises(ConfigurationError, match="another Trainer"):
+        first.train()
+    second.train()
