@@ -4,7 +4,7 @@
     python benchmarks/step_time.py --models resnet50 --size 224 --batch 256 --device cuda --amp bf16 --channels-last
 
 The floor is the same passes written bare on the plain model: one pass of the batch with the gradient of the images,
-n - 1 pixel-gradient passes of k|B| images, one training pass of k|B| images; no mixing, selection, checks, or switching.
+n - 1 pixel-gradient passes of k|B| images, one training pass of k|B| images; no mixing, selection, checks or switching.
 Everything is timed in one run, interleaved, and compared pair by pair, so that the machine's moods cancel. The formula
 is the paper's count of passes, 1 + k n, which is not time: a pass of few images costs more than its share.
 """
@@ -137,7 +137,7 @@ def inference(plain, images, options):
         equal = torch.equal(returned(images), plain(images))
         times = interleaved([lambda: plain(images), lambda: returned(images)], [], options)
     ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
-    print(f"| {type(plain).__name__} inference after unwrap: {ratio:.3f} of plain, equal outputs: {equal} | | | | | | |")
+    print(f"| {type(plain).__name__} inference after unwrap: {ratio:.3f} of plain, equal: {equal} | | | | | | |")
 
 
 def wrapping_time(norms=300):
