@@ -61,7 +61,7 @@ def digits(options, space: PixelSpace) -> Data:
     train, test = train_test_split(range(len(labels)), train_size=size, stratify=labels, random_state=0)
     targets = torch.tensor(labels)
     parts = [TensorDataset(normalised[rows].contiguous(), targets[rows]) for rows in (train, test)]
-    return Data(f"digits ({size} to train on)", tuple("0123456789"), *parts, parts[1], space)
+    return Data("digits", tuple("0123456789"), *parts, parts[1], space)
 
 
 def images(options, space: PixelSpace, size: int) -> Data:
