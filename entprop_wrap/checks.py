@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from entprop_wrap.errors import EntPropError, ImageError, LabelError, ModelOutputError, PixelRangeError
 from entprop_wrap.perturbation import PixelSpace
 
-__all__ = ["Checker", "check_images", "check_labels", "checker_of", "logits_of"]
+__all__ = ["Checker", "check_batch_size", "check_images", "check_labels", "checker_of", "logits_of"]
 
 #: Interpolation without clamping overshoots valid pixels; further out than this, in pixel units, is another space.
 _TOLERANCE = 0.25
@@ -43,10 +43,14 @@ def check_images(images: Any, space: PixelSpace) -> None:
         raise ImageError(f"Found images of shape {shape}, which looks like NHWC. Write images.permute(0, 3, 1, 2).")
     if space.channels not in (None, shape[1]):
         raise ImageError(f"Found {shape[1]} channels; pixel_space has a mean and std for {space.channels}.")
-    if shape[0] < 2:
+
+
+def check_batch_size(images: Tensor) -> None:
+    """Raise :class:`ImageError` if a training batch holds a single image."""
+    if len(images) < 2:
         raise ImageError(
-            f"Expected a batch of at least 2 images, found {shape[0]}: batch statistics and selection need more. Drop "
-            "the last incomplete batch (DataLoader(..., drop_last=True)) or choose another batch size."
+            f"Expected a batch of at least 2 images, found {len(images)}: batch statistics and selection need more. "
+            "Drop the last incomplete batch (DataLoader(..., drop_last=True)) or choose another batch size."
         )
 
 

@@ -53,7 +53,9 @@ def refuse_wrapping(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = f"the part {name!r} of the model" if name else "the model"
         kind = type(module).__name__
-        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        if isinstance(module, nn.DataParallel):
+            fix = "it copies the model without its copies; use `accelerate launch` or torchrun, one process per GPU"
+        elif isinstance(module, nn.parallel.DistributedDataParallel):
             fix = f"write {kind}(entprop.wrap(model)), wrapping before distributing"
         elif kind in ("FullyShardedDataParallel", "DeepSpeedEngine") or _is_fsdp2(module):
             fix = "call entprop.wrap(model) first, then shard it"

@@ -69,13 +69,13 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     _check(find_registry(model), optimizer)
 
 
-#: The living wrapped models, each with the optimizers that have passed the check.
-_guarded: weakref.WeakKeyDictionary[Registry, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
+#: The living wrapped models, each with the optimizers that have passed the check, and how many groups they had then.
+_guarded: weakref.WeakKeyDictionary[Registry, weakref.WeakKeyDictionary[Optimizer, int]] = weakref.WeakKeyDictionary()
 
 
 def guard_first_step(registry: Registry) -> None:
-    """Check every optimizer against this model before the optimizer's first step, whoever built it."""
-    _guarded[registry] = weakref.WeakSet()
+    """Check every optimizer against this model before its first step, and again when it was given more groups."""
+    _guarded[registry] = weakref.WeakKeyDictionary()
     _watch_optimizers()
 
 
@@ -87,9 +87,9 @@ def _watch_optimizers() -> None:
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for registry, passed in list(_guarded.items()):
-        if optimizer not in passed:
+        if passed.get(optimizer) != len(optimizer.param_groups):
             _check(registry, optimizer)
-            passed.add(optimizer)
+            passed[optimizer] = len(optimizer.param_groups)
 
 
 def _check(registry: Registry, optimizer: Optimizer) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.containers import walk
+from entprop_wrap.containers import plain_model, walk
 from entprop_wrap.domains import Switch, auxiliary_of
 from entprop_wrap.errors import NotWrappedError, UnsupportedModelError
 from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm
 
-__all__ = ["Registry", "attach", "detach", "find_registry", "find_wrapped"]
+__all__ = ["Registry", "attach", "detach", "find_registry", "find_wrapped", "refuse_inside_block"]
 
 _ATTRIBUTE = "_entprop_registry"
 
@@ -155,6 +155,16 @@ def find_registry(model: nn.Module) -> Registry:
     registry = registry_on(roots[0])
     _audit(registry, norms)
     return registry
+
+
+def refuse_inside_block(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedModelError` inside an ``auxiliary()`` block of ``model``, plain or wrapped."""
+    registry: Registry | None = plain_model(model).__dict__.get(_ATTRIBUTE)
+    if registry is not None and registry.switch.thread().block is not None:
+        raise UnsupportedModelError(
+            "training_step() was called inside auxiliary(): its main pass would run through the copies. Leave the "
+            "with-block first; the method enters the auxiliary domains itself."
+        )
 
 
 def registry_on(root: nn.Module) -> Registry:

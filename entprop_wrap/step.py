@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from entprop_wrap import checks
 from entprop_wrap.containers import no_gradient_sync, plain_model, walk
-from entprop_wrap.errors import ConfigurationError, EntPropError, ModelOutputError, UnsupportedModelError
+from entprop_wrap.errors import ConfigurationError, EntPropError, LabelError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.losses import Loss, Target
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.registry import find_registry
@@ -113,13 +113,17 @@ class Step:
         if not torch.is_grad_enabled():
             raise ConfigurationError("Gradients are switched off. Leave out torch.no_grad() around the training step.")
         checks.check_images(images, space)
+        checks.check_batch_size(images)
         self.checker = checks.checker_of(plain_model(model))
         self.checker.images(images, space)
         self.model, self.images, self.space, self.loss, self.generator = model, images.detach(), space, loss, generator
         self.labels = checks.check_labels(labels, images)
         self._backward = backward
         if self.checker.classes is not None:
-            self.checker.labels(self.labels, self.checker.classes)
+            try:
+                self.checker.labels(self.labels, self.checker.classes)
+            except LabelError:
+                self.checker.classes = None  # unless the model was given another head: its next pass shows
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits ``(N, C)`` of ``images``, at least float32."""
@@ -241,6 +245,14 @@ class Step:
                 "Raise the batch size or the fraction to have 8 or more.",
                 stacklevel=5,
             )
+
+
+def check_method(method: object) -> Method:
+    """Return ``method``, or raise a :class:`TypeError` that says what it should be."""
+    if isinstance(method, type) or not hasattr(method, "step") or not hasattr(method, "auxiliaries"):
+        found = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+        raise TypeError(f"method expects an instance of a training method, found {found}: write method=EntProp(), say.")
+    return cast(Method, method)
 
 
 def input_gradient(images: Tensor) -> Tensor:

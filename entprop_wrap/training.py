@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from entprop_wrap.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.registry import find_registry
-from entprop_wrap.step import Method, Step, StepOutput
+from entprop_wrap.registry import find_registry, refuse_inside_block
+from entprop_wrap.step import Method, Step, StepOutput, check_method
 
 __all__ = ["training_step"]
 
@@ -56,17 +56,18 @@ def training_step(
         LabelError: Labels of another type or shape, or (CPU) out of range.
         ModelOutputError: The model returned no logits.
         ConfigurationError: The model is in evaluation mode.
-        UnsupportedModelError: The switch or the method cannot be right on this model; the message says why.
+        UnsupportedModelError: The switch or the method cannot be right on this model, or the call stands inside
+            ``auxiliary()``; the message says which.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"training_step() expects a torch.nn.Module first, found {type(model).__name__}.")
-    method = EntProp() if method is None else method
-    if isinstance(method, type) or not hasattr(method, "step"):
-        found = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
-        raise TypeError(f"method expects an instance of a training method, found {found}: write method=EntProp(), say.")
+    method = EntProp() if method is None else check_method(method)
     if pixel_space is not None and not isinstance(pixel_space, PixelSpace):
         raise TypeError(f"pixel_space expects a PixelSpace, found {pixel_space!r}: write PixelSpace(mean, std).")
     if method.auxiliaries:
         find_registry(model)  # raises before anything runs
-    step = Step(model, images, labels, pixel_space or PixelSpace(), loss or cross_entropy, backward, generator)
+    refuse_inside_block(model)
+    step = Step(
+        model, images, labels, pixel_space or PixelSpace(), cross_entropy if loss is None else loss, backward, generator
+    )
     return method.step(step)

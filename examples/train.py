@@ -25,6 +25,7 @@ from parts import report
 
 import entprop_wrap as entprop
 from entprop_wrap import CutMix, EntProp, MixUp, Trainer, TrainerConfig, Vanilla
+from entprop_wrap.errors import EntPropError
 from entprop_wrap.robustness import evaluate_robustness
 
 
@@ -32,6 +33,9 @@ def main() -> None:
     options = parse()
     blueprint = model_parts.find(options)
     data = data_parts.load(options, blueprint.space, blueprint.size)
+    if any(method.auxiliaries for method in methods(options).values()):
+        # A model without norm layers is to fail before anything is trained.
+        entprop.wrap(blueprint.build(data.classes))
     runs: list[report.Run] = []
     for seed in range(options.seed, options.seed + options.seeds):
         trained = {}
@@ -232,4 +236,8 @@ def fraction(text: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EntPropError as error:
+        hint = "On this command line: --resume goes on, --output starts elsewhere, --batch-size sets the batch."
+        raise SystemExit(f"{type(error).__name__}: {error}\n{hint}") from error

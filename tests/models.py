@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -70,6 +71,8 @@ def _torchvision() -> ModuleType:
 def _timm(name: str, **options: object) -> nn.Module:
     import timm
 
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
     return timm.create_model(name, num_classes=CLASSES, **options)
 
 

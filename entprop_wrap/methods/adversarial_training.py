@@ -130,6 +130,8 @@ class AdversarialTraining:
             if self.kind == "trades":
                 with torch.no_grad(), step.only_local():
                     prediction = step.forward(step.images).log_softmax(-1)
+                # Older torch keeps the weights cast without gradients for the next pass, which would train nothing.
+                torch.clear_autocast_cache()
 
             def objective(logits: Tensor) -> Tensor:
                 return divergence(prediction, logits) if self.kind == "trades" else step.loss(logits, step.labels)

@@ -6,17 +6,24 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from entprop_wrap.checks import check_labels, checker_of, logits_of
+from entprop_wrap.checks import Checker, check_images, check_labels, checker_of, logits_of
 from entprop_wrap.containers import plain_model
 from entprop_wrap.errors import ModelOutputError
 from entprop_wrap.losses import Loss
+from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.trainer.batches import Batches
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: nn.Module, batches: Batches, loss: Loss, accelerator: Accelerator, *, channels_last: bool = False
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    space: PixelSpace,
+    accelerator: Accelerator,
+    *,
+    channels_last: bool = False,
 ) -> dict[str, float]:
     """Evaluate ``model`` as it stands, in evaluation mode and in its main domain; every sample counts once.
 
@@ -24,9 +31,10 @@ def evaluate(
     number of samples, and memory does not grow with it.
 
     Args:
-        model: Prepared or plain, on the accelerator's device. Its training mode is restored.
+        model: Prepared or plain, on the accelerator's device. The training mode of each module is restored.
         batches: Evaluation data.
         loss: ``(logits, labels) -> scalar mean``.
+        space: Pixel space of the images.
         accelerator: Whose processes share the data.
         channels_last: Give the model images in this memory format.
 
@@ -35,18 +43,21 @@ def evaluate(
         occur. Accuracies are in [0, 1].
 
     Raises:
+        ImageError: Images of a wrong type or shape, or outside the pixel space.
         LabelError: Labels of a wrong type, shape or range.
         ModelOutputError: The model returned no logits, or another number of them.
     """
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    checker = checker_of(plain_model(model))
+    checker, images_checker = checker_of(plain_model(model)), Checker()
     totals: Tensor | None = None
     try:
         with torch.no_grad():
             for number, (images, labels) in enumerate(batches.epoch(0)):
                 if channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
+                check_images(images, space)
+                images_checker.images(images, space)
                 labels = check_labels(labels, images)
                 logits = logits_of(model(images), len(images), differentiable=False)
                 if number >= batches.number:
@@ -61,9 +72,11 @@ def evaluate(
             if totals is None:  # fewer batches than processes
                 totals = torch.zeros_like(_count(logits, labels, loss))
             checker.raise_pending()
+            images_checker.raise_pending()
             losses, right, seen = accelerator.reduce(totals, reduction="sum").cpu()  # type: ignore[union-attr]
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
     present = seen > 0
     return {
         "loss": float(losses.sum() / seen.sum()),

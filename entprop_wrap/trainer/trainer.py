@@ -18,7 +18,7 @@ from entprop_wrap.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.state_dicts import main_state_dict
-from entprop_wrap.step import Method, StepOutput
+from entprop_wrap.step import Method, StepOutput, check_method
 from entprop_wrap.trainer.batches import Batches
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, read_state
 from entprop_wrap.trainer.config import TrainerConfig
@@ -88,15 +88,15 @@ class Trainer:
         config: TrainerConfig | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
-        if isinstance(method, type):
-            raise TypeError(f"method expects an instance: write method={method.__name__}().")
+        method = EntProp() if method is None else check_method(method)
         if plain_model(model) is not model:
             raise UnsupportedModelError(
                 f"Trainer expects a plain model, found a {type(model).__name__}: it distributes and compiles the model "
                 "itself. Pass the module inside, and compile=True in the configuration for torch.compile."
             )
-        self.model, self.method, self.config = model, method or EntProp(), config or TrainerConfig()
-        self.pixel_space, self.loss = pixel_space or PixelSpace(), loss or cross_entropy
+        self.model, self.method = model, method
+        self.config = TrainerConfig() if config is None else config
+        self.pixel_space, self.loss = pixel_space or PixelSpace(), cross_entropy if loss is None else loss
         self.accelerator = make_accelerator(self.config)
         self.train_batches = self._batches(train_data, training=True)
         self.eval_batches = None if eval_data is None else self._batches(eval_data, training=False)
@@ -198,13 +198,14 @@ class Trainer:
         if batches is None:
             raise DataError("No data to evaluate on. Write Trainer(model, train_data, eval_data), or evaluate(data).")
         average, prepared = self._state.average, self._state.prepared
+        rest = batches, self.loss, self.pixel_space, self.accelerator
         layout = self.config.channels_last
         if average is not None:
             share_statistics(average)
             with prepared.autocast():
-                return evaluate(average.module, batches, self.loss, self.accelerator, channels_last=layout)
+                return evaluate(average.module, *rest, channels_last=layout)
         with prepared.running():
-            return evaluate(prepared.model, batches, self.loss, self.accelerator, channels_last=layout)
+            return evaluate(prepared.model, *rest, channels_last=layout)
 
     def export(self, folder: str | Path) -> None:
         """Write the plain model, of the moving average if there is one, so that it loads without this package.

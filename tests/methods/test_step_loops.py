@@ -552,3 +552,14 @@ def test_narrow_integer_labels_are_taken_or_refused_in_words(dtype):
         taken = wrapped()
         entprop.training_step(taken, images, labels.to(dtype), method=entprop_method())
         assert_close(gradients(taken), plain_gradients((images, labels)), 0.0)
+
+
+def test_a_bigger_head_is_known_after_its_first_pass():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    images = torch.rand(4, 3, 2, 2)
+    entprop.training_step(model, images, torch.arange(4), method=entprop.Vanilla())
+    model[1] = torch.nn.Linear(12, 9)
+    out = entprop.training_step(model, images, torch.arange(4) + 5, method=entprop.Vanilla())
+    assert out.logits.shape == (4, 9)
+    with pytest.raises(errors.LabelError):
+        entprop.training_step(model, images, torch.arange(4) + 6, method=entprop.Vanilla())

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import entprop_wrap as entprop
+from tests.versions import RECENT_TORCH, needs_recent_torch
 from tests.wrapping.nets import rows, toy
 from tests.wrapping.oracle import assert_same, auxiliary_tensors, expected_pass, loss_of, observed_pass, perturb
 
@@ -136,6 +137,8 @@ def test_gradients_accumulate_over_micro_batches(mode):
 @pytest.mark.parametrize("mode", ["none", "plain"])
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_one_graph_per_domain_at_fullgraph(norm, mode):
+    if (norm, mode) == ("batch", "plain") and not RECENT_TORCH:
+        pytest.skip("torch 2.6 records batch statistics twice under a compiled checkpoint")
     plain, model = _pair(norm, mode)
     graphs = []
 
@@ -233,6 +236,7 @@ def test_compiled_blocks_inside_eager_checkpoints(norm, reentrant):
         model.load_state_dict(state)
 
 
+@needs_recent_torch
 def test_inductor():
     plain, model = _pair("batch", "plain", torch.float32)
     compiled = torch.compile(model, fullgraph=True)

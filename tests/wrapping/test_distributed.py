@@ -17,6 +17,7 @@ from entprop_wrap.containers import no_gradient_sync
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.state_dicts import is_auxiliary_key
 from tests.distributed import run_processes
+from tests.versions import needs_recent_torch
 from tests.wrapping.nets import rows, toy
 from tests.wrapping.oracle import perturb
 
@@ -198,6 +199,7 @@ def _fsdp(rank):
     raise AssertionError("wrap() took a sharded model")
 
 
+@needs_recent_torch
 def test_fsdp2():
     pytest.importorskip("torch.distributed.fsdp")
     messages = run_processes(_fsdp)

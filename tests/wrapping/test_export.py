@@ -8,6 +8,7 @@ from torch import nn
 
 import entprop_wrap as entprop
 from tests.models import ARCHITECTURES, logits_of
+from tests.versions import needs_recent_torch
 from tests.wrapping.nets import rows, toy
 from tests.wrapping.oracle import perturb
 
@@ -32,6 +33,7 @@ def test_torch_export(name):
     assert not any("entprop" in key for key in program.state_dict)
 
 
+@needs_recent_torch
 def test_onnx(tmp_path):
     pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")
@@ -52,6 +54,7 @@ def test_torchscript():
     torch.testing.assert_close(torch.jit.script(model)(rows()), model(rows()))
 
 
+@needs_recent_torch
 def test_the_main_path_of_a_wrapped_model_exports_too():
     model = entprop.wrap(toy("batch")).eval()
     perturb(model)
@@ -60,6 +63,7 @@ def test_the_main_path_of_a_wrapped_model_exports_too():
     torch.testing.assert_close(torch.jit.trace(model, (rows(),))(rows()), model(rows()))
 
 
+@needs_recent_torch
 def test_the_auxiliary_path_exports_too():
     model = entprop.wrap(toy("batch")).eval()
     perturb(model)

@@ -176,3 +176,12 @@ def test_frozen_parameters_are_in_no_group_and_empty_groups_are_left_out():
 def test_negative_decay():
     with pytest.raises(ConfigurationError, match="at least 0, found -1"):
         entprop.parameter_groups(toy(), -1)
+
+
+def test_groups_that_come_later_are_checked_too():
+    model = entprop.wrap(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    optimizer.step()
+    optimizer.add_param_group({"params": [model[1].weight, model[1].bias]})
+    with pytest.raises(OptimizerMismatchError):
+        optimizer.step()

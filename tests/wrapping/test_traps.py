@@ -132,8 +132,17 @@ def test_wrapping_what_is_compiled_in_place():
 
 
 def test_wrapping_data_parallel():
-    with pytest.raises(UnsupportedModelError, match=r"DataParallel\(entprop\.wrap\(model\)\)"):
+    with pytest.raises(UnsupportedModelError, match="accelerate launch"):
         entprop.wrap(nn.DataParallel(toy()))
+
+
+def test_a_step_inside_an_auxiliary_block():
+    model = entprop.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)))
+    images, labels = torch.rand(8, 3, 8, 8), torch.arange(8) % 3
+    for method in (entprop.EntProp(), entprop.Vanilla()):
+        with entprop.auxiliary(model), pytest.raises(UnsupportedModelError, match="Leave the with-block"):
+            entprop.training_step(model, images, labels, method=method)
+    assert int(model[1].num_batches_tracked) == 0
 
 
 def test_replicating_for_data_parallel():
