@@ -68,6 +68,7 @@ class Loop:
         with tqdm(total=self.state.total_steps, initial=position.step, disable=not visible, unit="step") as self.bar:
             self.state.prepared.optimizer.zero_grad()
             self.timer.start()
+            self.untimed = self.state.meter.images  # of a window that began before the run was resumed
             while position.epoch < self.config.epochs:
                 self._epoch()
 
@@ -113,7 +114,7 @@ class Loop:
         """Write the averages since the last log line. Everything that waits for the device is here."""
         state, position = self.state, self.state.position
         values, finite, batches = state.meter.read(self.accelerator)
-        images, state.meter = state.meter.images, Meter()
+        images, state.meter, self.untimed = state.meter.images - self.untimed, Meter(), 0
         seconds = self.timer.lap()
         # Under fp16 single overflows are part of the method; a window of nothing else is not.
         if finite < batches and not (state.prepared.precision == "fp16" and finite > 0):

@@ -124,14 +124,15 @@ class RunState:
 
 
 def _save_model(model: nn.Module, folder: Path, main: str, copies: str) -> None:
-    weights = main_state_dict(model)
-    if broken := [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
+    weights, auxiliary = main_state_dict(model), auxiliary_state_dict(model)
+    everything = {**weights, **auxiliary}
+    if broken := [key for key, value in everything.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise DivergedError(
-            f"Did not save: {len(broken)} of {len(weights)} weights are not finite, such as {broken[0]!r}. Training "
+            f"Did not save: {len(broken)} of {len(everything)} weights are not finite, such as {broken[0]!r}. Training "
             "has diverged; earlier checkpoints are as they were. Try a smaller learning rate or a max_grad_norm."
         )
     save_weights(weights, folder / f"{main}.safetensors")
-    if auxiliary := auxiliary_state_dict(model):
+    if auxiliary:
         save_weights(auxiliary, folder / f"{copies}.safetensors")
 
 
