@@ -1,6 +1,7 @@
 """Options: every problem at once, and what each option does to a run is in test_options.py."""
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -66,4 +67,4 @@ def test_saving_steps_need_saving():
 
 def test_every_option_is_documented():
     for field in dataclasses.fields(TrainerConfig):
-        assert f"\n        {field.name}: " in TrainerConfig.__doc__
+        assert f"\n    {field.name}: " in inspect.cleandoc(TrainerConfig.__doc__)
