@@ -196,23 +196,19 @@ def snow(image, severity, rng):
 
 
 def plasma(side, decay, rng):
-    """Diamond-square on a torus, point by point on each level."""
+    """Diamond-square on a torus, level by level."""
     heights = np.zeros((side, side))
+    random, used = rng.uniform(-1, 1, size=(side * side - 1,)), 0
     step, wobble = side, 1.0
     while step >= 2:
-        half = step // 2
-        random = rng.uniform(-1, 1, size=(3, side // step, side // step)) * wobble
-        for i, y in enumerate(range(0, side, step)):
-            for j, x in enumerate(range(0, side, step)):
-                corners = heights[y, x], heights[y - side + step, x], heights[y, x - side + step]
-                far = heights[y - side + step, x - side + step]
-                heights[y + half, x + half] = (sum(corners) + far) / 4 + random[0, i, j]
-        for i, y in enumerate(range(0, side, step)):
-            for j, x in enumerate(range(0, side, step)):
-                own = heights[y, x] + heights[y + half, x + half]
-                above, before = heights[y - half, x + half], heights[y + half, x - half]
-                heights[y, x + half] = (own + heights[y, x - side + step] + above) / 4 + random[1, i, j]
-                heights[y + half, x] = (own + heights[y - side + step, x] + before) / 4 + random[2, i, j]
+        half, points = step // 2, (side // step) ** 2
+        move = random[used : used + 3 * points].reshape(3, side // step, side // step) * wobble
+        used += 3 * points
+        corners, centres = heights[::step, ::step], heights[half::step, half::step]
+        right, below = np.roll(corners, -1, axis=1), np.roll(corners, -1, axis=0)
+        centres[:] = (corners + right + below + np.roll(right, -1, axis=0)) / 4 + move[0]
+        heights[::step, half::step] = (corners + right + centres + np.roll(centres, 1, axis=0)) / 4 + move[1]
+        heights[half::step, ::step] = (corners + below + centres + np.roll(centres, 1, axis=1)) / 4 + move[2]
         step, wobble = half, wobble / decay**2
     heights -= heights.min()
     return heights / heights.max()

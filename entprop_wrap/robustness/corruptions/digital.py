@@ -32,7 +32,7 @@ _SATURATE = Levels(
 )
 
 
-@in_slices
+@in_slices()
 def brightness(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Raise the value of HSV and leave hue and saturation as they are. Nothing is drawn.
 
@@ -48,17 +48,15 @@ def brightness(images: Tensor, severity: int, generator: torch.Generator | None 
         New images of the same shape, dtype and device, clipped to [0, 1].
 
     Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
     """
     pixels, offset = begin(images, severity, _BRIGHTNESS)
+    pixels = pixels.clamp(min=1e-30)  # black is the darkest grey, and needs no case of its own
     value = pixels.amax(dim=1, keepdim=True)
-    raised = (value + offset).clamp_(max=1.0)
-    black = value <= 0.0
-    scaled = pixels * (raised / value.masked_fill(black, 1.0))
-    return finish(torch.where(black, raised, scaled), images)
+    return finish(pixels.mul_((value + offset).clamp_(max=1.0).div_(value)), images)
 
 
-@in_slices
+@in_slices()
 def contrast(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Pull every colour towards the mean colour of its image. Nothing is drawn.
 
@@ -71,13 +69,13 @@ def contrast(images: Tensor, severity: int, generator: torch.Generator | None = 
         New images of the same shape, dtype and device, clipped to [0, 1].
 
     Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
     """
     pixels, kept = begin(images, severity, _CONTRAST)
     return finish(torch.lerp(pixels.mean(dim=(2, 3), keepdim=True), pixels, kept), images)
 
 
-@in_slices
+@in_slices()
 def elastic_transform(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Shift three points of the image at random and the rest along with them, then stretch it locally.
 
@@ -93,24 +91,24 @@ def elastic_transform(images: Tensor, severity: int, generator: torch.Generator 
         New images of the same shape, dtype and device, clipped to [0, 1].
 
     Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
     """
     pixels, (strength, smoothness, corner) = begin(images, severity, _ELASTIC)
     height, width = pixels.shape[-2:]
     short = min(height, width)
     unit = short * _ELASTIC_SIDE.at(severity, short)
     draws = Draws(pixels, generator)
-    places = _affine_places(draws.uniform((3, 2), -corner * unit, corner * unit), height, width)
-    moved = _sample(pixels, places, corners_are_centres=True)
+    moves = draws.uniform((3, 2), -corner * unit, corner * unit)
+    moved = _sample(pixels, *_affine_places(moves, height, width), corners_are_centres=True)
     if strength == 0.0:  # the mildest level of CIFAR-C is the affine part alone
         return finish(moved, images)
     noise = draws.uniform((2, height, width), -1.0, 1.0)
     shift = gaussian_blur_2d(noise, smoothness * unit, truncate=3.0, border="reflect") * (strength * unit)
-    grid = _grid(pixels) + shift.permute(0, 2, 3, 1)
-    return finish(_sample(moved, grid, corners_are_centres=False), images)
+    y, x = _lines(pixels)
+    return finish(_sample(moved, shift[:, 0] + x, shift[:, 1] + y, corners_are_centres=False), images)
 
 
-@in_slices
+@in_slices()
 def pixelate(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Average down with a box filter and enlarge again without smoothing. Nothing is drawn.
 
@@ -125,14 +123,14 @@ def pixelate(images: Tensor, severity: int, generator: torch.Generator | None = 
         New images of the same shape, dtype and device, clipped to [0, 1].
 
     Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
     """
     pixels, share = begin(images, severity, _PIXELATE)
     height, width = pixels.shape[-2:]
     return finish(shrink_and_enlarge(pixels, int(height * share), int(width * share)), images)
 
 
-@in_slices
+@in_slices()
 def saturate(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Change the saturation of HSV and leave hue and value as they are. Nothing is drawn.
 
@@ -147,7 +145,7 @@ def saturate(images: Tensor, severity: int, generator: torch.Generator | None = 
         New images of the same shape, dtype and device, clipped to [0, 1].
 
     Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
     """
     pixels, (factor, offset) = begin(images, severity, _SATURATE)
     value, low = pixels.amax(dim=1, keepdim=True), pixels.amin(dim=1, keepdim=True)
@@ -161,37 +159,35 @@ def saturate(images: Tensor, severity: int, generator: torch.Generator | None = 
     return finish(value - value * saturation * torch.where(grey, red, depth), images)
 
 
-def _affine_places(moves: Tensor, height: int, width: int) -> Tensor:
-    """Where each pixel is read, ``(N, H, W, 2)`` as (x, y), if three points move by ``moves`` ``(N, 3, 2)``."""
+def _affine_places(moves: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The x and the y ``(N, H, W)`` at which each pixel is read if three points move by ``moves`` ``(N, 3, 2)``."""
     middle = moves.new_tensor([width // 2, height // 2])
     arm = float(min(height, width) // 3)
     points = middle + moves.new_tensor([[arm, arm], [arm, -arm], [-arm, -arm]])
     one = moves.new_ones(len(moves), 3, 1)
     back = torch.linalg.solve(torch.cat([points + moves, one], dim=2), points.expand(len(moves), -1, -1))
-    grid = _grid(moves.new_empty(1, 1, height, width))
-    rows = torch.cat([grid, torch.ones_like(grid[..., :1])], dim=-1).view(1, -1, 3)
-    places: Tensor = rows @ back
-    return places.view(len(moves), height, width, 2)
+    y, x = _lines(moves.new_empty(height, width))
+    from_x, from_y, offset = back[..., None, None].unbind(dim=1)  # each (N, 2, 1, 1): to x and to y
+    places = from_x * x + (from_y * y + offset)
+    return places[:, 0], places[:, 1]
 
 
-def _grid(pixels: Tensor) -> Tensor:
-    """The coordinates (x, y) of every pixel, ``(1, H, W, 2)``."""
+def _lines(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The y ``(H, 1)`` and the x ``(W,)`` of the pixels."""
     y = torch.arange(pixels.shape[-2], device=pixels.device, dtype=pixels.dtype)
     x = torch.arange(pixels.shape[-1], device=pixels.device, dtype=pixels.dtype)
-    rows, columns = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack([columns, rows], dim=-1).unsqueeze(0)
+    return y.unsqueeze(1), x
 
 
-def _sample(pixels: Tensor, places: Tensor, corners_are_centres: bool) -> Tensor:
-    """Read images at ``places`` ``(N, H, W, 2)``, (x, y) in pixels, linearly between pixels.
+def _sample(pixels: Tensor, x: Tensor, y: Tensor, corners_are_centres: bool) -> Tensor:
+    """Read images at ``x`` and ``y`` ``(N, H, W)``, in pixels, linearly between pixels.
 
     Outside, the image is mirrored about the centre of its last pixel, or about that pixel's outer edge.
     """
-    size = places.new_tensor([pixels.shape[-1], pixels.shape[-2]])
-    if corners_are_centres:
-        normalised = 2.0 * places / (size - 1.0) - 1.0
-    else:
-        normalised = (2.0 * places + 1.0) / size - 1.0
-    return F.grid_sample(
-        pixels, normalised, mode="bilinear", padding_mode="reflection", align_corners=corners_are_centres
-    )
+    height, width = pixels.shape[-2:]
+    grid = torch.empty(*x.shape, 2, device=x.device, dtype=x.dtype)
+    for at, (place, size) in enumerate(((x, width), (y, height))):
+        # From pixels to what grid_sample calls them: -1 to 1 between the first and the last centre, or edge.
+        last = size - 1.0 if corners_are_centres else float(size)
+        grid[..., at] = (place * (2.0 / last)).add_((0.0 if corners_are_centres else 1.0 / last) - 1.0)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=corners_are_centres)

@@ -1,13 +1,14 @@
-"""Linear filters for batches of images: matrices along each axis, and kernels in the Fourier domain.
+"""Linear filters for batches of images: sums of shifted images, matrices along each axis, and products of spectra.
 
 A one-dimensional filter with any border rule, or a resampling, is a matrix; applied from both sides it costs two
-matrix products, whatever its radius. Short filters are sums of shifted images. A two-dimensional kernel that differs
-from image to image (motion) or has no short factors (a disk) is applied as a product of spectra.
+matrix products, whatever its radius. Filters with few taps are sums of shifted images. Other two-dimensional kernels
+without short factors (a disk) are applied as a product of spectra.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -15,29 +16,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["correlate", "gaussian_blur_2d", "shrink_and_enlarge", "zoom_centre"]
+__all__ = ["Tap", "add_shifted", "correlate", "gaussian_blur_2d", "shrink_and_enlarge", "zoom_centre"]
 
 Border = Literal["nearest", "reflect"]
 
-# Up to this radius, in pixels, adding shifted images costs less than the matrix products.
-_SHORT = 9
+#: Row, column, and weight.
+Tap = tuple[int, int, float]
+
+# Up to this share of the side, as a radius, adding shifted images costs less than the matrix products.
+_SHORT = 0.1
 
 
 def gaussian_blur_2d(values: Tensor, sigma: float, truncate: float = 4.0, border: Border = "nearest") -> Tensor:
     """Blur the last two dimensions with a Gaussian of ``sigma`` pixels, cut off at ``truncate`` sigmas.
 
     Args:
-        values: ``(..., H, W)``.
+        values: ``(N, C, H, W)``.
         sigma: Standard deviation in pixels; one below ``0.5 / truncate`` changes nothing.
         truncate: Where the kernel ends, in sigmas.
         border: ``"nearest"`` repeats the edge, ``"reflect"`` mirrors about the edge of the last pixel.
     """
     radius = int(truncate * sigma + 0.5)
-    if radius <= _SHORT:
-        for dim in (-2, -1):
-            values = _slide(values, dim, _gaussian(radius, sigma), border)
+    if radius == 0:
         return values
     height, width = values.shape[-2:]
+    if radius <= _SHORT * min(height, width):
+        weights = _gaussian(radius, sigma).tolist()
+        padded = _surround(values, radius, border)
+        padded = add_shifted(padded, [(at, 0, weight) for at, weight in enumerate(weights)], height, padded.shape[-1])
+        return add_shifted(padded, [(0, at, weight) for at, weight in enumerate(weights)], height, width)
     return _separable(
         values,
         _gaussian_matrix(height, radius, sigma, border),
@@ -65,8 +72,30 @@ def zoom_centre(values: Tensor, factor: float, height: int, width: int) -> Tenso
     return enlarged[..., top : top + height, left : left + width]
 
 
+def add_shifted(padded: Tensor, taps: Sequence[Tap], height: int, width: int) -> Tensor:
+    """Return the weighted sum of the windows ``(..., height, width)`` of ``padded`` that start at each tap.
+
+    A row and the next lie one after the other in memory, so that a window with all that is between its rows is one
+    run of numbers, which adds up several times as fast as its rows do.
+
+    Args:
+        padded: ``(..., H, W)``.
+        taps: Row and column of the first pixel of a window, within ``[0, H - height]`` and ``[0, W - width]``, and
+            its weight. At least one.
+        height: Of the result, in pixels.
+        width: Of the result, in pixels.
+    """
+    stride = padded.shape[-1]
+    runs, length = padded.contiguous().flatten(-2), (height - 1) * stride + width
+    total = padded.new_zeros(*padded.shape[:-2], height * stride)
+    run = total.narrow(-1, 0, length)
+    for row, column, weight in taps:
+        run.add_(runs.narrow(-1, row * stride + column, length), alpha=weight)
+    return total.view(*padded.shape[:-2], height, stride)[..., :width]
+
+
 def correlate(values: Tensor, kernels: Tensor, border: Literal["replicate", "reflect"]) -> Tensor:
-    """Correlate images with one kernel each, or with one kernel for all.
+    """Correlate images with one kernel each, or with one kernel for all, in the Fourier domain.
 
     Args:
         values: ``(N, C, H, W)``.
@@ -76,8 +105,8 @@ def correlate(values: Tensor, kernels: Tensor, border: Literal["replicate", "ref
     height, width = values.shape[-2:]
     size = kernels.shape[-1]
     padded = F.pad(values, (size // 2,) * 4, mode=border)
-    # Multiples of 32 have fast transforms, and the zeros they add are never read back.
-    shape = [math.ceil(side / 32) * 32 for side in padded.shape[-2:]]
+    # Multiples of 16 have fast transforms, and the zeros they add are never read back.
+    shape = [math.ceil(side / 16) * 16 for side in padded.shape[-2:]]
     # The conjugate spectrum turns a product into a correlation with the kernel's first tap at the origin.
     spectrum = torch.fft.rfft2(kernels, s=shape).conj().unsqueeze(1)
     result: Tensor = torch.fft.irfft2(torch.fft.rfft2(padded, s=shape) * spectrum, s=shape)
@@ -88,15 +117,14 @@ def _separable(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return rows.to(values) @ (values @ columns.to(values).T)
 
 
-def _slide(values: Tensor, dim: int, weights: Tensor, border: Border) -> Tensor:
-    """Correlate along ``dim`` with an odd number of weights, as a sum of shifted images."""
-    size, radius = values.shape[dim], len(weights) // 2
-    inside = _fold(torch.arange(-radius, size + radius, device=values.device), size, border)
-    padded = values.index_select(dim, inside)
-    total = torch.zeros_like(values)
-    for start, weight in enumerate(weights.tolist()):
-        total.add_(padded.narrow(dim, start, size), alpha=weight)
-    return total
+def _surround(values: Tensor, radius: int, border: Border) -> Tensor:
+    """Add ``radius`` pixels, no more than a side, around images ``(N, C, H, W)``."""
+    if border == "nearest":
+        return F.pad(values, (radius,) * 4, mode="replicate")
+    for dim in (-2, -1):
+        first, last = values.narrow(dim, 0, radius), values.narrow(dim, values.shape[dim] - radius, radius)
+        values = torch.cat([first.flip(dim), values, last.flip(dim)], dim=dim)
+    return values
 
 
 def _gaussian(radius: int, sigma: float) -> Tensor:

@@ -40,7 +40,7 @@ _CHROMINANCE = (
 _TIE = 1e-3
 
 
-@in_slices
+@in_slices()
 def jpeg_compression(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Round to bytes, compress as JPEG with chroma at half the resolution, and decompress. Nothing is drawn.
 
@@ -53,7 +53,7 @@ def jpeg_compression(images: Tensor, severity: int, generator: torch.Generator |
         New images of the same shape, dtype and device, clipped to [0, 1], all multiples of 1/255.
 
     Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
     """
     pixels, quality = begin(images, severity, _QUALITY)
     return finish(compress(pixels, quality), images)

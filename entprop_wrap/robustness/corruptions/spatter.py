@@ -46,7 +46,7 @@ _WEAK, _STRONG = 50.0, 150.0
 _FADE = 8
 
 
-@in_slices
+@in_slices()
 def spatter(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Cover parts of the image with drops: shaded pale water up to severity 3, brown mud at 4 and 5.
 
@@ -62,7 +62,7 @@ def spatter(images: Tensor, severity: int, generator: torch.Generator | None = N
         New images of the same shape, dtype and device, clipped to [0, 1].
 
     Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
     """
     pixels, (mean, deviation, sigma, least, strength, mud) = begin(images, severity, _SPATTER)
     noise = Draws(pixels, generator).normal((1, *pixels.shape[-2:])) * deviation + mean

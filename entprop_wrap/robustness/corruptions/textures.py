@@ -15,9 +15,9 @@ __all__ = ["ice", "plasma"]
 # The blue-white of ice in the sun, as (red, green, blue) in [0, 1].
 _ICE = (0.83, 0.93, 1.0)
 
-# Barbs per crystal, and how many lengths they are chosen from.
+# Barbs per crystal, and how many lengths they are chosen from, a power of two.
 _BARBS = 9.0
-_LENGTHS = 61
+_LENGTHS = 64
 
 
 def plasma(draws: Draws, height: int, width: int, decay: float) -> Tensor:
@@ -31,16 +31,18 @@ def plasma(draws: Draws, height: int, width: int, decay: float) -> Tensor:
     """
     side = 1 << (max(height, width) - 1).bit_length()
     grid = draws.zeros((1, 1))
+    wobbles = draws.uniform((side * side - 1,), -1.0, 1.0)  # of all levels, from coarse to fine
     amplitude = 1.0
     while grid.shape[-1] < side:
         size = grid.shape[-1]
-        wobble = draws.uniform((3, size, size), -amplitude, amplitude)
+        wobble = wobbles[:, size * size - 1 : 4 * size * size - 1].view(-1, 3, size, size) * amplitude
         right, below = grid.roll(-1, 2), grid.roll(-1, 1)
         centre = (grid + right + below + right.roll(-1, 1)) / 4 + wobble[:, 0]
         top = (grid + right + centre + centre.roll(1, 1)) / 4 + wobble[:, 1]
         left = (grid + below + centre + centre.roll(1, 2)) / 4 + wobble[:, 2]
-        rows = torch.stack([torch.stack([grid, top], dim=3), torch.stack([left, centre], dim=3)], dim=2)
-        grid = rows.reshape(-1, 2 * size, 2 * size)
+        finer = grid.new_empty(len(grid), 2 * size, 2 * size)
+        finer[:, ::2, ::2], finer[:, ::2, 1::2], finer[:, 1::2, ::2], finer[:, 1::2, 1::2] = grid, top, left, centre
+        grid = finer
         amplitude /= decay**2
     low, high = grid.amin(dim=(1, 2), keepdim=True), grid.amax(dim=(1, 2), keepdim=True)
     return ((grid - low) / (high - low))[:, :height, :width]
@@ -89,25 +91,29 @@ def _crystals(draws: Draws, height: int, width: int, size: float) -> Tensor:
     lattice_x = torch.arange(columns, device=seeds.device, dtype=seeds.dtype)
     down, right = (seeds[:, 0] + lattice_y).flatten(1), (seeds[:, 1] + lattice_x).flatten(1)
 
-    nearest = torch.full_like(y, float("inf"))
-    second, owner = nearest, torch.zeros_like(corner)
-    for step in (step_y * columns + step_x for step_y in (-1, 0, 1) for step_x in (-1, 0, 1)):
+    # The number of a neighbour takes the place of the last four bits of its distance, so that one minimum finds both:
+    # the bits of floats from 0 upwards are in the order of their values.
+    whole = torch.int64 if y.dtype == torch.float64 else torch.int32
+    steps = [step_y * columns + step_x for step_y in (-1, 0, 1) for step_x in (-1, 0, 1)]
+    nearest = torch.full_like(y, float("inf")).view(whole)
+    second = nearest.clone()
+    for number, step in enumerate(steps):
         # Moving the few seeds costs less than moving the index of every pixel.
         distance = (y - down.roll(-step, 1).gather(1, corner)).square_()
         distance.add_((x - right.roll(-step, 1).gather(1, corner)).square_())
-        second = torch.minimum(second, torch.maximum(nearest, distance))
-        owner.masked_fill_(distance < nearest, step)
-        nearest = torch.minimum(nearest, distance)
-    owner += corner
+        coded = distance.view(whole).bitwise_and_(-16).bitwise_or_(number)
+        torch.minimum(second, torch.maximum(nearest, coded), out=second)
+        torch.minimum(nearest, coded, out=nearest)
+    owner = corner + torch.tensor(steps, device=y.device).take((nearest & 15).long())
+    nearest, second = (code.bitwise_and_(-16).view(y.dtype) for code in (nearest, second))
     along, across = x - right.gather(1, owner), y - down.gather(1, owner)
-    angles = seeds[:, 2].flatten(1)
-    turn = angles.gather(1, owner) * (2.0 * math.pi)
-    cosine, sine = turn.cos(), turn.sin()
+    angles = seeds[:, 2].flatten(1) * (2.0 * math.pi)
+    cosine, sine = angles.cos().gather(1, owner), angles.sin().gather(1, owner)
     along, across = along * cosine + across * sine, across * cosine - along * sine
     side, across = (across > 0.0).long(), across.abs()
     # Lines of equal phase leave the spine at 60 degrees: across / along = tan(60 degrees).
     phase = _BARBS * (along - across / math.sqrt(3.0))
-    barb = (phase.floor().long() + 17 * owner + 29 * side).remainder(_LENGTHS)
+    barb = phase.floor().long().add_(owner, alpha=17).add_(side, alpha=29).bitwise_and_(_LENGTHS - 1)
     reach = torch.sigmoid(24.0 * (lengths.gather(1, barb) - across))
     needles = torch.sin(math.pi * phase.frac()).square() * reach * torch.exp(-across)
     spine = torch.exp(-25.0 * across)

@@ -49,7 +49,7 @@ _FOG = Levels(
 )
 
 
-@in_slices
+@in_slices()
 def snow(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Whiten the image and let blurred flakes fall across it, the same flakes once more upside down.
 
@@ -64,21 +64,21 @@ def snow(images: Tensor, severity: int, generator: torch.Generator | None = None
         New images of the same shape, dtype and device, clipped to [0, 1].
 
     Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
     """
     pixels, (mean, deviation, size, least, radius, sigma, kept) = begin(images, severity, _SNOW)
     draws = Draws(pixels, generator)
     height, width = pixels.shape[-2:]
     flakes = draws.normal((1, math.ceil(height / size), math.ceil(width / size))) * deviation + mean
     layer = zoom_centre(flakes, size, height, width)
-    layer = torch.where(layer < least, 0.0, layer).clamp_(0.0, 1.0)
+    layer = layer.mul((layer >= least).to(layer.dtype)).clamp_(0.0, 1.0)
     layer = move(layer, radius, sigma, draws.uniform((), -135.0, -45.0))
     grey = (pixels * pixels.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
     whitened = torch.lerp(torch.maximum(pixels, grey * 1.5 + 0.5), pixels, kept)
     return finish(whitened + layer + layer.flip((2, 3)), images)
 
 
-@in_slices
+@in_slices(cifar=0.12)
 def frost(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Add ice that has grown on the lens.
 
@@ -94,7 +94,7 @@ def frost(images: Tensor, severity: int, generator: torch.Generator | None = Non
         New images of the same shape, dtype and device, clipped to [0, 1].
 
     Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
     """
     pixels, (image_weight, ice_weight) = begin(images, severity, _FROST)
     height, width = pixels.shape[-2:]
@@ -105,7 +105,7 @@ def frost(images: Tensor, severity: int, generator: torch.Generator | None = Non
     return finish(pixels * image_weight + frozen * ice_weight, images)
 
 
-@in_slices
+@in_slices()
 def fog(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Add a cloud of plasma and scale back to the brightest value of the image.
 
@@ -118,7 +118,7 @@ def fog(images: Tensor, severity: int, generator: torch.Generator | None = None)
         New images of the same shape, dtype and device, clipped to [0, 1].
 
     Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :func:`~.inputs.begin`.
+        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
     """
     pixels, (thickness, decay) = begin(images, severity, _FOG)
     height, width = pixels.shape[-2:]
