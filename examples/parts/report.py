@@ -1,12 +1,18 @@
-"""What train.py tells in the end: a table, results.json, and a figure of the learning curves."""
+"""What train.py tells in the end: a table, results.json, a page to look at, and a figure of the learning curves."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from entprop_wrap import robustness
 
 
 @dataclass
@@ -57,7 +63,7 @@ def table(runs: list[Run], data) -> str:
 
 
 def save(runs: list[Run], data, options) -> None:
-    """Write results.json and curves.png into the output folder."""
+    """Write results.json, report.html and curves.png into the output folder."""
     output = Path(options.output)
     results = {
         "data": data.name,
@@ -74,8 +80,34 @@ def save(runs: list[Run], data, options) -> None:
         ],
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    page(runs, data, options, output / "report.html")
     curves(runs, output / "curves.png")
-    print(f"\nResults: {output / 'results.json'}   learning curves: {output / 'curves.png'}")
+    print(f"\nResults: {output / 'results.json'}   to look at: {output / 'report.html'}, {output / 'curves.png'}")
+
+
+def page(runs: list[Run], data, options, path: Path) -> Path:
+    """Write the report: scores over the seeds, what they cost, and some of the test images under each corruption."""
+    methods = {
+        method: [run for run in runs if run.method == method] for method in dict.fromkeys(r.method for r in runs)
+    }
+    seeds = sorted({run.seed for run in runs})
+    examples = [data.robustness[index][0] for index in range(min(4, len(data.robustness)))]
+    return robustness.report(
+        {method: [run.scores for run in mine] for method, mine in methods.items()},
+        path,
+        title=f"{data.name}, {options.model}",
+        images=torch.stack(examples),
+        pixel_space=data.space,
+        costs={method: statistics.fmean(run.passes for run in mine) for method, mine in methods.items()},
+        command=shlex.join(["python", *sys.argv]),
+        facts={
+            "Data": f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes",
+            "Training": f"{options.epochs} epochs; seeds {', '.join(map(str, seeds))}",
+            "Seconds of training": ", ".join(
+                f"{method} {statistics.fmean(run.seconds for run in mine):.0f}" for method, mine in methods.items()
+            ),
+        },
+    )
 
 
 def curves(runs: list[Run], path: Path) -> None:
