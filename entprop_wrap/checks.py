@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from typing import Any
@@ -9,10 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.errors import EntPropError, ImageError, LabelError, ModelOutputError, PixelRangeError
+from entprop_wrap.errors import (
+    EntPropError,
+    ImageError,
+    LabelError,
+    ModelOutputError,
+    PixelRangeError,
+    UnsupportedModelError,
+)
 from entprop_wrap.perturbation import PixelSpace
 
-__all__ = ["Checker", "check_batch_size", "check_images", "check_labels", "checker_of", "logits_of"]
+__all__ = [
+    "Checker",
+    "check_batch_size",
+    "check_images",
+    "check_labels",
+    "check_takes_images",
+    "checker_of",
+    "logits_of",
+    "raw_logits",
+]
 
 #: Interpolation without clamping overshoots valid pixels; further out than this, in pixel units, is another space.
 _TOLERANCE = 0.25
@@ -43,6 +60,21 @@ def check_images(images: Any, space: PixelSpace) -> None:
         raise ImageError(f"Found images of shape {shape}, which looks like NHWC. Write images.permute(0, 3, 1, 2).")
     if space.channels not in (None, shape[1]):
         raise ImageError(f"Found {shape[1]} channels; pixel_space has a mean and std for {space.channels}.")
+
+
+def check_takes_images(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedModelError` if a Hugging Face ``model`` does not take images ``(N, C, H, W)`` alone."""
+    name = getattr(model, "main_input_name", None)
+    if name == "input_ids":
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes {name}, which are indices and have no gradient. Expected a model that takes "
+            "images (N, C, H, W)."
+        )
+    if name == "pixel_values" and "spatial_shapes" in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes patches of images of several sizes and their shapes, which cannot be mixed: "
+            "expected a model that takes images (N, C, H, W), such as SiglipForImageClassification."
+        )
 
 
 def check_batch_size(images: Tensor) -> None:
@@ -90,11 +122,7 @@ def logits_of(output: Any, batch: int, *, differentiable: bool = True) -> Tensor
     Raises:
         ModelOutputError: There are none, or they are not ``differentiable`` though they should be.
     """
-    logits = getattr(output, "logits", None)
-    if logits is None:
-        logits = output.get("logits") if isinstance(output, dict) else output
-    if isinstance(logits, (tuple, list)) and logits:
-        logits = logits[0]
+    logits = raw_logits(output)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
         found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
         if isinstance(output, dict):
@@ -112,6 +140,14 @@ def logits_of(output: Any, batch: int, *, differentiable: bool = True) -> Tensor
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
+def raw_logits(output: Any) -> Any:
+    """Return what stands where a model's output has its logits, whatever it is."""
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        logits = output.get("logits") if isinstance(output, dict) else output
+    return logits[0] if isinstance(logits, (tuple, list)) and logits else logits
+
+
 class Checker:
     """Checks the values of batches for one model.
 
@@ -121,6 +157,7 @@ class Checker:
 
     def __init__(self) -> None:
         self.first = True
+        self.warned = False  # of too small auxiliary batches, on a model without copies
         self.classes: int | None = None  # known after the first pass
         self.pending: dict[str, Tensor] = {}
 
@@ -138,6 +175,14 @@ class Checker:
                     f"The first batch spans [{float(low.min()):.2f}, {float(high.max()):.2f}], which looks like pixels "
                     f"in [0, 1], but pixel_space={space} says that images are normalised. If they are not, leave "
                     "pixel_space out.",
+                    stacklevel=5,
+                )
+            if self.first and float(upper.max()) > 50 and float(high.max()) < float(upper.max()) / 50:
+                warnings.warn(
+                    f"The first batch spans [{float(low.min()):.2f}, {float(high.max()):.2f}], next to nothing of "
+                    f"[{float(lower.min()):.0f}, {float(upper.max()):.0f}], the range of pixel_space={space}. If the "
+                    "image processor has do_rescale=False because pixels come to it in [0, 1], pass pixel_space="
+                    "PixelSpace(image_mean, image_std).",
                     stacklevel=5,
                 )
             self.first = False

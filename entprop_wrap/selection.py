@@ -2,14 +2,17 @@
 
 A score is any function ``(logits, labels) -> (N,)`` where higher means more uncertain; write your own and pass it as
 ``EntProp(uncertainty=...)``. Logits are ``(N, C)`` and detached; labels are ``(N,)`` integers or ``(N, C)``
-probabilities. EntProp (Enomoto, UAI 2024) compares the four of them in table 8 and finds no significant difference.
+probabilities. EntProp (Enomoto, UAI 2024) compares the first four in table 8 and finds no significant difference.
+
+A score that draws takes a third argument named ``generator``, as :func:`random` does: it is then given the step's.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +20,20 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 
-__all__ = ["Uncertainty", "count", "cross_entropy", "entropy", "least_confidence", "logit_margin", "top"]
+__all__ = [
+    "Uncertainty",
+    "count",
+    "cross_entropy",
+    "entropy",
+    "least_confidence",
+    "logit_margin",
+    "random",
+    "scores",
+    "top",
+]
 
-Uncertainty = Callable[[Tensor, Tensor], Tensor]
+#: ``(logits (N, C), labels) -> scores (N,)``, or ``(logits, labels, generator) -> scores`` of one that draws.
+Uncertainty = Callable[..., Tensor]
 
 
 def entropy(logits: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -55,6 +69,24 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_float(logits), labels, reduction="none")
 
 
+def random(logits: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """Uniform random numbers: ``(N, C) -> (N,)``, in [0, 1), so that every sample is as likely to be selected.
+
+    The control of every score. They are drawn on the CPU from ``generator`` (None: torch's default), so that a seed
+    selects the same samples on every device. Source: "Random" in EntProp, figure 4.
+    """
+    drawn = torch.rand(len(logits), generator=generator, dtype=torch.float64)  # in float32, a tie is not so rare
+    return drawn.to(_float(logits).dtype if logits.device.type == "mps" else drawn.dtype).to(logits.device)
+
+
+def scores(
+    uncertainty: Uncertainty, logits: Tensor, labels: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return ``uncertainty(logits, labels)``, with ``generator=generator`` if it takes an argument of that name."""
+    more: dict[str, Any] = {"generator": generator} if _draws(uncertainty) else {}
+    return uncertainty(logits, labels, **more)
+
+
 def count(batch: int, fraction: float) -> int:
     """Return how many of ``batch`` samples a ``fraction`` in (0, 1] selects: rounded half up, at least two.
 
@@ -83,6 +115,13 @@ def top(scores: Tensor, number: int) -> Tensor:
             "reduction='none'."
         )
     return scores.topk(number).indices
+
+
+def _draws(uncertainty: Uncertainty) -> bool:
+    try:
+        return "generator" in inspect.signature(uncertainty).parameters
+    except (TypeError, ValueError):  # of a callable that is written in C
+        return False
 
 
 def _float(logits: Tensor) -> Tensor:

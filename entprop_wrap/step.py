@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -18,7 +18,7 @@ from entprop_wrap.errors import ConfigurationError, EntPropError, LabelError, Mo
 from entprop_wrap.losses import Loss, Target
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.registry import find_registry
-from entprop_wrap.wrapping import auxiliary
+from entprop_wrap.wrapping import auxiliary, is_wrapped
 
 __all__ = ["Method", "Step", "StepOutput"]
 
@@ -137,6 +137,7 @@ class Step:
 
     def _first_forward(self, images: Tensor) -> Tensor:
         # Only the first pass shows how many classes there are. If the labels do not fit, it has not happened.
+        checks.check_takes_images(plain_model(self.model))
         buffers = list(plain_model(self.model).buffers())
         before = [buffer.clone() for buffer in buffers]
         try:
@@ -165,9 +166,22 @@ class Step:
         """Return a context for passes before the last: DDP reduces once, in the last backward of the step."""
         return no_gradient_sync(self.model)
 
-    def auxiliary(self, name: str, *, record_statistics: bool = True) -> AbstractContextManager[None]:
-        """Return a context in which the model runs through the auxiliary norms ``name``."""
+    def auxiliary(self, name: str | None, *, record_statistics: bool = True) -> AbstractContextManager[None]:
+        """Return a context in which the model runs through the auxiliary norms ``name``; None: through its own."""
+        if name is None and not is_wrapped(self.model):
+            return nullcontext() if record_statistics else self._statistics_kept()
         return auxiliary(self.model, name, record_statistics=record_statistics)
+
+    @contextmanager
+    def _statistics_kept(self) -> Iterator[None]:
+        # On a plain model there is no switch to say it to; what its norms record in the block is taken back.
+        buffers = list(plain_model(self.model).buffers())
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        finally:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
     @contextmanager
     def norms_frozen(self, frozen: bool = True) -> Iterator[None]:
@@ -237,11 +251,14 @@ class Step:
         """Warn once per model if ``number`` images are too few for the batch statistics of an auxiliary pass."""
         if number >= 8:
             return
-        registry = find_registry(self.model)
-        if not registry.warned and any(isinstance(norm, _BatchNorm) for norm in registry.norms.values()):
-            registry.warned = True
+        registry = find_registry(self.model) if is_wrapped(self.model) else None
+        noted = self.checker if registry is None else registry
+        norms = [m for m in walk(self.model) if m.training] if registry is None else registry.norms.values()
+        if not noted.warned and any(isinstance(norm, _BatchNorm) for norm in norms):
+            noted.warned = True
             warnings.warn(
-                f"Only {number} images a step go through the auxiliary batch norms: too few for stable statistics. "
+                f"Only {number} images a step go through the {'auxiliary ' if registry else ''}batch norms"
+                f"{'' if registry else ' a second time'}: too few for stable statistics. "
                 "Raise the batch size or the fraction to have 8 or more.",
                 stacklevel=5,
             )

@@ -2,6 +2,7 @@
 
     accelerate launch examples/train.py
     accelerate launch examples/train.py --dataset path/to/images --model resnet50 --pretrained
+    accelerate launch examples/train.py --methods vanilla entprop advprop fast_advprop --equal-cost
     accelerate launch examples/train.py --dataset timm/oxford-iiit-pet --model microsoft/resnet-50 --pretrained
 
 The first trains on scikit-learn's digits, in a minute or two on a CPU. Every method is trained once per seed, on the
@@ -15,31 +16,32 @@ from __future__ import annotations
 
 import argparse
 import time
-from fractions import Fraction
 from pathlib import Path
 
 import accelerate
 from parts import data as data_parts
+from parts import methods as method_parts
 from parts import models as model_parts
 from parts import report
 
 import entprop_wrap as entprop
-from entprop_wrap import CutMix, EntProp, MixUp, Trainer, TrainerConfig, Vanilla
+from entprop_wrap import Trainer, TrainerConfig
 from entprop_wrap.errors import EntPropError
 from entprop_wrap.robustness import evaluate_robustness
 
 
 def main() -> None:
     options = parse()
+    methods = method_parts.build(options)
     blueprint = model_parts.find(options)
     data = data_parts.load(options, blueprint.space, blueprint.size)
-    if any(method.auxiliaries for method in methods(options).values()):
+    if any(method.auxiliaries for method in methods.values()):
         # A model without norm layers is to fail before anything is trained.
         entprop.wrap(blueprint.build(data.classes))
     runs: list[report.Run] = []
     for seed in range(options.seed, options.seed + options.seeds):
         trained = {}
-        for name, method in methods(options).items():
+        for name, method in methods.items():
             accelerate.utils.set_seed(seed)
             run, trained[name] = train(name, method, blueprint.build(data.classes), data, seed, options)
             runs.append(run)
@@ -64,8 +66,9 @@ def train(name, method, model, data, seed, options):
         data.eval,
         method=method,
         pixel_space=data.space,
+        growth=method_parts.growth(name, options),
         config=TrainerConfig(
-            epochs=options.epochs,
+            epochs=method_parts.epochs(method, options),
             batch_size=options.batch_size,
             eval_batch_size=options.eval_batch_size,
             optimizer=options.optimizer,
@@ -91,28 +94,9 @@ def train(name, method, model, data, seed, options):
     return report.Run(name, seed, seconds, history), trainer.model.eval()
 
 
-def methods(options) -> dict[str, entprop.Method]:
-    """Return the methods to compare, by name."""
-    mixers = {"none": None, "mixup": MixUp(options.mix_alpha), "cutmix": CutMix(options.mix_alpha)}
-    known = {
-        "vanilla": Vanilla(),
-        "entprop": EntProp(
-            fraction=options.fraction,
-            attack_steps=options.attack_steps,
-            epsilon=options.epsilon,
-            step_size=options.step_size,
-            mix=mixers[options.mix],
-            mix_on=options.mix_on,
-            weighting=options.weighting,
-        ),
-    }
-    return {name: known[name] for name in options.methods}
-
-
 def parse() -> argparse.Namespace:
     """Read the command line. Some defaults depend on the data: digits are trained from scratch, the rest fine-tuned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    paper = EntProp()
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -136,51 +120,7 @@ def parse() -> argparse.Namespace:
     group.add_argument("--pretrained", action="store_true", help="start from pretrained weights")
     group.add_argument("--image-size", type=int, help="pixels (default: what the model was made for)")
 
-    group = parser.add_argument_group("method")
-    group.add_argument(
-        "--methods",
-        nargs="+",
-        choices=["vanilla", "entprop"],
-        default=["vanilla", "entprop"],
-        help="what to train and compare (default: both)",
-    )
-    group.add_argument(
-        "--fraction",
-        type=float,
-        default=paper.fraction,
-        help="k, the share of the batch that goes through the auxiliary norms (default: 0.2)",
-    )
-    group.add_argument(
-        "--attack-steps",
-        type=int,
-        default=paper.attack_steps,
-        help="n, gradient steps on the pixels; the first is free (default: 1)",
-    )
-    group.add_argument(
-        "--epsilon",
-        type=fraction,
-        help="largest change of a pixel, such as 4/255 (default: the paper's; digits: 0.1, for 16 grey levels)",
-    )
-    group.add_argument("--step-size", type=fraction, help="change per step (default: derived from epsilon)")
-    group.add_argument(
-        "--mix",
-        choices=["mixup", "cutmix", "none"],
-        default="mixup",
-        help="how to raise entropy before selection (default: mixup)",
-    )
-    group.add_argument("--mix-alpha", type=float, default=1.0, help="Beta(alpha, alpha) of the mixing (default: 1)")
-    group.add_argument(
-        "--mix-on",
-        choices=["batch", "auxiliary"],
-        default=paper.mix_on,
-        help=f"mix the whole batch, or only the auxiliary images (default: {paper.mix_on})",
-    )
-    group.add_argument(
-        "--weighting",
-        choices=["per_image", "sum"],
-        default=paper.weighting,
-        help=f"weight of the auxiliary loss (default: {paper.weighting})",
-    )
+    method_parts.add_options(parser)
 
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, help="(default: 10; digits: 60)")
@@ -214,6 +154,8 @@ def parse() -> argparse.Namespace:
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoints in the output folder")
 
     options = parser.parse_args()
+    if options.equal_cost and "fast_advprop" not in options.methods:
+        parser.error("--equal-cost is for fast_advprop: name it in --methods, or leave --equal-cost out")
     digits = options.dataset == data_parts.DIGITS
     defaults = {
         "model": model_parts.SMALL,
@@ -228,11 +170,6 @@ def parse() -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options
-
-
-def fraction(text: str) -> float:
-    """Read 4/255 as well as 0.0157."""
-    return float(Fraction(text))
 
 
 if __name__ == "__main__":

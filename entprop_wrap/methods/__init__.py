@@ -3,8 +3,21 @@
 from entprop_wrap.methods.adversarial_training import AdversarialTraining
 from entprop_wrap.methods.advprop import AdvProp
 from entprop_wrap.methods.entprop import EntProp
+from entprop_wrap.methods.entropy_ascent import EntropyAscent
 from entprop_wrap.methods.fast_advprop import FastAdvProp
+from entprop_wrap.methods.fine_grained_advprop import FineGrainedAdvProp
+from entprop_wrap.methods.meada import MEADA
 from entprop_wrap.methods.mixprop import MixProp
 from entprop_wrap.methods.vanilla import Vanilla
 
-__all__ = ["AdvProp", "AdversarialTraining", "EntProp", "FastAdvProp", "MixProp", "Vanilla"]
+__all__ = [
+    "MEADA",
+    "AdvProp",
+    "AdversarialTraining",
+    "EntProp",
+    "EntropyAscent",
+    "FastAdvProp",
+    "FineGrainedAdvProp",
+    "MixProp",
+    "Vanilla",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,10 +44,7 @@ class AdvProp:
 
     def __post_init__(self) -> None:
         check_attack(self.attack)
-        if self.attack_statistics not in ("running", "batch"):
-            raise ConfigurationError(
-                f"attack_statistics must be 'running' or 'batch', found {self.attack_statistics!r}."
-            )
+        check_statistics(self.attack_statistics)
         if not self.weight > 0:
             raise ConfigurationError(f"weight must be above 0, found {self.weight!r}.")
 
@@ -56,42 +55,75 @@ class AdvProp:
 
     def step(self, step: Step) -> StepOutput:
         """Run the step (slide 15 of the authors' talk: equal weights)."""
-        if self.targeted and step.labels.is_floating_point():
-            raise ConfigurationError("A targeted attack needs integer labels, found soft ones: write targeted=False.")
-        target = Target(step.labels)
-        with step.only_local():
-            logits = step.forward(step.images)
-            main_loss = target.loss(step.loss, logits)
-            step.backward(main_loss)
-        images = self._attack(step, logits.shape[1])
-        with step.auxiliary(self.auxiliary):
-            aux_logits = step.forward(images)
-            aux_loss = target.loss(step.loss, aux_logits)
-            step.backward(self.weight * aux_loss)
-        logits, main_loss, aux_loss = logits.detach(), main_loss.detach(), aux_loss.detach()
-        return StepOutput(
-            loss=main_loss + self.weight * aux_loss,
-            main_loss=main_loss,
-            logits=logits,
-            entropy=entropy(logits),
-            passes=2.0 + self.attack.steps,
-            aux_loss=aux_loss,
-            aux_logits=aux_logits.detach(),
-            aux_images=images,
-            checker=step.checker,
+        check_targets(step, self.targeted)
+
+        def branch(classes: int) -> Tensor:
+            return attacked(step, self.attack, self.auxiliary, classes, self.targeted, self.attack_statistics)
+
+        return propagate(step, {self.auxiliary: branch}, {self.auxiliary: self.weight}, passes=2.0 + self.attack.steps)
+
+
+def propagate(
+    step: Step, branches: Mapping[str, Callable[[int], Tensor]], weights: Mapping[str, float], passes: float
+) -> StepOutput:
+    """Train on clean images through the main norms, then on those of each branch through its auxiliary norms.
+
+    Args:
+        step: The batch.
+        branches: By auxiliary: from the number of classes to the images of this branch, in the rows of the batch.
+        weights: Of the branches' losses.
+        passes: What it costs.
+    """
+    target = Target(step.labels)
+    with step.only_local():
+        logits = step.forward(step.images)
+        main_loss = target.loss(step.loss, logits)
+        step.backward(main_loss)
+    images, aux_logits, losses = [], [], []
+    for position, (auxiliary, branch) in enumerate(branches.items(), start=1):
+        images.append(branch(logits.shape[1]))
+        with step.auxiliary(auxiliary), step.only_local() if position < len(branches) else nullcontext():
+            aux_logits.append(step.forward(images[-1]))
+            losses.append(target.loss(step.loss, aux_logits[-1]))
+            step.backward(weights[auxiliary] * losses[-1])
+        aux_logits[-1], losses[-1] = aux_logits[-1].detach(), weights[auxiliary] * losses[-1].detach()
+    logits, main_loss, aux_loss = logits.detach(), main_loss.detach(), torch.stack(losses).sum()
+    return StepOutput(
+        loss=main_loss + aux_loss,
+        main_loss=main_loss,
+        logits=logits,
+        entropy=entropy(logits),
+        passes=passes,
+        aux_loss=aux_loss / sum(weights.values()),
+        aux_logits=torch.cat(aux_logits),
+        aux_images=torch.cat(images),
+        checker=step.checker,
+    )
+
+
+def attacked(
+    step: Step, attack: Attack, auxiliary: str, classes: int, targeted: bool, statistics: Literal["running", "batch"]
+) -> Tensor:
+    """Return the step's images, attacked through ``auxiliary``; the other arguments are :class:`AdvProp`'s."""
+    target, sign = Target(step.labels), 1
+    if targeted:
+        target, sign = Target(wrong_labels(step.labels, classes, step.generator)), -1
+    with step.auxiliary(auxiliary, record_statistics=False), step.norms_frozen(statistics == "running"):
+        return attack.run(
+            step.images, lambda images: sign * step.pixel_gradient(images, target), step.space, step.generator
         )
 
-    def _attack(self, step: Step, classes: int) -> Tensor:
-        target, sign = Target(step.labels), 1
-        if self.targeted:
-            target, sign = Target(wrong_labels(step.labels, classes, step.generator)), -1
-        with (
-            step.auxiliary(self.auxiliary, record_statistics=False),
-            step.norms_frozen(self.attack_statistics == "running"),
-        ):
-            return self.attack.run(
-                step.images, lambda images: sign * step.pixel_gradient(images, target), step.space, step.generator
-            )
+
+def check_statistics(statistics: str) -> None:
+    """Raise :class:`ConfigurationError` unless batch norms can normalise with ``statistics`` during an attack."""
+    if statistics not in ("running", "batch"):
+        raise ConfigurationError(f"attack_statistics must be 'running' or 'batch', found {statistics!r}.")
+
+
+def check_targets(step: Step, targeted: bool) -> None:
+    """Raise :class:`ConfigurationError` if a targeted attack is asked for where labels are soft."""
+    if targeted and step.labels.is_floating_point():
+        raise ConfigurationError("A targeted attack needs integer labels, found soft ones: write targeted=False.")
 
 
 def wrong_labels(labels: Tensor, classes: int, generator: torch.Generator | None) -> Tensor:

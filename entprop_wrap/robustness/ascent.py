@@ -1,4 +1,4 @@
-"""What attacks climb along: losses to raise, their gradients with respect to pixels, and lengths."""
+"""What attacks climb along: losses to raise, and their gradients with respect to pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.pixels import to_images
 from entprop_wrap.robustness.subjects import check_labels_fit, logits
 
-__all__ = ["AttackLoss", "check_attackable", "direction", "length", "losses", "pixel_gradient"]
+__all__ = ["AttackLoss", "check_attackable", "losses", "pixel_gradient"]
 
 AttackLoss = Literal["cross_entropy", "margin"]
 
@@ -87,16 +87,3 @@ def pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: Pixe
 
 def _widest(values: Tensor) -> torch.dtype:
     return torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no other
-
-
-def direction(gradient: Tensor) -> Tensor:
-    """Return ``gradient`` at length 1 per image, or 0 where it is 0; first scaled, as squares of 1e-30 vanish."""
-    largest = gradient.abs().amax((1, 2, 3), keepdim=True)
-    gradient = gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
-    return gradient / length(gradient)
-
-
-def length(change: Tensor) -> Tensor:
-    """Return L2 norms ``(N, 1, 1, 1)``, above 0."""
-    norm: Tensor = torch.linalg.vector_norm(change, dim=(1, 2, 3), keepdim=True)
-    return norm.clamp_min(torch.finfo(change.dtype).tiny)

@@ -12,15 +12,17 @@ EntProp itself is no defence: its accuracy under PGD is near that of vanilla tra
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from entprop_wrap import attacks
+from entprop_wrap.attacks import Gradient, direction
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.perturbation import PixelSpace, ascend, check_magnitude
-from entprop_wrap.robustness.ascent import AttackLoss, check_attackable, direction, length, losses, pixel_gradient
+from entprop_wrap.perturbation import PixelSpace, check_magnitude
+from entprop_wrap.robustness.ascent import AttackLoss, check_attackable, losses, pixel_gradient
 from entprop_wrap.robustness.corruptions.draws import Draws
 from entprop_wrap.robustness.pixels import to_images, to_pixels
 from entprop_wrap.robustness.subjects import device_of, logits
@@ -68,7 +70,8 @@ class FGSM:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return attacked images; draws nothing."""
-        return PGD(self.epsilon, self.epsilon, steps=1, random_start=False)(model, images, labels, pixel_space)
+        attack = PGD(self.epsilon, steps=1, step_size=self.epsilon, random_start=False)
+        return attack(model, images, labels, pixel_space)
 
     def at(self, epsilon: float) -> FGSM:
         """Return the same attack at another magnitude."""
@@ -76,53 +79,57 @@ class FGSM:
 
 
 @dataclass(frozen=True)
-class PGD:
+class PGD(attacks.PGD):
     """Projected gradient ascent on the loss, within a ball around the image and within valid pixels.
 
-    Each step moves by ``step_size`` along the sign of the gradient ("linf") or along the gradient scaled to length 1
-    ("l2"), then back into the ball. The last iterate counts; of several restarts, for each image the one that is
-    misclassified, and with the highest loss among those.
+    The ascent is that of :class:`entprop_wrap.attacks.PGD`, which methods train with; this one knows what to increase
+    and may try again. The last iterate counts; of several restarts, for each image the one that is misclassified, and
+    with the highest loss among those.
 
     Attributes:
-        epsilon: Radius of the ball. For "linf", change of a pixel as a fraction of the pixel range, in (0, 1): 4/255.
-            For "l2", length of the change of the whole image in the same unit, above 0: 128/255 is usual at 32 px.
-        step_size: Length of a step, likewise; None: ``2.5 * epsilon / steps``, as Madry et al. have it.
+        epsilon: Radius of the ball, as there.
         steps: Number of steps, at least 1.
+        step_size: Length of a step; None: ``2.5 * epsilon / steps``.
+        random_start: Begin at a point drawn uniformly from the ball, else at the image.
         norm: "linf" or "l2".
         restarts: Number of attempts, at least 1. More than one needs ``random_start``.
-        random_start: Begin at a point drawn uniformly from the ball, else at the image.
         loss: "cross_entropy", or "margin" (largest other logit minus that of the label), which still has a gradient
             where confidence has saturated the other (Carlini & Wagner 2017, their f6).
 
     Source: Madry et al. (ICLR 2018), section 2.1.
     """
 
-    epsilon: float = 4 / 255
-    step_size: float | None = None
     steps: int = 20
-    norm: Literal["linf", "l2"] = "linf"
+    step_size: float | None = None
     restarts: int = 1
-    random_start: bool = True
     loss: AttackLoss = "cross_entropy"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("norm", ("linf", "l2")), ("loss", ("cross_entropy", "margin"))):
-            if getattr(self, name) not in allowed:
-                raise ConfigurationError(f"{name} must be one of {allowed}, found {getattr(self, name)!r}.")
-        for name in ("steps", "restarts"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigurationError(f"{name} must be an int of at least 1, found {value!r}.")
-        for name in ("epsilon", "step_size"):
-            value = getattr(self, name)
-            if name == "step_size" and value is None:
-                continue
-            if self.norm == "linf":
-                check_magnitude(name, value)
-            elif not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ConfigurationError(f"{name} must be a number above 0, found {value!r}.")
+        super().__post_init__()
+        if self.loss not in ("cross_entropy", "margin"):
+            raise ConfigurationError(f"loss must be 'cross_entropy' or 'margin', found {self.loss!r}.")
+        if isinstance(self.restarts, bool) or not isinstance(self.restarts, int) or self.restarts < 1:
+            raise ConfigurationError(f"restarts must be an int of at least 1, found {self.restarts!r}.")
         if self.restarts > 1 and not self.random_start:
             raise ConfigurationError("restarts > 1 without random_start would repeat the same attack. Leave one out.")
+
+    @classmethod
+    def of(cls, attack: attacks.PGD) -> PGD:
+        """Return ``attack``, made for training, as one that measures."""
+        return cls(**{field.name: getattr(attack, field.name) for field in fields(attacks.PGD)})
+
+    def run(self, images: Tensor, gradient: Gradient, space: PixelSpace, generator: torch.Generator | None) -> Tensor:
+        """Return the attacked images of a training method, which says what to increase.
+
+        Raises:
+            ConfigurationError: ``restarts`` or ``loss`` is set, which have no effect there.
+        """
+        if self.restarts > 1 or self.loss != "cross_entropy":
+            raise ConfigurationError(
+                "A training method attacks once and has an objective of its own: leave out restarts and loss, or write "
+                "entprop_wrap.attacks.PGD(...)."
+            )
+        return super().run(images, gradient, space, generator)
 
     def __call__(
         self,
@@ -158,7 +165,8 @@ class PGD:
         for _ in range(self.restarts):
             pixels = origin if draws is None else self._start(origin, draws)
             for _ in range(self.steps):
-                pixels = self._step(pixels, origin, pixel_gradient(model, pixels, labels, space, self.loss))
+                slope = pixel_gradient(model, pixels, labels, space, self.loss)
+                pixels = self.ascend(pixels, origin, slope, _PIXELS)
             if self.restarts == 1:
                 return to_images(pixels, space).to(images.dtype)
             with torch.no_grad():
@@ -169,11 +177,6 @@ class PGD:
             highest = torch.where(better[:, None], score, highest)
         return to_images(best, space).to(images.dtype)
 
-    def at(self, epsilon: float) -> PGD:
-        """Return the same attack at another magnitude; a ``step_size`` that was given stays in proportion."""
-        size = None if self.step_size is None else self.step_size * epsilon / self.epsilon
-        return replace(self, epsilon=epsilon, step_size=size)
-
     def _start(self, origin: Tensor, draws: Draws) -> Tensor:
         if self.norm == "linf":
             return (origin + draws.uniform(origin.shape[1:], -self.epsilon, self.epsilon)).clamp_(0, 1)
@@ -181,13 +184,6 @@ class PGD:
         # The volume within radius r grows as r^d, so that r is the d-th root of a uniform number.
         radius = draws.uniform((1, 1, 1)) ** (1 / origin[0].numel())
         return (origin + self.epsilon * radius * direction(drawn)).clamp_(0, 1)
-
-    def _step(self, pixels: Tensor, origin: Tensor, gradient: Tensor) -> Tensor:
-        size = 2.5 * self.epsilon / self.steps if self.step_size is None else self.step_size
-        if self.norm == "linf":
-            return ascend(pixels, origin, gradient, epsilon=self.epsilon, step_size=size, space=_PIXELS)
-        change = pixels + size * direction(gradient) - origin
-        return (origin + change * (self.epsilon / length(change)).clamp(max=1)).clamp_(0, 1)
 
 
 @dataclass(frozen=True)
@@ -199,13 +195,13 @@ class Transfer:
 
     Attributes:
         source: The model that is attacked, in evaluation mode; better one that was trained on its own.
-        attack: How.
+        attack: How; one of :mod:`entprop_wrap.attacks` too.
 
     Source: Papernot et al. (2017), "Practical black-box attacks against machine learning".
     """
 
     source: nn.Module
-    attack: FGSM | PGD = PGD()
+    attack: FGSM | attacks.PGD = PGD()
 
     def __call__(
         self,
@@ -216,8 +212,14 @@ class Transfer:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return images that attack ``source``; ``model`` is not looked at."""
-        return self.attack(self.source, images, labels, pixel_space, generator)
+        attacked: Tensor = measuring(self.attack)(self.source, images, labels, pixel_space, generator)
+        return attacked
 
     def at(self, epsilon: float) -> Transfer:
         """Return the same attack at another magnitude."""
         return replace(self, attack=self.attack.at(epsilon))
+
+
+def measuring(attack: Any) -> Any:
+    """Return a PGD that was made for training as one that measures, and anything else as it is."""
+    return PGD.of(attack) if isinstance(attack, attacks.PGD) and not isinstance(attack, PGD) else attack

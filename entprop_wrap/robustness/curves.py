@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from entprop_wrap import attacks
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.robustness.attacks import FGSM, PGD, Transfer
+from entprop_wrap.robustness.attacks import FGSM, PGD, Transfer, measuring
 from entprop_wrap.robustness.scores import Tally
 from entprop_wrap.robustness.sharing import Share, gather
 from entprop_wrap.robustness.streams import Streams
@@ -24,7 +25,7 @@ def accuracy_against_epsilon(
     data: Iterable[Any],
     epsilons: Sequence[float] = (0, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 32 / 255),
     *,
-    attack: FGSM | PGD | Transfer | None = None,
+    attack: FGSM | attacks.PGD | Transfer | None = None,
     pixel_space: PixelSpace | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -51,13 +52,13 @@ def accuracy_against_epsilon(
     check_state(model, "The model")
     if not isinstance(epsilons, Sequence) or not epsilons or len(set(epsilons)) < len(epsilons):
         raise ConfigurationError(f"epsilons must be a sequence of different numbers, found {epsilons!r}.")
-    base = PGD() if attack is None else attack
-    attacks = {epsilon: base.at(epsilon) if epsilon else None for epsilon in epsilons}
+    base = PGD() if attack is None else measuring(attack)
+    sized = {epsilon: base.at(epsilon) if epsilon else None for epsilon in epsilons}
     subject, space, streams = Subject("The model", model), pixel_space or PixelSpace(), Streams(seed)
     share = Share(data, space)
-    with tqdm(total=len(share) * len(attacks) or None, disable=not progress or share.process > 0, unit="pass") as bar:
+    with tqdm(total=len(share) * len(sized) or None, disable=not progress or share.process > 0, unit="pass") as bar:
         for batch in share:
-            for epsilon, one in attacks.items():
+            for epsilon, one in sized.items():
                 images = batch.images
                 if one is not None:
                     generator = streams.at(batch.position, "epsilon", share.salt)
@@ -71,4 +72,4 @@ def accuracy_against_epsilon(
         condition = ("epsilon", str(epsilon))
         return Tally.scores([state[condition] for state in states if condition in state]).accuracy
 
-    return {epsilon: accuracy(epsilon) for epsilon in attacks}
+    return {epsilon: accuracy(epsilon) for epsilon in sized}

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.robustness.attacks import Attack
+from entprop_wrap.robustness.attacks import Attack, measuring
 from entprop_wrap.robustness.corruptions import corrupt
 from entprop_wrap.robustness.pixels import check_batch, to_images, to_pixels
 from entprop_wrap.robustness.protocol import conditions_of
@@ -116,7 +116,8 @@ def evaluate_robustness(
     conditions = conditions_of(corruptions, severities)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConfigurationError(f"seed must be an int, found {seed!r}.")
-    space, shifts, attacks = pixel_space or PixelSpace(), dict(shifts or {}), dict(attacks or {})
+    space, shifts = pixel_space or PixelSpace(), dict(shifts or {})
+    attacks = {name: measuring(attack) for name, attack in (attacks or {}).items()}
     groups = subjects_of(models, auxiliaries)
     subjects = [subject for group in groups.values() for subject in group]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from entprop_wrap.data_forms import images_and_labels, refuse_dataset, refuse_lo
 from entprop_wrap.errors import DataError
 from entprop_wrap.trainer.reproducible import ReproducibleBatches, random_states_kept, seed_everything, seed_of
 
-__all__ = ["Batches"]
+__all__ = ["Batches", "as_it_is"]
 
 
 class Batches:
@@ -91,8 +92,35 @@ class Batches:
         """Return the number of batches that :meth:`epoch` yields, the same on every process."""
         return self._length
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(images, labels)`` of one epoch on the device, from batch ``start`` on; none before is loaded."""
+    def length(self, epoch: int) -> int:
+        """Return the number of batches of an epoch, which is that of any."""
+        return self._length
+
+    def of(self, dataset: Any) -> Batches:
+        """Return batches of another data set in the same way: as many samples each, shuffled if these are.
+
+        Raises:
+            DataError: The order of these is no simple one, so that it says nothing about other data.
+        """
+        order = getattr(self.sampler, "sampler", None)
+        shuffled = type(order) is RandomSampler and not order.replacement and order.num_samples == self.samples
+        if type(self.sampler) is not BatchSampler or not (shuffled or type(order) is SequentialSampler):
+            raise DataError(
+                f"{self.name}: a DataLoader with a sampler of its own chooses among the samples it knows, and cannot "
+                "go on as the data grows. Expected a data set, or DataLoader(data, batch_size, shuffle=True)."
+            )
+        other = copy.copy(self)
+        other.dataset, other.samples = dataset, len(dataset)
+        ordered = RandomSampler(dataset) if shuffled else SequentialSampler(dataset)
+        other.sampler = BatchSampler(ordered, self.sampler.batch_size, self.sampler.drop_last)
+        everything = other._plan(0)
+        other._check_plan(everything)
+        share, other.number = other._share(everything)
+        other._length = len(share)
+        return other
+
+    def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(images, labels)`` of one epoch on the device, of batches ``start`` to ``stop``; only these load."""
         batches, _ = self._share(self._plan(epoch))
         if len(batches) != self._length:
             raise DataError(
@@ -101,8 +129,8 @@ class Batches:
             )
         loader = DataLoader(
             ReproducibleBatches(self.dataset, self.collate, self.seed, epoch),
-            batch_sampler=batches[start:],
-            collate_fn=_as_it_is,
+            batch_sampler=batches[start:stop],
+            collate_fn=as_it_is,
             generator=torch.Generator(),  # else torch draws from the generator that dropout draws from
             **self.options,
         )
@@ -161,5 +189,6 @@ class Batches:
         images_and_labels(made, self.name)
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """Return a batch that is one already."""
     return batch

@@ -7,6 +7,8 @@ checkpoints/step-00000123/
     optimizer.pt               states of optimizer, schedule and gradient scaler
     process-00000.pt           random states and running averages, for each process
     state.json                 where the run stood, its last evaluation, and what it was run with
+checkpoints/growth/
+    phase-01.safetensors       what the data has grown, where it does; see growth.py
 """
 
 from __future__ import annotations

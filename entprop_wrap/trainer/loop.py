@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -17,9 +17,13 @@ from entprop_wrap.step import StepOutput
 from entprop_wrap.trainer.batches import Batches
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, better
 from entprop_wrap.trainer.config import TrainerConfig
-from entprop_wrap.trainer.ema import update_average
+from entprop_wrap.trainer.ema import share_buffers, update_average
+from entprop_wrap.trainer.grown_data import GrowingBatches
 from entprop_wrap.trainer.meters import Meter, MetricsFile
 from entprop_wrap.trainer.run_state import RunState
+
+if TYPE_CHECKING:
+    from entprop_wrap.diagnostics import Monitor
 
 __all__ = ["Loop"]
 
@@ -40,21 +44,24 @@ class Loop:
         evaluate: Returns the metrics of the evaluation data; None without such data.
         checkpoints: Where to save.
         metrics: Where to write metrics.
+        monitor: Sees the steps and evaluations of the first process.
     """
 
     def __init__(
         self,
         config: TrainerConfig,
         state: RunState,
-        batches: Batches,
+        batches: Batches | GrowingBatches,
         train: Train,
         evaluate: Callable[[], dict[str, float]] | None,
         checkpoints: CheckpointFolder,
         metrics: MetricsFile,
+        monitor: Monitor | None = None,
     ) -> None:
         self.config, self.state, self.batches, self.train, self.evaluate = config, state, batches, train, evaluate
         self.checkpoints, self.metrics = checkpoints, metrics
         self.accelerator = state.accelerator
+        self.monitor = monitor if self.accelerator.is_main_process else None
         self.timer = _Timer()
 
     def run(self) -> None:
@@ -75,15 +82,18 @@ class Loop:
     def _epoch(self) -> None:
         position, config = self.state.position, self.config
         self.state.prepared.model.train()
+        if isinstance(self.batches, GrowingBatches):
+            self._grow(self.batches)
+        length = self.batches.length(position.epoch)
         batches = self.batches.epoch(position.epoch, start=position.batch)
-        while position.batch < len(self.batches):
-            size = min(config.gradient_accumulation_steps, len(self.batches) - position.batch)
+        while position.batch < length:
+            size = min(config.gradient_accumulation_steps, length - position.batch)
             self._step(islice(batches, size), size)
             position.batch += size
             if position.step % config.log_every == 0 or position.step == self.state.total_steps:
                 self._log()
             due = config.save_every_steps is not None and position.step % config.save_every_steps == 0
-            if due and position.batch < len(self.batches):
+            if due and position.batch < length:
                 self._save()
         position.epoch, position.batch = position.epoch + 1, 0
         self._end_epoch(due)
@@ -97,6 +107,8 @@ class Loop:
             with nullcontext() if last else accelerator.no_sync(state.prepared.model):
                 output = self.train(images, labels, size)
             state.meter.add(output, len(images))
+            if self.monitor is not None:
+                self.monitor.update(output)
         if self.config.max_grad_norm is not None:
             accelerator.clip_grad_norm_(state.prepared.model.parameters(), self.config.max_grad_norm)
         state.learning_rate = float(optimizer.param_groups[0]["lr"])
@@ -136,11 +148,23 @@ class Loop:
         if self.evaluate is not None and (over or position.epoch % config.evaluate_every == 0):
             with self.timer.paused():
                 position.evaluation = self.evaluate()
+            if self.monitor is not None:
+                self.monitor.evaluated(position.evaluation)
             weights = "last" if self.state.average is None else "average"
             self._write("eval", position.evaluation, weights=weights)
             best = self._is_best(position.evaluation)
         if config.save_every is not None and (best or over or save_due or position.epoch % config.save_every == 0):
             self._save()
+
+    def _grow(self, batches: GrowingBatches) -> None:
+        position = self.state.position
+        before = len(position.grown)
+        with self.timer.paused():
+            if batches.due(position.epoch):
+                share_buffers(self.state.model)
+            batches.grow(position.epoch, position.grown)
+        if len(position.grown) > before and self.accelerator.is_main_process:
+            logger.info("Step %d: the data has grown to %d images.", position.step, batches.samples)
 
     def _is_best(self, evaluation: dict[str, float]) -> bool:
         metric, best = self.config.keep_best, self.state.position.best
@@ -157,7 +181,7 @@ class Loop:
 
     def _write(self, kind: str, values: dict[str, float], **more: Any) -> None:
         position = self.state.position
-        epoch = position.epoch + position.batch / len(self.batches)
+        epoch = position.epoch + position.batch / self.batches.length(position.epoch)
         if self.accelerator.is_main_process:
             self.metrics.write({"kind": kind, "step": position.step, "epoch": round(epoch, 4), **values, **more})
             logger.info(

@@ -38,6 +38,7 @@ class Position:
         batch: Batches of the current epoch that are done, per process.
         evaluation: The metrics of the evaluation at this step, if there was one.
         best: The best value so far of each metric that a best checkpoint was kept by.
+        grown: SHA-256 of the images that each phase of growth has made.
     """
 
     step: int = 0
@@ -45,6 +46,7 @@ class Position:
     batch: int = 0
     evaluation: dict[str, float] | None = None
     best: dict[str, float] = field(default_factory=dict)
+    grown: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -104,7 +106,7 @@ class RunState:
             CheckpointError: Files are missing, damaged, or do not fit.
         """
         device = self.accelerator.device
-        state = read_state(folder)
+        state = {"grown": [], **read_state(folder)}  # checkpoints of before data could grow do not have it
         shared = _read(folder / "optimizer.pt", _read_pickle)
         own = _read(folder / f"process-{self.accelerator.process_index:05d}.pt", _read_pickle)
         _load_model(self.model, folder, "model", "auxiliary")

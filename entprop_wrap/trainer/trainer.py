@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType, set_seed
@@ -25,6 +25,8 @@ from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.ema import make_average, share_statistics
 from entprop_wrap.trainer.evaluation import evaluate
 from entprop_wrap.trainer.export import export_model
+from entprop_wrap.trainer.grown_data import growing_batches
+from entprop_wrap.trainer.growth import MaximumEntropyGrowth, steps_of
 from entprop_wrap.trainer.launch import Prepared, make_accelerator, trackers
 from entprop_wrap.trainer.loop import Loop
 from entprop_wrap.trainer.meters import Meter, MetricsFile
@@ -33,6 +35,9 @@ from entprop_wrap.trainer.reproducible import seed_of
 from entprop_wrap.trainer.run_identity import check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import training_step
+
+if TYPE_CHECKING:
+    from entprop_wrap.diagnostics import Monitor
 
 __all__ = ["Trainer"]
 
@@ -62,6 +67,8 @@ class Trainer:
         loss: ``(logits, labels) -> scalar mean``, for training and evaluation; None: cross-entropy.
         config: All other options.
         optimizer: A ready optimizer over the wrapped model's parameters, instead of one by ``config.optimizer``.
+        monitor: Warns of ways in which training fails quietly: ``entprop_wrap.diagnostics.Monitor()``; None: nothing.
+        growth: When and how ``train_data`` grows, see :class:`MaximumEntropyGrowth`; None: it stays as it is.
 
     Attributes:
         model: The model that was given.
@@ -69,7 +76,7 @@ class Trainer:
         checkpoints: The checkpoint folders, with ``latest()`` and ``best()``.
 
     Raises:
-        DataError: Data is empty, has no labels, or is no map-style data set.
+        DataError: Data is empty, has no labels, is no map-style data set, or cannot grow as it is to.
         ConfigurationError: Options contradict the machine or each other.
         AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
         OptimizerMismatchError: The optimizer does not train the auxiliary copies.
@@ -87,6 +94,8 @@ class Trainer:
         loss: Loss | None = None,
         config: TrainerConfig | None = None,
         optimizer: Optimizer | None = None,
+        monitor: Monitor | None = None,
+        growth: MaximumEntropyGrowth | None = None,
     ) -> None:
         method = EntProp() if method is None else check_method(method)
         if plain_model(model) is not model:
@@ -94,15 +103,21 @@ class Trainer:
                 f"Trainer expects a plain model, found a {type(model).__name__}: it distributes and compiles the model "
                 "itself. Pass the module inside, and compile=True in the configuration for torch.compile."
             )
-        self.model, self.method = model, method
+        if monitor is not None and not (hasattr(monitor, "update") and hasattr(monitor, "evaluated")):
+            raise TypeError(f"monitor expects Monitor(), found {monitor!r}.")
+        self.model, self.method, self.monitor = model, method, monitor
         self.config = TrainerConfig() if config is None else config
         self.pixel_space, self.loss = pixel_space or PixelSpace(), cross_entropy if loss is None else loss
         self.accelerator = make_accelerator(self.config)
         self.train_batches = self._batches(train_data, training=True)
         self.eval_batches = None if eval_data is None else self._batches(eval_data, training=False)
 
-        # The last step of an epoch takes the batches that are left.
-        total_steps = -(-len(self.train_batches) // self.config.gradient_accumulation_steps) * self.config.epochs
+        output = Path(self.config.output_dir)
+        self.checkpoints = CheckpointFolder(output / "checkpoints", self.config.keep_last, self.config.keep_best)
+        rest = model, self.loss, self.pixel_space, self.config, self.accelerator, self.checkpoints.path / "growth"
+        self._growing = None if growth is None else growing_batches(growth, self.train_batches, *rest)
+        batches, accumulation = self._growing or self.train_batches, self.config.gradient_accumulation_steps
+        total_steps = sum(steps_of(batches.length(epoch), accumulation) for epoch in range(self.config.epochs))
         # Data and options are sound; from here on the model changes.
         optimizer, schedule = wrap_with_optimizer(model, self.method, optimizer, self.config, total_steps)
         if self.config.channels_last:
@@ -132,11 +147,10 @@ class Trainer:
                 samples=self.train_batches.samples,
                 batches=len(self.train_batches),
                 processes=self.accelerator.num_processes,
+                **({} if growth is None else {"growth": growth}),
             ),
             total_steps,
         )
-        output = Path(self.config.output_dir)
-        self.checkpoints = CheckpointFolder(output / "checkpoints", self.config.keep_last, self.config.keep_best)
         self._metrics = MetricsFile(output / "metrics.jsonl")
 
     @property
@@ -168,6 +182,8 @@ class Trainer:
         state.generator.manual_seed(seed_of(config.seed, "step", self.accelerator.process_index))
         with state.prepared.running():
             if checkpoint is not None:
+                if self._growing is not None:
+                    self._growing.restore(read_state(checkpoint).get("grown", []), checkpoint.parent / "growth")
                 state.load(checkpoint)
                 self._say(f"Resumed from {checkpoint}: step {self.position.step} of {state.total_steps}.")
             elif resume:
@@ -176,7 +192,8 @@ class Trainer:
                 self.checkpoints.clean()
                 self._metrics.cut(self.position.step)
             evaluate = None if self.eval_batches is None else self.evaluate
-            loop = Loop(config, state, self.train_batches, self._train, evaluate, self.checkpoints, self._metrics)
+            batches = self._growing or self.train_batches
+            loop = Loop(config, state, batches, self._train, evaluate, self.checkpoints, self._metrics, self.monitor)
             with trackers(self.accelerator, config, method=self.method):
                 loop.run()
         self.export(Path(config.output_dir) / "model")

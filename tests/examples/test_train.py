@@ -96,6 +96,45 @@ def test_a_local_hub_model_and_resuming(tmp_path, folder):
     assert model(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2)
 
 
+def test_every_method_by_name(tmp_path, folder):
+    output = tmp_path / "out"
+    names = {
+        "vanilla": 1,
+        "label_smoothing": 1,
+        "entropy_maximisation": 1,
+        "entprop": 1.5,
+        "random_selection": 1.5,
+        "shared_norms": 1.5,
+        "mixprop": 2,
+        "advprop": 3,
+        "fine_grained_advprop": 1 + 2 + 2,
+        "fast_advprop": 1.5,
+        "pgd_at": 2,
+        "trades": 3,
+    }
+    sizes = ["--dataset", folder, *QUICK, "--epochs", 2]
+    options = ["--fraction", 0.5, "--attack-steps", 1, "--equal-cost", "--methods", *names]
+    done = train(*sizes, *options, output=output)
+    assert done.returncode == 0, done.stderr
+    found = runs(output)
+    assert {name: run["passes_per_step"] for name, run in found.items()} == pytest.approx(names)
+    for name in names:
+        lines = (output / f"{name}-seed0" / "metrics.jsonl").read_text().splitlines()
+        last = max(json.loads(line)["epoch"] for line in lines)
+        assert last == (1 if name == "fast_advprop" else 2), name  # 2 / 1.5 epochs, rounded down
+
+
+def test_options_that_fit_no_method_are_refused(tmp_path):
+    unasked = train("--equal-cost", output=tmp_path / "a")
+    assert unasked.returncode != 0
+    assert "--equal-cost is for fast_advprop" in unasked.stderr
+    unmixed = train("--methods", "mixprop", "--mix", "none", *QUICK, output=tmp_path / "b")
+    assert unmixed.returncode != 0
+    assert "ConfigurationError: mix must be a mixer" in unmixed.stderr
+    unknown = train("--methods", "entrop", output=tmp_path / "c")
+    assert "fine_grained_advprop" in unknown.stderr
+
+
 def test_an_unknown_model_says_what_there_is(tmp_path):
     unknown = train("--model", "resnot50", output=tmp_path / "a")
     assert unknown.returncode != 0

@@ -12,7 +12,17 @@ from torch.nn.parallel import DistributedDataParallel
 import entprop_wrap as entprop
 from entprop_wrap.attacks import PGD
 from entprop_wrap.errors import UnsupportedModelError
-from entprop_wrap.methods import AdversarialTraining, AdvProp, FastAdvProp, MixProp, Vanilla
+from entprop_wrap.methods import (
+    MEADA,
+    AdversarialTraining,
+    AdvProp,
+    EntropyAscent,
+    FastAdvProp,
+    FineGrainedAdvProp,
+    MixProp,
+    Vanilla,
+)
+from entprop_wrap.methods.experimental import EntropicRetraining
 from entprop_wrap.methods.fast_advprop import shuffle_between_processes
 from tests.distributed import run_processes
 from tests.methods.test_step_loops import wrapped
@@ -23,12 +33,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 
 HALF = 8
 ATTACK = PGD(epsilon=4 / 255, steps=2)
+
+
+def half_as_bright(pixels):
+    return pixels / 2
+
+
 METHODS = {
     "vanilla": Vanilla(entropy_weight=0.1),
     "mixprop": MixProp(),
     "advprop": AdvProp(ATTACK),
     "advprop, targeted, batch": AdvProp(ATTACK, targeted=True, attack_statistics="batch", weight=0.5),
+    "fine-grained": FineGrainedAdvProp({"weak": PGD(steps=1), "dark": half_as_bright, "strong": ATTACK}, weight=0.5),
     "fast advprop": FastAdvProp(fraction=0.4, shuffle=False),
+    "me-ada": MEADA(EntropyAscent(steps=2), fraction=0.5),
+    "entropic retraining": EntropicRetraining(1.0, 1.0),
     "pgd": AdversarialTraining(ATTACK, clean_weight=0.3, label_smoothing=0.1),
     "trades": AdversarialTraining(ATTACK, kind="trades", entropy_weight=0.1),
 }
@@ -40,6 +59,10 @@ def half_of(rank, seed=0):
     images, labels = random_batch(2 * HALF, seed=seed)
     share = slice(rank * HALF, (rank + 1) * HALF)
     return images[share], labels[share]
+
+
+def model_for(method, kind):
+    return wrapped(kind, auxiliaries=method.auxiliaries or ("aux",))
 
 
 def step(model, rank, method, seed=0):
@@ -62,7 +85,7 @@ def separately(kind, method, seeds=(0,), factor=1.0):
     """By two models in one process: the gradients that two processes have to agree on, and the buffers of each."""
     both = []
     for rank in (0, 1):
-        model = wrapped(kind)
+        model = model_for(method, kind)
         scale(model, factor)
         for seed in seeds:
             step(model, rank, method, seed)
@@ -103,7 +126,7 @@ def check(rank, expected):
         for unused in (False, True):
             method = SHUFFLED if name == "fast advprop, shuffled" else METHODS[name]
             what = f"{kind}, {name}, find_unused_parameters={unused}"
-            parallel = DistributedDataParallel(wrapped(kind), find_unused_parameters=unused)
+            parallel = DistributedDataParallel(model_for(method, kind), find_unused_parameters=unused)
             reductions = {}
             parallel.register_comm_hook(reductions, average)
             try:
@@ -122,7 +145,7 @@ def check_no_sync(rank, expected):
     """Two steps, the first without synchronising, and a third after the optimizer's."""
     problems = []
     for (kind, name), (mean, third) in expected.items():
-        parallel = DistributedDataParallel(wrapped(kind))
+        parallel = DistributedDataParallel(model_for(METHODS[name], kind))
         with parallel.no_sync():
             step(parallel, rank, METHODS[name], 0)
         step(parallel, rank, METHODS[name], 1)
@@ -142,7 +165,7 @@ def check_sharded(rank, expected):
 
     problems, mesh = [], init_device_mesh("cpu", (2,))
     for name, method in METHODS.items():
-        model = fully_shard(wrapped("layer_norm"), mesh=mesh)
+        model = fully_shard(model_for(method, "layer_norm"), mesh=mesh)
         if isinstance(method, FastAdvProp):
             with pytest.raises(UnsupportedModelError, match="DDP"):
                 step(model, rank, method)

@@ -4,8 +4,19 @@ import pytest
 import torch
 
 import entprop_wrap as entprop
+from entprop_wrap import EntProp, selection
 from entprop_wrap.attacks import PGD
-from entprop_wrap.methods import AdversarialTraining, AdvProp, FastAdvProp, MixProp, Vanilla
+from entprop_wrap.methods import (
+    MEADA,
+    AdversarialTraining,
+    AdvProp,
+    EntropyAscent,
+    FastAdvProp,
+    FineGrainedAdvProp,
+    MixProp,
+    Vanilla,
+)
+from entprop_wrap.methods.experimental import EntropicRetraining
 from tests.methods.test_step_loops import (
     Counter,
     assert_close,
@@ -28,6 +39,13 @@ def fixed_start(**options):
     return PGD(**{"epsilon": 2 / 255, "steps": 2, "random_start": False, **options})
 
 
+def model_for(method, kind="batch_norm", dtype=torch.float64):
+    """A model wrapped as the method wants it."""
+    return wrapped(kind, dtype, auxiliaries=method.auxiliaries or ("aux",))
+
+
+BRANCHES = {"weak": PGD(1 / 255, steps=1), "strong": ATTACK, "dark": lambda pixels: pixels / 2}
+
 METHODS = {
     # name: (method, forward passes in images, calls of backward, StepOutput.passes by the formula in the docstring)
     "vanilla": (Vanilla(), [10], 1, 1),
@@ -36,20 +54,34 @@ METHODS = {
     "advprop": (AdvProp(attack=ATTACK), [10] * 5, 2, 2 + 3),
     "advprop, by default": (AdvProp(), [10] * 7, 2, 2 + 5),
     "advprop, targeted, batch": (AdvProp(ATTACK, targeted=True, attack_statistics="batch"), [10] * 5, 2, 2 + 3),
+    "fine-grained": (FineGrainedAdvProp(BRANCHES, {"weak": 1, "strong": 0.5, "dark": 2}), [10] * 8, 4, 1 + 2 + 4 + 1),
+    "fine-grained, targeted, batch": (
+        FineGrainedAdvProp({"far": PGD(steps=2), "near": PGD(steps=1)}, 0.5, targeted=True, attack_statistics="batch"),
+        [10] * 6,
+        3,
+        1 + 3 + 2,
+    ),
+    "random selection": (EntProp(uncertainty=selection.random, attack_steps=3), [10, 2, 2, 2], 2, 1 + 0.2 * 3),
+    "no score above": (EntProp(fraction=0.5, threshold=10.0), [10, 2], 2, 1 + 0.2),
+    "every score above": (EntProp(fraction=0.5, threshold=-1.0), [10, 5], 2, 1 + 0.5),
+    "shared norms": (EntProp(auxiliary=None, attack_steps=3), [10, 2, 2, 2], 2, 1 + 0.2 * 3),
     "fast advprop": (FastAdvProp(), [8, 2, 2], 3, 1 + 0.2),
     "fast advprop, half": (FastAdvProp(fraction=0.5, beta=0.4), [5, 5, 5], 3, 1 + 0.5),
+    "me-ada": (MEADA(), [10] * 17, 2, 1 + 16),
+    "me-ada, part": (MEADA(EntropyAscent(steps=3), fraction=0.4), [10, 4, 4, 4, 4], 2, 1 + 0.4 * 4),
+    "entropic retraining": (EntropicRetraining(), [10], 1, 1),
     "pgd": (AdversarialTraining(ATTACK), [10] * 4, 1, 3 + 1),
     "pgd, by default": (AdversarialTraining(), [10] * 11, 1, 10 + 1),
     "pgd, clean": (AdversarialTraining(ATTACK, clean_weight=0.5, entropy_weight=0.1), [10] * 5, 2, 3 + 2),
     "trades": (AdversarialTraining(ATTACK, kind="trades"), [10] * 5, 1, 3 + 2),
 }
-MAIN_ONLY = (Vanilla, AdversarialTraining)
+MAIN_ONLY = [name for name, (method, *_) in METHODS.items() if not method.auxiliaries]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_passes(name):
     method, passes, calls, cost = METHODS[name]
-    model = wrapped()
+    model = model_for(method)
     counter, trained = Counter(model), []
     model.register_forward_pre_hook(lambda module, args: trained.append(torch.is_grad_enabled()))
     out = entprop.training_step(model, *random_batch(BATCH), method=method, backward=counter.backward)
@@ -71,27 +103,29 @@ def test_the_losses_handed_to_backward_add_up_to_the_loss(name):
         losses.append(loss.item())
         loss.backward()
 
-    out = entprop.training_step(wrapped(), *random_batch(BATCH), method=METHODS[name][0], backward=backward)
+    method = METHODS[name][0]
+    out = entprop.training_step(model_for(method), *random_batch(BATCH), method=method, backward=backward)
     assert out.loss.item() == pytest.approx(sum(losses), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("kind", ["batch_norm", "mixed_norms"])
 def test_statistics_move_once_for_every_pass_that_trains(kind, name):
-    model, method = wrapped(kind), METHODS[name][0]
+    method = METHODS[name][0]
+    model = model_for(method, kind)
     before = {key: buffer.clone() for key, buffer in model.named_buffers()}
     entprop.training_step(model, *random_batch(BATCH), method=method)
     recorded = {
         part: {
             (buffer - before[key]).item()
             for key, buffer in model.named_buffers()
-            if key.endswith("num_batches_tracked") and ("entprop_aux" in key) == (part == "aux")
+            if key.endswith("num_batches_tracked") and ("entprop_" in key) == (part == "aux")
         }
         for part in ("main", "aux")
     }
-    both = "trades" in name or name == "pgd, clean"
+    both = "trades" in name or name in ("pgd, clean", "shared norms")
     assert recorded["main"] == {2 if both else 1}
-    assert recorded["aux"] == {0 if isinstance(method, MAIN_ONLY) else 2 if isinstance(method, FastAdvProp) else 1}
+    assert recorded["aux"] == {0 if name in MAIN_ONLY else 2 if isinstance(method, FastAdvProp) else 1}
     for module in model.modules():
         assert module.training, f"{type(module).__name__} is left in evaluation mode"
 
@@ -100,7 +134,7 @@ def test_statistics_move_once_for_every_pass_that_trains(kind, name):
 def test_accumulated_gradients_are_the_sum_of_the_steps(name):
     method = METHODS[name][0]
     batches = [random_batch(BATCH, seed=seed) for seed in range(2)]
-    model, singles = wrapped("layer_norm"), []
+    model, singles = model_for(method, "layer_norm"), []
     for seed, batch in enumerate(batches):
         torch.manual_seed(seed)
         entprop.training_step(model, *batch, method=method, backward=lambda loss: (loss / 2).backward())
@@ -111,8 +145,14 @@ def test_accumulated_gradients_are_the_sum_of_the_steps(name):
 
 def test_a_main_only_method_leaves_the_copies_alone_and_needs_none():
     plain = wrapped()
+    assert set(map(type, (METHODS[name][0] for name in MAIN_ONLY))) == {
+        Vanilla,
+        AdversarialTraining,
+        EntProp,
+        EntropicRetraining,
+    }
     for name, (method, *_) in METHODS.items():
-        if isinstance(method, MAIN_ONLY):
+        if name in MAIN_ONLY:
             model = wrapped()
             torch.manual_seed(0)
             entprop.training_step(model, *random_batch(BATCH), method=method)
@@ -134,7 +174,11 @@ HALF = {
     "mixprop": MixProp(),
     "advprop": AdvProp(fixed_start()),
     "advprop, batch": AdvProp(fixed_start(), attack_statistics="batch"),
+    "fine-grained": FineGrainedAdvProp({"attacked": fixed_start(), "dark": BRANCHES["dark"]}),
+    "shared norms": EntProp(auxiliary=None, uncertainty=selection.random, attack_steps=2, mix=None),
     "fast advprop": FastAdvProp(fraction=0.4),
+    "me-ada": MEADA(EntropyAscent(steps=2), weight=0.5),
+    "entropic retraining": EntropicRetraining(),
     "pgd": AdversarialTraining(fixed_start(), clean_weight=0.3, entropy_weight=0.1, label_smoothing=0.1),
     "trades": AdversarialTraining(PGD(epsilon=2 / 255, steps=2), kind="trades", beta=1.0),
 }
@@ -158,7 +202,7 @@ def test_a_scaled_loss_gives_the_same_gradients_once_unscaled(amp, kind, name):
     batch = random_batch(32, dtype=torch.float32)
     torch.manual_seed(0)
     expected = plain_gradients(batch, kind=kind, dtype=torch.float32, method=HALF[name])
-    model = wrapped(kind, dtype=torch.float32)
+    model = model_for(HALF[name], kind, torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     torch.manual_seed(0)
@@ -179,7 +223,7 @@ def test_a_scaled_loss_gives_the_same_gradients_once_unscaled(amp, kind, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_few_steps_learn(name):
-    model = wrapped(dtype=torch.float32)
+    model = model_for(METHODS[name][0], dtype=torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     images, labels = random_batch(32, dtype=torch.float32)
     losses = []

@@ -31,11 +31,11 @@ def entprop_method(**options):
     return entprop.EntProp(**{"fraction": FRACTION, "mix": None, **options})
 
 
-def wrapped(kind="batch_norm", dtype=torch.float64, seed=0):
-    """A wrapped model whose copies differ from its main norms; always the same one."""
+def wrapped(kind="batch_norm", dtype=torch.float64, seed=0, auxiliaries=("aux",)):
+    """A wrapped model whose copies differ from its main norms and from each other; always the same one."""
     plain = build(kind, seed=seed, dtype=dtype)
     names = set(plain.state_dict())
-    model = entprop.wrap(plain)
+    model = entprop.wrap(plain, auxiliaries=auxiliaries)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -50,7 +50,7 @@ def gradients(model):
 
 def plain_gradients(batch, *, kind="batch_norm", dtype=torch.float64, amp=None, method=None, **options):
     """Gradients of one step in a plain loop, on a fresh model, under autocast to ``amp`` if given."""
-    model = wrapped(kind, dtype)
+    model = wrapped(kind, dtype, auxiliaries=getattr(method, "auxiliaries", ()) or ("aux",))
     with torch.autocast("cpu", amp, enabled=amp is not None):
         entprop.training_step(model, *batch, method=method or entprop_method(**options))
     return gradients(model)

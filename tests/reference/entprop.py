@@ -134,6 +134,7 @@ def step(
     auxiliary_target: str = "mixed",
     weighting: str = "per_image",
     uncertainty: Callable[[Tensor, Tensor], float] = entropy,
+    threshold: float | None = None,
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),
     order: Sequence[int] | None = None,
@@ -141,8 +142,9 @@ def step(
     """Gradients, buffers and figures of one step from the given weights, none of which is changed.
 
     ``main`` is the plain module's whole state; ``auxiliary`` the entries (under the same names) that the
-    auxiliary network has of its own. ``order`` lists the selected samples as the caller has them, since a
-    blend of the selected samples counts in that order; it must name the samples that are selected here.
+    auxiliary network has of its own; none, and both networks are one. ``order`` lists the selected samples
+    as the caller has them, since a blend of the selected samples counts in that order; it must name the
+    samples that are selected here.
     """
     module.train()
     parameter_names = {name for name, _ in module.named_parameters()}
@@ -173,6 +175,10 @@ def step(
     m = count_selected(batch, fraction)
     scores = [uncertainty(logits[i].detach(), y[i]) for i in range(batch)]
     selected = sorted(range(batch), key=lambda i: -scores[i])[:m]
+    if threshold is not None:
+        while len(selected) > 2 and not scores[selected[-1]] > threshold:
+            selected.pop()
+        m = len(selected)
     if order is not None:
         assert sorted(order) == sorted(selected), f"selected {sorted(order)}, expected {sorted(selected)}"
         selected = list(order)
@@ -193,7 +199,7 @@ def step(
     for attack in range(1, attack_steps + 1):
         if attack > 1:
             x_a = x_a.clone().requires_grad_()
-            thrown_away = {name: buffer.clone() for name, buffer in auxiliary_buffers.items()}
+            thrown_away = {name: b.clone() for name, b in {**main_buffers, **auxiliary_buffers}.items()}
             loss = mean_loss(auxiliary_network(x_a, thrown_away), y_s, other_s, share)
             (g_s,) = torch.autograd.grad(loss, [x_a])
         x_a = perturb(x_s, x_a.detach(), g_s, **limits)

@@ -58,7 +58,7 @@ def naive_pgd(model, image, label, start, epsilon, size, steps, norm, loss):
 @pytest.mark.parametrize("random_start", [False, True])
 def test_pgd_equals_the_naive_one(norm, epsilon, loss, random_start):
     model, images, labels = double()
-    attack = PGD(epsilon, epsilon / 3, steps=5, norm=norm, random_start=random_start, loss=loss)
+    attack = PGD(epsilon, 5, epsilon / 3, norm=norm, random_start=random_start, loss=loss)
     found = attack(model, images, labels, SPACE, torch.Generator().manual_seed(4))
     assert found.dtype == torch.float64
     draws = Draws(images, torch.Generator().manual_seed(4))
@@ -185,7 +185,7 @@ def _generator_of_the_curve():
 
 
 def test_magnitudes_scale_together():
-    assert PGD(4 / 255, 1 / 255).at(8 / 255).step_size == pytest.approx(2 / 255)
+    assert PGD(4 / 255, step_size=1 / 255).at(8 / 255).step_size == pytest.approx(2 / 255)
     assert PGD(4 / 255).at(8 / 255) == PGD(8 / 255)
     assert FGSM(1 / 255).at(2 / 255) == FGSM(2 / 255)
     source = classifier()

@@ -1,0 +1,36 @@
+"""What a method does to your data and your model, measured; and a monitor that watches it do so.
+
+All of it leaves the model and torch's random state as they were, and runs on one process. Plots are in
+``entprop_wrap.diagnostics.plots``, which needs matplotlib.
+"""
+
+from entprop_wrap.diagnostics.entropies import EntropyStages, entropy_stages
+from entprop_wrap.diagnostics.feature_sets import FeatureDistance, FeaturePicture, feature_distance, feature_picture
+from entprop_wrap.diagnostics.frechet import frechet_distance
+from entprop_wrap.diagnostics.gap import DomainGap, LayerGap, domain_gap
+from entprop_wrap.diagnostics.intervals import Interval
+from entprop_wrap.diagnostics.jacobian import InputJacobian, input_jacobian
+from entprop_wrap.diagnostics.monitor import Monitor
+from entprop_wrap.diagnostics.ood import OODScore, SelectionOOD, auroc, fpr95, selection_ood
+
+__all__ = [
+    "DomainGap",
+    "EntropyStages",
+    "FeatureDistance",
+    "FeaturePicture",
+    "InputJacobian",
+    "Interval",
+    "LayerGap",
+    "Monitor",
+    "OODScore",
+    "SelectionOOD",
+    "auroc",
+    "domain_gap",
+    "entropy_stages",
+    "feature_distance",
+    "feature_picture",
+    "fpr95",
+    "frechet_distance",
+    "input_jacobian",
+    "selection_ood",
+]

@@ -1,0 +1,141 @@
+"""``entropy_stages``: what each stage of EntProp does to the entropy of your images."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entprop_wrap.diagnostics.intervals import Interval, mean_difference, mean_of, plain
+from entprop_wrap.diagnostics.observation import Observer, batches_of, isolated, logits_in
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.robustness.result import markdown_table
+from entprop_wrap.selection import entropy
+from entprop_wrap.step import Method
+
+__all__ = ["EntropyStages", "entropy_stages"]
+
+
+@dataclass(frozen=True)
+class EntropyStages:
+    """Entropy of the images at each stage of a method, in nats.
+
+    Attributes:
+        values: Entropy of each image, by stage.
+        stages: Mean entropy by stage, in the order of the method; intervals are over batches.
+        changes: By stage, its mean minus that of the stage before it, paired by batch; the first has none.
+        classes: Number of classes C; entropy is at most ``log C``.
+        images: Number of images.
+        batches: Number of batches.
+    """
+
+    values: dict[str, tuple[float, ...]]
+    stages: dict[str, Interval]
+    changes: dict[str, Interval]
+    classes: int
+    images: int
+    batches: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain types that JSON knows."""
+        return plain(self)
+
+    def to_markdown(self) -> str:
+        """Return a table of the stages, in nats."""
+        rows = [["stage", "images", "entropy", "change"]]
+        for stage, mean in self.stages.items():
+            rows.append([stage, str(len(self.values[stage])), str(mean), str(self.changes.get(stage, ""))])
+        note = f"Entropy in nats, at most {math.log(self.classes):.3g}; 95 % intervals over {self.batches} batches."
+        return f"{markdown_table(rows)}\n\n{note}"
+
+
+def entropy_stages(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    method: Method | None = None,
+    pixel_space: PixelSpace | None = None,
+    max_images: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> EntropyStages:
+    """Measure the entropy of clean, mixed, selected and perturbed images, as one and the same model sees them.
+
+    The method's own step, with a training pass and all, says which images are mixed, selected and moved, and how; it
+    runs on a copy of the model. Entropies are those that the model itself gives in evaluation mode, through its main
+    norms, at every stage. Model and random state are left as they were. A stage that the method leaves out, or that
+    changes no pixel, is absent.
+
+    Args:
+        model: A classifier in evaluation mode, wrapped or plain; as a plain one would be on its first step.
+        data: Batches ``(images, labels)`` or dicts, as training sees them: ``fraction`` is one of each batch. A rest of
+            a single image is left out.
+        method: The method to look at; None: ``EntProp()``. It has to select images.
+        pixel_space: What the data is normalised with; None: nothing.
+        max_images: Number of images to stop at; None: all.
+        seed: Of mixing, dropout and the order of data.
+        progress: Show a progress bar.
+
+    Returns:
+        Means and changes with t-intervals over batches, and the entropy of each image.
+
+    Warns:
+        UserWarning: A stage does not raise entropy, or not beyond chance.
+
+    Raises:
+        ConfigurationError: The model is in training mode; a method that selects nothing; an option out of range.
+        UnsupportedModelError: The model is inside an ``auxiliary()`` block, or no module.
+        AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
+        DataError, ImageError, PixelRangeError, LabelError: Data of another form, or outside ``pixel_space``.
+
+    Source: the stages of EntProp (Enomoto, UAI 2024, Algorithm 1); figure and wording of the question are ours.
+    """
+    space = pixel_space or PixelSpace()
+    found: dict[str, list[Tensor]] = {}
+    classes = 0
+    with isolated(model, seed):
+        observer = Observer(model, method, space, seed)
+        for images, labels in batches_of(
+            data, space, max_images=max_images, progress=progress, title="Entropies", least=2
+        ):
+            for stage, version in observer.stages(images, labels).images.items():
+                output = logits_in(model, version)
+                classes = output.shape[1]
+                found.setdefault(stage, []).append(entropy(output).double().cpu())
+    result = _result({stage: batches for stage, batches in found.items() if stage in observer.changed}, classes)
+    _warn(result)
+    return result
+
+
+def _result(found: dict[str, list[Tensor]], classes: int) -> EntropyStages:
+    names = list(found)
+    return EntropyStages(
+        values={stage: tuple(torch.cat(batches).tolist()) for stage, batches in found.items()},
+        stages={stage: mean_of(batches) for stage, batches in found.items()},
+        changes={stage: mean_difference(found[stage], found[before]) for before, stage in itertools.pairwise(names)},
+        classes=classes,
+        images=sum(map(len, found["clean"])),
+        batches=len(found["clean"]),
+    )
+
+
+def _warn(result: EntropyStages) -> None:
+    advice = {
+        "mixed": "Look at the images that mix= makes.",
+        "selected": "The uncertainty that the method selects by does not follow entropy on this data.",
+        "perturbed": "Attacks climb the loss: if errors become certain, lower epsilon; if little moves, raise it.",
+    }
+    for stage, change in result.changes.items():
+        if change.value <= 0:
+            how = "does not raise entropy"
+        elif change.low is not None and change.low <= 0:
+            how = "is not shown to raise entropy"
+        else:
+            continue
+        warnings.warn(f"The stage {stage!r} {how}: it changes by {change} nats. {advice[stage]}", stacklevel=3)

@@ -1,0 +1,215 @@
+"""``feature_distance`` and ``feature_picture``: where a method's images lie in the model's own feature space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entprop_wrap.diagnostics.frechet import Covariance, check_covariance, frechet_distance
+from entprop_wrap.diagnostics.intervals import plain
+from entprop_wrap.diagnostics.observation import Observer, batches_of, isolated, logits_in
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.features import features_of
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.robustness.result import markdown_table
+from entprop_wrap.step import Method
+from entprop_wrap.wrapping import is_wrapped
+
+__all__ = ["FeatureDistance", "FeaturePicture", "feature_distance", "feature_picture"]
+
+_AUXILIARY = "perturbed, auxiliary"
+
+
+@dataclass(frozen=True)
+class FeatureDistance:
+    """Fréchet distances of a method's images to clean ones, in squared units of the features.
+
+    Attributes:
+        distances: Of "mixed", "selected" and "perturbed" images through the main norms, and of "perturbed, auxiliary",
+            those through the norms that train on them (wrapped models only), to clean images through the main norms.
+        floor: Distance between two random halves of the clean images: what sampling noise alone makes of so many.
+        images: Number of images by set, "clean" included. Fewer images are further away, see :func:`frechet_distance`.
+        dimensions: Number of features D.
+        covariance: "sample" or "shrunk".
+        layer: Name of the layer whose input the features are.
+    """
+
+    distances: dict[str, float]
+    floor: float
+    images: dict[str, int]
+    dimensions: int
+    covariance: str
+    layer: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain types that JSON knows."""
+        return plain(self)
+
+    def to_markdown(self) -> str:
+        """Return a table of the distances."""
+        rows = [["images", "number", "distance to clean"]]
+        rows += [[name, str(self.images[name]), f"{value:.4g}"] for name, value in self.distances.items()]
+        rows.append(["half of clean (to the other half)", str(self.images["clean"] // 2), f"{self.floor:.4g}"])
+        return (
+            f"{markdown_table(rows)}\n\n{self.dimensions} features before {self.layer!r}, {self.covariance} covariance."
+        )
+
+
+@dataclass(frozen=True)
+class FeaturePicture:
+    """Features of both domains in the plane of their two first principal components.
+
+    Attributes:
+        points: By set, "clean" (main norms) and "perturbed, auxiliary" (or "perturbed" on a plain model): ``(x, y)``.
+        labels: Class of each point, likewise; of mixed images the first one.
+        explained: Share of the variance that each axis holds, in [0, 1].
+    """
+
+    points: dict[str, tuple[tuple[float, float], ...]]
+    labels: dict[str, tuple[int, ...]]
+    explained: tuple[float, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain types that JSON knows."""
+        return plain(self)
+
+
+def feature_distance(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    method: Method | None = None,
+    covariance: Covariance = "sample",
+    layer: str | None = None,
+    pixel_space: PixelSpace | None = None,
+    max_images: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> FeatureDistance:
+    """Measure how far mixing, selection and perturbation move images in the model's own feature space.
+
+    As table 6 of EntProp does with the features of an Inception network, which also makes numbers incomparable.
+    Features are taken in evaluation mode. Model and random state are left as they were.
+
+    Args:
+        model: A classifier in evaluation mode, wrapped or plain.
+        data: Batches ``(images, labels)`` or dicts, as training sees them: ``fraction`` is one of each batch.
+        method: The method to look at; None: ``EntProp()``.
+        covariance: "sample", or "shrunk" for few images; see :func:`frechet_distance` for their bias.
+        layer: Whose input the features are; None: the classifier's head.
+        pixel_space: What the data is normalised with; None: nothing.
+        max_images: Number of images to stop at; None: all.
+        seed: Of mixing, dropout, the halves and the order of data.
+        progress: Show a progress bar.
+
+    Raises:
+        ConfigurationError: The model is in training mode; a method that selects nothing; an option out of range; fewer
+            than 4 images.
+        ModelOutputError: No layer makes the logits: see ``layer``.
+        UnsupportedModelError: The model is inside an ``auxiliary()`` block, or no module.
+        AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
+        DataError, ImageError, PixelRangeError, LabelError: Data of another form, or outside ``pixel_space``.
+    """
+    check_covariance(covariance)
+    sets, _, name = _collect(model, data, method, layer, pixel_space, max_images, seed, progress, only=None)
+    clean = sets["clean"]
+    if len(clean) < 4:
+        raise ConfigurationError(f"Expected at least 4 images for a distance between two halves, found {len(clean)}.")
+    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed))
+    halves = clean[order[: len(clean) // 2]], clean[order[len(clean) // 2 :]]
+    return FeatureDistance(
+        distances={
+            name: frechet_distance(clean, features, covariance=covariance)
+            for name, features in sets.items()
+            if name != "clean"
+        },
+        floor=frechet_distance(*halves, covariance=covariance),
+        images={name: len(features) for name, features in sets.items()},
+        dimensions=clean.shape[1],
+        covariance=covariance,
+        layer=name,
+    )
+
+
+def feature_picture(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    method: Method | None = None,
+    layer: str | None = None,
+    pixel_space: PixelSpace | None = None,
+    max_images: int | None = 500,
+    seed: int = 0,
+    progress: bool = True,
+) -> FeaturePicture:
+    """Project features of clean images (main norms) and of perturbed ones (auxiliary norms) onto a plane.
+
+    The plane holds the two first principal components of both sets together; signs of axes are arbitrary but fixed.
+    Arguments and errors are those of :func:`feature_distance`.
+    """
+    sets, labels, _ = _collect(
+        model, data, method, layer, pixel_space, max_images, seed, progress, only=("clean", "perturbed", _AUXILIARY)
+    )
+    if _AUXILIARY in sets:
+        del sets["perturbed"]
+    everything = torch.cat(list(sets.values()))
+    centred = everything - everything.mean(dim=0)
+    _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
+    if len(sizes) < 2:
+        raise ConfigurationError(f"A picture needs at least 2 features, found {len(sizes)}.")
+    # The largest entry of an axis is made positive, so that two runs give one picture.
+    axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()
+    variance = sizes.square()
+    shares = (variance / variance.sum().clamp(min=torch.finfo(variance.dtype).tiny)).tolist()
+    points = (centred @ axes.mT).split([len(features) for features in sets.values()])
+    return FeaturePicture(
+        points={name: tuple((x, y) for x, y in part.tolist()) for name, part in zip(sets, points, strict=True)},
+        labels={name: tuple(labels[name].tolist()) for name in sets},
+        explained=(shares[0], shares[1]),
+    )
+
+
+def _collect(
+    model: nn.Module,
+    data: Iterable[Any],
+    method: Method | None,
+    layer: str | None,
+    pixel_space: PixelSpace | None,
+    max_images: int | None,
+    seed: int,
+    progress: bool,
+    *,
+    only: tuple[str, ...] | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """Return features in float64 and labels, both by set, and the layer's name."""
+    space = pixel_space or PixelSpace()
+    features: dict[str, list[Tensor]] = {}
+    classes: dict[str, list[Tensor]] = {}
+    versions: dict[str, tuple[Tensor, str | None]]
+    with isolated(model, seed):
+        observer = Observer(model, method, space, seed)  # copies the model: before it is given hooks
+        own = observer.method.auxiliaries if is_wrapped(model) else ()
+        with features_of(model, layer=layer) as recorder:
+            for images, labels in batches_of(
+                data, space, max_images=max_images, progress=progress, title="Features", least=2
+            ):
+                stages = observer.stages(images, labels)
+                versions = {name: (version, None) for name, version in stages.images.items()}
+                if own:
+                    versions[_AUXILIARY] = stages.images["perturbed"], own[0]
+                for name, (version, domain) in versions.items():
+                    if only is None or name in only:
+                        logits_in(model, version, domain)
+                        features.setdefault(name, []).append(recorder.last.double().cpu())
+                        classes.setdefault(name, []).append(stages.labels_of(name).cpu())
+    kept = [name for name in features if name in observer.changed or name == _AUXILIARY or only is not None]
+    assert recorder.layer is not None
+    return (
+        {name: torch.cat(features[name]) for name in kept},
+        {name: torch.cat(classes[name]) for name in kept},
+        recorder.layer,
+    )

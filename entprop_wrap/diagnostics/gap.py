@@ -1,0 +1,109 @@
+"""``domain_gap``: how far the auxiliary norms have moved away from the main ones, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entprop_wrap.diagnostics.intervals import plain
+from entprop_wrap.registry import find_registry
+from entprop_wrap.robustness.result import markdown_table
+from entprop_wrap.switch import HOLDER_PREFIX
+
+__all__ = ["DomainGap", "LayerGap", "domain_gap"]
+
+
+@dataclass(frozen=True)
+class LayerGap:
+    """The distance of one auxiliary copy from its norm layer.
+
+    Attributes:
+        layer: Name of the norm layer.
+        kind: Its class.
+        auxiliary: Name of the auxiliary domain.
+        parameters: By parameter ("weight", "bias", ...): ``|aux - main|`` over the mean of ``|aux|`` and ``|main|``, in
+            [0, 2]; 0 for equal ones.
+        statistics: Symmetrised Kullback-Leibler divergence of the running statistics, read as normal distributions:
+            ``(KL(aux, main) + KL(main, aux)) / 2`` in nats, mean over channels. None without running statistics.
+    """
+
+    layer: str
+    kind: str
+    auxiliary: str
+    parameters: dict[str, float]
+    statistics: float | None
+
+
+@dataclass(frozen=True)
+class DomainGap:
+    """Distances between main and auxiliary norms.
+
+    Attributes:
+        layers: One for each norm layer and auxiliary, in the order of the model.
+    """
+
+    layers: tuple[LayerGap, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain types that JSON knows."""
+        return plain(self)
+
+    def to_markdown(self) -> str:
+        """Return a table by layer."""
+        names = list(dict.fromkeys(name for layer in self.layers for name in layer.parameters))
+        rows = [["layer", "kind", "auxiliary", *names, "statistics (nats)"]]
+        for gap in self.layers:
+            numbers = [gap.parameters.get(name) for name in names] + [gap.statistics]
+            shown = ["" if number is None else f"{number:.3g}" for number in numbers]
+            rows.append([gap.layer, gap.kind, gap.auxiliary, *shown])
+        return markdown_table(rows)
+
+
+def domain_gap(model: nn.Module) -> DomainGap:
+    """Measure how far each auxiliary copy is from its norm layer; all distances are 0 right after ``wrap``.
+
+    Args:
+        model: A wrapped model in any mode, or its container; it is only read. Sharded parameters are not gathered.
+
+    Raises:
+        NotWrappedError: The model has no auxiliary copies.
+    """
+    registry = find_registry(model)
+    layers = []
+    for name, norm in registry.norms.items():
+        for auxiliary in registry.auxiliaries:
+            copy = norm._modules[HOLDER_PREFIX + auxiliary]
+            assert copy is not None
+            parameters = {
+                key: _relative(_wide(copy._parameters[key]), _wide(parameter))
+                for key, parameter in norm._parameters.items()
+                if parameter is not None
+            }
+            layers.append(LayerGap(name, type(norm).__name__, auxiliary, parameters, _divergence(copy, norm)))
+    return DomainGap(tuple(layers))
+
+
+def _wide(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.detach().double()
+
+
+def _relative(copy: Tensor, main: Tensor) -> float:
+    size = (torch.linalg.vector_norm(copy) + torch.linalg.vector_norm(main)) / 2
+    return float(torch.linalg.vector_norm(copy - main) / size) if size else 0.0
+
+
+def _divergence(copy: nn.Module, norm: nn.Module) -> float | None:
+    if not all(isinstance(norm._buffers.get(name), Tensor) for name in ("running_mean", "running_var")):
+        return None
+    eps = float(getattr(norm, "eps", 0.0))
+    (mean, var), (other_mean, other_var) = (
+        (_wide(holder._buffers["running_mean"]), _wide(holder._buffers["running_var"]) + eps) for holder in (norm, copy)
+    )
+    # The logarithms of both directions cancel.
+    square = (mean - other_mean).square()
+    both = (var + square) / other_var + (other_var + square) / var - 2
+    return float(both.mean() / 4)

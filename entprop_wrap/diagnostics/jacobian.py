@@ -1,0 +1,139 @@
+"""``input_jacobian``: how strongly logits react to pixels, image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entprop_wrap.containers import plain_model
+from entprop_wrap.diagnostics.intervals import Interval, mean_of, plain
+from entprop_wrap.diagnostics.observation import batches_of, isolated
+from entprop_wrap.errors import ModelOutputError, UnsupportedModelError
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.robustness.subjects import logits
+from entprop_wrap.wrapping import auxiliary as auxiliary_domain
+
+__all__ = ["InputJacobian", "input_jacobian"]
+
+#: Entries of Jacobians that are held at once: half a gigabyte in float32.
+_ENTRIES = 2**27
+
+
+@dataclass(frozen=True)
+class InputJacobian:
+    """Norms of the Jacobian ``d logits / d pixels`` of each image; pixels are in [0, 1] whatever the normalisation.
+
+    Attributes:
+        frobenius: Frobenius norm of each image, in logits per pixel range.
+        spectral: Largest singular value of each image, likewise: the most that logits move per length of a change.
+        frobenius_mean: Mean with a t-interval over batches.
+        spectral_mean: Likewise.
+        images: Number of images.
+    """
+
+    frobenius: tuple[float, ...]
+    spectral: tuple[float, ...]
+    frobenius_mean: Interval
+    spectral_mean: Interval
+    images: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain types that JSON knows."""
+        return plain(self)
+
+
+def input_jacobian(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    auxiliary: str | None = None,
+    pixel_space: PixelSpace | None = None,
+    max_images: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> InputJacobian:
+    """Measure the Jacobian of the logits with respect to the pixels of each image, exactly.
+
+    Costs a forward pass and as many backward passes as there are classes. Model and random state are left as they were.
+
+    Args:
+        model: A classifier in evaluation mode, wrapped or plain, that treats images of a batch independently there.
+        data: Batches ``(images, labels)`` or dicts.
+        auxiliary: Auxiliary domain to run in; None: the main one.
+        pixel_space: What the data is normalised with; None: nothing.
+        max_images: Number of images to stop at; None: all.
+        seed: Of the order of data.
+        progress: Show a progress bar.
+
+    Raises:
+        ConfigurationError: The model is in training mode; an option out of range.
+        UnsupportedModelError: The model is inside an ``auxiliary()`` block, is no module, or uses reentrant
+            checkpointing.
+        NotWrappedError, AuxiliaryNameError: There is no such auxiliary domain.
+        ModelOutputError: The Jacobian is not finite.
+        DataError, ImageError, PixelRangeError, LabelError: Data of another form, or outside ``pixel_space``.
+
+    Source: the norm by which Jin et al. (2020, arXiv 2011.13538) explain what entropy maximisation does.
+    """
+    space = pixel_space or PixelSpace()
+    frobenius, spectral = [], []
+    with isolated(model, seed):
+        plain_one = plain_model(model)
+        for images, _ in batches_of(data, space, max_images=max_images, progress=progress, title="Jacobians"):
+            norms = [_norms(plain_one, part, space, auxiliary) for part in _parts(plain_one, images, auxiliary)]
+            frobenius.append(torch.cat([norm[0] for norm in norms]))
+            spectral.append(torch.cat([norm[1] for norm in norms]))
+    return InputJacobian(
+        frobenius=tuple(torch.cat(frobenius).tolist()),
+        spectral=tuple(torch.cat(spectral).tolist()),
+        frobenius_mean=mean_of(frobenius),
+        spectral_mean=mean_of(spectral),
+        images=sum(map(len, frobenius)),
+    )
+
+
+def _parts(model: nn.Module, images: Tensor, auxiliary: str | None) -> list[Tensor]:
+    """Cut a batch so that the Jacobians of a part fit into memory."""
+    with torch.no_grad(), _inside(model, auxiliary):
+        classes = logits(model, images[:1]).shape[1]
+    most = max(1, _ENTRIES // (classes * images[0].numel()))
+    return [images[at : at + most] for at in range(0, len(images), most)]
+
+
+def _norms(model: nn.Module, images: Tensor, space: PixelSpace, auxiliary: str | None) -> tuple[Tensor, Tensor]:
+    """Return the Frobenius and the spectral norms ``(N,)``, in float64 on the CPU."""
+    with torch.enable_grad(), _inside(model, auxiliary):
+        images = images.detach().clone().requires_grad_()
+        output = logits(model, images)
+        # One row of the Jacobian of all images at once: in evaluation mode no image knows of another. A plain loop,
+        # because torch.func.functional_call is wrong under activation checkpointing.
+        rows = []
+        for of_class in output.sum(dim=0):
+            try:
+                (row,) = torch.autograd.grad(of_class, images, retain_graph=True)
+            except RuntimeError as error:
+                if "checkpoint" not in str(error).lower():
+                    raise
+                raise UnsupportedModelError(
+                    "Jacobians need the gradient of the images alone, which reentrant activation checkpointing cannot "
+                    "give. Write use_reentrant=False, or switch checkpointing off."
+                ) from error
+            rows.append(row.float() if row.dtype in (torch.float16, torch.bfloat16) else row)
+    jacobian = torch.stack(rows)
+    jacobian = (jacobian * space.scale(images)).transpose(0, 1).flatten(2)  # (N, classes, pixels)
+    gram = (jacobian @ jacobian.mT).double().cpu()
+    if not bool(torch.isfinite(gram).all()):
+        raise ModelOutputError(
+            "Some Jacobians are NaN or infinite. Expected finite ones: look for diverged weights, or half precision."
+        )
+    squares = torch.linalg.eigvalsh(gram)
+    return squares.sum(1).clamp(min=0).sqrt(), squares[:, -1].clamp(min=0).sqrt()
+
+
+def _inside(model: nn.Module, auxiliary: str | None) -> AbstractContextManager[None]:
+    return nullcontext() if auxiliary is None else auxiliary_domain(model, auxiliary)

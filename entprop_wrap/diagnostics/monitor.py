@@ -1,0 +1,202 @@
+"""``Monitor``: watches a training run for the ways in which EntProp and its relatives fail quietly."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.step import StepOutput
+
+__all__ = ["Monitor"]
+
+#: Selected images are to have at least so much more entropy than all, relatively.
+_LEAST_LEAD = 0.05
+#: Above this share of ``log C`` a model has not begun to learn, and its entropies say nothing.
+_UNLEARNT = 0.9
+#: The auxiliary loss may grow by so much: by this factor, and by this share of ``log C``.
+_GROWTH, _GROWTH_SHARE = 1.5, 0.1
+#: The auxiliary loss of a model that learns is below this many times ``log C``, the loss of a guess.
+_WORSE_THAN_CHANCE = 1.5
+#: The validation loss may grow by so much over its best.
+_PART, _PART_SHARE = 1.1, 0.02
+
+
+class Monitor:
+    """Warns of three ways to fail, once each, with the numbers and what to try.
+
+    * "selection": selected images are no more uncertain than all images;
+    * "auxiliary loss": it is not finite, grows while the main loss does not, or stays worse than a guess;
+    * "validation": the validation loss grows while the training loss falls.
+
+        monitor = Monitor()
+        monitor.update(entprop.training_step(model, images, labels))    # each step
+        monitor.evaluated({"loss": validation_loss})                    # after each evaluation
+
+    or ``Trainer(..., monitor=Monitor())``, where the numbers are those of the first process. Updates wait for nothing:
+    sums stay on the device and are read every so many steps. A monitor is not part of checkpoints; in a resumed run it
+    starts afresh. It changes nothing and draws no random numbers.
+
+    Thresholds are judgements, not from a paper: a lead of 5 % in entropy (once the mean entropy is below 0.9 log C);
+    growth of the auxiliary loss to 1.5 times its lowest and by 0.1 log C, twice as much as the main loss grows; 1.5 log
+    C as worse than a guess; validation loss 10 % and 0.02 log C above its best. Each must hold ``patience`` times in a
+    row, except for losses that are not finite. Where the loss is no cross-entropy, those in log C mean little.
+
+    Args:
+        every: Steps between two looks; what is judged are the means over them.
+        patience: Looks, or evaluations, in a row before a warning.
+
+    Attributes:
+        warnings: The warnings so far, by signature.
+
+    Raises:
+        ConfigurationError: An option is below 1.
+    """
+
+    def __init__(self, *, every: int = 50, patience: int = 3) -> None:
+        for name, value in (("every", every), ("patience", patience)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigurationError(f"{name} must be an integer of at least 1, found {value!r}.")
+        self.every, self.patience = every, patience
+        self.warnings: dict[str, str] = {}
+        self._steps = 0
+        self._classes = 2
+        self._has = (False, False)  # an auxiliary loss, a selection
+        self._pending: Tensor | None = None  # on the device: sums of four values, and how often each was finite
+        self._held = 0  # steps in it
+        self._sums = [0.0] * 8
+        self._window_steps = 0
+        self._since = [0.0, 0.0]  # main loss since the last evaluation: sum, number
+        self._lowest_aux = self._main_then = math.inf
+        self._in_a_row = {"selection": 0, "grows": 0, "worse": 0}
+        self._evaluations: list[tuple[float, float]] = []  # validation loss, training loss
+
+    def update(self, output: StepOutput) -> None:
+        """Take in one training step."""
+        if not isinstance(output, StepOutput):
+            raise TypeError(f"update() expects what training_step() returns, found {type(output).__name__}.")
+        nothing = torch.zeros_like(output.main_loss)
+        self._has = output.aux_loss is not None, output.selected is not None
+        values = torch.stack(
+            [
+                output.main_loss.float(),
+                (nothing if output.aux_loss is None else output.aux_loss).float(),
+                output.entropy.mean().float(),
+                (nothing if output.selected is None else output.entropy[output.selected].mean()).float(),
+            ]
+        ).detach()
+        finite = values.isfinite()
+        both = torch.cat([torch.where(finite, values, 0.0), finite.float()])
+        self._pending = both if self._pending is None else self._pending + both
+        self._classes = output.logits.shape[1]
+        self._held += 1
+        self._steps += 1
+        if self._window_steps + self._held >= self.every:
+            self._read()
+            self._judge()
+
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """Take in an evaluation: a mapping with "loss" (or "eval_loss") on data that is not trained on.
+
+        Raises:
+            ConfigurationError: There is no such number.
+        """
+        loss = metrics.get("loss", metrics.get("eval_loss"))
+        if loss is None:
+            raise ConfigurationError(f"evaluated() expects a mapping with 'loss', found {sorted(metrics)}.")
+        self._read()
+        total, number = self._since
+        self._since = [0.0, 0.0]
+        if number:  # else nothing was trained in between
+            self._evaluations.append((float(loss), total / number))
+            self._judge_validation()
+
+    def _read(self) -> None:
+        """Add what the device holds to the sums; this waits for it."""
+        if self._pending is None:
+            return
+        found = self._pending.tolist()
+        self._sums = [a + b for a, b in zip(self._sums, found, strict=True)]
+        self._since = [self._since[0] + found[0], self._since[1] + found[4]]
+        self._window_steps += self._held
+        self._pending, self._held = None, 0
+
+    def _judge(self) -> None:
+        steps, sums = self._window_steps, self._sums
+        self._window_steps, self._sums = 0, [0.0] * 8
+        auxiliary, selection = self._has
+        lost = steps - int(sums[5])
+        if auxiliary and lost:
+            self._warn(
+                "auxiliary loss",
+                f"The auxiliary loss was not finite in {lost} of the last {steps} steps. Lower the learning rate or "
+                "epsilon, clip gradients, or use bf16 for fp16.",
+            )
+        if 0 in sums[4:]:
+            return  # no mean to judge
+        main, aux, entropy, selected = (total / number for total, number in zip(sums[:4], sums[4:], strict=True))
+        if selection:
+            self._judge_selection(entropy, selected)
+        if auxiliary:
+            self._judge_auxiliary(main, aux)
+
+    def _judge_selection(self, entropy: float, selected: float) -> None:
+        began = entropy < _UNLEARNT * math.log(self._classes)
+        if self._again("selection", began and selected - entropy <= _LEAST_LEAD * entropy):
+            self._warn(
+                "selection",
+                f"Selected images are no more uncertain than random ones: mean entropy {selected:.3g} against "
+                f"{entropy:.3g} nats of all, for {self.patience} times {self.every} steps. Select fewer (fraction=), "
+                "by another uncertainty=, or mix (mix=MixUp()); if all entropies are near 0, the model is certain of "
+                "its training data: train for less long, or regularise.",
+            )
+
+    def _judge_auxiliary(self, main: float, aux: float) -> None:
+        guess = math.log(self._classes)
+        if aux < self._lowest_aux:
+            self._lowest_aux, self._main_then = aux, main
+        growth = aux - self._lowest_aux
+        grows = aux > _GROWTH * self._lowest_aux and growth > _GROWTH_SHARE * guess
+        if self._again("grows", grows and main - self._main_then < growth / 2):
+            self._warn(
+                "auxiliary loss",
+                f"The auxiliary loss has grown from {self._lowest_aux:.3g} to {aux:.3g}, while the main loss went from "
+                f"{self._main_then:.3g} to {main:.3g}. Lower epsilon, attack_steps or the learning rate, or clip "
+                "gradients.",
+            )
+        if self._again("worse", aux > _WORSE_THAN_CHANCE * guess and main < guess):
+            self._warn(
+                "auxiliary loss",
+                f"The auxiliary loss stays at {aux:.3g}, worse than a guess ({guess:.3g}), with a main loss of "
+                f"{main:.3g}. Check that the optimizer trains the auxiliary norms, have 8 or more auxiliary images a "
+                "step, and lower epsilon.",
+            )
+
+    def _judge_validation(self) -> None:
+        losses = [loss for loss, _ in self._evaluations]
+        best = min(range(len(losses)), key=lambda index: losses[index] if math.isfinite(losses[index]) else math.inf)
+        lowest, train_then = self._evaluations[best]
+        limit = max(_PART * lowest, lowest + _PART_SHARE * math.log(self._classes))
+        later = self._evaluations[best + 1 :][-self.patience :]
+        if len(later) == self.patience and all(loss > limit and train < train_then for loss, train in later):
+            now, train_now = later[-1]
+            self._warn(
+                "validation",
+                f"Training and validation part: since evaluation {best + 1} the validation loss has gone from "
+                f"{lowest:.3g} to {now:.3g}, and the training loss from {train_then:.3g} to {train_now:.3g}. Keep the "
+                "earlier weights, train for less long, or regularise: more augmentation, a larger fraction, weight "
+                "decay.",
+            )
+
+    def _again(self, key: str, holds: bool) -> bool:
+        self._in_a_row[key] = self._in_a_row[key] + 1 if holds else 0
+        return self._in_a_row[key] >= self.patience
+
+    def _warn(self, signature: str, message: str) -> None:
+        if signature not in self.warnings:
+            self.warnings[signature] = f"{message} (step {self._steps})"
+            warnings.warn(self.warnings[signature], stacklevel=5)

@@ -1,0 +1,235 @@
+"""What a method does to images, seen from outside: its own step runs on a copy of the model, and is watched."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from entprop_wrap.containers import plain_model
+from entprop_wrap.data_forms import images_and_labels
+from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataError, ModelOutputError
+from entprop_wrap.losses import cross_entropy
+from entprop_wrap.methods import EntProp
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.registry import find_registry
+from entprop_wrap.robustness.pixels import check_batch
+from entprop_wrap.robustness.subjects import check_state, device_of, logits
+from entprop_wrap.step import Method, Step, StepOutput, check_method
+from entprop_wrap.wrapping import auxiliary, is_wrapped, wrap
+
+__all__ = ["Observer", "Stages", "batches_of", "isolated", "logits_in"]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The images of one batch at each stage of a method, in the order of the stages.
+
+    Attributes:
+        images: By stage: "clean", "mixed", "selected" and "perturbed". ``(N, C, H, W)`` up to the stage before
+            "selected", which are those selected from, and ``(m, C, H, W)`` from there on.
+        selected: ``(m,)``: rows of the batch that were selected.
+        labels: ``(N,)``.
+    """
+
+    images: dict[str, Tensor]
+    selected: Tensor
+    labels: Tensor
+
+    @property
+    def candidates(self) -> Tensor:
+        """``(N, C, H, W)``: the images that were selected from."""
+        names = list(self.images)
+        return self.images[names[names.index("selected") - 1]]
+
+    def labels_of(self, stage: str) -> Tensor:
+        """Return the labels of the images at a stage (of mixed images, of the first parent); unknown ones are last."""
+        names = list(self.images)
+        early = stage in names and names.index(stage) < names.index("selected")
+        return self.labels if early else self.labels[self.selected]
+
+
+class Observer:
+    """Runs the steps of a method on a copy of a model, which is wrapped there if it was plain.
+
+    Every batch meets the copy as the model is: nothing is trained, and buffers are put back.
+
+    Attributes:
+        changed: Stages that did something to some batch so far; "clean" and "selected" always.
+
+    Args:
+        model: In evaluation mode; it is only read.
+        method: Selects images of a batch, as EntProp does; None: ``EntProp()``.
+        space: Pixel space of the images.
+        seed: Of the method's random draws.
+
+    Raises:
+        ConfigurationError: The method selects nothing.
+        AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
+    """
+
+    def __init__(self, model: nn.Module, method: Method | None, space: PixelSpace, seed: int) -> None:
+        self.method: Method = EntProp() if method is None else check_method(method)
+        self.space, self.generator = space, torch.Generator().manual_seed(seed)
+        self.model = copy.deepcopy(plain_model(model))
+        wanted = set(self.method.auxiliaries)
+        if wanted and not is_wrapped(self.model):
+            wrap(self.model, auxiliaries=self.method.auxiliaries)
+        elif wanted and (missing := wanted - set(find_registry(self.model).auxiliaries)):
+            raise AuxiliaryNameError(
+                f"{type(self.method).__name__} runs in {sorted(missing)}, and the model was wrapped without. Pass the "
+                "method that the model was trained with."
+            )
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.model.parameters()):
+            self.model.float()  # a step of 1/255 is lost in the rounding of half precision
+        self.model.train()
+        self.changed: set[str] = set()
+
+    def stages(self, images: Tensor, labels: Tensor) -> Stages:
+        """Return what the method does to a batch."""
+        like = next((p for p in self.model.parameters() if p.is_floating_point()), images)
+        images, labels = images.to(like.device, like.dtype), labels.to(like.device)
+        mixed = None
+        if isinstance(self.method, EntProp) and self.method.mix is not None and self.method.mix_on == "auxiliary":
+            # The mixtures before the attack, which nothing outside sees: the same step, same draws, without attack.
+            state = self.generator.get_state()
+            with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
+                mixed = self._run(replace(self.method, attack_steps=0), images, labels)[0].aux_images
+            self.generator.set_state(state)
+        output, passed = self._run(self.method, images, labels)
+        if output.selected is None or output.aux_images is None:
+            raise _selects_nothing(self.method)
+        if mixed is None:
+            found = {"clean": images, "mixed": passed, "selected": passed[output.selected]}
+        else:
+            found = {"clean": images, "selected": passed[output.selected], "mixed": mixed}
+        found["perturbed"] = output.aux_images
+        self.changed |= {"clean", "selected"}
+        for before, stage in itertools.pairwise(found):
+            if stage != "selected" and not torch.equal(found[stage], found[before]):
+                self.changed.add(stage)
+        return Stages(found, output.selected, labels)
+
+    def _run(self, method: Method, images: Tensor, labels: Tensor) -> tuple[StepOutput, Tensor]:
+        buffers = list(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Only [0-9]+ images a step go")  # nothing is trained on these statistics
+            step = _Watched(self.model, images, labels, self.space, cross_entropy, None, self.generator)
+            output = method.step(step)
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        assert step.passed is not None
+        return output, step.passed
+
+
+def _selects_nothing(method: Method) -> ConfigurationError:
+    return ConfigurationError(
+        f"{type(method).__name__} selects no images by uncertainty: expected a method such as EntProp(fraction=0.2)."
+    )
+
+
+class _Watched(Step):
+    """A step that keeps the images of its first pass, and whose backwards give images gradients, and weights none."""
+
+    passed: Tensor | None = None
+    leaf: Tensor | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.passed is None:
+            self.passed = images.detach()
+        self.leaf = images
+        return super().forward(images)
+
+    def backward(self, loss: Tensor) -> None:
+        if self.leaf is not None and self.leaf.requires_grad:
+            (self.leaf.grad,) = torch.autograd.grad(loss, self.leaf, allow_unused=True)
+
+
+def batches_of(
+    data: Iterable[Any],
+    space: PixelSpace,
+    *,
+    max_images: int | None,
+    progress: bool,
+    title: str,
+    least: int = 1,
+    name: str = "The data",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield checked batches ``(images, labels)`` up to ``max_images``, with a progress bar.
+
+    Args:
+        data: Iterable of batches, ``(images, labels)`` or dicts.
+        space: Pixel space of the images.
+        max_images: Number of images to stop at; None: all.
+        progress: Show the bar.
+        title: Of the bar.
+        least: Smaller batches at the end of the data are left out.
+        name: What messages call the data.
+
+    Raises:
+        ConfigurationError: ``max_images`` is too small.
+        DataError: The data is empty, or no iterable of batches.
+    """
+    if max_images is not None and (isinstance(max_images, bool) or not isinstance(max_images, int) or max_images < 2):
+        raise ConfigurationError(f"max_images must be an integer of at least 2, or None for all; found {max_images!r}.")
+    if isinstance(data, (str, bytes, Tensor)) or not isinstance(data, Iterable):
+        raise DataError(f"{name}: expected an iterable of batches, such as a DataLoader; found {type(data).__name__}.")
+    done = 0
+    with tqdm(total=max_images, desc=title, unit="image", disable=not progress) as bar:
+        for number, batch in enumerate(data):
+            images, labels = images_and_labels(batch, name)
+            labels = check_batch(images, labels, space, first=number == 0)
+            room = len(images) if max_images is None else max_images - done
+            images, labels = images[:room], labels[:room]
+            if len(images) >= least:
+                done += len(images)
+                yield images, labels
+                bar.update(len(images))
+            if max_images is not None and max_images - done < least:
+                break
+    if not done:
+        raise DataError(f"{name} holds no batch of at least {least} images. Expected a DataLoader with some data.")
+
+
+@contextmanager
+def isolated(model: nn.Module, seed: int) -> Iterator[None]:
+    """Check the state of a model, and run the with-block on random numbers of its own, by ``seed``.
+
+    Raises:
+        ConfigurationError: The model is in training mode, or ``seed`` is no int.
+        UnsupportedModelError: It is no module, or inside an ``auxiliary()`` block.
+    """
+    check_state(model, "The model")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigurationError(f"seed must be an int, found {seed!r}.")
+    device = device_of(model, torch.empty(0))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def logits_in(model: nn.Module, images: Tensor, domain: str | None = None) -> Tensor:
+    """Return logits ``(N, C)`` in the main domain or an auxiliary one, without gradients.
+
+    Raises:
+        ModelOutputError: They are not finite.
+    """
+    # A DDP forward broadcasts buffers, which would wait for other processes.
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    with torch.no_grad(), nullcontext() if domain is None else auxiliary(model, domain):
+        found = logits(model, images)
+    if not bool(torch.isfinite(found).all()):
+        raise ModelOutputError(
+            "Some logits are NaN or infinite. Expected finite ones: look for diverged weights, or half precision that "
+            "overflows."
+        )
+    return found

@@ -1,0 +1,212 @@
+"""``selection_ood``: are the images that a method selects closer to out-of-distribution data than random ones?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entprop_wrap.diagnostics.intervals import Interval, bootstrap, plain
+from entprop_wrap.diagnostics.observation import Observer, batches_of, isolated, logits_in
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.robustness.corruptions import corrupt
+from entprop_wrap.robustness.pixels import to_images, to_pixels
+from entprop_wrap.robustness.protocol import conditions_of
+from entprop_wrap.robustness.result import markdown_table
+from entprop_wrap.selection import entropy, least_confidence
+from entprop_wrap.step import Method
+
+__all__ = ["OODScore", "SelectionOOD", "auroc", "fpr95", "selection_ood"]
+
+#: Logits ``(N, C)``, in float64, to scores ``(N,)``; higher is further out of the distribution.
+_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "max_probability": least_confidence,
+    "energy": lambda logits: -logits.logsumexp(dim=-1),
+    "entropy": entropy,
+}
+
+
+@dataclass(frozen=True)
+class OODScore:
+    """What one score says. Groups are "random" (all candidates), "selected" and "perturbed" (as they are trained on).
+
+    Attributes:
+        auroc: By group: area under the ROC curve of telling out-of-distribution images from that group, in [0, 1];
+            0.5 is a coin.
+        fpr95: By group: share of the out-of-distribution images that pass as that group where 95 % of it pass.
+        selected_auroc: AUROC of telling selected images from the others; above 0.5, selected ones look further out.
+        closer: AUROC of "random" minus that of "selected"; above 0, selected images are closer to the
+            out-of-distribution images than random ones are.
+    """
+
+    auroc: dict[str, Interval]
+    fpr95: dict[str, Interval]
+    selected_auroc: Interval
+    closer: Interval
+
+
+@dataclass(frozen=True)
+class SelectionOOD:
+    """Selected images against out-of-distribution ones.
+
+    Attributes:
+        scores: By score: "max_probability" (Hendrycks & Gimpel, ICLR 2017), "energy" (Liu et al., NeurIPS 2020,
+            temperature 1) and "entropy". A method that selects by entropy makes the first and the last look good by
+            construction; the energy is the least circular of the three.
+        images: Number of images.
+        selected: Number of selected ones.
+        ood: Number of out-of-distribution images.
+        against: What the out-of-distribution images are.
+    """
+
+    scores: dict[str, OODScore]
+    images: int
+    selected: int
+    ood: int
+    against: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain types that JSON knows."""
+        return plain(self)
+
+    def to_markdown(self) -> str:
+        """Return a table of AUROC and FPR95 by score and group."""
+        rows = [["score", "group", "AUROC", "FPR95"]]
+        for name, score in self.scores.items():
+            rows += [[name, group, str(score.auroc[group]), str(score.fpr95[group])] for group in score.auroc]
+            rows.append([name, "random - selected", str(score.closer), ""])
+            rows.append([name, "selected against the rest", str(score.selected_auroc), ""])
+        note = f"Against {self.ood} images: {self.against}. 95 % bootstrap intervals over batches."
+        return f"{markdown_table(rows)}\n\n{note}"
+
+
+def selection_ood(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    method: Method | None = None,
+    ood: Iterable[Any] | None = None,
+    corruptions: Sequence[str] = ("gaussian_noise", "fog", "contrast"),
+    severities: Sequence[int] = (3,),
+    pixel_space: PixelSpace | None = None,
+    max_images: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> SelectionOOD:
+    """Compare how well out-of-distribution images can be told from selected images, and from random ones.
+
+    The method's own step selects, on a copy of the model. Scores are those of the model in evaluation mode, through its
+    main norms; model and random state are left as they were.
+
+    Args:
+        model: A classifier in evaluation mode, wrapped or plain.
+        data: Batches ``(images, labels)`` or dicts, as training sees them: ``fraction`` is one of each batch.
+        method: What selects; None: ``EntProp()``.
+        ood: Batches of out-of-distribution images in the same form; None: ``data`` under ``corruptions``.
+        corruptions: Names from ``entprop_wrap.robustness.CORRUPTIONS``; images are then at least 32 px.
+        severities: From 1 (mild) to 5 (strong).
+        pixel_space: What both are normalised with; None: nothing.
+        max_images: Number of images to stop at, of ``data`` and of ``ood``; None: all.
+        seed: Of mixing, dropout, corruption, resampling and the order of data.
+        progress: Show a progress bar.
+
+    Returns:
+        AUROC and FPR95 by score and group, with bootstrap intervals over batches. Below ten batches they are rough.
+
+    Raises:
+        ConfigurationError: The model is in training mode; a method that selects nothing, or everything; an option out
+            of range.
+        UnsupportedModelError: The model is inside an ``auxiliary()`` block, or no module.
+        AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
+        DataError, ImageError, PixelRangeError, LabelError: Data of another form, or outside ``pixel_space``.
+    """
+    space = pixel_space or PixelSpace()
+    conditions = [] if ood is not None else conditions_of(corruptions, severities)
+    groups: dict[str, list[Tensor]] = {"random": [], "selected": [], "perturbed": [], "rest": [], "ood": []}
+    with isolated(model, seed):
+        observer, draws = Observer(model, method, space, seed), torch.Generator().manual_seed(seed)
+        for images, labels in batches_of(
+            data, space, max_images=max_images, progress=progress, title="Selection", least=2
+        ):
+            stages = observer.stages(images, labels)
+            random = logits_in(model, stages.candidates)
+            chosen = torch.zeros(len(random), dtype=torch.bool, device=random.device)
+            chosen[stages.selected] = True
+            for name, logits in (
+                ("random", random),
+                ("selected", random[chosen]),
+                ("perturbed", logits_in(model, stages.images["perturbed"])),
+                ("rest", random[~chosen]),
+            ):
+                groups[name].append(logits.double().cpu())
+            if conditions:
+                pixels = to_pixels(stages.images["clean"], space)
+                versions = [corrupt(pixels, name, severity, draws) for name, severity in conditions]
+                found = [logits_in(model, to_images(version, space)) for version in versions]
+                groups["ood"].append(torch.cat(found).double().cpu())
+        if ood is not None:
+            options = {"max_images": max_images, "progress": progress, "title": "Out of distribution", "name": "ood"}
+            found = [logits_in(model, images).double().cpu() for images, _ in batches_of(ood, space, **options)]  # type: ignore[arg-type]
+            # Cut into as many parts as there are batches, so that these are drawn along with them.
+            groups["ood"] = list(torch.cat(found).tensor_split(len(groups["random"])))
+    if not sum(map(len, groups["rest"])):
+        raise ConfigurationError("The method selects every image, which leaves none to compare with: lower fraction.")
+    against = "other data" if ood is not None else ", ".join(f"{name} {severity}" for name, severity in conditions)
+    return SelectionOOD(
+        scores={name: _score(groups, function, draws) for name, function in _SCORES.items()},
+        images=sum(map(len, groups["random"])),
+        selected=sum(map(len, groups["selected"])),
+        ood=sum(map(len, groups["ood"])),
+        against=against,
+    )
+
+
+def _score(groups: dict[str, list[Tensor]], score: Callable[[Tensor], Tensor], draws: torch.Generator) -> OODScore:
+    scores = {name: [score(logits) for logits in batches] for name, batches in groups.items()}
+    names = ("random", "selected", "perturbed")
+
+    def statistics(batches: Sequence[int]) -> list[float]:
+        drawn = {name: torch.cat([values[batch] for batch in batches]) for name, values in scores.items()}
+        areas = [auroc(drawn[name], drawn["ood"]) for name in names]
+        rates = [fpr95(drawn[name], drawn["ood"]) for name in names]
+        return [*areas, *rates, auroc(drawn["rest"], drawn["selected"]), areas[0] - areas[1]]
+
+    found = bootstrap(statistics, len(groups["random"]), draws)
+    return OODScore(dict(zip(names, found[:3], strict=True)), dict(zip(names, found[3:6], strict=True)), *found[6:])
+
+
+def auroc(negative: Tensor, positive: Tensor) -> float:
+    """Return the probability that a positive score is above a negative one, ties counting one half.
+
+    Args:
+        negative: Scores ``(N,)``.
+        positive: Scores ``(M,)``.
+
+    Returns:
+        The area under the ROC curve, in [0, 1]; NaN if one of both is empty.
+    """
+    ordered, positive = negative.double().sort().values, positive.double()
+    below = torch.searchsorted(ordered, positive) + torch.searchsorted(ordered, positive, right=True)
+    return float(below.double().mean()) / 2 / len(ordered) if len(ordered) else float("nan")
+
+
+def fpr95(inside: Tensor, outside: Tensor) -> float:
+    """Return the share of ``outside`` that passes at the lowest threshold where at least 95 % of ``inside`` pass.
+
+    A score passes if it is not above the threshold. Source: Liu et al., NeurIPS 2020, section 4.1.
+
+    Args:
+        inside: Scores ``(N,)`` of images in the distribution, lower for more typical ones.
+        outside: Scores ``(M,)`` of images out of it.
+
+    Returns:
+        A share in [0, 1]; NaN if one of both is empty.
+    """
+    if not len(inside):
+        return float("nan")
+    threshold = inside.double().sort().values[-(-19 * len(inside) // 20) - 1]
+    return float((outside.double() <= threshold).double().mean())

@@ -1,0 +1,93 @@
+"""Pictures of the diagnostics, with matplotlib (the ``plots`` extra)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from entprop_wrap.diagnostics.entropies import EntropyStages
+from entprop_wrap.diagnostics.feature_sets import FeaturePicture
+from entprop_wrap.diagnostics.gap import DomainGap
+from entprop_wrap.diagnostics.jacobian import InputJacobian
+from entprop_wrap.errors import ConfigurationError
+
+__all__ = ["plot_entropies", "plot_features", "plot_gap", "plot_jacobians"]
+
+
+def plot_entropies(result: EntropyStages, axes: Any = None) -> Any:
+    """Draw a histogram of entropies (nats) for each stage; returns the matplotlib axes."""
+    axes = _axes(axes)
+    for stage, values in result.values.items():
+        label = f"{stage}: {result.stages[stage].value:.2f}"
+        top = math.log(result.classes)
+        axes.hist(values, bins=30, range=(0, top), density=True, histtype="step", linewidth=1.5, label=label)
+    axes.set(xlabel="entropy (nats)", ylabel="density", title="Entropy by stage (mean)")
+    axes.legend()
+    return axes
+
+
+def plot_gap(result: DomainGap, axes: Any = None) -> Any:
+    """Draw the distance between main and auxiliary norms by layer; returns the matplotlib axes.
+
+    Parameters are on the left axis, as relative distances in [0, 2]; running statistics on the right, in nats.
+    """
+    axes = _axes(axes)
+    many = len({gap.auxiliary for gap in result.layers}) > 1
+    lines: dict[str, tuple[list[int], list[float]]] = {}
+    places: dict[str, int] = {}
+    for gap in result.layers:
+        place = places.setdefault(gap.layer, len(places))
+        numbers = {**gap.parameters, **({} if gap.statistics is None else {"statistics": gap.statistics})}
+        for name, number in numbers.items():
+            x, y = lines.setdefault(f"{name}, {gap.auxiliary}" if many else name, ([], []))
+            x.append(place)
+            y.append(number)
+    right: Any = axes.twinx() if any(gap.statistics is not None for gap in result.layers) else None
+    handles = []
+    for number, (name, (x, y)) in enumerate(lines.items()):
+        statistics = right is not None and name.startswith("statistics")
+        side = right if statistics else axes
+        handles += side.plot(x, y, "--" if statistics else "-", marker=".", color=f"C{number}", label=name)
+    axes.set(xlabel="norm layer", ylabel="relative distance of parameters", title="Gap between the domains")
+    axes.set_xticks(list(places.values()), list(places), rotation=90, fontsize=6)
+    if right is not None:
+        right.set_ylabel("divergence of statistics (nats)")
+    axes.legend(handles=handles)
+    return axes
+
+
+def plot_jacobians(results: Mapping[str, InputJacobian], axes: Any = None) -> Any:
+    """Draw the Frobenius norms of the images as a box for each model, by name; returns the matplotlib axes."""
+    if not isinstance(results, Mapping) or not results:
+        raise ConfigurationError(f'Expected results by name, such as {{"EntProp": result}}; found {results!r:.80}.')
+    axes = _axes(axes)
+    axes.boxplot([result.frobenius for result in results.values()], showmeans=True)
+    axes.set_xticks(range(1, len(results) + 1), list(results))
+    axes.set(ylabel="|d logits / d pixels|", title="Frobenius norm of the input Jacobian")
+    return axes
+
+
+def plot_features(result: FeaturePicture, axes: Any = None) -> Any:
+    """Draw the features of both domains in one plane, coloured by class; returns the matplotlib axes."""
+    axes = _axes(axes)
+    highest = max(max(labels) for labels in result.labels.values())
+    for marker, (name, points) in zip("ox", result.points.items(), strict=False):
+        x, y = zip(*points, strict=True)
+        options = {"c": result.labels[name], "cmap": "tab20", "vmin": 0, "vmax": max(highest, 1)}
+        axes.scatter(x, y, marker=marker, s=14, alpha=0.7, label=name, **options)
+    first, second = (f"{100 * share:.0f} % of the variance" for share in result.explained)
+    axes.set(xlabel=f"component 1, {first}", ylabel=f"component 2, {second}", title="Features, colour by class")
+    axes.legend()
+    return axes
+
+
+def _axes(axes: Any) -> Any:
+    if axes is not None:
+        return axes
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Plots need matplotlib, which is missing: pip install "entprop-wrap[plots]".') from error
+    # Not through pyplot, which would keep every figure alive and pick a window system.
+    return Figure(layout="constrained").subplots()

@@ -1,0 +1,148 @@
+"""Fine-grained AdvProp: several auxiliary domains (Xie et al., CVPR 2020; slides 37-39 of the authors' talk)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeGuard, cast
+
+import torch
+from torch import Tensor
+
+from entprop_wrap.attacks import Attack
+from entprop_wrap.errors import ConfigurationError, ImageError
+from entprop_wrap.methods.advprop import attacked, check_statistics, check_targets, propagate
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.step import Step, StepOutput
+
+__all__ = ["Augmentation", "FineGrainedAdvProp"]
+
+#: ``pixels (N, C, H, W) in [0, 1] -> pixels`` of the same shape, whose labels stay what they are.
+Augmentation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FineGrainedAdvProp:
+    """Clean images through the main norms, and one version of them per auxiliary through the norms of this auxiliary.
+
+        FineGrainedAdvProp({"weak": PGD(1 / 255, steps=1), "strong": PGD(), "augmented": TrivialAugmentWide()})
+
+    The authors show AdvProp with a further auxiliary for images from AutoAugment. Here a branch is an attack, made
+    through its own auxiliary norms as in :class:`AdvProp`, or an augmentation. All start from the clean images.
+
+    An augmentation is called with pixels in [0, 1], whatever the images are normalised with, as ``(N, C, H, W)`` on
+    their device, and returns as many of the same shape, clamped to [0, 1] afterwards. One of torchvision that is called
+    on a batch draws once for all of it: call it for each image for draws of their own. Where the step has a
+    ``generator``, torch's default CPU generator is seeded from it during the call, so that such draws follow it.
+    Augmentations that change labels (MixUp, CutMix) are :class:`MixProp`'s.
+
+    The auxiliary fields of the output are those of all branches, one behind the other in their order; ``aux_loss`` is
+    the mean of their losses, by weight.
+
+    Cost: ``1 + sum(1 + n_i)`` passes, with n_i the steps of the attack of branch i, 0 for an augmentation.
+
+    Attributes:
+        branches: Attack or augmentation by the name of its auxiliary domain; copied.
+        weight: Of each branch's loss, above 0; one number, or by name. The sum of all losses is ours, after AdvProp's:
+            the public slides do not give weights.
+        targeted: Attack towards a random wrong class, as in :class:`AdvProp`.
+        attack_statistics: "running" or "batch", as in :class:`AdvProp`.
+
+    Raises:
+        ConfigurationError: No branches, a branch that is neither, or weights for other branches.
+    """
+
+    branches: Mapping[str, Attack | Augmentation] = field(hash=False)
+    weight: float | Mapping[str, float] = field(default=1.0, hash=False)
+    targeted: bool = False
+    attack_statistics: Literal["running", "batch"] = "running"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.branches, Mapping) or not self.branches:
+            raise ConfigurationError(
+                "branches maps names of auxiliary domains to attacks or augmentations, such as {'weak': "
+                f"PGD(epsilon=1/255, steps=1), 'strong': PGD()}}; found {self.branches!r}."
+            )
+        object.__setattr__(self, "branches", dict(self.branches))  # the caller's may change, these not
+        for name, branch in self.branches.items():
+            if isinstance(branch, type) or not (_is_attack(branch) or callable(branch)):
+                raise ConfigurationError(
+                    f"The branch {name!r} must be an attack such as PGD(epsilon=4/255), or a function of pixels in "
+                    f"[0, 1]; found {branch!r}."
+                )
+        if self.targeted and not any(map(_is_attack, self.branches.values())):
+            raise ConfigurationError("targeted=True has no effect without an attack: leave it out.")
+        if isinstance(self.weight, Mapping):
+            object.__setattr__(self, "weight", dict(self.weight))
+            if set(self.weight) != set(self.branches):
+                raise ConfigurationError(
+                    f"weight names {sorted(self.weight)}; expected one for each of {sorted(self.branches)}."
+                )
+        if not all(weight > 0 for weight in self._weights.values()):
+            raise ConfigurationError(f"weight must be above 0, found {self.weight!r}.")
+        check_statistics(self.attack_statistics)
+
+    @property
+    def auxiliaries(self) -> tuple[str, ...]:
+        """One auxiliary domain per branch."""
+        return tuple(self.branches)
+
+    @property
+    def _weights(self) -> Mapping[str, float]:
+        return self.weight if isinstance(self.weight, Mapping) else dict.fromkeys(self.branches, self.weight)
+
+    def step(self, step: Step) -> StepOutput:
+        """Run the step."""
+        check_targets(step, self.targeted)
+
+        def images(name: str, branch: Attack | Augmentation) -> Callable[[int], Tensor]:
+            if _is_attack(branch):
+                return lambda classes: attacked(step, branch, name, classes, self.targeted, self.attack_statistics)
+            return lambda classes: augmented(step, cast(Augmentation, branch), name)
+
+        passes = 1.0 + sum(1 + (branch.steps if _is_attack(branch) else 0) for branch in self.branches.values())
+        made = {name: images(name, branch) for name, branch in self.branches.items()}
+        return propagate(step, made, self._weights, passes)
+
+
+def augmented(step: Step, augmentation: Augmentation, name: str) -> Tensor:
+    """Return the step's images, augmented in pixel space.
+
+    Raises:
+        ImageError: The augmentation returned something else than images of the same shape.
+    """
+    with torch.no_grad(), default_generator_following(step.generator):
+        pixels = augmentation(_to_pixels(step.images, step.space))
+    if not isinstance(pixels, Tensor) or pixels.shape != step.images.shape or not pixels.is_floating_point():
+        found = f"{pixels.dtype} of shape {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else repr(pixels)
+        raise ImageError(
+            f"The augmentation of the branch {name!r} must return floating-point pixels of shape "
+            f"{tuple(step.images.shape)}, found {found}."
+        )
+    lower, upper = step.space.bounds(step.images)
+    return torch.lerp(lower, upper, pixels.to(step.images).clamp(0, 1))
+
+
+@contextmanager
+def default_generator_following(generator: torch.Generator | None) -> Iterator[None]:
+    """Seed torch's default CPU generator from ``generator`` within the block, and put its state back; None: do not."""
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**62, (), generator=generator))
+    before = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+def _to_pixels(images: Tensor, space: PixelSpace) -> Tensor:
+    lower, _ = space.bounds(images)
+    return ((images - lower) / space.scale(images)).clamp_(0, 1)
+
+
+def _is_attack(branch: Any) -> TypeGuard[Attack]:
+    return hasattr(branch, "run") and hasattr(branch, "steps")

@@ -1,0 +1,259 @@
+"""A healthy run raises no alarm, and runs that fail do, each by its own."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+
+import entprop_wrap as entprop
+from entprop_wrap import EntProp, Trainer, TrainerConfig, Vanilla
+from entprop_wrap.diagnostics import Monitor
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.methods import MixProp
+from entprop_wrap.selection import random as random_score
+from entprop_wrap.step import StepOutput
+from tests.trainer.toys import BatchNormNet, Images, make
+
+pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
+EVERY = 10
+
+
+def network(classes=10):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, classes),
+    )
+
+
+def digits():
+    raw, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(raw / 16, dtype=torch.float32).view(-1, 1, 8, 8)[order], torch.tensor(labels)[order]
+
+
+def train(model, monitor, images, labels, held_out, *, method, steps=120, learning_rate=1e-2, spoil=None):
+    """A plain loop; returns the validation accuracy."""
+    if method.auxiliaries:
+        entprop.wrap(model)
+    optimizer = torch.optim.Adam(model.parameters(), learning_rate)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        rows = torch.randint(len(images), (32,), generator=generator)
+        output = entprop.training_step(model.train(), images[rows], labels[rows], method=method, generator=generator)
+        monitor.update(output)
+        optimizer.step()
+        optimizer.zero_grad()
+        if spoil is not None:
+            spoil(model, step)
+        if step % 20 == 19:
+            with torch.no_grad():
+                logits = model.eval()(held_out[0])
+            monitor.evaluated({"loss": float(F.cross_entropy(logits, held_out[1]))})
+    with torch.no_grad():
+        logits = model.eval()(held_out[0])
+    return float((logits.argmax(1) == held_out[1]).float().mean())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [EntProp(fraction=0.3), EntProp(fraction=0.3, mix=None, attack_steps=3), MixProp(), Vanilla()],
+    ids=["entprop", "no mix", "mixprop", "vanilla"],
+)
+def test_a_healthy_run_gives_no_warning(method):
+    images, labels = digits()
+    monitor = Monitor(every=EVERY)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Selected|The auxiliary|Training and validation")
+        accuracy = train(
+            network(), monitor, images[:600], labels[:600], (images[600:900], labels[600:900]), method=method
+        )
+    assert monitor.warnings == {}
+    assert accuracy > 0.85
+
+
+def failing(match, method=None, **options):
+    images, labels = digits()
+    monitor = Monitor(every=EVERY)
+    with pytest.warns(UserWarning, match=match) as caught:
+        train(
+            network(),
+            monitor,
+            images[:600],
+            labels[:600],
+            (images[600:800], labels[600:800]),
+            method=method or EntProp(fraction=0.3),
+            **options,
+        )
+    assert sum(match.split("|")[0] in str(one.message) for one in caught) == 1  # once
+    return monitor.warnings
+
+
+def test_a_random_selection_is_found_out():
+    found = failing("no more uncertain than random", EntProp(fraction=0.3, uncertainty=random_score))
+    assert set(found) == {"selection"}
+    assert "nats of all" in found["selection"]
+
+
+def test_a_growing_auxiliary_loss_is_found_out():
+    def spoil(model, step):
+        if step > 40:
+            model[4].get_submodule("entprop_aux").bias.data.copy_(0.1 * (step - 40) * torch.randn(32))
+
+    found = failing("auxiliary loss has grown", spoil=spoil)
+    assert set(found) == {"auxiliary loss"}
+
+
+def test_an_auxiliary_loss_worse_than_a_guess_is_found_out():
+    def spoil(model, step):
+        model[4].get_submodule("entprop_aux").bias.data.copy_(10 * torch.randn(32))
+
+    assert set(failing("worse than a guess", spoil=spoil)) == {"auxiliary loss"}
+
+
+def test_an_auxiliary_loss_that_is_not_finite_is_found_out_at_once():
+    def spoil(model, step):
+        if step == 3:
+            model[4].get_submodule("entprop_aux").bias.data.fill_(torch.nan)
+
+    images, labels = digits()
+    monitor = Monitor(every=EVERY)
+    with pytest.warns(UserWarning, match="not finite in [5-9] of the last 10 steps"):
+        train(
+            network(),
+            monitor,
+            images[:600],
+            labels[:600],
+            (images[600:700], labels[600:700]),
+            method=EntProp(fraction=0.3),
+            steps=EVERY,
+            spoil=spoil,
+        )
+
+
+def test_training_and_validation_that_part_are_found_out():
+    images, labels = digits()
+    wrong = torch.randint(10, (60,), generator=torch.Generator().manual_seed(2))
+    monitor = Monitor(every=EVERY)
+    with pytest.warns(UserWarning, match="Training and validation part"):
+        train(network(), monitor, images[:60], wrong, (images[600:800], labels[600:800]), method=Vanilla())
+    assert set(monitor.warnings) == {"validation"}
+
+
+def output(main=0.5, aux=0.6, entropy=0.5, selected_entropy=1.0, device="cpu"):
+    """What a step of ten images and ten classes gives, two of them selected."""
+    entropies = torch.full((10,), entropy)
+    entropies[:2] = selected_entropy
+    result = StepOutput(
+        loss=torch.tensor(main + aux),
+        main_loss=torch.tensor(main),
+        logits=torch.zeros(10, 10),
+        entropy=entropies,
+        passes=1.2,
+        aux_loss=torch.tensor(aux),
+        aux_logits=torch.zeros(2, 10),
+        selected=torch.tensor([0, 1]),
+    )
+    tensors = {name: value.to(device) for name, value in vars(result).items() if isinstance(value, torch.Tensor)}
+    return replace(result, **tensors)
+
+
+def test_nothing_is_read_between_two_looks():
+    monitor = Monitor(every=4)  # a tensor without data cannot be read
+    for _ in range(3):
+        monitor.update(output(device="meta"))
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        monitor.update(output(device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("windows", "signature"),
+    [
+        ([{"selected_entropy": 0.5}] * 3, "selection"),
+        ([{"selected_entropy": 0.5}] * 2 + [{}] + [{"selected_entropy": 0.5}] * 2, None),  # not in a row
+        ([{"entropy": 2.25, "selected_entropy": 2.26}] * 5, None),  # has not begun to learn
+        ([{"entropy": 0.0, "selected_entropy": 0.0}] * 3, "selection"),
+        ([{}] + [{"aux": 1.5}] * 3, "auxiliary loss"),
+        ([{}] + [{"aux": 1.5, "main": 1.5}] * 3, None),  # both grow
+        ([{"aux": 0.01}] + [{"aux": 0.1}] * 3, None),  # by nothing that matters
+        ([{"aux": 3.6}] * 3, "auxiliary loss"),
+        ([{"aux": 3.6, "main": 3.0}] * 5, None),
+        ([{"aux": float("inf")}], "auxiliary loss"),
+        ([{"main": float("nan")}] * 5, None),  # the loop's own affair
+    ],
+)
+def test_what_is_judged(windows, signature):
+    monitor = Monitor(every=2)
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        for window in windows:
+            monitor.update(output(**window))
+            monitor.update(output(**window))
+    assert set(monitor.warnings) == ({signature} if signature else set())
+
+
+@pytest.mark.parametrize(
+    ("losses", "warned"),
+    [
+        ([1.0, 0.8, 1.0, 1.1, 1.2], True),
+        ([1.0, 0.8, 1.0, 1.1], False),
+        ([1.0, 0.8, 0.81, 0.82, 0.83], False),
+        ([1.0, 0.8, 1.0, 0.75, 0.9, 0.9], False),
+    ],
+)
+def test_which_evaluations_part(losses, warned):
+    monitor = Monitor(every=100)
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        for number, loss in enumerate(losses):
+            monitor.update(output(main=1 / (number + 1)))
+            monitor.evaluated({"eval_loss": loss, "eval_accuracy": 0.5})
+    assert ("validation" in monitor.warnings) == warned
+
+
+def test_bad_input_is_refused():
+    for options in ({"every": 0}, {"patience": 1.5}, {"every": True}):
+        with pytest.raises(ConfigurationError):
+            Monitor(**options)
+    with pytest.raises(TypeError, match="training_step"):
+        Monitor().update(torch.tensor(1.0))
+    with pytest.raises(ConfigurationError, match="accuracy"):
+        Monitor().evaluated({"accuracy": 0.5})
+
+
+class Counting(Monitor):
+    seen = evaluations = 0
+
+    def update(self, output):
+        self.seen += 1
+        super().update(output)
+
+    def evaluated(self, metrics):
+        self.evaluations += 1
+        super().evaluated(metrics)
+
+
+def test_the_trainer_tells_its_monitor_and_trains_as_without(tmp_path):
+    models = []
+    for name, monitor in (("with", Counting(every=2)), ("without", None)):
+        config = TrainerConfig(
+            output_dir=tmp_path / name, epochs=2, batch_size=10, gradient_accumulation_steps=2, progress=False
+        )
+        trainer = Trainer(make(BatchNormNet), Images(), Images(seed=1), config=config, monitor=monitor)
+        trainer.fit()
+        models.append((trainer.model.state_dict(), monitor))
+    assert (models[0][1].seen, models[0][1].evaluations) == (8, 2)
+    assert all(torch.equal(value, models[1][0][name]) for name, value in models[0][0].items())
+    with pytest.raises(TypeError, match="Monitor"):
+        Trainer(make(BatchNormNet), Images(), monitor=True)
