@@ -62,24 +62,37 @@ class PixelSpace:
             ConfigurationError: The processor does not say how it normalises, or quantises colours.
         """
         processor = getattr(processor, "image_processor", processor)  # a multimodal processor holds one
+        kind = type(processor).__name__
+        if isinstance(config := getattr(processor, "data_config", None), dict):
+            return cls.from_timm(config)  # timm's own transforms, in transformers' TimmWrapperImageProcessor
         if getattr(processor, "do_color_quantize", False):
+            raise ConfigurationError(f"{kind} turns pixels into colour indices, which have no gradient.")
+        if not any(hasattr(processor, name) for name in ("do_rescale", "image_mean")):
             raise ConfigurationError(
-                f"{type(processor).__name__} turns pixels into colour indices, which have no gradient."
-            )
-        if not any(hasattr(processor, name) for name in ("do_normalize", "do_rescale", "image_mean")):
-            raise ConfigurationError(
-                f"{type(processor).__name__} is no image processor: it has no do_normalize and no image_mean. "
+                f"{kind} is no image processor that says how it normalises: it has no do_rescale and no image_mean. "
                 "Write PixelSpace(mean=..., std=...) with what the data is normalised with."
             )
-        scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", True) else 255.0
-        shift = -1.0 if getattr(processor, "do_rescale", True) and getattr(processor, "rescale_offset", False) else 0.0
-        mean, std = (0.0,), (1.0,)
+        scale, shift, rescales = 255.0, 0.0, getattr(processor, "do_rescale", True)
+        if rescales:
+            scale = 255 * (getattr(processor, "rescale_factor", None) or 1 / 255)
+            shift = -1.0 if any(getattr(processor, name, False) for name in ("rescale_offset", "offset")) else 0.0
+        mean: tuple[float, ...] = (0.0,)
+        std: tuple[float, ...] = (1.0,)
         if getattr(processor, "do_normalize", False):
-            mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-        again = std if getattr(processor, "include_top", False) else (1.0,) * len(std)  # EfficientNet divides twice
-        return cls(
-            tuple((m - shift) / scale for m in mean), tuple(s * a / scale for s, a in zip(std, again, strict=True))
-        )
+            mean, std = (_per_channel(getattr(processor, name, None)) for name in ("image_mean", "image_std"))
+            if not mean or not std:
+                raise ConfigurationError(
+                    f"{kind} normalises, but has image_mean={getattr(processor, 'image_mean', None)} and image_std="
+                    f"{getattr(processor, 'image_std', None)}. Expected a number per channel: write "
+                    "PixelSpace(mean=..., std=...) with what the data is normalised with."
+                )
+        if getattr(processor, "do_flip_channel_order", False) or kind.startswith("PPLCNet"):
+            mean, std = mean[::-1], std[::-1]  # RGB becomes BGR after all else; PP-LCNet has no option that says so
+        if getattr(processor, "include_top", False):  # EfficientNet divides by image_std, again or for the first time
+            again = _per_channel(processor.image_std)
+            most = max(len(std), len(again))
+            std = tuple(s * a for s, a in zip(std * (most // len(std)), again * (most // len(again)), strict=True))
+        return cls(tuple((m - shift) / scale for m in mean), tuple(s / scale for s in std))
 
     @classmethod
     def from_timm(cls, model: Any) -> PixelSpace:
@@ -110,6 +123,12 @@ class PixelSpace:
         mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (self.mean, self.std))
         lower, upper, scale = (v.to(device, dtype) for v in ((0 - mean) / std, (1 - mean) / std, 1 / std))
         return lower, upper, scale
+
+
+def _per_channel(value: Any) -> tuple[float, ...]:
+    if value is None:
+        return ()
+    return (float(value),) if isinstance(value, (int, float)) else tuple(value)
 
 
 def ascend(

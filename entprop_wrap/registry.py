@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from entprop_wrap.containers import plain_model, walk
 from entprop_wrap.domains import Switch, auxiliary_of
-from entprop_wrap.errors import NotWrappedError, UnsupportedModelError
+from entprop_wrap.errors import ConfigurationError, NotWrappedError, UnsupportedModelError
 from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm
 
-__all__ = ["Registry", "attach", "detach", "find_registry", "find_wrapped", "refuse_inside_block"]
+__all__ = ["Registry", "attach", "detach", "find_registry", "find_wrapped", "refuse_idle_copies", "refuse_inside_block"]
 
 _ATTRIBUTE = "_entprop_registry"
 
@@ -165,6 +165,22 @@ def refuse_inside_block(model: nn.Module) -> None:
             "training_step() was called inside auxiliary(): its main pass would run through the copies. Leave the "
             "with-block first; the method enters the auxiliary domains itself."
         )
+
+
+def refuse_idle_copies(registry: Registry, auxiliaries: tuple[str, ...]) -> None:
+    """Raise :class:`ConfigurationError` if copies are frozen at what they copy: no domain would differ from main."""
+    for auxiliary in set(auxiliaries) & set(registry.auxiliaries):
+        if any(copy.requires_grad for copy in registry.tensors(auxiliary)):
+            continue
+        tracks = any(buffer is not None for norm in registry.norms.values() for buffer in norm._buffers.values())
+        mirrors = zip(registry.tensors(None), registry.tensors(auxiliary), strict=True)
+        if not tracks and all(torch.equal(parameter, copy) for parameter, copy in mirrors):
+            raise ConfigurationError(
+                f"The copies {auxiliary!r} are frozen and equal to the norm layers: the auxiliary pass would be a "
+                "second main pass. Expected copies that train; PEFT and other code that freezes a model freezes them "
+                "too. Before the optimizer is built, write: for name, p in model.named_parameters(): "
+                "p.requires_grad_(p.requires_grad or '.entprop_' in name)"
+            )
 
 
 def registry_on(root: nn.Module) -> Registry:

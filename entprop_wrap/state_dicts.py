@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from entprop_wrap.containers import plain_model
 from entprop_wrap.errors import CheckpointError
-from entprop_wrap.switch import HOLDER_PREFIX
+from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm
 
 __all__ = [
     "auxiliary_state_dict",
@@ -16,6 +17,7 @@ __all__ = [
     "load_auxiliary_state_dict",
     "main_state_dict",
     "original_name",
+    "without_copies",
 ]
 
 
@@ -44,6 +46,31 @@ def load_auxiliary_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> 
             "with the same auxiliaries=, include= and exclude= as in the run that saved it."
         )
     root.load_state_dict(dict(state), strict=False)
+
+
+@contextmanager
+def without_copies(model: nn.Module) -> Iterator[None]:
+    """Show ``model`` without its copies in the with-block, to code that saves or loads plain weights by what it finds.
+
+        with without_copies(model):
+            model.save_pretrained(folder)
+
+    Do not run the model or build optimizers in there; loaded weights leave the copies as they are. Needed for adapters
+    of PEFT that hold norm layers (``modules_to_save``): they take names from the modules, whatever state dict is given.
+    """
+    norms = [module for module in plain_model(model).modules() if isinstance(module, SwitchedNorm)]
+    held = [
+        (norm, {name: child for name, child in norm._modules.items() if name.startswith(HOLDER_PREFIX)})
+        for norm in norms
+    ]
+    for norm, children in held:
+        for name in children:
+            del norm._modules[name]
+    try:
+        yield
+    finally:
+        for norm, children in held:
+            norm._modules.update(children)
 
 
 def _part(model: nn.Module, *, auxiliary: bool) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from entprop_wrap.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.registry import find_registry, refuse_inside_block
+from entprop_wrap.registry import find_registry, refuse_idle_copies, refuse_inside_block
 from entprop_wrap.step import Method, Step, StepOutput, check_method
 
 __all__ = ["training_step"]
@@ -65,7 +65,7 @@ def training_step(
     if pixel_space is not None and not isinstance(pixel_space, PixelSpace):
         raise TypeError(f"pixel_space expects a PixelSpace, found {pixel_space!r}: write PixelSpace(mean, std).")
     if method.auxiliaries:
-        find_registry(model)  # raises before anything runs
+        refuse_idle_copies(find_registry(model), method.auxiliaries)  # raises before anything runs
     refuse_inside_block(model)
     step = Step(
         model, images, labels, pixel_space or PixelSpace(), cross_entropy if loss is None else loss, backward, generator

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError
-from entprop_wrap.integrations.hf_trainer_checks import check_columns, pixel_space_of, refuse, split
+from entprop_wrap.integrations.hf_trainer_checks import check_columns, images_name_of, pixel_space_of, refuse, split
 from entprop_wrap.integrations.hf_trainer_files import separate_files
 from entprop_wrap.integrations.hf_trainer_loss import TrainerLoss
 from entprop_wrap.methods import EntProp
@@ -120,9 +120,8 @@ class EntPropCallback(TrainerCallback):
         if self.method.auxiliaries:
             check_optimizer(model, trainer.optimizer)
         self._uninstall()
-        images_name = getattr(model, "main_input_name", "pixel_values")
         labels_name = (trainer.label_names or ["labels"])[0]
-        loss = TrainerLoss(trainer, trainer.training_step, images_name, labels_name)
+        loss = TrainerLoss(trainer, trainer.training_step, images_name_of(model), labels_name)
         self._install("training_step", functools.partial(self._step, loss))
         self._install("log", functools.partial(self._log, trainer.log))
         self._totals, self._steps = {}, 0

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from entprop_wrap.checks import check_takes_images
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.perturbation import PixelSpace
 
-__all__ = ["check_columns", "pixel_space_of", "refuse", "split"]
+__all__ = ["check_columns", "images_name_of", "pixel_space_of", "refuse", "split"]
 
 
 def pixel_space_of(trainer: Any) -> PixelSpace:
@@ -23,7 +25,8 @@ def pixel_space_of(trainer: Any) -> PixelSpace:
 
 
 def refuse(trainer: Any) -> None:
-    """Raise :class:`UnsupportedModelError` for kinds of parallelism that are not tested or cannot be right."""
+    """Raise :class:`UnsupportedModelError` for models without images and for parallelism that cannot be right."""
+    check_takes_images(trainer.model)
     found = {
         "DeepSpeed": trainer.is_deepspeed_enabled,
         "FSDP": trainer.is_fsdp_enabled,
@@ -37,12 +40,19 @@ def refuse(trainer: Any) -> None:
             )
 
 
+def images_name_of(model: nn.Module) -> str:
+    """Return the name under which ``model`` takes images."""
+    if "pixel_values" in inspect.signature(model.forward).parameters:
+        return "pixel_values"  # what image processors make; Perceiver takes it beside its main input
+    return getattr(model, "main_input_name", "pixel_values")
+
+
 def check_columns(trainer: Any) -> None:
     """Raise :class:`ConfigurationError` if the Trainer removes the columns that the images are made of."""
     # The Trainer drops columns by the model's signature before a lazy transform has made pixel_values of them.
     dataset = trainer.train_dataset
     columns: list[str] = getattr(dataset, "column_names", None) or []
-    name = getattr(trainer.model, "main_input_name", "pixel_values")
+    name = images_name_of(trainer.model)
     lazy = (getattr(dataset, "format", None) or {}).get("type") == "custom" if columns else False
     if trainer.args.remove_unused_columns and lazy and name not in columns:
         raise ConfigurationError(

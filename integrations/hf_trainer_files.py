@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import HubStrategy
 
 from entprop_wrap.containers import plain_model
 from entprop_wrap.errors import CheckpointError
@@ -19,6 +21,7 @@ from entprop_wrap.state_dicts import (
     load_auxiliary_state_dict,
     main_state_dict,
     original_name,
+    without_copies,
 )
 from entprop_wrap.wrapping import is_wrapped
 
@@ -32,6 +35,7 @@ def separate_files(trainer: Any) -> None:
     save: Callable[..., None] = trainer._save
     load: Callable[..., None] = trainer._load_from_checkpoint
     load_best: Callable[..., None] = trainer._load_best_model
+    push: Callable[..., None] = trainer._push_from_checkpoint
     decayed: Callable[..., list[str]] = trainer.get_decay_parameter_names
 
     def _save(output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -39,24 +43,43 @@ def separate_files(trainer: Any) -> None:
             return save(output_dir, state_dict=state_dict)
         if state_dict is None:
             state_dict = main_state_dict(trainer.model)
-        save(output_dir, state_dict={key: value for key, value in state_dict.items() if not is_auxiliary_key(key)})
+        with without_copies(trainer.model):
+            save(output_dir, state_dict={key: value for key, value in state_dict.items() if not is_auxiliary_key(key)})
         if trainer.args.should_save:
             copies = {key: value.contiguous().clone() for key, value in auxiliary_state_dict(trainer.model).items()}
             save_file(copies, Path(output_dir or trainer.args.output_dir) / AUXILIARY_FILE, {"format": "pt"})
 
     def _load_from_checkpoint(resume_from_checkpoint: str, model: Any = None) -> None:
-        load(resume_from_checkpoint, *(() if model is None else (model,)))
+        with without_copies(trainer.model):
+            load(resume_from_checkpoint, *(() if model is None else (model,)))
         load_checkpoint(trainer, resume_from_checkpoint)
 
     def _load_best_model() -> None:
-        load_best()
+        with without_copies(trainer.model):
+            load_best()
         load_checkpoint(trainer, trainer.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(checkpoint_folder: str) -> None:
+        # The Trainer copies the weights from the checkpoint to its own folder and uploads that. Copies of another step
+        # beside them, there or on the Hub, would be taken for theirs.
+        file, running = Path(checkpoint_folder) / AUXILIARY_FILE, trainer.push_in_progress
+        if not trainer.args.hub_always_push and running is not None and not running.is_done():
+            return  # nor would the Trainer push; asked twice, the answers could differ
+        if file.is_file() and trainer.is_world_process_zero() and trainer.args.hub_strategy != HubStrategy.END:
+            shutil.copy(file, Path(trainer.args.output_dir) / AUXILIARY_FILE)
+        push(checkpoint_folder)
 
     def get_decay_parameter_names(model: Any) -> list[str]:
         names = set(decayed(model))
         return [name for name, _ in model.named_parameters() if original_name(name) in names]
 
-    for replacement in (_save, _load_from_checkpoint, _load_best_model, get_decay_parameter_names):
+    for replacement in (
+        _save,
+        _load_from_checkpoint,
+        _load_best_model,
+        _push_from_checkpoint,
+        get_decay_parameter_names,
+    ):
         setattr(trainer, replacement.__name__, replacement)
 
 

@@ -8,6 +8,7 @@ method has computed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,6 +48,7 @@ class TrainerLoss:
         self.model.constants = constants
         self.model.train()
         look = self.from_model and not self.witness.sure and self.labels.ndim == 1
+        look = look and takes(plain_model(model), self.labels_name)
         self.witness.labels = self.labels.long() if look else None
         self.model.witness = self.witness if look and not self.labels.is_floating_point() else None
         return self.model
@@ -147,6 +149,12 @@ class TrainerLoss:
                 f"The loss of {name} is {loss:.5g} on a batch with cross-entropy {expected:.5g}: it is another loss, "
                 f"which cannot be computed for mixed or selected images. {fix}"
             )
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Say whether ``model`` can be called with an argument of this name."""
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 @contextmanager

@@ -85,29 +85,6 @@ def test_a_second_train_goes_on(tmp_path):
     assert keys(tmp_path / "final" / FILE) == set(after)
 
 
-def test_a_push_uploads_plain_weights(tmp_path, monkeypatch):
-    trainer, _, _ = train(build("ResNet"), callback(), tmp_path, max_steps=1)
-    seen = []
-    trainer.hub_model_id = "someone/something"
-    monkeypatch.setattr(Trainer, "create_model_card", lambda *a, **k: None)
-    monkeypatch.setattr(Trainer, "_finish_current_push", lambda *a, **k: None)
-    for name in ("upload_folder", "hf_api"):
-        if hasattr(__import__("transformers").trainer, name):
-            target = (lambda **k: seen.append(k)) if name == "upload_folder" else (lambda: Uploader(seen))
-            monkeypatch.setattr(__import__("transformers").trainer, name, target)
-    trainer.push_to_hub()
-    assert seen
-    assert not any("entprop" in key for key in keys(Path(seen[0]["folder_path"]) / "model.safetensors"))
-
-
-class Uploader:
-    def __init__(self, seen):
-        self.seen = seen
-
-    def upload_folder(self, **options):
-        self.seen.append(options)
-
-
 def test_a_checkpoint_without_copies_is_refused(tmp_path):
     train(build("ViT"), None, tmp_path, **OPTIONS)
     trainer = Trainer(
