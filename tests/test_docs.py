@@ -76,6 +76,24 @@ def hugging_face(folder):
     }
 
 
+def lightning(folder):
+    """What a user of Lightning has."""
+    import lightning as L
+
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = Net()
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    return {"lightning_module": Module()}
+
+
 def run(page, folder):
     """Execute a page's blocks in one namespace, which holds what the page takes for granted, and return it."""
     torch.manual_seed(0)
@@ -92,6 +110,7 @@ def run(page, folder):
         "hard_images": data.images[:20],
         "labels": data.labels[:20],
         **hugging_face(folder),
+        **lightning(folder),
     }
     for line, source in blocks(page):
         # so that a traceback shows the page and its line

@@ -1,0 +1,43 @@
+"""Measure the accuracy and robustness of a saved model: SA, RA, Hscore, and a table of the corruptions.
+
+    python examples/evaluate_checkpoint.py runs/model --dataset timm/oxford-iiit-pet --report robustness
+
+The model is a Hub id, or a folder that save_pretrained, a Trainer or entprop.Trainer has written.
+"""
+
+import argparse
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+import entprop_wrap as entprop
+from entprop_wrap.integrations.hub_datasets import eval_transform, image_format, load_images
+from entprop_wrap.robustness import evaluate_robustness, report
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("model", help="Hub id or local folder")
+parser.add_argument("--dataset", required=True, help="Hub id or local folder")
+parser.add_argument("--processor", help="Hub id or folder of the image processor; default: the model's")
+parser.add_argument("--image-size", type=int, help="pixels; default: the processor's")
+parser.add_argument("--max-eval", type=int, help="evaluate on so many images")
+parser.add_argument("--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+parser.add_argument("--report", type=Path, help="write <report>.json, <report>.md and <report>.html")
+options = parser.parse_args()
+
+model = AutoModelForImageClassification.from_pretrained(options.model).eval()
+processor = AutoImageProcessor.from_pretrained(options.processor or options.model)
+space = entprop.PixelSpace.from_processor(processor)
+transform = eval_transform(options.image_size or image_format(processor), normalize=space)
+classes = [model.config.id2label[index] for index in range(model.config.num_labels)]  # labels in the model's order
+data = load_images(options.dataset, classes=classes, eval_transform=transform, max_eval=options.max_eval)
+
+loader = DataLoader(data.eval, batch_size=64)
+result = evaluate_robustness(model, loader, pixel_space=space, severities=options.severities)
+print(result.to_markdown())
+print(f"\nSA {result.sa:.1%}   RA {result.ra:.1%}   Hscore {result.hscore:.1%}   ({result.protocol})")
+
+if options.report:
+    options.report.with_suffix(".json").write_text(result.to_json() + "\n")
+    options.report.with_suffix(".md").write_text(result.to_markdown() + "\n")
+    report(result, options.report.with_suffix(".html"), title=f"Robustness of {options.model}")

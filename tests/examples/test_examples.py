@@ -1,0 +1,135 @@
+"""Each example, run as a user runs it, in a process of its own, on tiny data.
+
+The processes are forked from one server that has imported torch and its neighbours, as that takes longer than most
+examples.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+HEAVY = [
+    "torch",
+    "torchvision.transforms.v2",
+    "transformers",
+    "datasets",
+    "timm.data",
+    "sklearn.datasets",
+    "accelerate",
+]
+
+
+def _work(script, arguments, folder):
+    os.chdir(folder)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with open("log.txt", "w") as log:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(log.fileno(), stream.fileno())
+        torch.set_num_threads(1)
+        sys.argv = [str(script), *map(str, arguments)]
+        sys.path.insert(0, str(script.parent))
+        runpy.run_path(str(script), run_name="__main__")
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+
+
+def run(folder, name, *arguments):
+    """Run an example in ``folder``; return what it printed."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    with contextlib.suppress(AttributeError):
+        context.set_forkserver_preload(HEAVY)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    process = context.Process(target=_work, args=(EXAMPLES / name, arguments, folder))
+    process.start()
+    process.join()
+    printed = (folder / "log.txt").read_text()
+    assert process.exitcode == 0, printed
+    return printed
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Return an image folder of two classes, eight images each."""
+    dice = np.random.default_rng(0)
+    for name, level in (("dark", 40), ("light", 200)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = dice.integers(level - 30, level + 30, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Return the folder of a tiny model of the Hub's kind, with its image processor."""
+    config = transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 8],
+        depths=[1, 1],
+        layer_type="basic",
+        id2label={0: "dark", 1: "light"},
+        label2id={"dark": 0, "light": 1},
+    )
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "model")
+    transformers.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_wrap_hub_model(tmp_path, model):
+    printed = run(tmp_path, "wrap_hub_model.py", model)
+    assert "ResNetForImageClassification: 6 norm layers" in printed
+    assert "those of before: True" in printed
+    assert "small ResNet" in run(tmp_path, "wrap_hub_model.py", "nobody/no-such-model")  # offline
+
+
+@pytest.mark.parametrize("name", ["finetune_hf_trainer.py", "finetune_trainer.py"])
+def test_finetuning_and_evaluating(tmp_path, images, model, name):
+    data = ["--dataset", images, "--image-size", 32, "--max-eval", 2]
+    printed = run(tmp_path, name, *data, "--model", model, "--epochs", 1, "--batch-size", 4, "--output", "out")
+    assert "Hscore" in printed
+    assert "accuracy" in printed
+    folder = tmp_path / "out" / ("model" if name == "finetune_trainer.py" else "")
+    trained = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    assert not [key for key in trained.state_dict() if "entprop" in key]
+
+    data = ["--dataset", images, "--max-eval", 2, "--severities", 3, "--report", "robustness", "--processor", model]
+    printed = run(tmp_path, "evaluate_checkpoint.py", folder, *data)
+    assert "Hscore" in printed
+    assert (tmp_path / "robustness.md").read_text() in printed + "\n"
+    assert "Hscore" in (tmp_path / "robustness.html").read_text()
+    assert '"clean' in (tmp_path / "robustness.json").read_text()
+
+
+def test_own_loop(tmp_path):
+    printed = run(tmp_path, "own_loop.py", "--epochs", 1)
+    assert "aux_entropy" in printed
+    assert "test accuracy" in printed
+    assert not [key for key in torch.load(tmp_path / "digits.pt", weights_only=True) if "entprop" in key]
+
+
+def test_timm_loop(tmp_path):
+    pytest.importorskip("timm", reason="timm is not installed")
+    arguments = ["--model", "test_resnet", "--image-size", 32, "--epochs", 1, "--images", 100]
+    printed = run(tmp_path, "timm_loop.py", *arguments)
+    assert "BatchNorm" in printed
+    assert "epoch 1: accuracy" in printed
+
+
+def test_lightning_loop(tmp_path):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    printed = run(tmp_path, "lightning_loop.py", "--epochs", 1)
+    assert "aux_entropy" in printed
+    assert "keys: model.0.weight" in printed
+    assert "entprop_" not in printed.partition("keys:")[2]

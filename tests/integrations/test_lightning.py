@@ -1,0 +1,441 @@
+"""The Lightning callback: gradients against a hand-written loop and against entprop.training_step, bit for bit."""
+
+import copy
+
+import pytest
+
+pytest.importorskip("lightning", reason="lightning is not installed")
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+
+import entprop_wrap as entprop
+from entprop_wrap import EntProp, Vanilla
+from entprop_wrap.integrations.lightning_callback import EntPropLightningCallback
+from entprop_wrap.methods import AdvProp, FastAdvProp
+from entprop_wrap.wrapping import is_wrapped
+from tests.distributed import run_processes
+from tests.integrations.lightning_reference import (
+    SPACE,
+    Batches,
+    Classifier,
+    RecordingMixer,
+    by_hand,
+    images,
+    loader,
+    net,
+    trainer,
+    worst,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
+
+
+HOOKS = {"training_step", "optimizer_zero_grad", "configure_model", "on_save_checkpoint", "on_load_checkpoint"}
+
+
+def callback(method=None, **options):
+    return EntPropLightningCallback(method or EntProp(fraction=0.5), pixel_space=SPACE, **options)
+
+
+def fp16():
+    return {"plugins": MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=128.0))}
+
+
+CASES = {
+    "plain": ({}, {}),
+    "accumulate 2": ({"accumulate_grad_batches": 2}, {"accumulate": 2}),
+    "accumulate 4, uneven": ({"accumulate_grad_batches": 4}, {"accumulate": 4}),
+    "clip": ({"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}, {"accumulate": 2, "clip": 0.05}),
+    "bf16": ({"precision": "bf16-mixed"}, {"amp": torch.bfloat16}),
+    "fp16": (fp16, {"amp": torch.float16, "scale": 128.0}),
+    "fp16, clip": (
+        lambda: {**fp16(), "accumulate_grad_batches": 4, "gradient_clip_val": 0.05},
+        {"amp": torch.float16, "scale": 128.0, "accumulate": 4, "clip": 0.05},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_a_loop_by_hand(case):
+    options, settings = CASES[case]
+    mixer, module, model = RecordingMixer(), Classifier(), net()
+    trainer(callback(EntProp(fraction=0.5, mix=mixer)), **(options() if callable(options) else options)).fit(
+        module, loader()
+    )
+    expected, _ = by_hand(model, loader(), draws=mixer.draws, **settings)
+    assert worst(module.gradients, expected) < (1e-3 if "amp" in settings else 1e-5)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(module.model.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+
+
+METHODS = [EntProp(fraction=0.5), EntProp(0.5, 3), AdvProp(), FastAdvProp(fraction=0.5), Vanilla()]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_gradients_equal_the_training_step_bit_for_bit(method, accumulate):
+    module = Classifier()
+    torch.manual_seed(5)
+    data = loader(20) if isinstance(method, FastAdvProp) else loader()  # which needs four images
+    trainer(callback(method), accumulate_grad_batches=accumulate).fit(module, data)
+
+    model = entprop.wrap(net()) if method.auxiliaries else net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    torch.manual_seed(5)
+    steps, batches = [], list(data)
+    for index, batch in enumerate(batches):
+        if index % accumulate == 0:
+            optimizer.zero_grad()
+        entprop.training_step(
+            model, *batch, method=method, pixel_space=SPACE, backward=lambda loss: (loss / accumulate).backward()
+        )
+        if (index + 1) % accumulate == 0 or index + 1 == len(batches):
+            steps.append({"model." + n: p.grad.clone() for n, p in model.named_parameters()})
+            optimizer.step()
+    assert worst(module.gradients, steps) == 0
+    assert module.after_backward == len(batches)  # hooks around a backward come once a step
+
+
+def test_vanilla_is_what_lightning_does_alone():
+    alone, module = Classifier(), Classifier()
+    trainer(accumulate_grad_batches=2, gradient_clip_val=0.1).fit(alone, loader())
+    trainer(callback(Vanilla()), accumulate_grad_batches=2, gradient_clip_val=0.1).fit(module, loader())
+    assert worst(module.gradients, alone.gradients) == 0
+
+
+def test_accumulation_may_change_between_epochs():
+    module, model = Classifier(), net()
+    trainer(callback(EntProp(0.5, mix=None)), GradientAccumulationScheduler({0: 1, 1: 3}), max_epochs=2).fit(
+        module, loader()
+    )
+    first, _ = by_hand(model, loader(), epochs=1)
+    assert len(module.gradients) == len(first) + 2
+    assert worst(module.gradients[: len(first)], first) < 1e-5
+
+
+class Own(Classifier):
+    """The LightningModule is the classifier, its loss an attribute, and its step returns a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+        self.outputs = []
+        inner = self.model
+        del self.model
+        self.conv, self.bn, self.ln, self.fc = inner.conv, inner.bn, inner.ln, inner.fc
+
+    def forward(self, x):
+        return self.fc(self.ln(F.relu(self.bn(self.conv(x))).mean((2, 3))))
+
+    def training_step(self, batch):
+        logits = self(batch["image"])
+        return {"loss": self.criterion(logits, batch["label"]), "right": logits.argmax(-1) == batch["label"]}
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.outputs.append(outputs)
+
+
+def test_a_module_that_is_the_classifier_with_its_own_loss():
+    module, mixer = Own(), RecordingMixer()
+    batches = Batches({"image": x, "label": y} for x, y in loader())
+    trainer(callback(EntProp(0.5, mix=mixer))).fit(module, batches)
+    expected, _ = by_hand(net(), loader(), draws=mixer.draws, prefix="", smoothing=0.1)
+    assert worst(module.gradients, expected) < 1e-5
+    assert module.outputs[0]["right"].dtype == torch.bool
+    assert not is_wrapped(module)
+    assert "forward" not in vars(module)
+
+
+class Late(Classifier):
+    """Makes its model in the last hook there is for it, with a model of Hugging Face's kind of output."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = None
+
+    def configure_model(self):
+        if self.model is None:
+            self.model = Named(net())
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(pixel_values=batch[0]).logits, batch[1])
+
+
+class Named(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pixel_values):
+        return entprop.integrations.lightning_models.NamedLogits(logits=self.inner(pixel_values))
+
+
+def test_a_model_that_is_made_late_and_names_its_logits():
+    module, mixer = Late(), RecordingMixer()
+    trainer(callback(EntProp(0.5, mix=mixer)), max_steps=2).fit(module, loader())
+    expected, _ = by_hand(net(), list(loader())[:2], draws=mixer.draws, prefix="model.inner.")
+    assert worst(module.gradients, expected) < 1e-5
+
+
+# What is left behind, and what is written -----------------------------------------------------------------------------
+
+
+def test_fit_leaves_a_plain_module_and_logs():
+    module = Classifier()
+    before = set(module.state_dict()), type(module.model.bn)
+    fitted = trainer(callback())
+    fitted.fit(module, loader(), loader(8))
+    assert (set(module.state_dict()), type(module.model.bn)) == before
+    assert not HOOKS & set(vars(module))
+    assert not is_wrapped(module)
+    logged = fitted.callback_metrics
+    assert {"train_loss", "main_loss", "aux_loss", "main_entropy", "aux_entropy", "loss"} == set(logged)
+    assert 0 < logged["aux_entropy"] < 1.61
+    evaluated = module.evaluated[-2:]
+    model = module.model.eval()
+    expected = [model(x) for x, _ in loader(8)]
+    assert torch.equal(torch.cat(evaluated), torch.cat(expected))  # the main domain, while fitting
+    module.evaluated.clear()
+    fitted.test(module, loader(8), verbose=False)
+    assert torch.equal(torch.cat(module.evaluated), torch.cat(expected))
+
+
+class Seeded(L.Callback):
+    """Draws that depend on the step alone, so that resuming can be compared."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        torch.manual_seed(trainer.global_step)
+
+
+def adam(parameters, lr):
+    return torch.optim.AdamW(parameters, lr=lr)
+
+
+def states(module, fitted):
+    return copy.deepcopy([module.state_dict(), fitted.optimizers[0].state_dict()["state"]])
+
+
+def same(found, expected):
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    return torch.equal(found, expected)
+
+
+def test_checkpoints_are_plain_and_resume_exactly(tmp_path):
+    whole = Classifier(optimizer=adam)
+    fitted = trainer(Seeded(), callback(), max_epochs=4)
+    fitted.fit(whole, loader())
+
+    half = Classifier(optimizer=adam)
+    first = trainer(Seeded(), callback(), max_epochs=2, folder=tmp_path)
+    first.fit(half, loader())
+    inside = first.checkpoint_callback.best_model_path
+    first.save_checkpoint(tmp_path / "after.ckpt")
+    for path in (inside, tmp_path / "after.ckpt"):
+        written = torch.load(path, weights_only=True)
+        assert set(written["state_dict"]) == set(Classifier().state_dict())
+        assert len(written["entprop_auxiliary"]) == 7
+        assert same(Classifier.load_from_checkpoint(path).state_dict(), half.state_dict())
+        rest = Classifier(optimizer=adam)
+        second = trainer(Seeded(), callback(), max_epochs=4)
+        second.fit(rest, loader(), ckpt_path=path)
+        assert same(states(rest, second)[0], states(whole, fitted)[0])
+        assert same(states(rest, second)[1], states(whole, fitted)[1])
+    trainer().test(half, loader(8), ckpt_path=inside, verbose=False)
+
+
+def test_weights_only_checkpoints_are_plain(tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    fitted = trainer(callback(), ModelCheckpoint(tmp_path, save_weights_only=True), folder=tmp_path)
+    fitted.fit(Classifier(), loader())
+    state = torch.load(fitted.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
+    assert set(state) == set(Classifier().state_dict())
+
+
+def test_a_second_fit_goes_on_with_the_copies(tmp_path):
+    def path(name, module, fitted):
+        fitted.save_checkpoint(tmp_path / name)
+        return torch.load(tmp_path / name, weights_only=True)["entprop_auxiliary"]
+
+    module, fitted = Classifier(lr=0.0), trainer(callback(EntProp(0.5, mix=None)))
+    fitted.fit(module, loader())
+    first = path("1", module, fitted)
+    fitted.fit_loop.max_epochs = 2
+    fitted.fit(module, loader())
+    second = path("2", module, fitted)
+    count = "model.bn.entprop_aux.num_batches_tracked"
+    assert (first[count], second[count]) == (6, 12)
+    module.model.bn.running_mean += 1  # other norms: the copies start from them
+    fitted.fit_loop.max_epochs = 3
+    fitted.fit(module, loader())
+    assert path("3", module, fitted)[count] == 18
+    assert (
+        path("3", module, fitted)["model.bn.entprop_aux.running_mean"].mean()
+        > second["model.bn.entprop_aux.running_mean"].mean()
+    )
+
+
+def test_a_model_wrapped_by_the_user_stays_wrapped(tmp_path):
+    module = Classifier(entprop.wrap(net(), exclude=nn.LayerNorm))
+    fitted = trainer(callback(), folder=tmp_path)
+    fitted.fit(module, loader())
+    assert is_wrapped(module)
+    written = torch.load(fitted.checkpoint_callback.best_model_path, weights_only=True)
+    assert set(written["state_dict"]) == set(Classifier().state_dict())
+    entprop.unwrap(module)
+    assert set(module.state_dict()) == set(written["state_dict"])
+
+
+def test_an_interrupted_fit_leaves_a_plain_module():
+    class Broken(Classifier):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            raise RuntimeError("power cut")
+
+    module = Broken()
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer(callback()).fit(module, loader())
+    assert not is_wrapped(module)
+    assert not HOOKS & set(vars(module))
+
+
+# Two processes --------------------------------------------------------------------------------------------------------
+
+
+SETTINGS = ((1, "ddp"), (2, "ddp_find_unused_parameters_true"))
+
+
+def fit_in_a_process(rank):
+    results = []
+    for accumulate, strategy in SETTINGS:
+        torch.manual_seed(rank)
+        mixer, module = RecordingMixer(), Classifier(lr=0.0)
+        trainer(
+            callback(EntProp(0.5, mix=mixer)),
+            strategy=strategy,
+            devices=2,
+            accumulate_grad_batches=accumulate,
+            use_distributed_sampler=False,
+        ).fit(module, Batches(list(loader())[rank::2]))
+        results.append((module.gradients, mixer.draws))
+    return results
+
+
+def test_two_processes_average_gradients():
+    found = run_processes(fit_in_a_process)
+    for case, (accumulate, _) in enumerate(SETTINGS):
+        (first, draws), (second, other_draws) = (results[case] for results in found)
+        alone = [
+            by_hand(net(), list(loader())[rank::2], accumulate=accumulate, lr=0.0, draws=mine)[0]
+            for rank, mine in enumerate((draws, other_draws))
+        ]
+        mean = [{name: (a[name] + b[name]) / 2 for name in a} for a, b in zip(*alone, strict=True)]
+        assert worst(first, mean) < 1e-5
+        assert worst(first, second) == 0
+
+
+# Traps ----------------------------------------------------------------------------------------------------------------
+
+
+class Smoothed(Classifier):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(batch[0]), batch[1], label_smoothing=0.1)
+
+
+class Brighter(Classifier):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(batch[0] * 1.01), batch[1])
+
+
+class Twice(Classifier):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(batch[0]), batch[1]) + 0 * self.model(batch[0]).sum()
+
+
+class Skips(Classifier):
+    def training_step(self, batch, batch_idx):
+        self.model(batch[0])
+
+
+class Elsewhere(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class Manual(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Nameless(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net, self.model = self.model, None
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+TRAPS = [
+    (Smoothed, {}, {}, "cross_entropy, is .*loss=", entprop.errors.UnsupportedModelError),
+    (Brighter, {}, {}, "other images than the batch", entprop.errors.UnsupportedModelError),
+    (Twice, {}, {}, "called 'model' 2 times", entprop.errors.UnsupportedModelError),
+    (Skips, {}, {}, "returned None", entprop.errors.UnsupportedModelError),
+    (Elsewhere, {}, {}, "called 'model' 0 times", entprop.errors.UnsupportedModelError),
+    (Manual, {}, {}, "manual_backward", entprop.errors.UnsupportedModelError),
+    (Nameless, {}, {}, "its parts are 'net'", entprop.errors.ConfigurationError),
+    (Classifier, {"model": "nut"}, {}, "no 'nut'", entprop.errors.ConfigurationError),
+    (lambda: Classifier(optimizer=torch.optim.LBFGS), {}, {}, "LBFGS", entprop.errors.UnsupportedModelError),
+    (Classifier, {}, {"sync_batchnorm": True, "strategy": "ddp"}, "sync_batchnorm", Exception),
+    (Classifier, {}, {"strategy": "fsdp", "accelerator": "cpu"}, ".*", Exception),
+    (lambda: torch.compile(Classifier()), {}, {}, "Compile the model inside", entprop.errors.UnsupportedModelError),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "training", "match", "error"), TRAPS)
+def test_traps_raise(make, options, training, match, error):
+    with pytest.raises(error, match=match):
+        trainer(callback(**options), **training).fit(make(), loader())
+
+
+def test_what_was_a_trap_works_when_said():
+    module, mixer = Smoothed(), RecordingMixer()
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+    trainer(callback(EntProp(0.5, mix=mixer), loss=loss)).fit(module, loader())
+    expected, _ = by_hand(net(), loader(), draws=mixer.draws, smoothing=0.1)
+    assert worst(module.gradients, expected) < 1e-5
+    trainer(callback(model="net")).fit(Nameless(), loader())
+    trainer(callback(model="net")).fit(Elsewhere(), loader())
+
+
+def test_batches_that_are_not_pairs_raise():
+    x, y = images(4)
+    for batch in ((x, y, torch.arange(4)), {"image": x, "label": y, "index": torch.arange(4)}, x):
+        with pytest.raises(entprop.errors.ConfigurationError, match="images, labels"):
+            trainer(callback()).fit(Classifier(), Batches([batch]))
+
+
+def test_a_checkpoint_without_copies_is_refused(tmp_path):
+    fitted = trainer(folder=tmp_path)
+    fitted.fit(Classifier(), loader())
+    with pytest.raises(entprop.errors.CheckpointError, match="without EntPropLightningCallback"):
+        trainer(callback(), max_epochs=2).fit(
+            Classifier(), loader(), ckpt_path=fitted.checkpoint_callback.best_model_path
+        )
+
+
+def test_averaging_and_two_callbacks_are_refused():
+    with pytest.raises(entprop.errors.UnsupportedModelError, match="averages weights"):
+        trainer(callback(), L.pytorch.callbacks.StochasticWeightAveraging(0.01)).fit(Classifier(), loader())
+    with pytest.raises((entprop.errors.ConfigurationError, RuntimeError), match=r"two|more than one"):
+        trainer(callback(), callback()).fit(Classifier(), loader())
