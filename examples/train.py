@@ -8,8 +8,8 @@
 The first trains on scikit-learn's digits, in a minute or two on a CPU. Every method is trained once per seed, on the
 same data in the same order. The table at the end gives clean accuracy (SA), mean accuracy under corruptions (RA), their
 harmonic mean (Hscore), the seconds that training took, and passes per step, where one pass is forward and backward of
-one batch. The output folder then holds results.json, curves.png, and one folder per run with its checkpoints, its
-metrics.jsonl and the final model, which loads without entprop_wrap.
+one batch. The output folder then holds results.json, report.html, curves.png, and one folder per run with its
+checkpoints, its metrics.jsonl and the final model, which loads without entprop_wrap.
 """
 
 from __future__ import annotations
@@ -88,10 +88,13 @@ def train(name, method, model, data, seed, options):
     start = time.perf_counter()
     trainer.fit(resume=options.resume)
     seconds = time.perf_counter() - start
+    found = {}
     if method.auxiliaries:
+        if seed == options.seed and accelerate.PartialState().num_processes == 1:
+            found = report.diagnose(name, method, trainer.model.eval(), data, options)
         entprop.unwrap(trainer.model)
     history = report.read_history(options.output / f"{name}-seed{seed}" / "metrics.jsonl")
-    return report.Run(name, seed, seconds, history), trainer.model.eval()
+    return report.Run(name, seed, seconds, history, diagnostics=found), trainer.model.eval()
 
 
 def parse() -> argparse.Namespace:

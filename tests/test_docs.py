@@ -132,9 +132,9 @@ def test_there_are_blocks_to_run():
 # The examples of docs/methods.md --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def examples(tmp_path):
-    return run(ROOT / "docs" / "methods.md", tmp_path)
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    return run(ROOT / "docs" / "methods.md", tmp_path_factory.mktemp("methods"))
 
 
 def gradients_of(method, **options):

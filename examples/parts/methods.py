@@ -19,6 +19,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "label_smoothing": lambda options: Vanilla(label_smoothing=given(options.label_smoothing, 0.1)),
     "entropy_maximisation": lambda options: Vanilla(entropy_weight=given(options.entropy_weight, 0.1)),
     "entprop": lambda options: entprop(options),
+    "entprop_finetuning": lambda options: EntProp.finetuning(),
     "random_selection": lambda options: entprop(options, uncertainty=selection.random, threshold=None),
     "shared_norms": lambda options: entprop(options, auxiliary=None),
     "mixprop": lambda options: MixProp(mix=mixer(options)),

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from entprop_wrap import robustness
+from entprop_wrap import EntProp, Method, diagnostics, robustness
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Run:
         seconds: Wall time of training, with its evaluations on the way.
         history: The records of metrics.jsonl.
         scores: Result of ``evaluate_robustness``.
+        diagnostics: Results of ``entprop_wrap.diagnostics`` by title, of the first seed.
     """
 
     method: str
@@ -32,6 +34,7 @@ class Run:
     seconds: float
     history: list[dict[str, Any]] = field(default_factory=list)
     scores: Any = None
+    diagnostics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passes(self) -> float:
@@ -85,6 +88,16 @@ def save(runs: list[Run], data, options) -> None:
     print(f"\nResults: {output / 'results.json'}   to look at: {output / 'report.html'}, {output / 'curves.png'}")
 
 
+def diagnose(name: str, method: Method, model: nn.Module, data, options) -> dict[str, Any]:
+    """Look at a trained model before its copies go: how far they are, and what the method does to test images."""
+    found: dict[str, Any] = {f"{name}: auxiliary against main norms": diagnostics.domain_gap(model)}
+    if isinstance(method, EntProp):
+        loader = data.loader(data.robustness, options.batch_size, options.workers)
+        stages = diagnostics.entropy_stages(model, loader, method=method, pixel_space=data.space, progress=False)
+        found[f"{name}: entropy of test images"] = stages
+    return found
+
+
 def page(runs: list[Run], data, options, path: Path) -> Path:
     """Write the report: scores over the seeds, what they cost, and some of the test images under each corruption."""
     methods = {
@@ -98,7 +111,8 @@ def page(runs: list[Run], data, options, path: Path) -> Path:
         title=f"{data.name}, {options.model}",
         images=torch.stack(examples),
         pixel_space=data.space,
-        costs={method: statistics.fmean(run.passes for run in mine) for method, mine in methods.items()},
+        costs={method: round(statistics.fmean(run.passes for run in mine), 2) for method, mine in methods.items()},
+        diagnostics={title: found for run in runs for title, found in run.diagnostics.items()},
         command=shlex.join(["python", *sys.argv]),
         facts={
             "Data": f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes",
