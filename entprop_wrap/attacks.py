@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.mixing import sent
+from entprop_wrap.options import check_flag, check_integer, check_number
 from entprop_wrap.perturbation import PixelSpace, ascend, check_magnitude
 
 __all__ = ["PGD", "Attack", "Gradient", "check_attack", "direction", "length", "uniform_start"]
@@ -64,16 +65,16 @@ class PGD:
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
             raise ConfigurationError(f"norm must be 'linf' or 'l2', found {self.norm!r}.")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ConfigurationError(f"steps must be an int of at least 1, found {self.steps!r}.")
+        check_integer("steps", self.steps, 1)
+        check_flag("random_start", self.random_start)
         for name in ("epsilon", "step_size"):
             value = getattr(self, name)
             if name == "step_size" and value is None:
                 continue
             if self.norm == "linf":
                 check_magnitude(name, value)
-            elif not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ConfigurationError(f"{name} must be a number above 0, found {value!r}.")
+            else:
+                check_number(name, value, lambda value: value > 0, "above 0")
 
     def run(self, images: Tensor, gradient: Gradient, space: PixelSpace, generator: torch.Generator | None) -> Tensor:
         """Return the attacked images."""
@@ -115,7 +116,7 @@ def uniform_start(images: Tensor, epsilon: float, space: PixelSpace, generator: 
     if generator is None:
         noise = torch.rand_like(images)
     else:  # drawn on the CPU, so that every device gives the same
-        noise = torch.rand(images.shape, generator=generator, dtype=images.dtype).to(images.device)
+        noise = sent(torch.rand(images.shape, generator=generator, dtype=images.dtype), images.device)
     lower, upper = space.bounds(images)
     moved: Tensor = (images + noise.mul_(2).sub_(1) * (epsilon * space.scale(images))).clamp_(lower, upper)
     return moved
@@ -127,7 +128,7 @@ def ball_start(images: Tensor, epsilon: float, space: PixelSpace, generator: tor
         normal, radius = torch.randn_like(images), torch.rand_like(images[:, :1, :1, :1])
     else:
         normal, radius = (
-            draw.to(images.device)
+            sent(draw, images.device)
             for draw in (
                 torch.randn(images.shape, generator=generator, dtype=images.dtype),
                 torch.rand((len(images), 1, 1, 1), generator=generator, dtype=images.dtype),

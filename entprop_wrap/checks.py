@@ -82,7 +82,8 @@ def check_batch_size(images: Tensor) -> None:
     if len(images) < 2:
         raise ImageError(
             f"Expected a batch of at least 2 images, found {len(images)}: batch statistics and selection need more. "
-            "Drop the last incomplete batch (DataLoader(..., drop_last=True)) or choose another batch size."
+            "Drop the last incomplete batch (DataLoader(..., drop_last=True); in the Hugging Face Trainer "
+            "TrainingArguments(dataloader_drop_last=True)) or choose another batch size."
         )
 
 
@@ -159,6 +160,7 @@ class Checker:
         self.first = True
         self.warned = False  # of too small auxiliary batches, on a model without copies
         self.classes: int | None = None  # known after the first pass
+        self.loss_seen = False  # to be a mean over images
         self.pending: dict[str, Tensor] = {}
 
     def images(self, images: Tensor, space: PixelSpace) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from entprop_wrap.errors import UnsupportedModelError
 
-__all__ = ["no_gradient_sync", "plain_model", "refuse_wrapping", "walk"]
+__all__ = ["no_gradient_sync", "plain_model", "refuse_container", "refuse_wrapping", "walk"]
 
 
 def walk(model: nn.Module) -> Iterator[nn.Module]:
@@ -46,6 +46,29 @@ def no_gradient_sync(model: nn.Module) -> AbstractContextManager[object]:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.no_sync()
     return nullcontext()
+
+
+#: Containers whose training step is not ours to split, by class name, and why.
+_NO_STEP = {
+    "DeepSpeedEngine": (
+        "DeepSpeed steps its engine at every synchronised backward, so two backwards would be two steps."
+    ),
+    "FullyShardedDataParallel": (
+        "FSDP1 flattens parameters, so that norm layers lose their own, and its hooks expect one backward a step."
+    ),
+}
+
+
+def refuse_container(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedModelError` if ``model`` is in a container in which a step of ours cannot be right."""
+    inside: nn.Module | None = model
+    while inside is not None:  # compiled around it, or ours around the Hugging Face Trainer's
+        if why := _NO_STEP.get(type(inside).__name__):
+            raise UnsupportedModelError(
+                f"{why} Expected a plain, DDP or FSDP2 model: choose one of these with `accelerate config`, or write "
+                "torch.distributed.fsdp.fully_shard(model)."
+            )
+        inside = inside._modules.get("_orig_mod")
 
 
 def refuse_wrapping(model: nn.Module) -> None:

@@ -4,20 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.mixing import Mix, take
+from entprop_wrap.options import check_number
 
-__all__ = ["Loss", "Regularised", "Target", "cross_entropy", "mean_entropy", "smooth"]
+__all__ = [
+    "Loss",
+    "Regularised",
+    "Target",
+    "cross_entropy",
+    "is_mean",
+    "mean_by_construction",
+    "mean_entropy",
+    "smooth",
+]
 
 #: ``(logits (N, C), labels (N,) or (N, C)) -> scalar``, a mean over the batch.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 cross_entropy: Loss = F.cross_entropy
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def mean_by_construction(loss: _Function) -> _Function:
+    """Mark ``loss``, a function or a method, as a mean over the rows it is given: it is not called to find out."""
+    loss.__dict__["entprop_mean"] = True
+    return loss
+
+
+def is_mean(loss: Loss, logits: Tensor, labels: Tensor, value: Tensor) -> bool:
+    """Say whether ``loss`` averages over rows, rather than adds them up; True where that cannot be told.
+
+    It is called once, on every row twice: a sum doubles, a mean stays. Gradients, buffers of a loss that is a module,
+    and torch's random states are as before.
+
+    Args:
+        loss: What to find out about.
+        logits: ``(N, C)``.
+        labels: As ``loss`` takes them.
+        value: ``loss(logits, labels)``, a scalar.
+    """
+    if loss is cross_entropy or getattr(loss, "entprop_mean", False):
+        return True
+    rows = logits.detach().repeat(2, 1), torch.cat([labels, labels])
+    again: Callable[[], Tensor] = partial(loss, *rows)
+    if isinstance(loss, nn.Module):  # on clones, as the backward needs the buffers untouched
+        again = partial(functional_call, loss, {name: buffer.clone() for name, buffer in loss.named_buffers()}, rows)
+    devices = [logits.device] if logits.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            twice = again()
+        once, twice = (float(number) for number in (value.detach(), twice))
+    except Exception:
+        return True  # a loss for so many rows and no others: a method that needs others fails by itself
+    return not (once != 0 and abs(twice - 2 * once) < 1e-3 * abs(once))
 
 
 def smooth(labels: Tensor, smoothing: float, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -59,10 +107,8 @@ class Regularised:
     entropy_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigurationError(f"label_smoothing must be in [0, 1), found {self.label_smoothing!r}.")
-        if not self.entropy_weight >= 0:
-            raise ConfigurationError(f"entropy_weight must be at least 0, found {self.entropy_weight!r}.")
+        check_number("label_smoothing", self.label_smoothing, lambda value: 0 <= value < 1, "in [0, 1)")
+        check_number("entropy_weight", self.entropy_weight, lambda value: value >= 0, "of at least 0")
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of ``logits`` ``(N, C)``."""

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.options import check_number
 
-__all__ = ["CutMix", "Mix", "MixUp", "Mixer", "take"]
+__all__ = ["CutMix", "Mix", "MixUp", "Mixer", "sent", "take"]
 
 
 class Mix(Protocol):
@@ -117,10 +118,14 @@ class CutMix:
         return _Paste(torch.randperm(shape[0], generator=generator), 1 - area / (height * width), (rows, columns))
 
 
+def sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """Return on ``device`` what was drawn on the CPU, without waiting for what the device is at."""
+    return drawn.to(device, non_blocking=device.type == "cuda")  # elsewhere it may be read after its memory is free
+
+
 def take(images: Tensor, rows: Tensor) -> Tensor:
     """Return ``images[rows]`` as a new tensor, in its memory format (plain indexing drops channels_last)."""
-    rows = rows.to(images.device, non_blocking=True)
-    taken = images.index_select(0, rows)
+    taken = images.index_select(0, sent(rows, images.device))
     if images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last):
         taken = taken.contiguous(memory_format=torch.channels_last)
     return taken
@@ -142,5 +147,4 @@ def _random(generator: torch.Generator | None) -> random.Random:
 
 
 def _check_alpha(alpha: float) -> None:
-    if not alpha > 0 or not math.isfinite(alpha):
-        raise ConfigurationError(f"alpha must be above 0, found {alpha}. Write mix=None to switch mixing off.")
+    check_number("alpha", alpha, lambda value: value > 0, "above 0 (write mix=None to switch mixing off)")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError, PixelRangeError
+from entprop_wrap.options import is_number
 
 __all__ = ["PixelSpace", "ascend", "check_magnitude"]
 
@@ -120,8 +121,9 @@ class PixelSpace:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a few spaces and devices; saves a copy to the device in every step
     def _constants(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        lower, upper, scale = (v.to(device, dtype) for v in ((0 - mean) / std, (1 - mean) / std, 1 / std))
+        with torch.inference_mode(False):  # what is made in inference mode cannot be used in training, and this is kept
+            mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (self.mean, self.std))
+            lower, upper, scale = (v.to(device, dtype) for v in ((0 - mean) / std, (1 - mean) / std, 1 / std))
         return lower, upper, scale
 
 
@@ -163,8 +165,8 @@ def ascend(
 
 def check_magnitude(name: str, value: float) -> None:
     """Raise :class:`PixelRangeError` unless ``value`` is a fraction of the pixel range, above 0 and below 1."""
-    if not isinstance(value, (int, float)) or not 0 < value < 1:
-        hint = f"Write {name}={value:g}/255." if isinstance(value, (int, float)) and 1 <= value < 255 else ""
+    if not is_number(value) or not 0 < value < 1:
+        hint = f"Write {name}={value:g}/255." if is_number(value) and 1 <= value < 255 else ""
         raise PixelRangeError(
             f"{name} is a fraction of the full pixel range, above 0 and below 1; found {value!r}. {hint}".rstrip()
         )

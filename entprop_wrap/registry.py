@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.containers import plain_model, walk
+from entprop_wrap.containers import plain_model, refuse_container, walk
 from entprop_wrap.domains import Switch, auxiliary_of
 from entprop_wrap.errors import ConfigurationError, NotWrappedError, UnsupportedModelError
 from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm
@@ -144,6 +144,7 @@ def find_registry(model: nn.Module) -> Registry:
     if len(roots) > 1:
         kinds = ", ".join(type(root).__name__ for root in roots)
         raise UnsupportedModelError(f"Found several wrapped models in one ({kinds}). Pass the one you mean.")
+    refuse_container(model)
     if not roots:
         if not norms:
             raise NotWrappedError(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.mixing import sent
 
 __all__ = [
     "Uncertainty",
@@ -76,15 +77,26 @@ def random(logits: Tensor, labels: Tensor | None = None, generator: torch.Genera
     selects the same samples on every device. Source: "Random" in EntProp, figure 4.
     """
     drawn = torch.rand(len(logits), generator=generator, dtype=torch.float64)  # in float32, a tie is not so rare
-    return drawn.to(_float(logits).dtype if logits.device.type == "mps" else drawn.dtype).to(logits.device)
+    return sent(drawn.to(_float(logits).dtype if logits.device.type == "mps" else drawn.dtype), logits.device)
 
 
 def scores(
     uncertainty: Uncertainty, logits: Tensor, labels: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return ``uncertainty(logits, labels)``, with ``generator=generator`` if it takes an argument of that name."""
+    """Return ``uncertainty(logits, labels)``, with ``generator=generator`` if it takes an argument of that name.
+
+    Raises:
+        ConfigurationError: It does not return one number per row.
+    """
     more: dict[str, Any] = {"generator": generator} if _draws(uncertainty) else {}
-    return uncertainty(logits, labels, **more)
+    found: Any = uncertainty(logits, labels, **more)
+    if not isinstance(found, Tensor) or found.shape != logits.shape[:1] or found.dtype == torch.bool:
+        what = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ConfigurationError(
+            f"An uncertainty gives one score per image, a tensor of shape ({len(logits)},); found {what}. A loss "
+            "needs reduction='none'."
+        )
+    return found
 
 
 def count(batch: int, fraction: float) -> int:
@@ -98,7 +110,8 @@ def count(batch: int, fraction: float) -> int:
     if batch < 2:
         raise ConfigurationError(
             f"Expected a batch of at least 2 images to select from, found {batch}. Drop the last incomplete "
-            "batch (DataLoader(..., drop_last=True)) or choose a batch size that leaves no such rest."
+            "batch (DataLoader(..., drop_last=True); in the Hugging Face Trainer "
+            "TrainingArguments(dataloader_drop_last=True)) or choose a batch size that leaves no such rest."
         )
     return min(batch, max(2, math.floor(fraction * batch + 0.5)))
 
@@ -112,7 +125,7 @@ def top(scores: Tensor, number: int) -> Tensor:
     if scores.ndim != 1 or len(scores) < number:
         raise ConfigurationError(
             f"An uncertainty gives one score per image, (N,); found shape {tuple(scores.shape)}. A loss needs "
-            "reduction='none'."
+            "needs reduction='none'."
         )
     return scores.topk(number).indices
 

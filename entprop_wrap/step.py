@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from entprop_wrap import checks
-from entprop_wrap.containers import no_gradient_sync, plain_model, walk
+from entprop_wrap.containers import no_gradient_sync, plain_model, refuse_container, walk
 from entprop_wrap.errors import ConfigurationError, EntPropError, LabelError, ModelOutputError, UnsupportedModelError
-from entprop_wrap.losses import Loss, Target
+from entprop_wrap.losses import Loss, Target, is_mean
+from entprop_wrap.norms import is_norm
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.registry import find_registry
 from entprop_wrap.wrapping import auxiliary, is_wrapped
@@ -105,18 +106,16 @@ class Step:
     ) -> None:
         if not model.training:
             raise ConfigurationError("The model is in evaluation mode. Write model.train() before the training step.")
-        if type(model).__name__ == "DeepSpeedEngine":
-            raise UnsupportedModelError(
-                "DeepSpeed steps its engine at every synchronised backward, so two backwards would be two steps. "
-                "Expected a plain, DDP or FSDP2 model: choose one of these with `accelerate config`."
-            )
+        refuse_container(model)
         if not torch.is_grad_enabled():
             raise ConfigurationError("Gradients are switched off. Leave out torch.no_grad() around the training step.")
         checks.check_images(images, space)
         checks.check_batch_size(images)
         self.checker = checks.checker_of(plain_model(model))
         self.checker.images(images, space)
-        self.model, self.images, self.space, self.loss, self.generator = model, images.detach(), space, loss, generator
+        self.model, self.images, self.space, self.generator = model, images.detach(), space, generator
+        self.loss = loss if self.checker.loss_seen else self._first_loss(loss)
+        self._restore: Callable[[], None] = _nothing
         self.labels = checks.check_labels(labels, images)
         self._backward = backward
         if self.checker.classes is not None:
@@ -138,25 +137,42 @@ class Step:
     def _first_forward(self, images: Tensor) -> Tensor:
         # Only the first pass shows how many classes there are. If the labels do not fit, it has not happened.
         checks.check_takes_images(plain_model(self.model))
-        buffers = list(plain_model(self.model).buffers())
-        before = [buffer.clone() for buffer in buffers]
+        restore = buffers_restorer(self.model)
         try:
             logits = checks.logits_of(self.model(images), len(images), differentiable=torch.is_grad_enabled())
             self.checker.labels(self.labels, logits.shape[1])
         except EntPropError:
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+            restore()
             raise
-        self.checker.classes = logits.shape[1]
+        self.checker.classes, self._restore = logits.shape[1], restore
         return logits
+
+    def _first_loss(self, loss: Loss) -> Loss:
+        # Only a call shows whether a loss is a mean, once for each model. If it is none, the step has not happened.
+        def checked(logits: Tensor, labels: Tensor) -> Tensor:
+            value = loss(logits, labels)
+            if self.checker.loss_seen:
+                return value
+            try:
+                check_scalar(value)
+                if not is_mean(loss, logits, labels, value):
+                    raise ConfigurationError(
+                        "loss must return the mean over the images it is given; found one that doubles where every "
+                        "image comes twice. Write reduction='mean', and divide by no number of images of your own: "
+                        "parts of a batch are weighed by how many images they hold."
+                    )
+            except ConfigurationError:
+                self._restore()
+                self.checker.classes = None
+                raise
+            self.checker.loss_seen, self.loss, self._restore = True, loss, _nothing
+            return value
+
+        return checked
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of a scalar loss, as the training loop wants it."""
-        if loss.ndim != 0:
-            raise ConfigurationError(
-                f"loss must return a scalar, the mean over the batch; found shape {tuple(loss.shape)}. Leave out "
-                "reduction='none'."
-            )
+        check_scalar(loss)
         if self._backward is None:
             loss.backward()  # type: ignore[no-untyped-call]
         else:
@@ -175,18 +191,16 @@ class Step:
     @contextmanager
     def _statistics_kept(self) -> Iterator[None]:
         # On a plain model there is no switch to say it to; what its norms record in the block is taken back.
-        buffers = list(plain_model(self.model).buffers())
-        before = [buffer.clone() for buffer in buffers]
+        restore = buffers_restorer(self.model)
         try:
             yield
         finally:
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+            restore()
 
     @contextmanager
     def norms_frozen(self, frozen: bool = True) -> Iterator[None]:
         """Run norm layers on their running statistics, as in evaluation, and everything else in training mode."""
-        norms = [module for module in walk(self.model) if frozen and isinstance(module, _NormBase) and module.training]
+        norms = [module for module in walk(self.model) if frozen and module.training and _keeps_statistics(module)]
         for norm in norms:
             norm.training = False
         try:
@@ -262,6 +276,37 @@ class Step:
                 "Raise the batch size or the fraction to have 8 or more.",
                 stacklevel=5,
             )
+
+
+def buffers_restorer(model: nn.Module) -> Callable[[], None]:
+    """Return a function that gives the buffers of ``model`` the values they have now."""
+    buffers = list(plain_model(model).buffers())
+    before = [buffer.clone() for buffer in buffers]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+    return restore
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    # EvoNorm of timm and norms of one's own are known by their buffers: whatever these hold, an attack is not to move.
+    return isinstance(module, _NormBase) or (bool(module._buffers) and is_norm(module))
+
+
+def _nothing() -> None:
+    """There is nothing to put back."""
+
+
+def check_scalar(loss: object) -> None:
+    """Raise :class:`ConfigurationError` unless ``loss`` is what a loss returns: a tensor without dimensions."""
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ConfigurationError(
+            f"loss must return a scalar tensor, the mean over the batch; found {found}. Leave out reduction='none'."
+        )
 
 
 def check_method(method: object) -> Method:

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entprop_wrap.containers import plain_model
+from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.registry import find_registry, refuse_idle_copies, refuse_inside_block
 from entprop_wrap.step import Method, Step, StepOutput, check_method
 
-__all__ = ["training_step"]
+__all__ = ["check_loss", "check_pixel_space", "training_step"]
 
 
 def training_step(
@@ -55,15 +57,25 @@ def training_step(
         PixelRangeError: Images outside ``pixel_space``, likewise.
         LabelError: Labels of another type or shape, or (CPU) out of range.
         ModelOutputError: The model returned no logits.
-        ConfigurationError: The model is in evaluation mode.
+        ConfigurationError: The model is in evaluation mode or frozen as a whole, or the loss is no mean over images. Of a loss of your own
+            that is found out in the first step, by one more call of it.
         UnsupportedModelError: The switch or the method cannot be right on this model, or the call stands inside
             ``auxiliary()``; the message says which.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"training_step() expects a torch.nn.Module first, found {type(model).__name__}.")
     method = EntProp() if method is None else check_method(method)
-    if pixel_space is not None and not isinstance(pixel_space, PixelSpace):
-        raise TypeError(f"pixel_space expects a PixelSpace, found {pixel_space!r}: write PixelSpace(mean, std).")
+    check_pixel_space(pixel_space)
+    check_loss(loss)
+    if backward is not None and not callable(backward):
+        raise TypeError(f"backward expects a function of a loss such as accelerator.backward, found {backward!r}.")
+    if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != "cpu"):
+        raise ConfigurationError(
+            f"generator expects a CPU generator, found "
+            f"{f'one on {generator.device}' if isinstance(generator, torch.Generator) else repr(generator)}: a draw on "
+            "the device would wait for it. Write generator=torch.Generator().manual_seed(...)."
+        )
+    check_trainable(model)
     if method.auxiliaries:
         refuse_idle_copies(find_registry(model), method.auxiliaries)  # raises before anything runs
     refuse_inside_block(model)
@@ -71,3 +83,28 @@ def training_step(
         model, images, labels, pixel_space or PixelSpace(), cross_entropy if loss is None else loss, backward, generator
     )
     return method.step(step)
+
+
+def check_pixel_space(space: object) -> None:
+    """Raise a :class:`TypeError` unless ``space`` is a :class:`PixelSpace` or None."""
+    if space is not None and not isinstance(space, PixelSpace):
+        raise TypeError(f"pixel_space expects a PixelSpace, found {space!r}: write PixelSpace(mean, std).")
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise :class:`ConfigurationError` if a model has parameters, all of them frozen."""
+    if any(parameter.requires_grad for parameter in model.parameters()) or next(model.parameters(), None) is None:
+        return
+    raise ConfigurationError(
+        f"No parameter of {type(plain_model(model)).__name__} has requires_grad=True: nothing to train. Leave some of "
+        "them unfrozen, the classifier say, before the optimizer is built: model.requires_grad_(True)."
+    )
+
+
+def check_loss(loss: object) -> None:
+    """Raise a :class:`TypeError` unless ``loss`` is a function, or None."""
+    if isinstance(loss, type) or (loss is not None and not callable(loss)):
+        raise TypeError(
+            f"loss expects a function (logits, labels) -> scalar mean, found {loss!r}: write "
+            "torch.nn.functional.cross_entropy or torch.nn.CrossEntropyLoss(), say."
+        )

@@ -12,6 +12,7 @@ from torch import Tensor
 from entprop_wrap.attacks import PGD, Attack, check_attack
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Regularised, mean_entropy
+from entprop_wrap.options import check_number
 from entprop_wrap.selection import entropy
 from entprop_wrap.step import Step, StepOutput
 
@@ -64,10 +65,8 @@ class AdversarialTraining:
             raise ConfigurationError(f"kind must be 'pgd' or 'trades', found {self.kind!r}.")
         if self.regularise not in ("adversarial", "clean", "both"):
             raise ConfigurationError(f"regularise must be adversarial, clean or both, found {self.regularise!r}.")
-        if not self.beta > 0 or not 0 <= self.clean_weight < 1:
-            raise ConfigurationError(
-                f"Expected beta > 0 and clean_weight in [0, 1), found {self.beta!r} and {self.clean_weight!r}."
-            )
+        check_number("beta", self.beta, lambda value: value > 0, "above 0")
+        check_number("clean_weight", self.clean_weight, lambda value: 0 <= value < 1, "in [0, 1)")
         Regularised(F.cross_entropy, self.label_smoothing, self.entropy_weight)  # raises if out of range
         if self.kind == "trades":
             self._check_trades()

@@ -13,6 +13,8 @@ from torch import Tensor
 from entprop_wrap.attacks import PGD, Attack, check_attack
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
+from entprop_wrap.mixing import sent
+from entprop_wrap.options import check_flag, check_name, check_number
 from entprop_wrap.selection import entropy
 from entprop_wrap.step import Step, StepOutput
 
@@ -45,8 +47,9 @@ class AdvProp:
     def __post_init__(self) -> None:
         check_attack(self.attack)
         check_statistics(self.attack_statistics)
-        if not self.weight > 0:
-            raise ConfigurationError(f"weight must be above 0, found {self.weight!r}.")
+        check_flag("targeted", self.targeted)
+        check_number("weight", self.weight, lambda value: value > 0, "above 0")
+        check_name("auxiliary", self.auxiliary)
 
     @property
     def auxiliaries(self) -> tuple[str, ...]:
@@ -128,5 +131,5 @@ def check_targets(step: Step, targeted: bool) -> None:
 
 def wrong_labels(labels: Tensor, classes: int, generator: torch.Generator | None) -> Tensor:
     """Return for each of ``labels`` ``(N,)`` another class, uniformly at random."""
-    shift = torch.randint(1, classes, labels.shape, generator=generator).to(labels.device)
+    shift = sent(torch.randint(1, classes, labels.shape, generator=generator), labels.device)
     return (labels + shift) % classes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
 from entprop_wrap.mixing import Mixer, MixUp, take
+from entprop_wrap.options import check_integer, check_name, check_number
 from entprop_wrap.perturbation import ascend, check_magnitude
 from entprop_wrap.selection import Uncertainty, count, entropy, scores, top
 from entprop_wrap.step import Step, StepOutput, input_gradient
@@ -81,10 +81,8 @@ class EntProp:
     auxiliary: str | None = "aux"
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise ConfigurationError(f"fraction is a share of the batch in (0, 1], found {self.fraction!r}.")
-        if not isinstance(self.attack_steps, int) or self.attack_steps < 0:
-            raise ConfigurationError(f"attack_steps must be an integer of at least 0, found {self.attack_steps!r}.")
+        check_number("fraction", self.fraction, lambda value: 0 < value <= 1, "in (0, 1], a share of the batch")
+        check_integer("attack_steps", self.attack_steps, 0)
         for name in ("epsilon", "step_size"):
             if (value := getattr(self, name)) is not None:
                 check_magnitude(name, value)
@@ -102,13 +100,10 @@ class EntProp:
                 f"uncertainty must be a function (logits, labels) -> scores, found {self.uncertainty!r}. Write "
                 "uncertainty=entprop_wrap.selection.entropy."
             )
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if self.threshold is not None and not (number and math.isfinite(self.threshold)):
-            raise ConfigurationError(
-                f"threshold must be a finite number in units of the score, or None; found {self.threshold!r}."
-            )
-        if self.auxiliary is not None and not isinstance(self.auxiliary, str):
-            raise ConfigurationError(f"auxiliary must be a name, or None for shared norms; found {self.auxiliary!r}.")
+        if self.threshold is not None:
+            check_number("threshold", self.threshold, lambda value: True, "in units of the score, or None")
+        if self.auxiliary is not None:
+            check_name("auxiliary", self.auxiliary, ", or None for shared norms")
 
     @classmethod
     def finetuning(cls, **options: Any) -> EntProp:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,16 +14,10 @@ from entprop_wrap.containers import walk
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.features import features_of
 from entprop_wrap.losses import Loss, mean_entropy
+from entprop_wrap.options import check_integer, check_number
 from entprop_wrap.perturbation import PixelSpace
 
-__all__ = ["EntropyAscent", "check_ascent", "check_number"]
-
-
-def check_number(name: str, value: Any, good: Callable[[float], bool], range_: str) -> None:
-    """Raise :class:`ConfigurationError` unless ``value`` is a finite number and ``good``."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not good(value):
-        raise ConfigurationError(f"{name} must be {range_}, found {value!r}.")
+__all__ = ["EntropyAscent", "check_ascent"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +59,9 @@ class EntropyAscent:
         check_number("eta", self.eta, lambda value: value >= 0, "at least 0")
         check_number("gamma", self.gamma, lambda value: value >= 0, "at least 0")
         check_number("step_size", self.step_size, lambda value: value > 0, "above 0")
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise ConfigurationError(f"steps must be an integer of at least 1, found {self.steps!r}.")
+        check_integer("steps", self.steps, 1)
+        if self.layer is not None and not isinstance(self.layer, str):
+            raise ConfigurationError(f"layer must be the name of a layer, or None; found {self.layer!r}.")
 
     @classmethod
     def cifar(cls, **options: Any) -> EntropyAscent:

@@ -17,6 +17,7 @@ from entprop_wrap.containers import plain_model, walk
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.losses import mean_entropy
 from entprop_wrap.norms import is_norm
+from entprop_wrap.options import check_number
 from entprop_wrap.selection import entropy
 from entprop_wrap.step import Step, StepOutput
 
@@ -65,9 +66,7 @@ class EntropicRetraining:
 
     def __post_init__(self) -> None:
         for name in ("activation_weight", "output_weight"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ConfigurationError(f"{name} must be a finite number, found {value!r}.")
+            check_number(name, getattr(self, name), lambda value: True, "of either sign")
         if not self.activation_weight and not self.output_weight:
             raise ConfigurationError("activation_weight and output_weight are both 0: write Vanilla() for that.")
         if not isinstance(self.layers, str) or not self.layers:

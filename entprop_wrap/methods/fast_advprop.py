@@ -11,6 +11,7 @@ from torch import Tensor
 from entprop_wrap.attacks import uniform_start
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
+from entprop_wrap.options import check_flag, check_name, check_number
 from entprop_wrap.perturbation import ascend, check_magnitude
 from entprop_wrap.selection import count, entropy
 from entprop_wrap.step import Step, StepOutput, input_gradient
@@ -51,8 +52,9 @@ class FastAdvProp:
     def __post_init__(self) -> None:
         check_magnitude("epsilon", self.epsilon)
         for name in ("fraction", "beta"):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} must be in (0, 1), found {getattr(self, name)!r}.")
+            check_number(name, getattr(self, name), lambda value: 0 < value < 1, "in (0, 1)")
+        check_flag("shuffle", self.shuffle)
+        check_name("auxiliary", self.auxiliary)
 
     @property
     def auxiliaries(self) -> tuple[str, ...]:
@@ -124,7 +126,8 @@ def count_adversarial(batch: int, fraction: float) -> int:
     if batch < 4:
         raise ConfigurationError(
             f"Expected a batch of at least 4 images, 2 clean and 2 adversarial ones, found {batch}. Drop the last "
-            "incomplete batch (DataLoader(..., drop_last=True)) or choose a batch size that leaves no such rest."
+            "incomplete batch (DataLoader(..., drop_last=True); in the Hugging Face Trainer "
+            "TrainingArguments(dataloader_drop_last=True)) or choose a batch size that leaves no such rest."
         )
     return min(count(batch, fraction), batch - 2)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from entprop_wrap.attacks import Attack
 from entprop_wrap.errors import ConfigurationError, ImageError
 from entprop_wrap.methods.advprop import attacked, check_statistics, check_targets, propagate
+from entprop_wrap.options import check_flag, check_name, check_number
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.step import Step, StepOutput
 
@@ -65,7 +66,9 @@ class FineGrainedAdvProp:
                 f"PGD(epsilon=1/255, steps=1), 'strong': PGD()}}; found {self.branches!r}."
             )
         object.__setattr__(self, "branches", dict(self.branches))  # the caller's may change, these not
+        check_flag("targeted", self.targeted)
         for name, branch in self.branches.items():
+            check_name("A key of branches", name)
             if isinstance(branch, type) or not (_is_attack(branch) or callable(branch)):
                 raise ConfigurationError(
                     f"The branch {name!r} must be an attack such as PGD(epsilon=4/255), or a function of pixels in "
@@ -77,10 +80,10 @@ class FineGrainedAdvProp:
             object.__setattr__(self, "weight", dict(self.weight))
             if set(self.weight) != set(self.branches):
                 raise ConfigurationError(
-                    f"weight names {sorted(self.weight)}; expected one for each of {sorted(self.branches)}."
+                    f"weight names {list(self.weight)}; expected one for each of {list(self.branches)}."
                 )
-        if not all(weight > 0 for weight in self._weights.values()):
-            raise ConfigurationError(f"weight must be above 0, found {self.weight!r}.")
+        for weight in self._weights.values():
+            check_number("weight", weight, lambda value: value > 0, "above 0")
         check_statistics(self.attack_statistics)
 
     @property
@@ -110,7 +113,7 @@ def augmented(step: Step, augmentation: Augmentation, name: str) -> Tensor:
     """Return the step's images, augmented in pixel space.
 
     Raises:
-        ImageError: The augmentation returned something else than images of the same shape.
+        ImageError: The augmentation returned something else than images of the same shape, or (CPU) not finite ones.
     """
     with torch.no_grad(), default_generator_following(step.generator):
         pixels = augmentation(_to_pixels(step.images, step.space))
@@ -121,7 +124,9 @@ def augmented(step: Step, augmentation: Augmentation, name: str) -> Tensor:
             f"{tuple(step.images.shape)}, found {found}."
         )
     lower, upper = step.space.bounds(step.images)
-    return torch.lerp(lower, upper, pixels.to(step.images).clamp(0, 1))
+    images = torch.lerp(lower, upper, pixels.to(step.images).clamp(0, 1))
+    step.checker.images(images, step.space)
+    return images
 
 
 @contextmanager

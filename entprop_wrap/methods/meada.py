@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from entprop_wrap.losses import Target
-from entprop_wrap.methods.entropy_ascent import EntropyAscent, check_ascent, check_number
+from entprop_wrap.methods.entropy_ascent import EntropyAscent, check_ascent
+from entprop_wrap.options import check_name, check_number
 from entprop_wrap.selection import count, entropy
 from entprop_wrap.step import Step, StepOutput
 
@@ -48,6 +49,7 @@ class MEADA:
         check_ascent(self.ascent)
         check_number("fraction", self.fraction, lambda value: 0 < value <= 1, "in (0, 1]")
         check_number("weight", self.weight, lambda value: value > 0, "above 0")
+        check_name("auxiliary", self.auxiliary)
 
     @classmethod
     def cifar(cls, **options: Any) -> MEADA:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
 from entprop_wrap.mixing import Mixer, MixUp
+from entprop_wrap.options import check_name, check_number
 from entprop_wrap.selection import entropy
 from entprop_wrap.step import Step, StepOutput
 
@@ -35,8 +36,8 @@ class MixProp:
     auxiliary: str = "aux"
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ConfigurationError(f"weight must be above 0, found {self.weight!r}.")
+        check_number("weight", self.weight, lambda value: value > 0, "above 0")
+        check_name("auxiliary", self.auxiliary)
         if isinstance(self.mix, type) or not hasattr(self.mix, "draw"):
             raise ConfigurationError(f"mix must be a mixer such as MixUp(alpha=1.0), found {self.mix!r}.")
 

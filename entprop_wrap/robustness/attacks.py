@@ -12,6 +12,7 @@ EntProp itself is no defence: its accuracy under PGD is near that of vanilla tra
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 from entprop_wrap import attacks
 from entprop_wrap.attacks import Gradient, direction
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.options import check_integer
 from entprop_wrap.perturbation import PixelSpace, check_magnitude
 from entprop_wrap.robustness.ascent import AttackLoss, check_attackable, losses, pixel_gradient
 from entprop_wrap.robustness.corruptions.draws import Draws
 from entprop_wrap.robustness.pixels import to_images, to_pixels
 from entprop_wrap.robustness.subjects import device_of, logits
 
-__all__ = ["FGSM", "PGD", "Attack", "Transfer"]
+__all__ = ["FGSM", "PGD", "Attack", "Transfer", "check_attacks"]
 
 _PIXELS = PixelSpace()
 
@@ -108,8 +110,7 @@ class PGD(attacks.PGD):
         super().__post_init__()
         if self.loss not in ("cross_entropy", "margin"):
             raise ConfigurationError(f"loss must be 'cross_entropy' or 'margin', found {self.loss!r}.")
-        if isinstance(self.restarts, bool) or not isinstance(self.restarts, int) or self.restarts < 1:
-            raise ConfigurationError(f"restarts must be an int of at least 1, found {self.restarts!r}.")
+        check_integer("restarts", self.restarts, 1)
         if self.restarts > 1 and not self.random_start:
             raise ConfigurationError("restarts > 1 without random_start would repeat the same attack. Leave one out.")
 
@@ -197,11 +198,21 @@ class Transfer:
         source: The model that is attacked, in evaluation mode; better one that was trained on its own.
         attack: How; one of :mod:`entprop_wrap.attacks` too.
 
+    Raises:
+        ConfigurationError: ``source`` is no model, or ``attack`` no attack.
+
     Source: Papernot et al. (2017), "Practical black-box attacks against machine learning".
     """
 
     source: nn.Module
     attack: FGSM | attacks.PGD = PGD()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, nn.Module):
+            raise ConfigurationError(
+                f"Transfer expects the model to attack first, found {self.source!r}. Write Transfer(model, PGD())."
+            )
+        check_attack("attack", self.attack)
 
     def __call__(
         self,
@@ -218,6 +229,35 @@ class Transfer:
     def at(self, epsilon: float) -> Transfer:
         """Return the same attack at another magnitude."""
         return replace(self, attack=self.attack.at(epsilon))
+
+
+def check_attacks(attacks: Any) -> dict[str, Any]:
+    """Return attacks by name, each as one that measures.
+
+    Raises:
+        ConfigurationError: They are no dict of attacks.
+    """
+    if attacks is not None and not isinstance(attacks, Mapping):
+        raise ConfigurationError(
+            f"attacks must be a dict of attacks by name, found {type(attacks).__name__}. Write "
+            'attacks={"PGD-20": PGD(steps=20)}.'
+        )
+    for name, attack in (attacks or {}).items():
+        check_attack(f"attacks[{name!r}]", attack)
+    return {name: measuring(attack) for name, attack in (attacks or {}).items()}
+
+
+def check_attack(name: str, attack: Any) -> None:
+    """Raise :class:`ConfigurationError` unless ``attack`` can be called as one; ``name`` is what messages call it."""
+    if isinstance(attack, type):
+        raise ConfigurationError(f"{name} is the class {attack.__name__}. Write {attack.__name__}(...).")
+    if isinstance(attack, nn.Module):
+        raise ConfigurationError(f"{name} is a model, {type(attack).__name__}. Expected an attack such as PGD().")
+    if not callable(measuring(attack)):
+        raise ConfigurationError(
+            f"{name} expects an attack such as PGD(), or a function (model, images, labels, pixel_space, generator) -> "
+            f"images; found {attack!r}."
+        )
 
 
 def measuring(attack: Any) -> Any:

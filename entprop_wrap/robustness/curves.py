@@ -50,10 +50,15 @@ def accuracy_against_epsilon(
         PixelRangeError: An epsilon that is no fraction of the pixel range.
     """
     check_state(model, "The model")
-    if not isinstance(epsilons, Sequence) or not epsilons or len(set(epsilons)) < len(epsilons):
+    sizes = tuple(epsilons) if isinstance(epsilons, Iterable) and not isinstance(epsilons, str) else ()
+    if not sizes or len(set(sizes)) < len(sizes):
         raise ConfigurationError(f"epsilons must be a sequence of different numbers, found {epsilons!r}.")
     base = PGD() if attack is None else measuring(attack)
-    sized = {epsilon: base.at(epsilon) if epsilon else None for epsilon in epsilons}
+    if isinstance(base, type) or not hasattr(base, "at"):
+        raise ConfigurationError(
+            f"attack must be FGSM(), PGD() or Transfer(source), which have at(epsilon); found {base!r}."
+        )
+    sized = {epsilon: base.at(epsilon) if epsilon else None for epsilon in sizes}
     subject, space, streams = Subject("The model", model), pixel_space or PixelSpace(), Streams(seed)
     share = Share(data, space)
     with tqdm(total=len(share) * len(sized) or None, disable=not progress or share.process > 0, unit="pass") as bar:

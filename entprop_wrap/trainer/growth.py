@@ -10,6 +10,7 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods.entropy_ascent import EntropyAscent, check_ascent
+from entprop_wrap.options import check_integer
 
 __all__ = ["MaximumEntropyGrowth", "Span"]
 
@@ -78,9 +79,7 @@ class MaximumEntropyGrowth:
     def __post_init__(self) -> None:
         check_ascent(self.ascent)
         for name in ("phases", "every"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigurationError(f"{name} must be an integer of at least 1, found {value!r}.")
+            check_integer(name, getattr(self, name), 1)
         if self.unit not in ("epochs", "steps"):
             raise ConfigurationError(f"unit must be 'epochs' or 'steps', found {self.unit!r}.")
         if self.augment is not None and not callable(self.augment):
@@ -118,9 +117,10 @@ class MaximumEntropyGrowth:
             spans.append(Span(phase, number))
             step += steps_of(number, accumulation)
         if phase < self.phases:
+            steps = f" ({step} steps)" if self.unit == "steps" else ""
             raise ConfigurationError(
-                f"{self.phases} phases, one every {self.every} {self.unit}, do not fit into a run of {epochs} epochs "
-                f"({step} steps): {phase} would take place, and training has to go on after the last. Choose more "
+                f"{self.phases} phases, one every {self.every} {self.unit}, do not fit into a run of {epochs} epochs"
+                f"{steps}: {phase} would take place, and training has to go on after the last. Choose more "
                 "epochs, fewer phases, or a smaller every."
             )
         return spans

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from entprop_wrap.containers import walk
 from entprop_wrap.errors import DivergedError
 from entprop_wrap.step import StepOutput
+from entprop_wrap.switch import Copy
 from entprop_wrap.trainer.batches import Batches
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, better
 from entprop_wrap.trainer.config import TrainerConfig
@@ -25,7 +27,7 @@ from entprop_wrap.trainer.run_state import RunState
 if TYPE_CHECKING:
     from entprop_wrap.diagnostics import Monitor
 
-__all__ = ["Loop"]
+__all__ = ["Loop", "evaluating_parts"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Loop:
         checkpoints: Where to save.
         metrics: Where to write metrics.
         monitor: Sees the steps and evaluations of the first process.
+        evaluating: Modules to leave in evaluation mode.
     """
 
     def __init__(
@@ -57,11 +60,13 @@ class Loop:
         checkpoints: CheckpointFolder,
         metrics: MetricsFile,
         monitor: Monitor | None = None,
+        evaluating: Sequence[nn.Module] = (),
     ) -> None:
         self.config, self.state, self.batches, self.train, self.evaluate = config, state, batches, train, evaluate
         self.checkpoints, self.metrics = checkpoints, metrics
         self.accelerator = state.accelerator
         self.monitor = monitor if self.accelerator.is_main_process else None
+        self.evaluating = evaluating
         self.timer = _Timer()
 
     def run(self) -> None:
@@ -82,6 +87,8 @@ class Loop:
     def _epoch(self) -> None:
         position, config = self.state.position, self.config
         self.state.prepared.model.train()
+        for module in self.evaluating:
+            module.training = False
         if isinstance(self.batches, GrowingBatches):
             self._grow(self.batches)
         length = self.batches.length(position.epoch)
@@ -188,6 +195,13 @@ class Loop:
                 "Step %d: %s", position.step, ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             )
         self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=position.step)
+
+
+def evaluating_parts(model: nn.Module) -> list[nn.Module]:
+    """Return the modules in evaluation mode within a model in training mode; none, if it is not."""
+    if not model.training:
+        return []
+    return [module for module in walk(model) if not (module.training or isinstance(module, Copy))]
 
 
 class _Timer:

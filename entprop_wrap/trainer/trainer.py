@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +29,13 @@ from entprop_wrap.trainer.export import export_model
 from entprop_wrap.trainer.grown_data import growing_batches
 from entprop_wrap.trainer.growth import MaximumEntropyGrowth, steps_of
 from entprop_wrap.trainer.launch import Prepared, make_accelerator, trackers
-from entprop_wrap.trainer.loop import Loop
+from entprop_wrap.trainer.loop import Loop, evaluating_parts
 from entprop_wrap.trainer.meters import Meter, MetricsFile
 from entprop_wrap.trainer.optimization import wrap_with_optimizer
 from entprop_wrap.trainer.reproducible import seed_of
 from entprop_wrap.trainer.run_identity import check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
-from entprop_wrap.training import training_step
+from entprop_wrap.training import check_loss, check_pixel_space, training_step
 
 if TYPE_CHECKING:
     from entprop_wrap.diagnostics import Monitor
@@ -55,6 +56,11 @@ class Trainer:
 
     The model is trained in place and stays wrapped, so that training can go on; ``entprop.unwrap(trainer.model)`` gives
     the plain model back.
+
+    Parts in evaluation mode within a model in training mode, when the Trainer is built or ``fit`` begins, stay so, and
+    a warning says how many: to have norm layers keep their statistics, write ``model.train()`` and then ``norm.eval()``
+    for each of them. A model that is in evaluation mode itself, as from ``from_pretrained``, is put into training mode
+    as a whole.
 
     Args:
         model: The model on any device, wrapped or plain. It is wrapped here if the method has auxiliaries.
@@ -103,9 +109,14 @@ class Trainer:
                 f"Trainer expects a plain model, found a {type(model).__name__}: it distributes and compiles the model "
                 "itself. Pass the module inside, and compile=True in the configuration for torch.compile."
             )
+        check_pixel_space(pixel_space)
+        check_loss(loss)
+        if config is not None and not isinstance(config, TrainerConfig):
+            raise TypeError(f"config expects a TrainerConfig, found {config!r}: write TrainerConfig(epochs=10), say.")
         if monitor is not None and not (hasattr(monitor, "update") and hasattr(monitor, "evaluated")):
             raise TypeError(f"monitor expects Monitor(), found {monitor!r}.")
         self.model, self.method, self.monitor = model, method, monitor
+        self._evaluating = evaluating_parts(model)
         self.config = TrainerConfig() if config is None else config
         self.pixel_space, self.loss = pixel_space or PixelSpace(), cross_entropy if loss is None else loss
         self.accelerator = make_accelerator(self.config)
@@ -178,6 +189,15 @@ class Trainer:
         """
         state, config = self._state, self.config
         checkpoint = self._to_resume(resume)
+        if self.model.training:
+            self._evaluating = evaluating_parts(self.model)
+        if self._evaluating and self.accelerator.is_main_process:
+            warnings.warn(
+                f"{len(self._evaluating)} modules are in evaluation mode and stay so while training, such as a "
+                f"{type(self._evaluating[0]).__name__}. If that is not meant, write model.train() before "
+                "Trainer(model, ...).",
+                stacklevel=2,
+            )
         set_seed(config.seed, device_specific=True)
         state.generator.manual_seed(seed_of(config.seed, "step", self.accelerator.process_index))
         with state.prepared.running():
@@ -193,7 +213,17 @@ class Trainer:
                 self._metrics.cut(self.position.step)
             evaluate = None if self.eval_batches is None else self.evaluate
             batches = self._growing or self.train_batches
-            loop = Loop(config, state, batches, self._train, evaluate, self.checkpoints, self._metrics, self.monitor)
+            loop = Loop(
+                config,
+                state,
+                batches,
+                self._train,
+                evaluate,
+                self.checkpoints,
+                self._metrics,
+                self.monitor,
+                evaluating=self._evaluating,
+            )
             with trackers(self.accelerator, config, method=self.method):
                 loop.run()
         self.export(Path(config.output_dir) / "model")

@@ -9,6 +9,7 @@ from entprop_wrap import EntProp, MixUp, PixelSpace, Vanilla, methods, wrap
 from entprop_wrap.attacks import PGD
 from entprop_wrap.errors import (
     ConfigurationError,
+    ImageError,
     LabelError,
     OptimizerMismatchError,
     UnsupportedModelError,
@@ -217,6 +218,20 @@ def test_a_model_with_another_loss_is_refused(tmp_path):
     model.__class__ = Smoothed
     loss = lambda outputs, labels, num_items_in_batch=None: F.cross_entropy(outputs.logits, labels)  # noqa: E731
     make(tmp_path, model=model, callbacks=[callback()], compute_loss_func=loss).train()
+
+
+@pytest.mark.parametrize("name", ["ViT", "ResNet"])
+def test_labels_from_1_are_told_as_in_any_loop(name, tmp_path):
+    shifted = [{**sample, "labels": sample["labels"] + 1} for sample in samples()]
+    trainer = make(tmp_path, model=name, data=shifted, callbacks=[callback()], per_device_train_batch_size=8)
+    with pytest.raises(LabelError, match=r"in \[0, 4\] .* found \[1, 5\].*start at 0"):
+        trainer.train()
+
+
+def test_a_last_batch_of_one_image_names_the_option_of_the_trainer(tmp_path):
+    trainer = make(tmp_path, data=samples(9), callbacks=[callback()], per_device_train_batch_size=8)
+    with pytest.raises(ImageError, match=r"TrainingArguments\(dataloader_drop_last=True\)"):
+        trainer.train()
 
 
 def test_soft_labels_need_a_loss_for_them(tmp_path):

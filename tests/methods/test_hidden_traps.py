@@ -1,0 +1,111 @@
+"""What once went wrong in silence: statistics of other norms, cached constants, augmentations and scores."""
+
+import pytest
+import torch
+from torch import nn
+
+import entprop_wrap as entprop
+from entprop_wrap.attacks import PGD
+from entprop_wrap.errors import ConfigurationError, ImageError
+from entprop_wrap.methods import AdversarialTraining, AdvProp, FineGrainedAdvProp
+from entprop_wrap.robustness import accuracy_against_epsilon
+from tests.trainer.toys import BatchNormNet, make
+
+IMAGES, LABELS = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
+
+
+class VarianceNorm(nn.Module):
+    """A norm that is none of torch's, as timm's EvoNorm: it records a running variance in training mode."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("recorded", torch.zeros((), dtype=torch.long))
+
+    def forward(self, images):
+        variance = self.running_var
+        if self.training:
+            variance = images.var((0, 2, 3))
+            self.running_var.lerp_(variance.detach(), 0.1)
+            self.recorded += 1
+        return images * (self.weight / (variance + 1e-5).sqrt()).view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+@pytest.mark.parametrize(
+    "method",
+    [AdversarialTraining(PGD(steps=3)), AdversarialTraining(PGD(steps=3), kind="trades")],
+    ids=["pgd", "trades"],
+)
+def test_an_attack_records_no_statistics_in_any_norm(method, wrapped):
+    model = make(BatchNormNet)
+    model.bn = VarianceNorm(8)
+    model = (entprop.wrap(model) if wrapped else model).train()
+    entprop.training_step(model, IMAGES, LABELS, method=method)
+    assert model.bn.recorded == (1 if method.kind == "pgd" else 2)
+    assert model.bn.training
+
+
+def test_pixel_spaces_first_used_in_inference_mode_serve_training():
+    space = entprop.PixelSpace((0.41, 0.4, 0.4), (0.21, 0.2, 0.2))  # of no other test: constants are kept
+    with torch.inference_mode():
+        space.bounds(IMAGES)
+    model = entprop.wrap(make(BatchNormNet)).eval()
+    data = [((IMAGES - 0.4) / 0.2, LABELS)]
+    assert len(accuracy_against_epsilon(model, data, (0, 0.1), pixel_space=space, progress=False)) == 2
+    assert not any(constant.is_inference() for constant in (*space.bounds(IMAGES), space.scale(IMAGES)))
+
+
+@pytest.mark.parametrize("method", [entprop.EntProp(), entprop.Vanilla()], ids=["entprop", "vanilla"])
+def test_a_model_frozen_as_a_whole_is_refused(method):
+    model = entprop.wrap(make(BatchNormNet)).train().requires_grad_(False)
+    recorded = model.bn.running_mean.clone()
+    with pytest.raises(ConfigurationError, match="No parameter of BatchNormNet has requires_grad=True"):
+        entprop.training_step(model, IMAGES, LABELS, method=method)
+    assert torch.equal(model.bn.running_mean, recorded)
+    next(model.parameters()).requires_grad_(True)
+    entprop.training_step(model, IMAGES, LABELS, method=method)
+
+
+def test_augmentations_that_are_not_finite_raise():
+    model = entprop.wrap(make(BatchNormNet)).train()
+    method = FineGrainedAdvProp({"aux": lambda pixels: pixels / 0 - pixels / 0})
+    with pytest.raises(ImageError, match="not finite"):
+        entprop.training_step(model, IMAGES, LABELS, method=method)
+
+
+@pytest.mark.parametrize(
+    "uncertainty",
+    [
+        lambda logits, labels: logits.flatten(),
+        lambda logits, labels: logits[:, :1],
+        lambda logits, labels: logits.argmax(1) == labels,
+        lambda logits, labels: logits[:, 0].numpy(),
+        lambda logits, labels: None,
+    ],
+    ids=["more", "columns", "booleans", "numpy", "nothing"],
+)
+def test_scores_are_one_number_per_image(uncertainty):
+    model = entprop.wrap(make(BatchNormNet)).train()
+    with pytest.raises(ConfigurationError, match=r"one score per image, a tensor of shape \(12,\); found "):
+        entprop.training_step(model, IMAGES, LABELS, method=entprop.EntProp(fraction=0.7, uncertainty=uncertainty))
+
+
+@pytest.mark.parametrize("attack", [lambda *rest: rest[1], PGD], ids=["function", "class"])
+def test_curves_need_an_attack_of_any_size(attack):
+    with pytest.raises(ConfigurationError, match=r"attack must be FGSM\(\), PGD\(\) or Transfer\(source\)"):
+        accuracy_against_epsilon(make(BatchNormNet).eval(), [(IMAGES, LABELS)], attack=attack, progress=False)
+
+
+def test_curves_take_arrays():
+    model, epsilons = make(BatchNormNet).eval(), torch.linspace(0, 0.1, 3).numpy()
+    assert list(accuracy_against_epsilon(model, [(IMAGES, LABELS)], epsilons, progress=False)) == list(epsilons)
+
+
+def test_the_norms_of_advprop_are_still_its_own():
+    model = make(BatchNormNet)
+    model.bn = VarianceNorm(8)
+    entprop.wrap(model).train()
+    entprop.training_step(model, IMAGES, LABELS, method=AdvProp(PGD(steps=2)))
+    assert (model.bn.recorded, model.bn.entprop_aux.recorded) == (1, 1)
