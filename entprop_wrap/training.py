@@ -57,8 +57,8 @@ def training_step(
         PixelRangeError: Images outside ``pixel_space``, likewise.
         LabelError: Labels of another type or shape, or (CPU) out of range.
         ModelOutputError: The model returned no logits.
-        ConfigurationError: The model is in evaluation mode or frozen as a whole, or the loss is no mean over images. Of a loss of your own
-            that is found out in the first step, by one more call of it.
+        ConfigurationError: The model is in evaluation mode or frozen as a whole, or the loss is no mean over images. Of
+            a loss of your own that is found out in the first step, by one more call of it.
         UnsupportedModelError: The switch or the method cannot be right on this model, or the call stands inside
             ``auxiliary()``; the message says which.
     """

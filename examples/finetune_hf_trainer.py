@@ -60,7 +60,7 @@ trainer = Trainer(
     data_collator=hf_collate,
     processing_class=processor,
     compute_metrics=lambda prediction: {"accuracy": np.mean(prediction.predictions.argmax(-1) == prediction.label_ids)},
-    callbacks=[EntPropCallback(entprop.EntProp(mix_on="auxiliary"))],  # the one line; the setting is for few epochs
+    callbacks=[EntPropCallback(entprop.EntProp.finetuning())],  # the one line; the preset is for pretrained weights
 )
 trainer.train()
 trainer.args.dataloader_drop_last = False  # it would leave out evaluation images, too

@@ -44,7 +44,7 @@ trainer = entprop.Trainer(
     model,
     data.train,
     data.eval,
-    method=entprop.EntProp(mix_on="auxiliary"),  # the setting for few epochs; EntProp() is the paper's
+    method=entprop.EntProp.finetuning(),  # the preset for pretrained weights; EntProp() is the paper's
     pixel_space=space,
     config=entprop.TrainerConfig(
         epochs=options.epochs, batch_size=options.batch_size, learning_rate=1e-3, output_dir=options.output

@@ -29,6 +29,14 @@ from entprop_wrap import Trainer, TrainerConfig
 from entprop_wrap.errors import EntPropError
 from entprop_wrap.robustness import evaluate_robustness
 
+#: What to write here, by the words of messages that are for Python.
+HINTS = {
+    ("resume=True",): "--resume goes on",
+    ("output_dir",): "--output starts elsewhere",
+    ("batch_size", "batch size", "drop_last"): "--batch-size sets the batch",
+    ("more epochs",): "--epochs sets how long",
+}
+
 
 def main() -> None:
     options = parse()
@@ -38,6 +46,9 @@ def main() -> None:
     if any(method.auxiliaries for method in methods.values()):
         # A model without norm layers is to fail before anything is trained.
         entprop.wrap(blueprint.build(data.classes))
+    for name, method in methods.items():
+        if growth := method_parts.growth(name, options):  # and so is one that does not fit into the epochs
+            growth.plan(lambda phases: 1, method_parts.epochs(method, options), 1)
     runs: list[report.Run] = []
     for seed in range(options.seed, options.seed + options.seeds):
         trained = {}
@@ -157,6 +168,7 @@ def parse() -> argparse.Namespace:
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoints in the output folder")
 
     options = parser.parse_args()
+    options.given = method_parts.explicit(parser)
     if options.equal_cost and "fast_advprop" not in options.methods:
         parser.error("--equal-cost is for fast_advprop: name it in --methods, or leave --equal-cost out")
     digits = options.dataset == data_parts.DIGITS
@@ -175,9 +187,14 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def hint(message: str) -> str:
+    """Return what a message that speaks of Python arguments means on this command line."""
+    found = [option for words, option in HINTS.items() if any(word in message for word in words)]
+    return f"\nOn this command line: {', '.join(found)}." if found else ""
+
+
 if __name__ == "__main__":
     try:
         main()
     except EntPropError as error:
-        hint = "On this command line: --resume goes on, --output starts elsewhere, --batch-size sets the batch."
-        raise SystemExit(f"{type(error).__name__}: {error}\n{hint}") from error
+        raise SystemExit(f"{type(error).__name__}: {error}{hint(str(error))}") from error

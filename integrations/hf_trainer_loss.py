@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from entprop_wrap.containers import plain_model
 from entprop_wrap.errors import EntPropError, LabelError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer_models import Logits, ModelOnImages, Witness
+from entprop_wrap.losses import mean_by_construction
 
 __all__ = ["TrainerLoss"]
 
@@ -53,6 +54,7 @@ class TrainerLoss:
         self.model.witness = self.witness if look and not self.labels.is_floating_point() else None
         return self.model
 
+    @mean_by_construction  # and may keep count of its calls
     def mean(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the Trainer's loss as a mean over the given rows."""
         if not self.checked or self.witness.found is not None:

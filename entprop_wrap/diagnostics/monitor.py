@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.options import check_integer
 from entprop_wrap.step import StepOutput
 
 __all__ = ["Monitor"]
@@ -59,8 +60,7 @@ class Monitor:
 
     def __init__(self, *, every: int = 50, patience: int = 3) -> None:
         for name, value in (("every", every), ("patience", patience)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigurationError(f"{name} must be an integer of at least 1, found {value!r}.")
+            check_integer(name, value, 1)
         self.every, self.patience = every, patience
         self.warnings: dict[str, str] = {}
         self._steps = 0
@@ -105,6 +105,10 @@ class Monitor:
         Raises:
             ConfigurationError: There is no such number.
         """
+        if not isinstance(metrics, Mapping):
+            raise ConfigurationError(
+                f"evaluated() expects a mapping with 'loss', found {metrics!r}. Write evaluated({{'loss': loss}})."
+            )
         loss = metrics.get("loss", metrics.get("eval_loss"))
         if loss is None:
             raise ConfigurationError(f"evaluated() expects a mapping with 'loss', found {sorted(metrics)}.")

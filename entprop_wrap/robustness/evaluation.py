@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.robustness.attacks import Attack, measuring
+from entprop_wrap.robustness.attacks import Attack, check_attacks
 from entprop_wrap.robustness.corruptions import corrupt
 from entprop_wrap.robustness.pixels import check_batch, to_images, to_pixels
 from entprop_wrap.robustness.protocol import conditions_of
@@ -101,7 +101,8 @@ def evaluate_robustness(
         The result, or a dict of results by the names of the models. Accuracies are in [0, 1].
 
     Raises:
-        ConfigurationError: A model is in training mode; an unknown corruption, severity or option.
+        ConfigurationError: A model is in training mode; an unknown corruption, severity or option; attacks that are no
+            dict of attacks, or do not fit the model.
         UnsupportedModelError: A model is inside an ``auxiliary()`` block, or no module.
         NotWrappedError: ``auxiliaries=True``, and no model is wrapped.
         DataError: The data is empty or of an unknown form.
@@ -117,7 +118,7 @@ def evaluate_robustness(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConfigurationError(f"seed must be an int, found {seed!r}.")
     space, shifts = pixel_space or PixelSpace(), dict(shifts or {})
-    attacks = {name: measuring(attack) for name, attack in (attacks or {}).items()}
+    attacks = check_attacks(attacks)
     groups = subjects_of(models, auxiliaries)
     subjects = [subject for group in groups.values() for subject in group]
 
@@ -126,11 +127,10 @@ def evaluate_robustness(
     hidden = not progress or share.process > 0
     with tqdm(total=passes or None, desc="Robustness", unit="pass", disable=hidden) as bar:
         for batch in share:
-            for condition, images in _versions(batch, subjects, conditions, space, streams, share.salt):
-                bar.set_postfix_str(describe(condition), refresh=False)
-                for subject in subjects:
-                    subject.measure(condition, images, batch.labels, batch.own)
-                    bar.update()
+            bar.set_postfix_str(describe(_CLEAN), refresh=False)
+            for subject in subjects:
+                subject.measure(_CLEAN, batch.images, batch.labels, batch.own)
+                bar.update()
             for name, attack in attacks.items():
                 bar.set_postfix_str(name, refresh=False)
                 for subject in subjects:
@@ -139,6 +139,12 @@ def evaluate_robustness(
                         images = attack(subject.model, batch.images, batch.labels, space, generator)
                     check_batch(images, batch.labels, space)
                     subject.measure(("attack", name), images, batch.labels, batch.own)
+                    bar.update()
+            # After the attacks: one that does not fit the model is to fail before the many passes, not after.
+            for condition, images in _corrupted(batch, subjects, conditions, space, streams, share.salt):
+                bar.set_postfix_str(describe(condition), refresh=False)
+                for subject in subjects:
+                    subject.measure(condition, images, batch.labels, batch.own)
                     bar.update()
             for subject in subjects:
                 subject.check_logits()
@@ -155,7 +161,7 @@ def evaluate_robustness(
     return results if isinstance(model, Mapping) else results[_ALONE]
 
 
-def _versions(
+def _corrupted(
     batch: Batch,
     subjects: list[Subject],
     conditions: list[tuple[str, int]],
@@ -163,8 +169,7 @@ def _versions(
     streams: Streams,
     salt: int,
 ) -> Iterator[tuple[Condition, Tensor]]:
-    """Yield the images of a batch, first as they are, then under each corruption."""
-    yield _CLEAN, batch.images
+    """Yield the images of a batch under each corruption."""
     # Accelerators corrupt much faster than a CPU; what is drawn is the same on all of them.
     pixels = to_pixels(batch.images.to(device_of(subjects[0].model, batch.images)), space)
     for name, severity in conditions:

@@ -1,4 +1,4 @@
-"""Methods for train.py: every method of entprop_wrap by name, made from the command line."""
+"""Methods for train.py: every method that trains from the start, by name, made from the command line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from fractions import Fraction
 
 from entprop_wrap import CutMix, EntProp, Method, MixUp, Vanilla, selection
 from entprop_wrap.attacks import PGD
+from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, FastAdvProp, FineGrainedAdvProp, MixProp
-from entprop_wrap.methods.experimental import EntropicRetraining
 from entprop_wrap.trainer import MaximumEntropyGrowth
 
 #: How to build each method from the options of train.py. To add one, add a line.
@@ -19,7 +19,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "label_smoothing": lambda options: Vanilla(label_smoothing=given(options.label_smoothing, 0.1)),
     "entropy_maximisation": lambda options: Vanilla(entropy_weight=given(options.entropy_weight, 0.1)),
     "entprop": lambda options: entprop(options),
-    "entprop_finetuning": lambda options: EntProp.finetuning(),
+    "entprop_finetuning": lambda options: finetuning(options),
     "random_selection": lambda options: entprop(options, uncertainty=selection.random, threshold=None),
     "shared_norms": lambda options: entprop(options, auxiliary=None),
     "mixprop": lambda options: MixProp(mix=mixer(options)),
@@ -28,7 +28,6 @@ METHODS: dict[str, Callable[..., Method]] = {
     "fast_advprop": lambda options: fast_advprop(options),
     "me_ada": lambda options: MEADA(fraction=options.fraction),
     "me_ada_growth": lambda options: Vanilla(),  # and growth(), below
-    "entropic_retraining": lambda options: EntropicRetraining(),
     "pgd_at": lambda options: adversarial_training(options, "pgd"),
     "trades": lambda options: adversarial_training(options, "trades"),
 }
@@ -44,7 +43,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=METHODS,
         metavar="METHOD",
         default=["vanilla", "entprop"],
-        help=f"what to train and compare: {', '.join(METHODS)} (default: vanilla entprop)",
+        help=f"what to train and compare: {', '.join(METHODS)} (default: vanilla entprop). An option below that "
+        "none of them takes is refused: fraction and mixing of entprop_finetuning are its preset's, and "
+        "random_selection has no threshold",
     )
     group.add_argument(
         "--fraction",
@@ -107,8 +108,39 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def build(options) -> dict[str, Method]:
-    """Return the methods to compare, by name."""
-    return {name: METHODS[name](options) for name in options.methods}
+    """Return the methods to compare, by name.
+
+    Raises:
+        ConfigurationError: The command line gives an option (``options.given``) that none of them takes.
+    """
+    read = Reads(options)
+    methods = {name: METHODS[name](read) for name in options.methods}
+    if unread := [name for name in options.given if name not in read.names]:
+        raise ConfigurationError(
+            f"{', '.join('--' + name.replace('_', '-') for name in unread)}: taken by none of the methods "
+            f"{', '.join(methods)}. Leave it out, or name a method in --methods that takes it."
+        )
+    return methods
+
+
+class Reads:
+    """The options, and in ``names`` which of them were asked for: what a method takes."""
+
+    def __init__(self, options) -> None:
+        self.options, self.names = options, set()
+
+    def __getattr__(self, name: str):
+        self.names.add(name)
+        return getattr(self.options, name)
+
+
+def explicit(parser: argparse.ArgumentParser) -> list[str]:
+    """Return which options of methods the command line gives, also where the value is the default."""
+    own = argparse.ArgumentParser(add_help=False)
+    add_options(own)
+    names = vars(own.parse_args([])).keys() - {"methods", "equal_cost"}
+    found = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(names)))  # instead of defaults
+    return sorted(name for name in names if getattr(found, name) is not None)
 
 
 def epochs(method: Method, options) -> int:
@@ -127,17 +159,19 @@ def growth(name: str, options) -> MaximumEntropyGrowth | None:
 
 def entprop(options, **changes) -> EntProp:
     """Return EntProp or a variation of it."""
-    made = EntProp(
-        fraction=options.fraction,
+    names = {"fraction", "epsilon", "step_size", "threshold", "mix_on", "weighting"} - changes.keys()
+    return EntProp(
         attack_steps=given(options.attack_steps, EntProp().attack_steps),
-        epsilon=options.epsilon,
-        step_size=options.step_size,
-        threshold=options.threshold,
         mix=mixer(options),
-        mix_on=options.mix_on,
-        weighting=options.weighting,
+        **{name: getattr(options, name) for name in names},
+        **changes,
     )
-    return replace(made, **changes)
+
+
+def finetuning(options) -> EntProp:
+    """Return the preset for fine-tuning: how many images, and how they are mixed, is what it is about."""
+    chosen = {name: getattr(options, name) for name in ("attack_steps", "epsilon", "step_size")}
+    return EntProp.finetuning(**{name: value for name, value in chosen.items() if value is not None})
 
 
 def fast_advprop(options) -> FastAdvProp:
@@ -171,7 +205,7 @@ def attack(options, default: PGD) -> PGD:
 
 def mixer(options) -> MixUp | CutMix | None:
     """Return what mixes images."""
-    return {"none": None, "mixup": MixUp(options.mix_alpha), "cutmix": CutMix(options.mix_alpha)}[options.mix]
+    return None if options.mix == "none" else {"mixup": MixUp, "cutmix": CutMix}[options.mix](options.mix_alpha)
 
 
 def given(value, default):

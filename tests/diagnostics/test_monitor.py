@@ -230,6 +230,8 @@ def test_bad_input_is_refused():
         Monitor().update(torch.tensor(1.0))
     with pytest.raises(ConfigurationError, match="accuracy"):
         Monitor().evaluated({"accuracy": 0.5})
+    with pytest.raises(ConfigurationError, match=r"found 1\.3\. Write evaluated\(\{'loss': loss\}\)"):
+        Monitor().evaluated(1.3)
 
 
 class Counting(Monitor):

@@ -13,6 +13,10 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
+from entprop_wrap import EntProp
+from entprop_wrap.errors import ConfigurationError
+from tests.examples.in_process import call, load
+
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 QUICK = ["--epochs", "1", "--robustness-images", "4", "--severities", "3", "--batch-size", "8"]
@@ -22,6 +26,12 @@ def train(*arguments, output):
     command = [sys.executable, str(ROOT / "examples" / "train.py"), *map(str, arguments), "--output", str(output)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=output.parent, check=False)
+
+
+def built(monkeypatch, *options, names):
+    script = load("examples/train.py", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options), "--methods", *names])
+    return script.method_parts.build(script.parse())
 
 
 def runs(output):
@@ -133,6 +143,45 @@ def test_options_that_fit_no_method_are_refused(tmp_path):
     assert "ConfigurationError: mix must be a mixer" in unmixed.stderr
     unknown = train("--methods", "entrop", output=tmp_path / "c")
     assert "fine_grained_advprop" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "found"),
+    [
+        (["random_selection"], ["--threshold", 1], "--threshold: taken by none of the methods random_selection"),
+        (["entprop_finetuning"], ["--fraction", 0.2, "--epsilon", 0.1], "--fraction: taken"),  # also at the default
+        (["vanilla", "mixprop"], ["--step-size", "1/255", "--attack-steps", 2], "--attack-steps, --step-size: taken"),
+        (["entprop"], ["--mix", "none", "--mix-alpha", 1], "--mix-alpha: taken"),
+        (["random_selection", "entprop"], ["--threshold", 1], None),
+        (["trades"], ["--entropy-weight", 0.1, "--label-smoothing", 0.1], None),
+    ],
+)
+def test_options_that_no_chosen_method_takes(monkeypatch, names, options, found):
+    if found:
+        with pytest.raises(ConfigurationError, match=found):
+            built(monkeypatch, *options, names=names)
+    else:
+        built(monkeypatch, *options, names=names)
+
+
+def test_the_preset_takes_what_is_not_its_own(monkeypatch):
+    options = ["--epsilon", "4/255", "--attack-steps", 2, "--step-size", "1/255"]
+    made = built(monkeypatch, *options, names=["entprop_finetuning"])["entprop_finetuning"]
+    assert made == EntProp.finetuning(epsilon=4 / 255, attack_steps=2, step_size=1 / 255)
+    plain = built(monkeypatch, names=["entprop_finetuning"])["entprop_finetuning"]
+    assert plain == EntProp.finetuning(epsilon=0.1)  # as every attack on the digits
+
+
+def test_growth_that_does_not_fit_is_found_before_anything_is_trained(monkeypatch, tmp_path):
+    script = load("examples/train.py", monkeypatch)
+    monkeypatch.setattr(script, "train", lambda *_: pytest.fail("trained"))
+    arguments = [*QUICK, "--epochs", 2, "--methods", "vanilla", "me_ada_growth", "--output", tmp_path / "out"]
+    with pytest.raises(ConfigurationError, match=r"do not fit into a run of 2 epochs: 1 would") as found:
+        call(script, monkeypatch, *arguments)
+    assert script.hint(str(found.value)) == "\nOn this command line: --epochs sets how long."
+    both = script.hint("Write fit(resume=True), or choose a new output_dir.")
+    assert both.endswith(": --resume goes on, --output starts elsewhere.")
+    assert script.hint("mix must be a mixer.") == ""
 
 
 def test_an_unknown_model_says_what_there_is(tmp_path):

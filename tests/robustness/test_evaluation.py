@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import entprop_wrap as entprop
-from entprop_wrap import PixelSpace
+from entprop_wrap import PixelSpace, attacks
 from entprop_wrap.errors import (
     ConfigurationError,
     DataError,
@@ -17,7 +17,7 @@ from entprop_wrap.errors import (
     PixelRangeError,
     UnsupportedModelError,
 )
-from entprop_wrap.robustness import CORRUPTIONS, FGSM, PGD, evaluate_robustness, evaluation
+from entprop_wrap.robustness import CORRUPTIONS, FGSM, PGD, Transfer, evaluate_robustness, evaluation
 from entprop_wrap.robustness.corruptions.draws import Draws
 from entprop_wrap.robustness.streams import Streams
 
@@ -215,6 +215,38 @@ def test_shifts_and_attacks():
     assert found.adversarial["PGD-3"].accuracy == float((model(attacked).argmax(1) == labels).double().mean())
     assert (found.sa, found.ra) == (evaluate(model).sa, evaluate(model).ra)
     assert "under PGD-3" in found.to_markdown()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda model: [PGD()], "attacks must be a dict .* found list"),
+        (lambda model: {"a": PGD}, r"attacks\['a'\] is the class PGD. Write PGD"),
+        (lambda model: {"a": model}, r"attacks\['a'\] is a model, Sequential"),
+        (lambda model: {"a": 4 / 255}, "expects an attack"),
+        (lambda model: {"a": attacks.PGD}, "is the class PGD"),
+        (lambda model: {"a": Transfer(PGD(), model)}, "Transfer expects the model .* first"),
+        (lambda model: {"a": Transfer("x")}, "Transfer expects the model .* first, found 'x'"),
+        (lambda model: {"a": Transfer(model, PGD)}, "attack is the class PGD"),
+    ],
+)
+def test_attacks_that_are_none_are_refused_before_anything_runs(make, message):
+    model = classifier()
+    model.register_forward_hook(lambda *_: pytest.fail("it ran"))
+    with pytest.raises(ConfigurationError, match=message):
+        evaluate_robustness(model, loader(), pixel_space=SPACE, attacks=make(model), progress=False)
+
+
+def test_an_attack_that_does_not_fit_the_model_is_found_after_one_pass():
+    def unfit(model, images, labels, space, generator):
+        raise ConfigurationError("too few classes")
+
+    passes = []
+    model = classifier()
+    model.register_forward_hook(lambda *_: passes.append(1))
+    with pytest.raises(ConfigurationError, match="too few"):
+        evaluate_robustness(model, loader(), pixel_space=SPACE, attacks={"a": unfit}, progress=False)
+    assert len(passes) == 1
 
 
 def test_an_attack_may_be_any_function():

@@ -445,6 +445,14 @@ def test_the_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
 
 
+def test_a_path_that_is_no_html_file_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"is a folder\. Write the file, .*report\.html"):
+        report(result(0), tmp_path)
+    with pytest.raises(ConfigurationError, match=r"Write '.*x\.html'; for a section in Markdown, model_card"):
+        report(result(0), tmp_path / "x.md")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("results", "options", "error", "message"),
     [

@@ -61,10 +61,11 @@ def report(
 
     Raises:
         ConfigurationError: Results of different protocols or of other types; costs or curves of unknown models; a
-            diagnostic of another type.
+            diagnostic of another type; a path that is a folder, or does not end in .html.
         ImageError: Examples of a wrong type or shape, or too small.
         PixelRangeError: Examples that do not lie in ``pixel_space``.
     """
+    _check_path(path)
     studied = study(results, confidence)
     for name, value in (("costs", costs), ("curves", curves), ("diagnostics", diagnostics), ("facts", facts)):
         if value is not None and not isinstance(value, Mapping):
@@ -93,6 +94,16 @@ def report(
         sections.append(_section("Diagnostics", "", findings(diagnostics)))
     sections.append(_section("Protocol and provenance", "", join([protocol(studied), provenance(command, facts)])))
     return write_atomically(path, _page(title, studied, sections))
+
+
+def _check_path(path: str | os.PathLike[str]) -> None:
+    if Path(path).is_dir():
+        raise ConfigurationError(f"{path} is a folder. Write the file, {str(Path(path) / 'report.html')!r} say.")
+    if Path(path).suffix.lower() not in (".html", ".htm"):
+        more = "; for a section in Markdown, model_card()" if Path(path).suffix.lower() == ".md" else ""
+        raise ConfigurationError(
+            f"report() writes HTML, found the path {str(path)!r}. Write {str(Path(path).with_suffix('.html'))!r}{more}."
+        )
 
 
 def _scores(studied: Studied, costs: Mapping[str, float] | None, cost_name: str) -> Markup:
