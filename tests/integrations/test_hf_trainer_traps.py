@@ -224,7 +224,7 @@ def test_a_model_with_another_loss_is_refused(tmp_path):
 def test_labels_from_1_are_told_as_in_any_loop(name, tmp_path):
     shifted = [{**sample, "labels": sample["labels"] + 1} for sample in samples()]
     trainer = make(tmp_path, model=name, data=shifted, callbacks=[callback()], per_device_train_batch_size=8)
-    with pytest.raises(LabelError, match=r"in \[0, 4\] .* found \[1, 5\].*start at 0"):
+    with pytest.raises(LabelError, match=r"in \[0, 4\] .* found \[\d, 5\].*start at 0"):
         trainer.train()
 
 
