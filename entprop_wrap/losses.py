@@ -61,8 +61,8 @@ def is_mean(loss: Loss, logits: Tensor, labels: Tensor, value: Tensor) -> bool:
     devices = [logits.device] if logits.device.type == "cuda" else []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
-            twice = again()
-        once, twice = (float(number) for number in (value.detach(), twice))
+            doubled = again()
+        once, twice = float(value.detach()), float(doubled)
     except Exception:
         return True  # a loss for so many rows and no others: a method that needs others fails by itself
     return not (once != 0 and abs(twice - 2 * once) < 1e-3 * abs(once))
