@@ -110,7 +110,7 @@ class EntProp:
         """Return a preset for fine-tuning pretrained weights, in few epochs or many; ``options`` change it.
 
         The main pass stays clean. The auxiliary images are more (``fraction=0.6``), mixed among themselves, and most of
-        them only a little (``MixUp(0.2)``). The paper mixes the whole batch, for 100 epochs; in 4 to 12 that costs
+        them only a little (``MixUp(0.2)``). The paper mixes the whole batch, for 100 epochs; in 4 to 8 that costs
         accuracy. Ours, by measurement: docs/finetuning.md has the evidence, and what did not work.
         """
         return cls(**{"fraction": 0.6, "mix": MixUp(0.2), "mix_on": "auxiliary", **options})
