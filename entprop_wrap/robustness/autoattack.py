@@ -7,7 +7,6 @@ whatever they return, no gradient left on parameters, and the random numbers of 
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.options import check_number
 from entprop_wrap.perturbation import PixelSpace, check_magnitude
 from entprop_wrap.robustness.ascent import check_attackable
 from entprop_wrap.robustness.pixels import to_images, to_pixels
@@ -62,8 +62,8 @@ class AutoAttack:
             raise ConfigurationError(f"norm must be one of ('linf', 'l2'), found {self.norm!r}.")
         if self.norm == "linf":
             check_magnitude("epsilon", self.epsilon)
-        elif not isinstance(self.epsilon, (int, float)) or not 0 < self.epsilon < math.inf:
-            raise ConfigurationError(f"epsilon must be a number above 0, found {self.epsilon!r}.")
+        else:
+            check_number("epsilon", self.epsilon, lambda value: value > 0, "above 0")
         _package()  # what is missing is to be known before hours of evaluation, not after
 
     def __call__(
