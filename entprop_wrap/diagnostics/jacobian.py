@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +59,8 @@ def input_jacobian(
 ) -> InputJacobian:
     """Measure the Jacobian of the logits with respect to the pixels of each image, exactly.
 
-    Costs a forward pass and as many backward passes as there are classes. Model and random state are left as they were.
+    By ``torch.func.vjp``: a forward pass, and as many backward passes as there are classes. Model and random state are
+    left as they were.
 
     Args:
         model: A classifier in evaluation mode, wrapped or plain, that treats images of a batch independently there.
@@ -108,21 +109,12 @@ def _parts(model: nn.Module, images: Tensor, auxiliary: str | None) -> list[Tens
 def _norms(model: nn.Module, images: Tensor, space: PixelSpace, auxiliary: str | None) -> tuple[Tensor, Tensor]:
     """Return the Frobenius and the spectral norms ``(N,)``, in float64 on the CPU."""
     with torch.enable_grad(), _inside(model, auxiliary):
-        images = images.detach().clone().requires_grad_()
-        output = logits(model, images)
-        # One row of the Jacobian of all images at once: in evaluation mode no image knows of another. A plain loop,
-        # because torch.func.functional_call is wrong under activation checkpointing.
+        output, pull_back = _vjp(model, images.detach().clone())
+        # One row of the Jacobians of all images at once: in evaluation mode no image knows of another. Class by class,
+        # because vmap over the classes is slower on most models (attention, grouped convolutions) and holds them all.
         rows = []
-        for of_class in output.sum(dim=0):
-            try:
-                (row,) = torch.autograd.grad(of_class, images, retain_graph=True)
-            except RuntimeError as error:
-                if "checkpoint" not in str(error).lower():
-                    raise
-                raise UnsupportedModelError(
-                    "Jacobians need the gradient of the images alone, which reentrant activation checkpointing cannot "
-                    "give. Write use_reentrant=False, or switch checkpointing off."
-                ) from error
+        for of_class in torch.eye(output.shape[1], dtype=output.dtype, device=output.device):
+            row = pull_back(of_class.expand_as(output)).detach()
             rows.append(row.float() if row.dtype in (torch.float16, torch.bfloat16) else row)
     jacobian = torch.stack(rows)
     jacobian = (jacobian * space.scale(images)).transpose(0, 1).flatten(2)  # (N, classes, pixels)
@@ -133,6 +125,31 @@ def _norms(model: nn.Module, images: Tensor, space: PixelSpace, auxiliary: str |
         )
     squares = torch.linalg.eigvalsh(gram)
     return squares.sum(1).clamp(min=0).sqrt(), squares[:, -1].clamp(min=0).sqrt()
+
+
+def _vjp(model: nn.Module, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the logits, and the function that pulls their cotangents back to the images."""
+    try:
+        output, pull_back = torch.func.vjp(lambda pixels: logits(model, pixels), images)
+        return output, lambda cotangents: pull_back(cotangents)[0]
+    except RuntimeError:
+        # torch.func refuses what saves tensors by hooks, such as activation checkpointing, and autograd functions of
+        # the old style. Autograd itself takes both, and a model that is broken raises there again.
+        images.requires_grad_()
+        output = logits(model, images)
+
+    def pull_back_again(cotangents: Tensor) -> Tensor:
+        try:
+            return torch.autograd.grad(output, images, cotangents, retain_graph=True)[0]
+        except RuntimeError as error:
+            if "checkpoint" not in str(error).lower():
+                raise
+            raise UnsupportedModelError(
+                "Jacobians need the gradient of the images alone, which reentrant activation checkpointing cannot "
+                "give. Write use_reentrant=False, or switch checkpointing off."
+            ) from error
+
+    return output, pull_back_again
 
 
 def _inside(model: nn.Module, auxiliary: str | None) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ import torch
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, roc_curve
+from torch.utils.checkpoint import checkpoint
 
 import entprop_wrap as entprop
 from entprop_wrap import EntProp
@@ -25,7 +26,13 @@ from entprop_wrap.diagnostics import (
     selection_ood,
 )
 from entprop_wrap.diagnostics.observation import Observer
-from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, ModelOutputError, NotWrappedError
+from entprop_wrap.errors import (
+    AuxiliaryNameError,
+    ConfigurationError,
+    ModelOutputError,
+    NotWrappedError,
+    UnsupportedModelError,
+)
 from tests.diagnostics.subjects import SPACE, images, loader, make, untouched
 from tests.reference import diagnostics as reference
 from tests.reference.models import CLASSES
@@ -229,6 +236,55 @@ def test_jacobians_in_another_pixel_space_are_the_same():
     inside = input_jacobian(Normalising().eval(), [(raw.clamp(0, 1), labels)], progress=False)
     outside = input_jacobian(model, [(images(4), labels)], **OPTIONS)
     np.testing.assert_allclose(inside.frobenius, outside.frobenius, rtol=1e-9)
+
+
+class Square(torch.autograd.Function):
+    """Of the old style, which torch.func refuses."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+class Stages(torch.nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6), torch.nn.GELU())
+        self.fc = torch.nn.Linear(6, CLASSES)
+        self.body = body
+
+    def forward(self, pixels):
+        return self.fc(self.body(self.stem, pixels).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("plain", "hostile"),
+    [
+        (lambda stem, x: stem(x), lambda stem, x: checkpoint(stem, x, use_reentrant=False)),
+        (lambda stem, x: stem(x) * stem(x), lambda stem, x: Square.apply(stem(x))),
+    ],
+    ids=["checkpointing", "old autograd functions"],
+)
+@pytest.mark.parametrize("domain", [None, "aux"])
+def test_jacobians_where_torch_func_gives_up(plain, hostile, domain):
+    found = []
+    for body in (plain, hostile):
+        model = entprop.wrap(Stages(body).double().eval())
+        with torch.no_grad():
+            for index, parameter in enumerate(model.parameters()):  # copies too, each by an amount of its own
+                parameter.add_(0.1 + 0.01 * index)
+        found.append(input_jacobian(model, loader(5, 3), auxiliary=domain, **OPTIONS))
+    np.testing.assert_allclose(found[0].spectral, found[1].spectral, rtol=1e-9)
+    assert min(found[0].spectral) > 0
+    reentrant = Stages(lambda stem, x: checkpoint(stem, x, use_reentrant=True)).double().eval()
+    with pytest.raises(UnsupportedModelError, match="use_reentrant=False"):
+        input_jacobian(reentrant, loader(5, 3), **OPTIONS)
 
 
 def test_jacobians_that_cannot_be_are_refused():
