@@ -7,12 +7,16 @@ code goes, without its rounding to bytes except where a step works on bytes. Ima
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy import ndimage
+
+from entprop_wrap.robustness.corruptions.textures import panes
 
 
 def pick(image, severity, imagenet, cifar):
@@ -214,6 +218,30 @@ def plasma(side, decay, rng):
     return heights / heights.max()
 
 
+@functools.cache
+def pictures_of_frost(small, sides):
+    """The package's own pictures: they stand for the photographs, as data, and leave 160 px or more to crop from."""
+    height, width = (math.ceil((side + 160) / 128) * 128 for side in sides)
+    grain, shrink = (42.0, 3) if small else (70.0, 1)
+    return panes(height, width, grain, shrink, torch.device("cpu")).numpy()
+
+
+def frost(image, severity, rng):
+    image_weight, ice_weight = pick(
+        image,
+        severity,
+        [(1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)],
+        [(1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)],
+    )
+    _, height, width = image.shape
+    pictures = pictures_of_frost(min(height, width) < 96, (height, width))
+    picture = pictures[rng.integers(0, 5, ())]
+    top = rng.integers(0, picture.shape[1] - height + 1, ())
+    left = rng.integers(0, picture.shape[2] - width + 1, ())
+    crop = picture[:, top : top + height, left : left + width] / 255
+    return clip(image_weight * image + ice_weight * crop)
+
+
 def fog(image, severity, rng):
     thickness, decay = pick(
         image,
@@ -385,7 +413,7 @@ def jpeg_compression(image, severity, rng=None):
     return np.asarray(Image.open(file), dtype=np.float64).transpose(2, 0, 1) / 255
 
 
-#: Every corruption that is reproduced here: all but frost, whose photographs are not part of this project.
+#: Every corruption by name.
 REFERENCES = {
     function.__name__: function
     for function in (
@@ -397,6 +425,7 @@ REFERENCES = {
         motion_blur,
         zoom_blur,
         snow,
+        frost,
         fog,
         brightness,
         contrast,

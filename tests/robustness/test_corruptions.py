@@ -14,6 +14,7 @@ from entprop_wrap.robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, 
 from entprop_wrap.robustness.corruptions.draws import Draws
 from entprop_wrap.robustness.corruptions.filters import shrink_and_enlarge
 from entprop_wrap.robustness.corruptions.noise import shot_noise
+from entprop_wrap.robustness.corruptions.textures import panes
 from tests.reference.corruptions import REFERENCES
 
 ALL = (*CORRUPTIONS, *EXTRA_CORRUPTIONS)
@@ -24,11 +25,11 @@ DRAWN = {
 SEVERITIES = (1, 2, 3, 4, 5)
 
 # By PSNR the published constants themselves are not in order here: glass trades blur for copies, snow changes the
-# size of its flakes, the elastic constants change their kind, spatter turns from water to mud, saturation goes down
-# and then up, and motion blur of CIFAR-C keeps its deviation from severity 3 to 4.
+# size of its flakes, frost dims what it covers, the elastic constants change their kind, spatter turns from water to
+# mud, saturation goes down and then up, and motion blur of CIFAR-C keeps its deviation from severity 3 to 4.
 OUT_OF_ORDER = {
-    32: {"glass_blur", "motion_blur", "elastic_transform", "spatter", "saturate"},
-    96: {"glass_blur", "snow", "elastic_transform", "saturate"},
+    32: {"glass_blur", "motion_blur", "frost", "elastic_transform", "spatter", "saturate"},
+    96: {"glass_blur", "snow", "frost", "elastic_transform", "saturate"},
 }
 
 
@@ -134,6 +135,31 @@ def test_is_as_strong_as_the_reference_and_in_its_order(name, size):
         assert (np.sign(steps) == np.sign(expected_steps))[clear].all()
     else:
         assert steps.max() < 0, f"PSNR by severity: {found}"
+
+
+def test_pictures_of_frost_are_kept_and_cropped_everywhere():
+    pictures = panes(256, 384, 42.0, 3, torch.device("cpu"))
+    assert (pictures.shape, pictures.dtype) == ((5, 3, 256, 384), torch.uint8)
+    assert panes(256, 384, 42.0, 3, torch.device("cpu")) is pictures
+    assert len({picture.float().mean().item() for picture in pictures}) == 5
+    # On black images frost is the crop itself, so that where it came from can be found again.
+    crops = corrupt(torch.zeros(300, 3, 32, 200), "frost", 5, seeded()) * 255 / 0.45
+    crops = crops.round().to(torch.uint8)
+    numbers, tops, lefts = [], [], []
+    for crop in crops:
+        starts = (pictures[:, :, :225, :185] == crop[:, :1, :1]).all(1).nonzero()
+        (place,) = [
+            (number, top, left)
+            for number, top, left in starts.tolist()
+            if torch.equal(pictures[number, :, top : top + 32, left : left + 200], crop)
+        ]
+        for values, value in zip((numbers, tops, lefts), place, strict=True):
+            values.append(value)
+    assert stats.chisquare(np.bincount(numbers, minlength=5)).pvalue > 1e-3
+    assert stats.kstest(np.array(tops) / 224, "uniform").pvalue > 1e-3
+    assert stats.kstest(np.array(lefts) / 184, "uniform").pvalue > 1e-3
+    assert (min(tops), max(tops)) >= (0, 220)
+    assert abs(np.corrcoef([numbers, tops, lefts]) - np.eye(3)).max() < 0.2
 
 
 @pytest.mark.parametrize("size", [32, 96])

@@ -1,7 +1,8 @@
-"""Procedural textures for the weather: clouds of plasma, and the ice that grows on a window."""
+"""Procedural textures for the weather: clouds of plasma, and panes of the ice that grows on a window."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from entprop_wrap.robustness.corruptions.draws import Draws
 
-__all__ = ["ice", "plasma"]
+__all__ = ["panes", "plasma"]
 
 # The blue-white of ice in the sun, as (red, green, blue) in [0, 1].
 _ICE = (0.83, 0.93, 1.0)
@@ -18,6 +19,9 @@ _ICE = (0.83, 0.93, 1.0)
 # Barbs per crystal, and how many lengths they are chosen from, a power of two.
 _BARBS = 9.0
 _LENGTHS = 64
+
+# How many panes there are, as many as the released code chooses from.
+_PANES = 5
 
 
 def plasma(draws: Draws, height: int, width: int, decay: float) -> Tensor:
@@ -48,18 +52,33 @@ def plasma(draws: Draws, height: int, width: int, decay: float) -> Tensor:
     return ((grid - low) / (high - low))[:, :height, :width]
 
 
-def ice(draws: Draws, height: int, width: int, grain: float) -> Tensor:
+@functools.lru_cache(maxsize=8)
+def panes(height: int, width: int, grain: float, shrink: int, device: torch.device) -> Tensor:
+    """Pictures of frost, bytes ``(5, 3, height, width)``: always the same ones, made on the CPU and then kept.
+
+    They take the place of the photographs of the data sets, and like those they are there to be cropped.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        grain: Size of a large crystal as it is drawn, in pixels.
+        shrink: How often the drawing is shrunk.
+        device: Where the pictures are kept.
+    """
+    pictures = []
+    for number in range(_PANES):
+        draws = Draws(torch.zeros(1, dtype=torch.float64), torch.Generator().manual_seed(number))
+        drawn = F.avg_pool2d(_ice(draws, height * shrink, width * shrink, grain), shrink)
+        pictures.append((drawn * 255.0).round().to(torch.uint8))
+    return torch.cat(pictures).to(device)
+
+
+def _ice(draws: Draws, height: int, width: int, grain: float) -> Tensor:
     """Frost on a window, ``(N, 3, height, width)`` in [0, 1]: feathers of ice that meet at bright seams.
 
     The pane is divided among randomly placed seeds. From each grows a spine in a random direction, and from the
     spine barbs at 60 degrees, each of its own length, as ice does. Three sizes of crystals are laid over each
     other, and a cloud of plasma thins them out in places.
-
-    Args:
-        draws: Where the random numbers come from.
-        height: In pixels.
-        width: In pixels.
-        grain: Size of a large crystal, in pixels.
     """
     cover = plasma(draws, height, width, 1.7)
     cover = cover / cover.mean(dim=(1, 2), keepdim=True) * 0.5

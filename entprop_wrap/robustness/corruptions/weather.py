@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from entprop_wrap.robustness.corruptions.blur import move
 from entprop_wrap.robustness.corruptions.draws import Draws
 from entprop_wrap.robustness.corruptions.filters import zoom_centre
 from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish, in_slices
-from entprop_wrap.robustness.corruptions.textures import ice, plasma
+from entprop_wrap.robustness.corruptions.textures import panes, plasma
 
 __all__ = ["fog", "frost", "snow"]
 
@@ -42,6 +41,8 @@ _FROST = Levels(
 # Size of the ice's crystals as they are drawn, in pixels, and how often the drawing is shrunk: CIFAR-C shrinks its
 # photographs of frost too (to a fifth), and needles finer than a pixel would be noise.
 _ICE = Levels(((70.0, 1),) * 5, ((42.0, 3),) * 5)
+# How far, in pixels, a crop can be moved about in a picture of frost, at least.
+_ROOM = 160
 # Thickness of the fog, and how fast its detail decays.
 _FOG = Levels(
     ((1.5, 2.0), (2.0, 2.0), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4)),
@@ -78,12 +79,13 @@ def snow(images: Tensor, severity: int, generator: torch.Generator | None = None
     return finish(whitened + layer + layer.flip((2, 3)), images)
 
 
-@in_slices(cifar=0.12)
+@in_slices()
 def frost(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Add ice that has grown on the lens.
+    """Add ice that has grown on the lens: for each image a random crop of a picture of frost.
 
-    The data sets used crops of six photographs. Here the ice is generated (see :func:`~.textures.ice`) and blended
-    with the published weights, so that scores on this corruption are not those on the data sets' frost.
+    The data sets used five photographs. Here five pictures are generated (see :func:`~.textures.panes`) and blended
+    with the published weights, so that scores on this corruption are not those on the data sets' frost. The first
+    call for images of a new size takes about a second, to draw them.
 
     Args:
         images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
@@ -99,10 +101,12 @@ def frost(images: Tensor, severity: int, generator: torch.Generator | None = Non
     pixels, (image_weight, ice_weight) = begin(images, severity, _FROST)
     height, width = pixels.shape[-2:]
     grain, shrink = _ICE.at(severity, min(height, width))
-    frozen = ice(Draws(pixels, generator), height * shrink, width * shrink, grain)
-    if shrink > 1:
-        frozen = F.avg_pool2d(frozen, shrink)
-    return finish(pixels * image_weight + frozen * ice_weight, images)
+    pictures = panes(*(-(-(side + _ROOM) // 128) * 128 for side in (height, width)), grain, shrink, pixels.device)
+    draws = Draws(pixels, generator)
+    crops = pictures.unfold(2, height, 1).unfold(3, width, 1)  # (5, 3, tops, lefts, H, W), a view
+    number, top, left = (draws.below(crops.shape[of], ()).long() for of in (0, 2, 3))
+    frozen = crops[number, :, top, left].to(pixels.dtype)
+    return finish(pixels * image_weight + frozen * (ice_weight / 255.0), images)
 
 
 @in_slices()
