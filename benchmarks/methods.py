@@ -55,7 +55,8 @@ def main() -> None:
         return
     if not options.report:
         runs.run(settings, seeds)
-        times(runs, settings, options.rounds)
+        if options.rounds:
+            times(runs, settings, options.rounds)
     for name, table in chosen.items():
         write(runs, name, table, seeds, options)
 
@@ -94,7 +95,7 @@ def write(runs: Any, name: str, table: dict[str, Any], seeds: range, options: ar
     """Print a table, and write it as Markdown, JSON and figure; and into a page, where one is given."""
     lines = comparison.records(runs, table, seeds)
     for line in lines:
-        line["step_time"] = ratio_of(runs, table[line["name"]], options.rounds)
+        line["step_time"] = ratio_of(runs, table[line["name"]], options.rounds) if options.rounds else None
     paper = {key: f"{value:.2f}" for key, value in TABLES[name].paper.items()}
     timed = {line["name"]: f"{line['step_time']['median']:.2f}" for line in lines if line["step_time"]}
     extra = ({"step": timed} if timed else {}) | ({"paper's Hscore": paper} if paper else {})
@@ -154,7 +155,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=500, help="test images for SA and RA (default: 500)")
     parser.add_argument("--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(default: all five)")
     parser.add_argument("--attack", type=fraction, help="epsilon of PGD-20, such as 8/255 (default: no attack)")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of a step (default: 15)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of a step; 0: none (default: 15)")
     parser.add_argument("--together", type=int, default=10, help="models that are evaluated at once (default: 10)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("outputs/methods"), help="(default: outputs/methods)")

@@ -105,8 +105,8 @@ def frost(images: Tensor, severity: int, generator: torch.Generator | None = Non
     draws = Draws(pixels, generator)
     crops = pictures.unfold(2, height, 1).unfold(3, width, 1)  # (5, 3, tops, lefts, H, W), a view
     number, top, left = (draws.below(crops.shape[of], ()).long() for of in (0, 2, 3))
-    frozen = crops[number, :, top, left].to(pixels.dtype)
-    return finish(pixels * image_weight + frozen * (ice_weight / 255.0), images)
+    frozen = crops[number, :, top, left].to(pixels.dtype).mul_(ice_weight / 255.0)
+    return finish(frozen.add_(pixels, alpha=image_weight), images)
 
 
 @in_slices()
