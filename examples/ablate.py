@@ -26,19 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from parts import comparison
-from parts.methods import fraction
+from parts.fields import SCORES as METRICS
+from parts.fields import fraction
 from parts.sweep import Protocol, Recipe, Setting, Sweep
 
-from entprop_wrap import CutMix, EntProp, MixUp, Vanilla, selection
+from entprop_wrap import CutMix, EntProp, MixUp, Vanilla
 from entprop_wrap.errors import EntPropError
 
-METRICS = {
-    "entropy": selection.entropy,
-    "cross-entropy": selection.cross_entropy,
-    "confidence": selection.least_confidence,
-    "margin": selection.logit_margin,
-    "random": selection.random,
-}
 MIXING = {
     "MixUp of the batch": {"mix": MixUp(), "mix_on": "batch"},
     "MixUp of the auxiliary images": {"mix": MixUp(), "mix_on": "auxiliary"},

@@ -1,17 +1,20 @@
-"""Methods for train.py: every method that trains from the start, by name, made from the command line."""
+"""Methods for train.py: every method by name, made from the command line."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
 
 from entprop_wrap import CutMix, EntProp, Method, MixUp, Vanilla, selection
 from entprop_wrap.attacks import PGD
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, FastAdvProp, FineGrainedAdvProp, MixProp
+from entprop_wrap.methods.experimental import EntropicRetraining
 from entprop_wrap.trainer import MaximumEntropyGrowth
+
+from . import fields
+from .fields import fraction
 
 #: How to build each method from the options of train.py. To add one, add a line.
 METHODS: dict[str, Callable[..., Method]] = {
@@ -30,7 +33,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "me_ada_growth": lambda options: Vanilla(),  # and growth(), below
     "pgd_at": lambda options: adversarial_training(options, "pgd"),
     "trades": lambda options: adversarial_training(options, "trades"),
+    "entropic_retraining": lambda options: EntropicRetraining(),
 }
+#: Go on with trained weights, which --weights names.
+TRAINED = ("entropic_retraining",)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +107,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="in entropy_maximisation, pgd_at and trades (default: 0.1 in the first)",
     )
     group.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="other options, by their names in Python, in all methods that have them: targeted=true "
+        f"attack_statistics=batch auxiliary_target=source ascent.steps=5 uncertainty={'|'.join(fields.SCORES)}; "
+        "advprop.weight=0.5 in one method. A name that nothing has is answered with those there are",
+    )
+    group.add_argument(
         "--equal-cost",
         action="store_true",
         help="train fast_advprop for epochs / (1 + k), its published budget: as many passes as vanilla training",
@@ -111,7 +127,8 @@ def build(options) -> dict[str, Method]:
     """Return the methods to compare, by name.
 
     Raises:
-        ConfigurationError: The command line gives an option (``options.given``) that none of them takes.
+        ConfigurationError: The command line gives an option (``options.given``, ``options.set``) that none of them
+            takes.
     """
     read = Reads(options)
     methods = {name: METHODS[name](read) for name in options.methods}
@@ -120,7 +137,7 @@ def build(options) -> dict[str, Method]:
             f"{', '.join('--' + name.replace('_', '-') for name in unread)}: taken by none of the methods "
             f"{', '.join(methods)}. Leave it out, or name a method in --methods that takes it."
         )
-    return methods
+    return fields.apply(options.set, methods, flags())
 
 
 class Reads:
@@ -136,11 +153,16 @@ class Reads:
 
 def explicit(parser: argparse.ArgumentParser) -> list[str]:
     """Return which options of methods the command line gives, also where the value is the default."""
-    own = argparse.ArgumentParser(add_help=False)
-    add_options(own)
-    names = vars(own.parse_args([])).keys() - {"methods", "equal_cost"}
+    names = flags()
     found = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(names)))  # instead of defaults
     return sorted(name for name in names if getattr(found, name) is not None)
+
+
+def flags() -> set[str]:
+    """Return the options of single methods that have a flag."""
+    own = argparse.ArgumentParser(add_help=False)
+    add_options(own)
+    return vars(own.parse_args([])).keys() - {"methods", "equal_cost", "set"}
 
 
 def epochs(method: Method, options) -> int:
@@ -211,8 +233,3 @@ def mixer(options) -> MixUp | CutMix | None:
 def given(value, default):
     """Return what the command line says, or else the default."""
     return default if value is None else value
-
-
-def fraction(text: str) -> float:
-    """Read 4/255 as well as 0.0157."""
-    return float(Fraction(text))

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from entprop_wrap import PixelSpace
+from entprop_wrap.errors import CheckpointError
 from entprop_wrap.integrations.hub_datasets import image_format
 
 SMALL = "small_cnn"
@@ -62,6 +65,25 @@ def find(options) -> Blueprint:
         PixelSpace.from_timm(config),
         size,
     )
+
+
+def start_from(model: nn.Module, path: Path | None) -> nn.Module:
+    """Give a model trained weights: of a safetensors file, or of the model.safetensors in a folder; None: as it is.
+
+    Raises:
+        CheckpointError: There are none, or those of another model.
+    """
+    if path is None:
+        return model
+    file = path / "model.safetensors" if path.is_dir() else path
+    try:
+        model.load_state_dict(load_file(file))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"--weights {path}: expected the weights of this very model, in a safetensors file or in a folder such as "
+            f"outputs/train/vanilla-seed0/model, which train.py wrote. {str(error)[:500]}"
+        ) from error
+    return model
 
 
 def hub(name: str, options) -> Blueprint:

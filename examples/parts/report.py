@@ -27,6 +27,7 @@ class Run:
         history: The records of metrics.jsonl.
         scores: Result of ``evaluate_robustness``.
         diagnostics: Results of ``entprop_wrap.diagnostics`` by title, of the first seed.
+        warnings: What the monitor said, by signature.
     """
 
     method: str
@@ -35,6 +36,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     scores: Any = None
     diagnostics: dict[str, Any] = field(default_factory=dict)
+    warnings: dict[str, str] = field(default_factory=dict)
 
     @property
     def passes(self) -> float:
@@ -48,20 +50,25 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def table(runs: list[Run], data) -> str:
-    """Return one row per method: means over seeds, and the sample standard deviation of Hscore and SA."""
+    """Return one row per method: means over seeds, with sample standard deviations; then what monitors said."""
+    attacks = list(runs[0].scores.adversarial)
+    head = ["method", "seeds", "SA", "RA", "Hscore", *attacks, "seconds", "passes per step"]
     lines = [
         f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes. "
         f"SA: clean accuracy on {runs[0].scores.images:,} test images. RA: {runs[0].scores.protocol}.",
         "",
-        "| method | seeds | SA | RA | Hscore | seconds | passes per step |",
-        "|---|---|---|---|---|---|---|",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
     ]
     for method in dict.fromkeys(run.method for run in runs):
         mine = [run for run in runs if run.method == method]
         cells = [_spread([getattr(run.scores, score) for run in mine]) for score in ("sa", "ra", "hscore")]
+        cells += [_spread([run.scores.adversarial[name].accuracy for run in mine]) for name in attacks]
         seconds = statistics.fmean(run.seconds for run in mine)
         passes = statistics.fmean(run.passes for run in mine)
         lines.append(f"| {method} | {len(mine)} | {' | '.join(cells)} | {seconds:.0f} | {passes:.2f} |")
+    said = [f"{run.method}, seed {run.seed}: {text}" for run in runs for text in run.warnings.values()]
+    lines += ["", *said] if said else []
     return "\n".join(lines)
 
 
@@ -73,11 +80,12 @@ def save(runs: list[Run], data, options) -> None:
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
         "runs": [
             {
+                **run.scores.to_dict(),
                 "method": run.method,
-                "seed": run.seed,
+                "seed": run.seed,  # of the training; that of the corruptions is in "protocol"
                 "seconds": round(run.seconds, 2),
                 "passes_per_step": round(run.passes, 4),
-                **run.scores.to_dict(),
+                "warnings": run.warnings,
             }
             for run in runs
         ],

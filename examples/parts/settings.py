@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from entprop_wrap import Method
+from entprop_wrap.robustness import PGD
 
 from .data import DIGITS
 from .models import SMALL
@@ -106,6 +107,11 @@ def part_of(images: Dataset, share: float) -> Dataset:
         rows = rows[torch.randperm(len(rows), generator=generator)]
         chosen += rows[: max(1, round(share * len(rows)))].tolist()
     return Subset(images, sorted(chosen))
+
+
+def attacks(epsilon: float | None) -> dict[str, PGD]:
+    """Return what ``evaluate_robustness`` is to attack with, by name: PGD-20; None: nothing."""
+    return {} if epsilon is None else {f"PGD-20 {in_255ths(epsilon)}": PGD(epsilon, steps=20)}
 
 
 def in_255ths(epsilon: float) -> str:

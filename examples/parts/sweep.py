@@ -21,13 +21,13 @@ from tqdm.auto import tqdm
 
 import entprop_wrap as entprop
 from entprop_wrap import Trainer, TrainerConfig
-from entprop_wrap.robustness import PGD, RobustnessResult, evaluate_robustness
+from entprop_wrap.robustness import RobustnessResult, evaluate_robustness
 
 from . import data as data_parts
 from . import models as model_parts
 from . import report
 from .run_table import RunTable, key_of
-from .settings import Protocol, Recipe, Setting, in_255ths, part_of, whole_data
+from .settings import Protocol, Recipe, Setting, attacks, part_of, whole_data
 
 
 @dataclass
@@ -152,13 +152,12 @@ class Sweep:
                 models[str(index)] = self.new_model(recipe, seed)
                 models[str(index)].load_state_dict(self.weights(setting, seed))
                 models[str(index)].to(accelerate.PartialState().device).eval()
-            epsilon = self.protocol.epsilon
             scores = evaluate_robustness(
                 models,
                 data.loader(data.robustness, 50, 0),  # small batches stay in the cache of a CPU
                 pixel_space=data.space,
                 severities=self.protocol.severities,
-                attacks={} if epsilon is None else {f"PGD-20 {in_255ths(epsilon)}": PGD(epsilon, steps=20)},
+                attacks=attacks(self.protocol.epsilon),
                 progress=False,
             )
             for (setting, seed), result in zip(chosen, scores.values(), strict=True):

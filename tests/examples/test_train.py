@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,12 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from entprop_wrap import EntProp
-from entprop_wrap.errors import ConfigurationError
+from entprop_wrap import EntProp, Vanilla, selection
+from entprop_wrap.errors import CheckpointError, ConfigurationError, PixelRangeError
+from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntropyAscent, FastAdvProp, MixProp
+from entprop_wrap.methods.experimental import EntropicRetraining
 from tests.examples.in_process import call, load
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +35,7 @@ def train(*arguments, output):
 def built(monkeypatch, *options, names):
     script = load("examples/train.py", monkeypatch)
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options), "--methods", *names])
-    return script.method_parts.build(script.parse())
+    return script.method_parts.build(script.parse(""))
 
 
 def runs(output):
@@ -119,10 +123,12 @@ def test_every_method_by_name(tmp_path, folder):
         "advprop": 3,
         "fine_grained_advprop": 1 + 2 + 2,
         "fast_advprop": 1.5,
+        "me_ada": 1 + 0.5 * (1 + 1),
+        "me_ada_growth": 1,
         "pgd_at": 2,
         "trades": 3,
     }
-    sizes = ["--dataset", folder, *QUICK, "--epochs", 2]
+    sizes = ["--dataset", folder, *QUICK, "--epochs", 3, "--set", "ascent.steps=1"]
     options = ["--fraction", 0.5, "--attack-steps", 1, "--equal-cost", "--methods", *names]
     done = train(*sizes, *options, output=output)
     assert done.returncode == 0, done.stderr
@@ -130,8 +136,151 @@ def test_every_method_by_name(tmp_path, folder):
     assert {name: run["passes_per_step"] for name, run in found.items()} == pytest.approx(names)
     for name in names:
         lines = (output / f"{name}-seed0" / "metrics.jsonl").read_text().splitlines()
-        last = max(json.loads(line)["epoch"] for line in lines)
-        assert last == (1 if name == "fast_advprop" else 2), name  # 2 / 1.5 epochs, rounded down
+        last = json.loads(lines[-1])
+        assert last["epoch"] == (2 if name == "fast_advprop" else 3), name  # 3 / 1.5 epochs
+        if name in ("vanilla", "me_ada_growth"):
+            assert last["step"] == (3 if name == "vanilla" else 1 + 3 + 6)  # 12 images, then 24, then 48
+
+
+def test_retraining_goes_on_with_trained_weights(monkeypatch, tmp_path, folder):
+    script, sizes = load("examples/train.py", monkeypatch), [*QUICK, "--dataset", folder, "--output", tmp_path]
+    call(script, monkeypatch, *sizes, "--methods", "vanilla")
+    weights = tmp_path / "vanilla-seed0" / "model"
+    still = ["--learning-rate", 1e-9, "--weight-decay", 0]
+    call(script, monkeypatch, *sizes, "--methods", "entropic_retraining", "--weights", weights, *still)
+    before = load_file(weights / "model.safetensors")
+    after = load_file(tmp_path / "entropic_retraining-seed0" / "model" / "model.safetensors")
+    for key in ("0.weight", "1.weight", "14.weight"):
+        torch.testing.assert_close(after[key], before[key])
+
+
+def test_retraining_an_untrained_model_is_refused(monkeypatch, tmp_path, capfd):
+    script = load("examples/train.py", monkeypatch)
+    monkeypatch.setattr(script, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SystemExit):
+        call(script, monkeypatch, *QUICK, "--methods", "vanilla", "entropic_retraining", "--output", tmp_path)
+    assert "entropic_retraining goes on with a trained model" in capfd.readouterr().err
+    arguments = [*QUICK, "--methods", "vanilla", "--output", tmp_path, "--weights"]
+    for path in (tmp_path, tmp_path / "nothing.safetensors", Path(__file__)):
+        with pytest.raises(CheckpointError, match=r"--weights .*: expected the weights of this very model"):
+            call(script, monkeypatch, *arguments, path)
+    save_file({"0.weight": torch.zeros(16, 3, 3, 3)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"Missing key\(s\)"):
+        call(script, monkeypatch, *arguments, tmp_path / "other.safetensors")
+
+
+def test_attacks_seeds_and_what_the_monitor_says(monkeypatch, tmp_path, capfd):
+    """The test images have each other's labels: what is learnt makes it worse there."""
+    dice = np.random.default_rng(0)
+    for split, levels in (("train", (60, 190)), ("validation", (190, 60))):
+        for name, level in zip(("dark", "light"), levels, strict=True):
+            (tmp_path / "swapped" / split / name).mkdir(parents=True)
+            for index in range(8):
+                pixels = dice.integers(level - 30, level + 30, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "swapped" / split / name / f"{index}.png")
+    output, arguments = tmp_path / "out", [*QUICK, "--dataset", tmp_path / "swapped", "--methods", "vanilla"]
+    sizes = ["--epochs", 10, "--optimizer", "sgd", "--learning-rate", 0.1, "--seeds", 2]
+    script = load("examples/train.py", monkeypatch)
+    with pytest.warns(UserWarning, match="Training and validation part"):
+        call(script, monkeypatch, *arguments, *sizes, "--attack", "8/255", "--monitor", "--output", output)
+    first, second = json.loads((output / "results.json").read_text())["runs"]
+    assert (first["seed"], second["seed"]) == (0, 1)
+    assert set(first["warnings"]) | set(second["warnings"]) == {"validation"}
+    printed = capfd.readouterr().out
+    assert "| method | seeds | SA | RA | Hscore | PGD-20 8/255 | seconds | passes per step |" in printed
+    assert ": Training and validation part: since evaluation" in printed
+    attacked = [100 * run["adversarial"]["PGD-20 8/255"]["accuracy"] for run in (first, second)]
+    assert f"| {sum(attacked) / 2:.1f} % ±" in printed
+    assert "Under PGD-20 8/255" in (output / "report.html").read_text()
+
+
+def test_an_attack_beyond_the_pixel_range_is_refused_before_anything_is_trained(monkeypatch, tmp_path):
+    script = load("examples/train.py", monkeypatch)
+    monkeypatch.setattr(script, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(PixelRangeError, match="8/255"):
+        call(script, monkeypatch, *QUICK, "--attack", 8, "--output", tmp_path)
+
+
+STRONG = AdvProp().attack.at(0.1)  # epsilon on the digits
+HARD = AdversarialTraining().attack.at(0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["targeted=true", "attack_statistics=batch"], {"advprop": AdvProp(STRONG, True, "batch")}),
+        (
+            ["weight = 1/2"],
+            {"advprop": AdvProp(STRONG, weight=0.5), "mixprop": MixProp(weight=0.5), "vanilla": Vanilla()},
+        ),
+        (["advprop.weight=0.5"], {"advprop": AdvProp(STRONG, weight=0.5), "mixprop": MixProp()}),
+        (["uncertainty=margin"], {"entprop": EntProp(epsilon=0.1, uncertainty=selection.logit_margin)}),
+        (
+            ["auxiliary_target=source"],
+            {"random_selection": EntProp(epsilon=0.1, uncertainty=selection.random, auxiliary_target="source")},
+        ),
+        (["ascent.steps=3", "ascent.layer=none"], {"me_ada": MEADA(EntropyAscent(steps=3), fraction=0.2)}),
+        (["shuffle=False", "beta=0.25"], {"fast_advprop": FastAdvProp(epsilon=0.1, shuffle=False, beta=0.25)}),
+        (
+            ["regularise=clean", "clean_weight=0.5"],
+            {"pgd_at": AdversarialTraining(HARD, regularise="clean", clean_weight=0.5)},
+        ),
+        (["attack.norm=l2"], {"pgd_at": AdversarialTraining(replace(HARD, norm="l2"))}),
+        (
+            ["layers=1", "output_weight=-0.5"],
+            {"entropic_retraining": EntropicRetraining(output_weight=-0.5, layers="1")},
+        ),
+        (["ascent.layer=14"], {"me_ada": MEADA(EntropyAscent(layer="14"), fraction=0.2)}),
+    ],
+)
+def test_fields_that_have_no_flag(monkeypatch, settings, expected):
+    assert built(monkeypatch, "--weights", "any", "--set", *settings, names=expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "setting", "found"),
+    [
+        (["advprop"], "targeted", "expected NAME=VALUE"),
+        (
+            ["advprop"],
+            "targetted=true",
+            "no 'targetted' to set in advprop: attack.random_start, attack.norm, targeted,",
+        ),
+        (["vanilla"], "targeted=true", "no 'targeted' to set in vanilla: nothing"),
+        (["mixprop", "advprop"], "mixprop.targeted=true", "no 'targeted' to set in mixprop: weight"),
+        (["advprop"], "targeted=maybe", "targeted must be True or False, found 'maybe'"),
+        (["advprop"], "weight=1/0", "weight must be a number above 0, found '1/0'"),
+        (["entprop"], "uncertainty=entropie", "expected one of entropy, cross-entropy, confidence, margin, random"),
+        (
+            ["random_selection"],
+            "uncertainty=entropy",
+            "no 'uncertainty' to set",
+        ),  # or it would not be what it is called
+        (["trades"], "kind=pgd", "no 'kind' to set"),
+        (["shared_norms"], "auxiliary=aux", "no 'auxiliary' to set"),
+        (["entprop_finetuning"], "fraction=0.2", "write --fraction for that"),
+        (["advprop"], "attack.steps=2", "write --attack-steps for that"),
+        (["entprop"], "mix.alpha=2", "write --mix-alpha for that"),
+        (["trades"], "attack.epsilon=0.1", "write --epsilon for that"),
+    ],
+)
+def test_fields_that_cannot_be_set(monkeypatch, names, setting, found):
+    with pytest.raises(ConfigurationError, match=re.escape(found)):
+        built(monkeypatch, "--set", setting, names=names)
+
+
+def test_every_field_can_be_set_or_has_a_flag(monkeypatch):
+    """Of each method but what its name stands for, and what is no plain value."""
+    methods = built(
+        monkeypatch, "--weights", "any", names=list(load("examples/train.py", monkeypatch).method_parts.METHODS)
+    )
+    from parts import fields as field_parts
+    from parts.methods import flags
+
+    for name, method in methods.items():
+        reached = {field.partition(".")[0] for field in field_parts.settable(name, method, flags())}
+        left = {field.name for field in fields(method)} - reached - flags() - {"attack"}
+        assert left <= {"auxiliary", "kind", "branches"} | ({"uncertainty"} if name == "random_selection" else set())
 
 
 def test_options_that_fit_no_method_are_refused(tmp_path):

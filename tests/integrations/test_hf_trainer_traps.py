@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer, ViTImageProcessor
 
-from entprop_wrap import EntProp, MixUp, PixelSpace, Vanilla, methods, wrap
-from entprop_wrap.attacks import PGD
+from entprop_wrap import EntProp, PixelSpace, Vanilla, wrap
 from entprop_wrap.errors import (
     ConfigurationError,
     ImageError,
@@ -15,17 +14,7 @@ from entprop_wrap.errors import (
     UnsupportedModelError,
 )
 from entprop_wrap.integrations.hf_trainer import EntPropCallback, EntPropTrainerMixin
-from entprop_wrap.methods import (
-    MEADA,
-    AdversarialTraining,
-    AdvProp,
-    EntropyAscent,
-    FastAdvProp,
-    FineGrainedAdvProp,
-    MixProp,
-    experimental,
-)
-from entprop_wrap.methods.experimental import EntropicRetraining
+from tests.every_method import METHODS, check_none_is_missing, named
 from tests.integrations.hf_trainer_reference import (
     SPACE,
     RecordBatches,
@@ -242,33 +231,12 @@ def test_soft_labels_need_a_loss_for_them(tmp_path):
     make(tmp_path, data=soft, callbacks=[callback()], compute_loss_func=loss).train()
 
 
-METHODS = (
-    Vanilla(label_smoothing=0.1, entropy_weight=0.1),
-    EntProp(fraction=0.5, attack_steps=2, mix_on="auxiliary"),
-    EntProp(fraction=0.5, mix=None, auxiliary=None),
-    AdvProp(),
-    FastAdvProp(fraction=0.5),
-    MixProp(mix=MixUp(1.0)),
-    AdversarialTraining(),
-    AdversarialTraining(kind="trades"),
-    FineGrainedAdvProp({"weak": PGD(1 / 255, steps=1), "strong": PGD(4 / 255, steps=2)}),
-    MEADA(ascent=EntropyAscent(steps=2)),
-    EntropicRetraining(),
-)
-
-
-def _is_method(found):
-    return isinstance(found, type) and hasattr(found, "step") and hasattr(found, "auxiliaries")
-
-
-@pytest.mark.parametrize("module", [methods, experimental], ids=lambda module: module.__name__)
-def test_no_method_is_missing(module):
-    known = {type(method).__name__ for method in METHODS}
-    assert {name for name in module.__all__ if _is_method(getattr(module, name))} <= known, "add them to METHODS"
+def test_no_method_is_missing():
+    check_none_is_missing()
 
 
 @pytest.mark.parametrize("name", ["ViT", "ResNet"])
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{type(method).__name__}-{getattr(method, 'kind', '')}")
+@pytest.mark.parametrize("method", METHODS, ids=named)
 def test_every_method_trains_as_in_a_loop_of_its_own(method, name, tmp_path):
     """One step per group of one, where the Trainer's loss is plain cross-entropy."""
     from entprop_wrap import training_step

@@ -16,9 +16,10 @@ from torch import nn
 import entprop_wrap as entprop
 from entprop_wrap import EntProp, Vanilla
 from entprop_wrap.integrations.lightning_callback import EntPropLightningCallback
-from entprop_wrap.methods import AdvProp, FastAdvProp
+from entprop_wrap.methods import FastAdvProp
 from entprop_wrap.wrapping import is_wrapped
 from tests.distributed import run_processes
+from tests.every_method import METHODS, check_none_is_missing, named
 from tests.integrations.lightning_reference import (
     SPACE,
     Batches,
@@ -73,10 +74,11 @@ def test_gradients_equal_a_loop_by_hand(case):
         torch.testing.assert_close(module.model.state_dict()[key], value, rtol=1e-4, atol=1e-5)
 
 
-METHODS = [EntProp(fraction=0.5), EntProp(0.5, 3), AdvProp(), FastAdvProp(fraction=0.5), Vanilla()]
+def test_no_method_is_missing():
+    check_none_is_missing()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", [EntProp(fraction=0.5), EntProp(0.5, 3), *METHODS], ids=named)
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_gradients_equal_the_training_step_bit_for_bit(method, accumulate):
     module = Classifier()
@@ -84,7 +86,7 @@ def test_gradients_equal_the_training_step_bit_for_bit(method, accumulate):
     data = loader(20) if isinstance(method, FastAdvProp) else loader()  # which needs four images
     trainer(callback(method), accumulate_grad_batches=accumulate).fit(module, data)
 
-    model = entprop.wrap(net()) if method.auxiliaries else net()
+    model = entprop.wrap(net(), auxiliaries=method.auxiliaries) if method.auxiliaries else net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     torch.manual_seed(5)
     steps, batches = [], list(data)
