@@ -35,12 +35,12 @@ METHODS = {
     "vanilla": Vanilla(),
     "EntProp.finetuning()": EntProp.finetuning(),
     "EntProp()": EntProp(),
-    "k = 0.2": EntProp.finetuning(fraction=0.2),
-    "k = 0.3": EntProp.finetuning(fraction=0.3),
-    "k = 0.6": EntProp.finetuning(fraction=0.6),
-    "k = 1": EntProp.finetuning(fraction=1.0),
-    "k = 0.6, Beta(0.2)": EntProp.finetuning(fraction=0.6, mix=MixUp(0.2)),
-    "k = 0.6, epsilon 4/255": EntProp.finetuning(fraction=0.6, epsilon=4 / 255),
+    **{
+        f"k = {k}, Beta({alpha})": EntProp.finetuning(fraction=k, mix=MixUp(alpha))
+        for alpha in (0.1, 0.2, 1.0)
+        for k in (0.2, 0.3, 0.6, 1.0)
+    },
+    "k = 0.6, Beta(1.0), epsilon 4/255": EntProp.finetuning(fraction=0.6, mix=MixUp(1.0), epsilon=4 / 255),
     "k = 0.2, no mixing": EntProp.finetuning(fraction=0.2, mix=None),
     "k = 0.2, no mixing, epsilon 4/255": EntProp.finetuning(fraction=0.2, mix=None, epsilon=4 / 255),
     "k = 0.6, no mixing, epsilon 4/255": EntProp.finetuning(fraction=0.6, mix=None, epsilon=4 / 255),

@@ -109,11 +109,11 @@ class EntProp:
     def finetuning(cls, **options: Any) -> EntProp:
         """Return a preset for fine-tuning pretrained weights, in few epochs or many; ``options`` change it.
 
-        The main pass stays clean. The auxiliary images are more (``fraction=0.6``), mixed among themselves, and most of
-        them only a little (``MixUp(0.2)``). The paper mixes the whole batch, for 100 epochs; in 4 to 8 that costs
-        accuracy. Ours, by measurement: docs/finetuning.md has the evidence, and what did not work.
+        The main pass stays clean. The auxiliary images are a few more (``fraction=0.3``), mixed among themselves, and
+        most of them hardly at all (``MixUp(0.1)``). The paper mixes the whole batch, for 100 epochs; in 4 to 20 that
+        costs accuracy. Ours, by measurement: docs/finetuning.md has the evidence, and what did not work.
         """
-        return cls(**{"fraction": 0.6, "mix": MixUp(0.2), "mix_on": "auxiliary", **options})
+        return cls(**{"fraction": 0.3, "mix": MixUp(0.1), "mix_on": "auxiliary", **options})
 
     @property
     def auxiliaries(self) -> tuple[str, ...]:
