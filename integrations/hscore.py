@@ -6,6 +6,7 @@
     metric.compute()                                      # {"sa": 0.79, "ra": 0.55, "hscore": 0.65}
 
 Every prediction says which condition its image was in: "clean", or any other text for a corrupted one, such as "fog 3".
+"Clean" and texts with space around them are refused, as they would count as conditions of their own.
 RA is the plain mean of the accuracies of the other conditions, each counting alike.
 
 Source: EntProp (Enomoto, UAI 2024), section 4.1.
@@ -63,8 +64,9 @@ class Hscore(evaluate.Metric):
             inputs_description=_INPUTS,
             features=datasets.Features(
                 {
-                    "predictions": datasets.Value("int64"),
-                    "references": datasets.Value("int64"),
+                    # As float64, which holds class indices exactly: as int64, evaluate would cut 1.5 down to 1.
+                    "predictions": datasets.Value("float64"),
+                    "references": datasets.Value("float64"),
                     "conditions": datasets.Value("string"),
                 }
             ),
@@ -72,16 +74,17 @@ class Hscore(evaluate.Metric):
         )
 
     def _compute(
-        self, predictions: Sequence[int], references: Sequence[int], conditions: Sequence[str], **options: Any
+        self, predictions: Sequence[float], references: Sequence[float], conditions: Sequence[str], **options: Any
     ) -> dict[str, float]:
         """Return the scores.
 
         Raises:
-            DataError: There is no clean image, or none in another condition.
+            DataError: There is no clean image, or none in another condition; a prediction or reference is no class
+                index; a condition is no text, or nearly "clean".
         """
-        right = np.asarray(predictions) == np.asarray(references)
+        right = _indices("predictions", predictions) == _indices("references", references)
+        names = sorted(_checked(conditions))
         where = np.asarray(conditions)
-        names = sorted(set(conditions))
         if "clean" not in names or len(names) < 2:
             raise DataError(
                 "Expected images in the condition 'clean' and in at least one other, such as 'fog 3'; found "
@@ -91,3 +94,33 @@ class Hscore(evaluate.Metric):
         sa = accuracy.pop("clean")
         ra = float(np.mean(list(accuracy.values())))
         return {"sa": sa, "ra": ra, "hscore": hscore(sa, ra)}
+
+
+def _indices(name: str, values: Sequence[float]) -> Any:
+    found = np.asarray(values, dtype=np.float64)  # None becomes NaN
+    bad = ~(np.isfinite(found) & (found == np.round(found)))
+    if bad.any():
+        raise DataError(
+            f"{name} must be class indices; found {float(found[bad][0])!r} at {int(bad.argmax())}. For scores write "
+            "scores.argmax(-1)."
+        )
+    return found
+
+
+def _checked(conditions: Sequence[Any]) -> set[str]:
+    found = set(conditions)
+    for name in found:
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(
+                f"conditions must say 'clean' or what was done to the image, such as 'fog 3'; found {name!r}."
+            )
+        if name != name.strip() or (name.lower() == "clean" and name != "clean"):
+            raise DataError(
+                f"Found the condition {name!r}, which would count as one of its own. Write {_usual(name)!r}."
+            )
+    return found
+
+
+def _usual(name: str) -> str:
+    name = name.strip()
+    return "clean" if name.lower() == "clean" else name

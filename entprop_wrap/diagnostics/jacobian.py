@@ -15,7 +15,7 @@ from entprop_wrap.diagnostics.intervals import Interval, mean_of, plain
 from entprop_wrap.diagnostics.observation import batches_of, isolated
 from entprop_wrap.errors import ModelOutputError, UnsupportedModelError
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.robustness.subjects import logits
+from entprop_wrap.robustness.subjects import check_finite, logits
 from entprop_wrap.wrapping import auxiliary as auxiliary_domain
 
 __all__ = ["InputJacobian", "input_jacobian"]
@@ -76,7 +76,7 @@ def input_jacobian(
         UnsupportedModelError: The model is inside an ``auxiliary()`` block, is no module, or uses reentrant
             checkpointing.
         NotWrappedError, AuxiliaryNameError: There is no such auxiliary domain.
-        ModelOutputError: The Jacobian is not finite.
+        ModelOutputError: Logits or Jacobians are not finite.
         DataError, ImageError, PixelRangeError, LabelError: Data of another form, or outside ``pixel_space``.
 
     Source: the norm by which Jin et al. (2020, arXiv 2011.13538) explain what entropy maximisation does.
@@ -110,6 +110,7 @@ def _norms(model: nn.Module, images: Tensor, space: PixelSpace, auxiliary: str |
     """Return the Frobenius and the spectral norms ``(N,)``, in float64 on the CPU."""
     with torch.enable_grad(), _inside(model, auxiliary):
         output, pull_back = _vjp(model, images.detach().clone())
+        check_finite(output, "The model")  # a bias of NaN leaves the Jacobian finite
         # One row of the Jacobians of all images at once: in evaluation mode no image knows of another. Class by class,
         # because vmap over the classes is slower on most models (attention, grouped convolutions) and holds them all.
         rows = []
@@ -130,7 +131,7 @@ def _norms(model: nn.Module, images: Tensor, space: PixelSpace, auxiliary: str |
 def _vjp(model: nn.Module, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Return the logits, and the function that pulls their cotangents back to the images."""
     try:
-        output, pull_back = torch.func.vjp(lambda pixels: logits(model, pixels), images)
+        output, pull_back, *_ = torch.func.vjp(lambda pixels: logits(model, pixels), images)
         return output, lambda cotangents: pull_back(cotangents)[0]
     except RuntimeError:
         # torch.func refuses what saves tensors by hooks, such as activation checkpointing, and autograd functions of

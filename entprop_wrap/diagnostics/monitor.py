@@ -17,6 +17,10 @@ __all__ = ["Monitor"]
 
 #: Selected images are to have at least so much more entropy than all, relatively.
 _LEAST_LEAD = 0.05
+#: Standard errors that the AUROC of the energy is to be above one half.
+_ERRORS = 2
+#: What a step is summed up in: two losses, two entropies, an AUROC and its square.
+_VALUES = 6
 #: Above this share of ``log C`` a model has not begun to learn, and its entropies say nothing.
 _UNLEARNT = 0.9
 #: The auxiliary loss may grow by so much: by this factor, and by this share of ``log C``.
@@ -30,7 +34,8 @@ _PART, _PART_SHARE = 1.1, 0.02
 class Monitor:
     """Warns of three ways to fail, once each, with the numbers and what to try.
 
-    * "selection": selected images are no more uncertain than all images;
+    * "selection": selected images are no more uncertain, or no further out of the distribution, than all images, or
+      uncertainty says nothing, since the model is wrong where it is certain;
     * "auxiliary loss": it is not finite, grows while the main loss does not, or stays worse than a guess;
     * "validation": the validation loss grows while the training loss falls.
 
@@ -42,10 +47,21 @@ class Monitor:
     sums stay on the device and are read every so many steps. A monitor is not part of checkpoints; in a resumed run it
     starts afresh. It changes nothing and draws no random numbers.
 
-    Thresholds are judgements, not from a paper: a lead of 5 % in entropy (once the mean entropy is below 0.9 log C);
-    growth of the auxiliary loss to 1.5 times its lowest and by 0.1 log C, twice as much as the main loss grows; 1.5 log
-    C as worse than a guess; validation loss 10 % and 0.02 log C above its best. Each must hold ``patience`` times in a
-    row, except for losses that are not finite. Where the loss is no cross-entropy, those in log C mean little.
+    A method that selects by entropy makes its selected images look uncertain by construction, so "selection" has three
+    rules, all once the mean entropy is below 0.9 log C, which are these:
+
+    * the mean entropy of selected images is less than 5 % above that of all: finds a selection by another score;
+    * by the energy ``-logsumexp(logits)`` (Liu et al., NeurIPS 2020), the AUROC of selected images against all, in the
+      mean over steps, is not two standard errors above 1/2. An AUROC does not depend on the scale of the logits. This
+      finds images that are uncertain between classes that they all resemble much, which are typical images;
+    * the main loss is no better than log C, the loss of a guess: finds logits that say nothing. No score of the logits
+      alone can: the flattest of random logits have the highest energy too (AUROC 0.8 against the others, with 10
+      classes), as the energy of centred logits grows with their spread. Only labels tell noise from knowledge.
+
+    Thresholds are judgements, not from a paper: those above; growth of the auxiliary loss to 1.5 times its lowest and
+    by 0.1 log C, twice as much as the main loss grows; 1.5 log C as worse than a guess; validation loss 10 % and 0.02
+    log C above its best. Each must hold ``patience`` times in a row, except for losses that are not finite. Where the
+    loss is no cross-entropy, those in log C mean little.
 
     Args:
         every: Steps between two looks; what is judged are the means over them.
@@ -66,13 +82,13 @@ class Monitor:
         self._steps = 0
         self._classes = 2
         self._has = (False, False)  # an auxiliary loss, a selection
-        self._pending: Tensor | None = None  # on the device: sums of four values, and how often each was finite
+        self._pending: Tensor | None = None  # on the device: sums of values, and how often each was finite
         self._held = 0  # steps in it
-        self._sums = [0.0] * 8
+        self._sums = [0.0] * (2 * _VALUES)
         self._window_steps = 0
         self._since = [0.0, 0.0]  # main loss since the last evaluation: sum, number
         self._lowest_aux = self._main_then = math.inf
-        self._in_a_row = {"selection": 0, "grows": 0, "worse": 0}
+        self._in_a_row = {"entropy": 0, "energy": 0, "guess": 0, "grows": 0, "worse": 0}
         self._evaluations: list[tuple[float, float]] = []  # validation loss, training loss
 
     def update(self, output: StepOutput) -> None:
@@ -81,12 +97,15 @@ class Monitor:
             raise TypeError(f"update() expects what training_step() returns, found {type(output).__name__}.")
         nothing = torch.zeros_like(output.main_loss)
         self._has = output.aux_loss is not None, output.selected is not None
+        further = nothing if output.selected is None else _energy_auroc(output.logits, output.selected)
         values = torch.stack(
             [
                 output.main_loss.float(),
                 (nothing if output.aux_loss is None else output.aux_loss).float(),
                 output.entropy.mean().float(),
                 (nothing if output.selected is None else output.entropy[output.selected].mean()).float(),
+                further.float(),
+                further.float() ** 2,
             ]
         ).detach()
         finite = values.isfinite()
@@ -125,38 +144,58 @@ class Monitor:
             return
         found = self._pending.tolist()
         self._sums = [a + b for a, b in zip(self._sums, found, strict=True)]
-        self._since = [self._since[0] + found[0], self._since[1] + found[4]]
+        self._since = [self._since[0] + found[0], self._since[1] + found[_VALUES]]
         self._window_steps += self._held
         self._pending, self._held = None, 0
 
     def _judge(self) -> None:
         steps, sums = self._window_steps, self._sums
-        self._window_steps, self._sums = 0, [0.0] * 8
+        self._window_steps, self._sums = 0, [0.0] * (2 * _VALUES)
         auxiliary, selection = self._has
-        lost = steps - int(sums[5])
+        lost = steps - int(sums[_VALUES + 1])
         if auxiliary and lost:
             self._warn(
                 "auxiliary loss",
                 f"The auxiliary loss was not finite in {lost} of the last {steps} steps. Lower the learning rate or "
                 "epsilon, clip gradients, or use bf16 for fp16.",
             )
-        if 0 in sums[4:]:
+        if 0 in sums[_VALUES:]:
             return  # no mean to judge
-        main, aux, entropy, selected = (total / number for total, number in zip(sums[:4], sums[4:], strict=True))
+        main, aux, entropy, selected, further, square = (
+            total / number for total, number in zip(sums[:_VALUES], sums[_VALUES:], strict=True)
+        )
         if selection:
-            self._judge_selection(entropy, selected)
+            error = math.sqrt(max(square - further**2, 0) / max(sums[_VALUES + 4] - 1, 1))
+            self._judge_selection(main, entropy, selected, further, error)
         if auxiliary:
             self._judge_auxiliary(main, aux)
 
-    def _judge_selection(self, entropy: float, selected: float) -> None:
-        began = entropy < _UNLEARNT * math.log(self._classes)
-        if self._again("selection", began and selected - entropy <= _LEAST_LEAD * entropy):
+    def _judge_selection(self, main: float, entropy: float, selected: float, further: float, error: float) -> None:
+        guess = math.log(self._classes)
+        began = entropy < _UNLEARNT * guess
+        long = f"for {self.patience} times {self.every} steps"
+        if self._again("guess", began and main >= guess):
+            self._warn(
+                "selection",
+                f"Selected images are no further out of the distribution than random ones: the main loss of {main:.3g} "
+                f"is no better than a guess ({guess:.3g}), and yet the mean entropy is {entropy:.3g} nats, {long}, so "
+                "that entropy says nothing of the images. Check labels and data, lower the learning rate, or begin to "
+                "select once the model has learnt something. (Where the loss is no cross-entropy, ignore this.)",
+            )
+        if self._again("entropy", began and selected - entropy <= _LEAST_LEAD * entropy):
             self._warn(
                 "selection",
                 f"Selected images are no more uncertain than random ones: mean entropy {selected:.3g} against "
-                f"{entropy:.3g} nats of all, for {self.patience} times {self.every} steps. Select fewer (fraction=), "
+                f"{entropy:.3g} nats of all, {long}. Select fewer (fraction=), "
                 "by another uncertainty=, or mix (mix=MixUp()); if all entropies are near 0, the model is certain of "
                 "its training data: train for less long, or regularise.",
+            )
+        if self._again("energy", began and further - _ERRORS * error <= 0.5):
+            self._warn(
+                "selection",
+                f"Selected images are no further out of the distribution than random ones: by the energy, their AUROC "
+                f"is {further:.3g} ± {_ERRORS * error:.2g}, where a coin has 0.5, {long}. Select fewer (fraction=), by "
+                "another uncertainty=, or look at entprop_wrap.diagnostics.selection_ood.",
             )
 
     def _judge_auxiliary(self, main: float, aux: float) -> None:
@@ -204,3 +243,10 @@ class Monitor:
         if signature not in self.warnings:
             self.warnings[signature] = f"{message} (step {self._steps})"
             warnings.warn(self.warnings[signature], stacklevel=5)
+
+
+def _energy_auroc(logits: Tensor, selected: Tensor) -> Tensor:
+    """Return the share of images (ties one half) that have less energy than a selected one, without any waiting."""
+    energy = -logits.detach().float().logsumexp(dim=1)
+    # sign() takes NaN for a tie; the last term is 0, or NaN where an energy is none.
+    return (energy[selected][:, None] - energy).sign().mean() / 2 + 0.5 + 0 * energy.sum()

@@ -13,7 +13,7 @@ from entprop_wrap.containers import plain_model, walk
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.pixels import to_images
-from entprop_wrap.robustness.subjects import check_labels_fit, logits
+from entprop_wrap.robustness.subjects import check_finite, check_labels_fit, logits
 
 __all__ = ["AttackLoss", "check_attackable", "losses", "pixel_gradient"]
 
@@ -67,12 +67,14 @@ def pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: Pixe
 
     Raises:
         LabelError: Labels do not fit the model.
+        ModelOutputError: Logits are NaN or infinite, where nothing would move.
         UnsupportedModelError: The logits cannot be differentiated.
     """
     with torch.enable_grad():
         pixels = pixels.detach().requires_grad_()
         found = logits(model, to_images(pixels, space))
         check_labels_fit(labels, found.shape[1], "The model")
+        check_finite(found, "The model under attack")
         if not found.requires_grad:
             raise UnsupportedModelError(
                 "The logits do not depend on the images in a way that can be differentiated: the model runs under "

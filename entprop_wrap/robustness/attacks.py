@@ -2,7 +2,8 @@
 
 An attack is called ``attack(model, images, labels, pixel_space, generator)`` and returns images. Magnitudes are
 fractions of the pixel range, whatever the images are normalised with, and attacked pixels stay valid. The model is
-attacked as it is evaluated: in evaluation mode, with no gradient left on its parameters.
+attacked as it is evaluated: in evaluation mode, with no gradient left on its parameters. Images and labels are checked
+as in an evaluation, and logits must be finite.
 
 High accuracy under one attack is no proof of robustness: look at several, at large epsilons, where accuracy must fall
 to 0, and at transfer (Carlini et al. 2019, "On evaluating adversarial robustness", https://arxiv.org/abs/1902.06705).
@@ -26,10 +27,10 @@ from entprop_wrap.options import check_integer
 from entprop_wrap.perturbation import PixelSpace, check_magnitude
 from entprop_wrap.robustness.ascent import AttackLoss, check_attackable, losses, pixel_gradient
 from entprop_wrap.robustness.corruptions.draws import Draws
-from entprop_wrap.robustness.pixels import to_images, to_pixels
-from entprop_wrap.robustness.subjects import device_of, logits
+from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
+from entprop_wrap.robustness.subjects import check_finite, device_of, logits
 
-__all__ = ["FGSM", "PGD", "Attack", "Transfer", "check_attacks"]
+__all__ = ["FGSM", "PGD", "Attack", "Transfer", "attacked", "check_attacks"]
 
 _PIXELS = PixelSpace()
 
@@ -154,11 +155,16 @@ class PGD(attacks.PGD):
             Images of the same shape and dtype, on the device of the model.
 
         Raises:
-            ConfigurationError: The model is in training mode.
+            ConfigurationError: The model is in training mode, or ``pixel_space`` is none.
+            ImageError: Images of a wrong type or shape, or not finite.
+            PixelRangeError: Images that do not lie in ``pixel_space``.
+            LabelError: Labels of a wrong type or shape, or that do not fit the model.
+            ModelOutputError: The model's logits are NaN or infinite.
             UnsupportedModelError: The model is float16, in which gradients vanish, or gives no gradient.
         """
         check_attackable(model)
-        space = pixel_space or _PIXELS
+        space = space_of(pixel_space)
+        labels = check_batch(images, labels, space)
         origin = to_pixels(images.detach().to(device_of(model, images)), space)
         labels = labels.to(origin.device)
         draws = Draws(origin, generator) if self.random_start else None
@@ -172,6 +178,7 @@ class PGD(attacks.PGD):
                 return to_images(pixels, space).to(images.dtype)
             with torch.no_grad():
                 found = logits(model, to_images(pixels, space))
+            check_finite(found, "The model under attack")
             score = torch.stack([(found.argmax(1) != labels).double(), losses(found, labels, self.loss)], 1).cpu()
             better = (score[:, 0] > highest[:, 0]) | ((score[:, 0] == highest[:, 0]) & (score[:, 1] > highest[:, 1]))
             best = torch.where(better.to(origin.device)[:, None, None, None], pixels, best)
@@ -223,12 +230,38 @@ class Transfer:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return images that attack ``source``; ``model`` is not looked at."""
-        attacked: Tensor = measuring(self.attack)(self.source, images, labels, pixel_space, generator)
-        return attacked
+        found: Tensor = measuring(self.attack)(self.source, images, labels, pixel_space, generator)
+        return found
 
     def at(self, epsilon: float) -> Transfer:
         """Return the same attack at another magnitude."""
         return replace(self, attack=self.attack.at(epsilon))
+
+
+def attacked(
+    name: str,
+    attack: Attack,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    space: PixelSpace,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Return the images that an attack, which may be anybody's function, makes of a batch; ``name`` is for messages.
+
+    Raises:
+        ConfigurationError: It returned something else than images of the same shape.
+        ImageError, PixelRangeError: Images of a wrong type, not finite, or out of ``space``.
+    """
+    found: Any = attack(model, images, labels, space, generator)
+    if not isinstance(found, Tensor) or found.shape != images.shape:
+        what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ConfigurationError(
+            f"{name} must return attacked images as a tensor of the shape {tuple(images.shape)} that it was given; it "
+            f"returned {what}."
+        )
+    check_batch(found, labels, space)
+    return found
 
 
 def check_attacks(attacks: Any) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.options import check_number
 from entprop_wrap.perturbation import PixelSpace, check_magnitude
 from entprop_wrap.robustness.ascent import check_attackable
-from entprop_wrap.robustness.pixels import to_images, to_pixels
-from entprop_wrap.robustness.subjects import check_labels_fit, device_of, logits
+from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
+from entprop_wrap.robustness.subjects import check_finite, check_labels_fit, device_of, logits
 
 __all__ = ["AutoAttack"]
 
@@ -88,15 +88,20 @@ class AutoAttack:
 
         Raises:
             ConfigurationError: The model is in training mode, or has fewer than 4 classes.
-            LabelError: Labels do not fit the model.
+            ImageError, PixelRangeError: Images of a wrong type or shape, not finite, or out of ``pixel_space``.
+            LabelError: Labels of a wrong type or shape, or that do not fit the model.
+            ModelOutputError: The model's logits are NaN or infinite.
             UnsupportedModelError: The model is float16, in which gradients vanish.
         """
         check_attackable(model)
-        space = pixel_space or PixelSpace()
+        space = space_of(pixel_space)
+        labels = check_batch(images, labels, space)
         device = device_of(model, images)
         pixels, labels = to_pixels(images.detach().to(device), space).float(), labels.to(device)
         with torch.no_grad():
-            classes = logits(model, to_images(pixels[:1], space)).shape[1]
+            clean = logits(model, to_images(pixels, space))
+        check_finite(clean, "The model under attack")
+        classes = clean.shape[1]
         if classes < _FEWEST_CLASSES:
             raise ConfigurationError(
                 f"AutoAttack's targeted loss needs at least {_FEWEST_CLASSES} classes, the model has {classes}. Write "

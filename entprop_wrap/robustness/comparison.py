@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.options import check_number
 from entprop_wrap.robustness.result import RobustnessResult, markdown_table
 
 __all__ = ["Comparison", "Estimate", "compare"]
@@ -78,7 +79,9 @@ class Comparison:
         return "\n\n".join([*tables, f"{note} RA: {self.protocol}."])
 
 
-def compare(results: Mapping[str, Sequence[RobustnessResult]], *, confidence: float = 0.95) -> Comparison:
+def compare(
+    results: Mapping[str, RobustnessResult | Sequence[RobustnessResult]], *, confidence: float = 0.95
+) -> Comparison:
     """Compare methods over seeds.
 
         compare({"vanilla": [v0, v1, v2], "EntProp": [e0, e1, e2]}).to_markdown()
@@ -87,21 +90,22 @@ def compare(results: Mapping[str, Sequence[RobustnessResult]], *, confidence: fl
     a seed does to all methods alike drops out of the differences.
 
     Args:
-        results: For each method its results, in the order of the seeds. The first method is the baseline.
+        results: For each method its results, in the order of the seeds, or one result: a single seed, from which no
+            interval can be had. The first method is the baseline.
         confidence: Of all intervals, in (0, 1).
 
     Raises:
-        ConfigurationError: No results, not as many for each method, or of different protocols.
+        ConfigurationError: No results, something else, not as many for each method, or of different protocols.
     """
-    if not 0 < confidence < 1:
-        raise ConfigurationError(f"confidence must be in (0, 1), such as 0.95; found {confidence!r}.")
-    lengths = {name: len(row) for name, row in results.items()}
+    check_number("confidence", confidence, lambda value: 0 < value < 1, "in (0, 1), such as 0.95")
+    rows = _rows(results)
+    lengths = {name: len(row) for name, row in rows.items()}
     if not lengths or len(set(lengths.values())) > 1 or 0 in lengths.values():
         raise ConfigurationError(
             f"Expected as many results for each method, one for each seed; found {lengths or 'none'}."
         )
-    first = next(iter(results.values()))[0]
-    for name, row in results.items():
+    first = next(iter(rows.values()))[0]
+    for name, row in rows.items():
         for result in row:
             if _measured(result) != _measured(first):
                 raise ConfigurationError(
@@ -109,7 +113,7 @@ def compare(results: Mapping[str, Sequence[RobustnessResult]], *, confidence: fl
                     f"{_measured(result)} for {name!r}."
                 )
     values = {
-        name: {key: [_values(result)[key] for result in row] for key in _values(first)} for name, row in results.items()
+        name: {key: [_values(result)[key] for result in row] for key in _values(first)} for name, row in rows.items()
     }
     baseline, *others = values
     return Comparison(
@@ -156,6 +160,27 @@ def _within(angle: float, degrees: int) -> float:
         term *= (k - 1) / k * cosine**2
         total += term
     return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+def _rows(results: Any) -> dict[str, list[RobustnessResult]]:
+    """Return the results of each method as a list; a single result is one seed."""
+    example = 'Write compare({"vanilla": [v0, v1], "EntProp": [e0, e1]}).'
+    if not isinstance(results, Mapping):
+        raise ConfigurationError(f"Expected a dict of results by method, found {type(results).__name__}. {example}")
+    rows = {}
+    for name, row in results.items():
+        row = [row] if isinstance(row, RobustnessResult) else row
+        if isinstance(row, str) or not isinstance(row, Sequence):
+            raise ConfigurationError(
+                f"Expected a result or a list of them for {name!r}, found {type(row).__name__}. {example}"
+            )
+        for result in row:
+            if not isinstance(result, RobustnessResult):
+                raise ConfigurationError(
+                    f"Expected results of evaluate_robustness() for {name!r}, found {type(result).__name__}. {example}"
+                )
+        rows[name] = list(row)
+    return rows
 
 
 def _values(result: RobustnessResult) -> dict[str, float]:

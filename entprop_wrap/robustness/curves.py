@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from entprop_wrap import attacks
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.robustness.attacks import FGSM, PGD, Transfer, measuring
+from entprop_wrap.robustness.attacks import FGSM, PGD, Transfer, attacked, measuring
+from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.scores import Tally
 from entprop_wrap.robustness.sharing import Share, gather
 from entprop_wrap.robustness.streams import Streams
@@ -48,6 +49,7 @@ def accuracy_against_epsilon(
     Raises:
         ConfigurationError: No epsilons, or one twice; a model in training mode.
         PixelRangeError: An epsilon that is no fraction of the pixel range.
+        DataError, ImageError, LabelError, ModelOutputError: As :func:`~entprop_wrap.robustness.evaluate_robustness`.
     """
     check_state(model, "The model")
     sizes = tuple(epsilons) if isinstance(epsilons, Iterable) and not isinstance(epsilons, str) else ()
@@ -59,7 +61,7 @@ def accuracy_against_epsilon(
             f"attack must be FGSM(), PGD() or Transfer(source), which have at(epsilon); found {base!r}."
         )
     sized = {epsilon: base.at(epsilon) if epsilon else None for epsilon in sizes}
-    subject, space, streams = Subject("The model", model), pixel_space or PixelSpace(), Streams(seed)
+    subject, space, streams = Subject("The model", model), space_of(pixel_space), Streams(seed)
     share = Share(data, space)
     with tqdm(total=len(share) * len(sized) or None, disable=not progress or share.process > 0, unit="pass") as bar:
         for batch in share:
@@ -67,7 +69,7 @@ def accuracy_against_epsilon(
                 images = batch.images
                 if one is not None:
                     generator = streams.at(batch.position, "epsilon", share.salt)
-                    images = one(subject.model, images, batch.labels, space, generator)
+                    images = attacked("attack", one, subject.model, images, batch.labels, space, generator)
                 subject.measure(("epsilon", str(epsilon)), images, batch.labels, batch.own)
                 bar.update()
             subject.check_logits()

@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.robustness.attacks import Attack, check_attacks
+from entprop_wrap.robustness.attacks import Attack, attacked, check_attacks
 from entprop_wrap.robustness.corruptions import corrupt
-from entprop_wrap.robustness.pixels import check_batch, to_images, to_pixels
+from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
 from entprop_wrap.robustness.protocol import conditions_of
 from entprop_wrap.robustness.result import RobustnessResult
 from entprop_wrap.robustness.scores import Scores, Tally
@@ -102,7 +102,7 @@ def evaluate_robustness(
 
     Raises:
         ConfigurationError: A model is in training mode; an unknown corruption, severity or option; attacks that are no
-            dict of attacks, or do not fit the model.
+            dict of attacks, do not fit the model, or return no images; shifts that are no dict.
         UnsupportedModelError: A model is inside an ``auxiliary()`` block, or no module.
         NotWrappedError: ``auxiliaries=True``, and no model is wrapped.
         DataError: The data is empty or of an unknown form.
@@ -117,12 +117,19 @@ def evaluate_robustness(
     conditions = conditions_of(corruptions, severities)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConfigurationError(f"seed must be an int, found {seed!r}.")
-    space, shifts = pixel_space or PixelSpace(), dict(shifts or {})
+    if shifts is not None and not isinstance(shifts, Mapping):
+        raise ConfigurationError(
+            f"shifts must be a dict of data by name, found {type(shifts).__name__}. Write "
+            'shifts={"sketch": sketch_loader}.'
+        )
+    space = space_of(pixel_space)
     attacks = check_attacks(attacks)
     groups = subjects_of(models, auxiliaries)
     subjects = [subject for group in groups.values() for subject in group]
 
     share, streams = Share(data, space), Streams(seed)
+    # Now, so that what is no data fails before the many passes, not after.
+    others = {name: Share(other, space, f"shifts[{name!r}]") for name, other in (shifts or {}).items()}
     passes = len(share) * len(subjects) * (1 + len(conditions) + len(attacks))
     hidden = not progress or share.process > 0
     with tqdm(total=passes or None, desc="Robustness", unit="pass", disable=hidden) as bar:
@@ -136,8 +143,9 @@ def evaluate_robustness(
                 for subject in subjects:
                     generator = streams.at(batch.position, "attack", name, share.salt)
                     with subject.inside():
-                        images = attack(subject.model, batch.images, batch.labels, space, generator)
-                    check_batch(images, batch.labels, space)
+                        images = attacked(
+                            f"attacks[{name!r}]", attack, subject.model, batch.images, batch.labels, space, generator
+                        )
                     subject.measure(("attack", name), images, batch.labels, batch.own)
                     bar.update()
             # After the attacks: one that does not fit the model is to fail before the many passes, not after.
@@ -148,16 +156,16 @@ def evaluate_robustness(
                     bar.update()
             for subject in subjects:
                 subject.check_logits()
-    for name, other in shifts.items():
-        for batch in Share(other, space, f"shifts[{name!r}]"):
+    for name, other in others.items():
+        for batch in other:
             for subject in subjects:
                 subject.measure(("shift", name), batch.images, batch.labels, batch.own)
                 subject.check_logits()
 
     results = {}
-    for name, (main, *others) in groups.items():
-        found = {subject.domain or "": _result(subject, conditions, seed, shifts, attacks) for subject in others}
-        results[name] = replace(_result(main, conditions, seed, shifts, attacks), auxiliaries=found)
+    for name, (main, *domains) in groups.items():
+        found = {subject.domain or "": _result(subject, conditions, seed, others, attacks) for subject in domains}
+        results[name] = replace(_result(main, conditions, seed, others, attacks), auxiliaries=found)
     return results if isinstance(model, Mapping) else results[_ALONE]
 
 
@@ -187,13 +195,13 @@ def _result(
     """Add up what all processes have counted."""
     states = gather({condition: tally.state() for condition, tally in subject.tallies.items()})
 
-    def scores(condition: Condition) -> Scores:
-        return Tally.scores([state[condition] for state in states if condition in state])
+    def scores(condition: Condition, name: str = "The data") -> Scores:
+        return Tally.scores([state[condition] for state in states if condition in state], name)
 
     return RobustnessResult(
         clean=scores(_CLEAN),
         corrupted={condition: scores(condition) for condition in conditions},
         seed=seed,
-        shifts={name: scores(("shift", name)) for name in shifts},
+        shifts={name: scores(("shift", name), f"shifts[{name!r}]") for name in shifts},
         adversarial={name: scores(("attack", name)) for name in attacks},
     )

@@ -8,10 +8,24 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.checks import Checker
-from entprop_wrap.errors import ImageError, LabelError, PixelRangeError
+from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, PixelRangeError
 from entprop_wrap.perturbation import PixelSpace
 
-__all__ = ["check_batch", "to_images", "to_pixels"]
+__all__ = ["check_batch", "space_of", "to_images", "to_pixels"]
+
+
+def space_of(pixel_space: PixelSpace | None) -> PixelSpace:
+    """Return the pixel space that an option says; None: images are in [0, 1].
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    if pixel_space is not None and not isinstance(pixel_space, PixelSpace):
+        raise ConfigurationError(
+            f"pixel_space must be a PixelSpace or None, found {pixel_space!r}. Write PixelSpace(mean, std), such as "
+            "PixelSpace((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
+        )
+    return PixelSpace() if pixel_space is None else pixel_space
 
 
 def to_pixels(images: Tensor, space: PixelSpace) -> Tensor:
@@ -35,10 +49,16 @@ def check_batch(images: Any, labels: Any, space: PixelSpace, *, first: bool = Fa
         first: Also check that the batch does not look as if it were in [0, 1] where ``space`` says otherwise.
 
     Raises:
+        ConfigurationError: ``space`` is none.
         ImageError: Images of another type or shape, or not finite.
         PixelRangeError: Images out of ``space``.
         LabelError: Labels of another type or shape.
     """
+    space_of(space)
+    if not isinstance(images, Tensor):
+        raise ImageError(f"Expected images as a tensor (N, C, H, W), found {type(images).__name__}.")
+    if not isinstance(labels, Tensor):
+        raise LabelError(f"Expected labels as a tensor of class indices (N,), found {type(labels).__name__}.")
     shape = tuple(images.shape)
     if not images.is_floating_point():
         raise ImageError(

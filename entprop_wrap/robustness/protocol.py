@@ -27,17 +27,18 @@ def conditions_of(corruptions: Sequence[str] | None, severities: Sequence[int]) 
     for key, values, example in (("corruptions", names, '("fog",)'), ("severities", severities, "(3,)")):
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ConfigurationError(f"{key} must be a sequence and not empty; found {values!r}. Write {example}.")
-        if len(set(values)) < len(values):
-            raise ConfigurationError(f"{key} has an entry twice, which would count twice in RA: {tuple(values)!r}.")
     known = {**CORRUPTIONS, **EXTRA_CORRUPTIONS}
     for name in names:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"Known are: {', '.join(known)}."
             raise ConfigurationError(f"corruptions has an unknown entry {name!r}. {hint}")
     for severity in severities:
         if isinstance(severity, bool) or not isinstance(severity, int) or severity not in _SEVERITIES:
             raise ConfigurationError(f"severities must be ints from 1 (mild) to 5 (strong), found {severity!r}.")
+    for key, values in (("corruptions", names), ("severities", severities)):
+        if len(set(values)) < len(values):
+            raise ConfigurationError(f"{key} has an entry twice, which would count twice in RA: {tuple(values)!r}.")
     return [(name, severity) for name in names for severity in severities]
 
 

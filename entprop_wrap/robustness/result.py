@@ -127,10 +127,16 @@ class RobustnessResult:
         corruptions is mCE. Published values take AlexNet as the baseline, and are in percent.
 
         Raises:
-            ConfigurationError: The baseline has another protocol, or makes no error under some corruption.
+            ConfigurationError: The baseline is no result, has another protocol, or makes no error under some
+                corruption.
 
         Source: Hendrycks & Dietterich (ICLR 2019), section 4.
         """
+        if not isinstance(baseline, RobustnessResult):
+            raise ConfigurationError(
+                f"mCE needs the result of a baseline, found {baseline!r}. Write result.mce(evaluate_robustness(model, "
+                "data)), with the same corruptions and severities."
+            )
         if set(baseline.corrupted) != set(self.corrupted) or baseline.images != self.images:
             raise ConfigurationError(
                 f"mCE needs a baseline of the same protocol. Expected {self.protocol}; found {baseline.protocol}."
@@ -200,7 +206,13 @@ class RobustnessResult:
         head = [["domain", *domains]] if self.auxiliaries else [["score", "%"]]
         rows = [
             [label, *(percent(100 * getattr(result, key)) for result in domains.values())]
-            for label, key in (("SA", "sa"), ("RA", "ra"), ("Hscore", "hscore"))
+            for label, key in (
+                ("SA", "sa"),
+                ("RA", "ra"),
+                ("Hscore", "hscore"),
+                ("Mean class accuracy", "mean_class_accuracy"),
+                ("Calibration error", "calibration_error"),
+            )
         ]
         for name in self.shifts:
             rows.append([f"SA on {name}", *(percent(100 * r.shifts[name].accuracy) for r in domains.values())])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError, DataError
+from entprop_wrap.options import is_number
 
 __all__ = ["BINS", "Scores", "Tally", "hscore"]
 
@@ -19,13 +20,26 @@ BINS = 15
 def hscore(sa: float, ra: float) -> float:
     """Return the harmonic mean ``2 SA RA / (SA + RA)`` of two accuracies, in their unit; 0 if both are 0.
 
+    Args:
+        sa: Accuracy on clean images, in [0, 1] or in percent.
+        ra: Accuracy on corrupted ones, in the same unit.
+
     Raises:
-        ConfigurationError: An accuracy is negative or NaN.
+        ConfigurationError: An accuracy is no number of at least 0 and at most 100; or one is above 1 and the other in
+            (0, 1], which looks like percent and a fraction. Where it is less than 1 percent, pass fractions.
 
     Source: EntProp (Enomoto, UAI 2024), section 4.1.
     """
-    if not (sa >= 0 and ra >= 0):
-        raise ConfigurationError(f"Expected two accuracies of at least 0, found sa={sa!r} and ra={ra!r}.")
+    if not (is_number(sa) and is_number(ra) and 0 <= sa <= 100 and 0 <= ra <= 100):
+        raise ConfigurationError(
+            "Expected two accuracies as numbers of at least 0 and at most 1, or at most 100 in percent; found "
+            f"sa={sa!r} and ra={ra!r}."
+        )
+    if 0 < min(sa, ra) <= 1 < max(sa, ra):
+        raise ConfigurationError(
+            f"Expected two accuracies in one unit, found sa={sa!r} and ra={ra!r}, which look like percent and a "
+            "fraction of 1. Divide percent by 100, both of them if both are percent."
+        )
     return 2 * sa * ra / (sa + ra) if sa + ra else 0.0
 
 
@@ -96,18 +110,19 @@ class Tally:
         return tuple(part.cpu() for part in (self._by_class, self._by_bin, self._loss))
 
     @staticmethod
-    def scores(states: Iterable[tuple[Tensor, ...]]) -> Scores:
+    def scores(states: Iterable[tuple[Tensor, ...]], name: str = "The data") -> Scores:
         """Return the scores of what one or several tallies have counted.
 
         Args:
             states: Results of :meth:`state`, one for each process.
+            name: What messages call the data.
 
         Raises:
             DataError: Nothing was counted.
         """
         added = [torch.stack(parts).sum(0) for parts in zip(*states, strict=True)]
         if not added or not added[0][1].any():
-            raise DataError("The data is empty. Expected at least one batch with at least one image.")
+            raise DataError(f"{name} is empty. Expected at least one batch with at least one image.")
         (right, seen), by_bin, loss = added
         images = int(seen.sum())
         return Scores(

@@ -23,7 +23,17 @@ from entprop_wrap.registry import find_registry, find_wrapped
 from entprop_wrap.robustness.scores import Tally
 from entprop_wrap.wrapping import auxiliary, is_wrapped
 
-__all__ = ["Condition", "Subject", "check_labels_fit", "check_state", "describe", "device_of", "logits", "subjects_of"]
+__all__ = [
+    "Condition",
+    "Subject",
+    "check_finite",
+    "check_labels_fit",
+    "check_state",
+    "describe",
+    "device_of",
+    "logits",
+    "subjects_of",
+]
 
 #: What images are evaluated under: ``("fog", 3)``, ``("attack", "PGD-20")``, ``("shift", "sketch")``.
 Condition: TypeAlias = tuple[str | int, ...]
@@ -155,6 +165,16 @@ def check_state(model: nn.Module, name: str) -> None:
         raise UnsupportedModelError(
             f"{name} is inside an auxiliary() block. Expected the main domain: call it after the with-block, or write "
             "auxiliaries=True to have the auxiliary domains evaluated as well."
+        )
+
+
+def check_finite(found: Tensor, name: str) -> None:
+    """Raise :class:`ModelOutputError` unless logits ``(N, C)`` are all finite; waits for their device."""
+    if not bool(torch.isfinite(found).all()):
+        unusable = int((~torch.isfinite(found)).any(1).sum())
+        raise ModelOutputError(
+            f"{name}: the logits of {unusable} of {len(found)} images are NaN or infinite. Expected finite logits: "
+            "look for diverged weights, or half precision that overflows."
         )
 
 

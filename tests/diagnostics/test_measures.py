@@ -298,6 +298,11 @@ def test_jacobians_that_cannot_be_are_refused():
         input_jacobian(broken, loader(), **OPTIONS)
     with pytest.raises(ModelOutputError, match="NaN or infinite"):
         entropy_stages(broken, loader(), **OPTIONS)
+    biased = make()
+    with torch.no_grad():
+        [*biased.parameters()][-1].fill_(torch.nan)  # the last bias: the Jacobian does not know of it
+    with pytest.raises(ModelOutputError, match=r"logits of .* are NaN or infinite"):
+        input_jacobian(biased, loader(), **OPTIONS)
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,11 @@ from torch import nn
 import entprop_wrap as entprop
 from entprop_wrap import EntProp, Trainer, TrainerConfig, Vanilla
 from entprop_wrap.diagnostics import Monitor
+from entprop_wrap.diagnostics.monitor import _energy_auroc
+from entprop_wrap.diagnostics.ood import auroc
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods import MixProp
+from entprop_wrap.selection import entropy
 from entprop_wrap.selection import random as random_score
 from entprop_wrap.step import StepOutput
 from tests.trainer.toys import BatchNormNet, Images, make
@@ -151,14 +154,16 @@ def test_training_and_validation_that_part_are_found_out():
     assert set(monitor.warnings) == {"validation"}
 
 
-def output(main=0.5, aux=0.6, entropy=0.5, selected_entropy=1.0, device="cpu"):
+def output(main=0.5, aux=0.6, entropy=0.5, selected_entropy=1.0, selected_logits=0.0, device="cpu"):
     """What a step of ten images and ten classes gives, two of them selected."""
+    logits = torch.ones(10, 10)
+    logits[:2] = selected_logits
     entropies = torch.full((10,), entropy)
     entropies[:2] = selected_entropy
     result = StepOutput(
         loss=torch.tensor(main + aux),
         main_loss=torch.tensor(main),
-        logits=torch.zeros(10, 10),
+        logits=logits,
         entropy=entropies,
         passes=1.2,
         aux_loss=torch.tensor(aux),
@@ -188,7 +193,13 @@ def test_nothing_is_read_between_two_looks():
         ([{}] + [{"aux": 1.5, "main": 1.5}] * 3, None),  # both grow
         ([{"aux": 0.01}] + [{"aux": 0.1}] * 3, None),  # by nothing that matters
         ([{"aux": 3.6}] * 3, "auxiliary loss"),
-        ([{"aux": 3.6, "main": 3.0}] * 5, None),
+        ([{"aux": 3.6, "main": 2.2}] * 3, "auxiliary loss"),
+        ([{"aux": 3.6, "main": 3.0}] * 5, "selection"),  # wrong where it is certain
+        ([{"entropy": 2.25, "selected_entropy": 2.3, "main": 3.0}] * 5, None),  # certain of nothing
+        ([{"selected_logits": 1.0}] * 3, "selection"),  # uncertain, but no further out
+        ([{"selected_logits": 2.0}] * 3, "selection"),  # and less so
+        ([{"selected_logits": 1.0}] * 2 + [{}] + [{"selected_logits": 1.0}] * 2, None),
+        ([{"selected_logits": float("nan")}] * 5, None),
         ([{"aux": float("inf")}], "auxiliary loss"),
         ([{"main": float("nan")}] * 5, None),  # the loop's own affair
     ],
@@ -201,6 +212,52 @@ def test_what_is_judged(windows, signature):
             monitor.update(output(**window))
             monitor.update(output(**window))
     assert set(monitor.warnings) == ({signature} if signature else set())
+
+
+def noise_output(generator, *, classes=10, scale=2.0, learnt=False):
+    """Logits that know nothing of the labels, or add to them, and the selection by entropy."""
+    logits = scale * torch.randn(64, classes, generator=generator)
+    labels = torch.randint(classes, (64,), generator=generator)
+    if learnt:
+        logits += 6 * F.one_hot(labels, classes)
+    entropies = entropy(logits)
+    return StepOutput(
+        loss=torch.tensor(1.0),
+        main_loss=F.cross_entropy(logits, labels),
+        logits=logits,
+        entropy=entropies,
+        passes=1.2,
+        aux_loss=torch.tensor(1.0),
+        aux_logits=torch.zeros(13, classes),
+        selected=entropies.topk(13).indices,
+    )
+
+
+@pytest.mark.parametrize("classes", [3, 10, 100])
+@pytest.mark.parametrize("learnt", [False, True])
+def test_logits_that_say_nothing_are_found_out_though_their_entropies_differ(classes, learnt):
+    monitor, generator = Monitor(every=10), torch.Generator().manual_seed(0)
+    lead = []
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        for _ in range(40):
+            one = noise_output(generator, classes=classes, learnt=learnt)
+            lead.append(float(one.entropy[one.selected].mean() / one.entropy.mean()))
+            monitor.update(one)
+    assert min(lead) > 1.1  # a comparison of entropies sees no fault in either
+    assert set(monitor.warnings) == (set() if learnt else {"selection"})
+    if not learnt:
+        assert "no further out of the distribution than random ones" in monitor.warnings["selection"]
+        assert "no better than a guess" in monitor.warnings["selection"]
+
+
+def test_the_energy_is_that_of_the_diagnostics():
+    one = noise_output(torch.Generator().manual_seed(1))
+    energy = -one.logits.logsumexp(1)
+    found = _energy_auroc(one.logits, one.selected)
+    assert float(found) == pytest.approx(auroc(energy, energy[one.selected]))
+    everything = torch.arange(64)
+    assert float(_energy_auroc(one.logits, everything)) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from entprop_wrap import PixelSpace
-from entprop_wrap.errors import ConfigurationError, LabelError, PixelRangeError, UnsupportedModelError
+from entprop_wrap.errors import (
+    ConfigurationError,
+    ImageError,
+    LabelError,
+    ModelOutputError,
+    PixelRangeError,
+    UnsupportedModelError,
+)
 from entprop_wrap.robustness import FGSM, PGD, Transfer, accuracy_against_epsilon
 from entprop_wrap.robustness.corruptions.draws import Draws
 
@@ -224,6 +231,44 @@ def test_models_that_cannot_be_attacked_are_refused():
         PGD()(hidden, images, labels, SPACE)
     with pytest.raises(LabelError, match=f"{CLASSES} logits"):
         PGD()(classifier(), images, labels + CLASSES, SPACE)
+
+
+ATTACKS = [FGSM(1 / 255), PGD(1 / 255, steps=1), PGD(1 / 255, steps=1, restarts=2), Transfer(classifier(5))]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=["fgsm", "pgd", "restarts", "transfer"])
+@pytest.mark.parametrize(
+    ("change", "space", "error", "message"),
+    [
+        (lambda x: x * 255, None, PixelRangeError, "0-255"),
+        (lambda x: x * 255, SPACE, PixelRangeError, "spans"),
+        (lambda x: (x * 255).byte(), None, ImageError, r"images\.float\(\) / 255"),
+        (lambda x: x[0], None, ImageError, r"\(N, C, H, W\)"),
+        (lambda x: x.index_fill(0, torch.tensor([1]), torch.nan), None, ImageError, "not finite"),
+        (lambda x: x.tolist(), None, ImageError, "found list"),
+        (lambda x: x, ((0.5,), (0.5,)), ConfigurationError, "pixel_space must be a PixelSpace"),
+    ],
+)
+def test_images_that_are_refused(attack, change, space, error, message):
+    with pytest.raises(error, match=message):
+        attack(classifier(), change(pixels(4)), torch.zeros(4, dtype=torch.long), space)
+
+
+@pytest.mark.parametrize("attack", ATTACKS[:3], ids=["fgsm", "pgd", "restarts"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(attack, value):
+    model = classifier()
+    with torch.no_grad():
+        model[-1].bias[1] = value
+    for attacked, other in ((attack, model), (Transfer(model, attack), classifier())):
+        with pytest.raises(ModelOutputError, match="4 of 4 images are NaN or infinite"):
+            attacked(other, pixels(4), torch.zeros(4, dtype=torch.long))
+
+
+def test_labels_that_are_refused():
+    for labels, message in ((torch.zeros(3).long(), "4 class indices"), (torch.zeros(4), "integer"), ([0] * 4, "list")):
+        with pytest.raises(LabelError, match=message):
+            FGSM()(classifier(), pixels(4), labels)
 
 
 def test_attack_without_a_pixel_space_takes_pixels():

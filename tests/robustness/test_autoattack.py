@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from entprop_wrap.errors import ConfigurationError, LabelError, PixelRangeError
+from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, ModelOutputError, PixelRangeError
 from entprop_wrap.robustness import PGD, AutoAttack, accuracy_against_epsilon, evaluate_robustness
 
 from .small import CLASSES, SPACE, classifier, dataset, loader
@@ -168,6 +168,15 @@ def test_bad_input_is_refused():
         AutoAttack(0, norm="l2")
     with pytest.raises(ConfigurationError, match=r"model\.eval"):
         AutoAttack()(classifier().train(), images, labels, SPACE)
+    with pytest.raises(PixelRangeError, match="spans"):
+        AutoAttack()(model, images * 255, labels, SPACE)
+    with pytest.raises(ImageError, match="float"):
+        AutoAttack()(model, images.byte(), labels, SPACE)
+    broken = classifier()
+    with torch.no_grad():
+        broken[-1].bias[0] = torch.nan
+    with pytest.raises(ModelOutputError, match="2 of 2 images are NaN"):
+        AutoAttack()(broken, images, labels, SPACE)
     with pytest.raises(LabelError, match="5 logits"):
         AutoAttack()(model, images, labels + 5, SPACE)
     three = nn.Sequential(*classifier()[:-1], nn.Linear(72, 3)).eval()

@@ -256,6 +256,13 @@ def test_an_attack_may_be_any_function():
         evaluate(attacks={"outside": lambda model, x, y, space, generator: x + 9})
 
 
+def test_a_shift_that_is_no_data_is_found_before_anything_runs():
+    model = classifier()
+    model.register_forward_hook(lambda *_: pytest.fail("it ran"))
+    with pytest.raises(DataError, match=r"shifts\['sketch'\]: expected an iterable"):
+        evaluate(model, shifts={"sketch": 3})
+
+
 def test_the_model_is_left_as_it_was():
     model = entprop.wrap(classifier())
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -367,8 +374,8 @@ def test_interpolation_may_overshoot_a_little():
 def test_empty_data_is_refused(data):
     with pytest.raises(DataError, match="empty"):
         evaluate(data=data)
-    with pytest.raises(DataError, match="empty"):
-        evaluate(shifts={"sketch": data})
+    with pytest.raises(DataError, match=r"shifts\['sketch'\] is empty"):
+        evaluate(shifts={"photo": loader(4), "sketch": data})
 
 
 def test_data_of_another_form_is_refused():
@@ -393,6 +400,15 @@ def test_data_of_another_form_is_refused():
         ({"severities": (1, 6)}, "1 .mild. to 5"),
         ({"severities": (2.0,)}, "ints"),
         ({"severities": 3}, r"Write \(3,\)"),
+        ({"severities": ([1],)}, r"ints from 1 .* found \[1\]"),
+        ({"corruptions": (["fog"],)}, r"unknown entry \['fog'\]"),
+        ({"corruptions": (None,)}, "unknown entry None"),
+        ({"shifts": [1]}, "shifts must be a dict of data by name, found list"),
+        ({"shifts": ()}, "found tuple"),
+        ({"pixel_space": ((0.5,), (0.5,))}, r"pixel_space must be a PixelSpace or None, found \(\(0"),
+        ({"pixel_space": ()}, "must be a PixelSpace"),
+        ({"attacks": {"mine": lambda *_: None}}, r"attacks\['mine'\] must return .* returned NoneType"),
+        ({"attacks": {"mine": lambda m, x, *_: x[:1]}}, r"\(4, 3, 32, 32\).* returned a tensor of shape \(1, 3"),
         ({"seed": 1.5}, "seed"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,9 +52,19 @@ def test_hscore_is_that_of_the_paper(sa, ra, expected):
 def test_hscore_at_its_edges():
     assert hscore(0, 0) == 0
     assert hscore(0.5, 0.5) == 0.5
-    for bad in (-0.1, float("nan")):
-        with pytest.raises(ConfigurationError, match="at least 0"):
-            hscore(bad, 0.5)
+    assert hscore(50, 0) == hscore(0, 0.5) == 0
+    assert hscore(1, 1) == 1
+    assert hscore(1.5, 2) == pytest.approx(6 / 3.5)
+    for bad in (-0.1, float("nan"), float("inf"), 101, None, "0.5", True):
+        for pair in ((bad, 0.5), (0.5, bad)):
+            with pytest.raises(ConfigurationError, match="at least 0"):
+                hscore(*pair)
+
+
+@pytest.mark.parametrize(("sa", "ra"), [(50, 0.5), (0.5, 50), (1.5, 0.2), (1, 50)])
+def test_hscore_of_percent_and_a_fraction_is_refused(sa, ra):
+    with pytest.raises(ConfigurationError, match=f"one unit, found sa={sa} and ra={ra}"):
+        hscore(sa, ra)
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -116,11 +127,14 @@ def test_results_survive_json_and_pickle():
 
 
 def test_markdown_holds_every_number():
-    text = result([0.7, 0.5, 0.6, 0.2], shifts={"sketch": Scores(5, 0.25, 0.2, 1, 0)}).to_markdown()
+    found = result([0.7, 0.5, 0.6, 0.2], shifts={"sketch": Scores(5, 0.25, 0.2, 1, 0)})
+    text = replace(found, clean=replace(found.clean, mean_class_accuracy=0.7)).to_markdown()
     for line in (
         "| SA | 80.00 |",
         "| RA | 50.00 |",
         "| SA on sketch | 25.00 |",
+        "| Mean class accuracy | 70.00 |",
+        "| Calibration error | 5.00 |",
         "| fog | 70.00 | 50.00 | 60.00 |",
         "| mean | 65.00 | 35.00 | 50.00 |",
     ):
@@ -134,6 +148,9 @@ def test_mce_is_relative_to_a_baseline():
     assert ours.mce(ours) == pytest.approx(1)
     with pytest.raises(ConfigurationError, match="same protocol"):
         ours.mce(result([0.5] * 2, conditions=[("fog", 1), ("fog", 2)]))
+    for wrong in (None, 0.5, {"a": baseline}):
+        with pytest.raises(ConfigurationError, match="result of a baseline, found"):
+            ours.mce(wrong)
     with pytest.raises(ConfigurationError, match="'fog'"):
         ours.mce(result([1.0, 1.0, 0.5, 0.5]))
 
@@ -169,6 +186,8 @@ def test_comparison_of_one_seed_claims_no_interval():
     assert found.differences["b"]["RA"] == Estimate(pytest.approx(0.1), None)
     assert "±" not in found.to_markdown()
     assert "may be chance" in found.to_markdown()
+    assert found == compare({"a": result([0.5] * 4), "b": result([0.6] * 4)})  # as evaluate_robustness returns them
+    assert found == compare({"a": result([0.5] * 4), "b": (result([0.6] * 4),)})
 
 
 def test_comparison_refuses_what_cannot_be_compared():
@@ -178,5 +197,15 @@ def test_comparison_refuses_what_cannot_be_compared():
         compare({})
     with pytest.raises(ConfigurationError, match="one protocol"):
         compare({"a": [result([0.5] * 4)], "b": [result([0.5] * 4, seed=1)]})
-    with pytest.raises(ConfigurationError, match="confidence"):
-        compare({"a": [result([0.5] * 4)]}, confidence=95)
+    for confidence in (95, "0.95", None):
+        with pytest.raises(ConfigurationError, match="confidence"):
+            compare({"a": [result([0.5] * 4)]}, confidence=confidence)
+    for wrong, message in (
+        ({"a": [1]}, "evaluate_robustness.* for 'a', found int"),
+        ({"a": 1}, "a result or a list of them for 'a', found int"),
+        ({"a": "text"}, "for 'a', found str"),
+        ([result([0.5] * 4)], "dict of results by method, found list"),
+        (None, "found NoneType"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            compare(wrong)

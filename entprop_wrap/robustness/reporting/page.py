@@ -10,6 +10,7 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.reporting import figures, tables
 from entprop_wrap.robustness.reporting.files import write_atomically
 from entprop_wrap.robustness.reporting.findings import findings
@@ -88,7 +89,7 @@ def report(
     said = f"Accuracy in percent{over}. All maps share one scale."
     sections.append(_section("By corruption and severity", said, tables.heat_maps(studied)))
     if images is not None:
-        shown, note = strips(images, pixel_space or PixelSpace(), studied.first.corrupted, studied.first.seed)
+        shown, note = strips(images, space_of(pixel_space), studied.first.corrupted, studied.first.seed)
         sections.append(_section("What the corruptions look like", note, shown))
     if diagnostics:
         sections.append(_section("Diagnostics", "", findings(diagnostics)))
