@@ -2,7 +2,8 @@
 
     python examples/evaluate_checkpoint.py runs/model --dataset timm/oxford-iiit-pet --report robustness
 
-The model is a Hub id, or a folder that save_pretrained, a Trainer or entprop.Trainer has written.
+The model is a Hub id, or a folder that save_pretrained, a Trainer or entprop.Trainer has written. Images are normalised
+as the image processor in it says; where it holds none, --processor names the model it was fine-tuned from.
 """
 
 import argparse
@@ -19,14 +20,20 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("model", help="Hub id or local folder")
 parser.add_argument("--dataset", required=True, help="Hub id or local folder")
 parser.add_argument("--processor", help="Hub id or folder of the image processor; default: the model's")
-parser.add_argument("--image-size", type=int, help="pixels; default: the processor's")
+parser.add_argument("--image-size", type=int, help="pixels, as in training; default: the processor's")
 parser.add_argument("--max-eval", type=int, help="evaluate on so many images")
 parser.add_argument("--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5])
 parser.add_argument("--report", type=Path, help="write <report>.json, <report>.md and <report>.html")
 options = parser.parse_args()
 
 model = AutoModelForImageClassification.from_pretrained(options.model).eval()
-processor = AutoImageProcessor.from_pretrained(options.processor or options.model)
+try:
+    processor = AutoImageProcessor.from_pretrained(options.processor or options.model)
+except (OSError, ValueError) as error:  # entprop.Trainer writes none
+    parser.error(
+        f"Expected an image processor with the model, found none in {options.processor or options.model!r}: pass "
+        f"--processor with the model it was fine-tuned from. ({str(error).splitlines()[0]})"
+    )
 space = entprop.PixelSpace.from_processor(processor)
 transform = eval_transform(options.image_size or image_format(processor), normalize=space)
 classes = [model.config.id2label[index] for index in range(model.config.num_labels)]  # labels in the model's order

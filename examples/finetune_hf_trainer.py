@@ -6,6 +6,7 @@ One line is EntProp's: the callback. Images are normalised as the processor says
 """
 
 import argparse
+import shlex
 
 import numpy as np
 from parts.models import repair_keep_probabilities
@@ -53,7 +54,6 @@ trainer = Trainer(
         logging_steps=10,
         save_strategy="no",
         report_to="none",
-        dataloader_drop_last=True,  # a last batch of one image could not be mixed
     ),
     train_dataset=data.train,
     eval_dataset=data.eval,
@@ -63,11 +63,14 @@ trainer = Trainer(
     callbacks=[EntPropCallback(entprop.EntProp.finetuning())],  # the one line; the preset is for pretrained weights
 )
 trainer.train()
-trainer.args.dataloader_drop_last = False  # it would leave out evaluation images, too
 print(trainer.evaluate())
-trainer.save_model()  # the plain model, and the auxiliary copies in a file beside it
+trainer.save_model()  # the plain model and its processor, and the auxiliary copies in a file beside it
 
 model = entprop.unwrap(model).eval()
 loader = DataLoader(data.eval, batch_size=options.batch_size, collate_fn=hf_collate)
 result = evaluate_robustness(model, loader, pixel_space=space, severities=(1, 3, 5))
 print(f"SA {result.sa:.1%}   RA {result.ra:.1%}   Hscore {result.hscore:.1%}   ({result.protocol})")
+
+print(f"The plain model is in {options.output}. To measure it:")
+again = [options.output, "--dataset", options.dataset, "--image-size", str(options.image_size)]
+print(shlex.join(["python", "examples/evaluate_checkpoint.py", *again]))

@@ -3,10 +3,12 @@
     python examples/finetune_trainer.py --dataset timm/oxford-iiit-pet --model google/mobilenet_v1_0.75_224
     accelerate launch examples/finetune_trainer.py ...         # on several GPUs
 
-What is written: metrics, checkpoints to resume from, and the plain model.
+What is written: metrics, checkpoints to resume from, and the plain model with its image
+processor.
 """
 
 import argparse
+import shlex
 
 from parts.models import repair_keep_probabilities
 from torch.utils.data import DataLoader
@@ -27,7 +29,8 @@ parser.add_argument("--max-eval", type=int, default=300, help="evaluate on so ma
 parser.add_argument("--output", default="finetuned")
 options = parser.parse_args()
 
-space = entprop.PixelSpace.from_processor(AutoImageProcessor.from_pretrained(options.model))
+processor = AutoImageProcessor.from_pretrained(options.model)
+space = entprop.PixelSpace.from_processor(processor)
 data = load_images(
     options.dataset,
     train_transform=train_transform(options.image_size, normalize=space),
@@ -57,4 +60,11 @@ model = entprop.unwrap(model).eval()
 loader = DataLoader(data.eval, batch_size=options.batch_size)
 result = evaluate_robustness(model, loader, pixel_space=space, severities=(1, 3, 5))
 print(f"SA {result.sa:.1%}   RA {result.ra:.1%}   Hscore {result.hscore:.1%}   ({result.protocol})")
-print(f"The plain model is in {options.output}/model: AutoModelForImageClassification.from_pretrained loads it.")
+
+folder = f"{options.output}/model"  # where fit() has written the plain model
+processor.save_pretrained(folder)  # how its images are normalised; their size stays the processor's own
+print(
+    f"The plain model is in {folder}: AutoModelForImageClassification.from_pretrained loads it. To evaluate it again:"
+)
+again = [folder, "--dataset", options.dataset, "--image-size", str(options.image_size)]
+print(shlex.join(["python", "examples/evaluate_checkpoint.py", *again]))

@@ -105,15 +105,17 @@ def load_images(
     upright and RGB (`to_rgb`), in an order that never changes.
 
     Args:
-        path_or_name: A Hub id; a folder of parquet or other data files, of class folders (with or without split
-            folders above them), or written by ``save_to_disk``; or an opened `datasets.Dataset` or `DatasetDict`.
+        path_or_name: A Hub id; a folder of parquet or other data files, of images with a ``metadata.csv``, of class
+            folders (with or without split folders above them), or written by ``save_to_disk``; or an opened
+            `datasets.Dataset` or `DatasetDict`.
         config: Configuration of a Hub data set.
         train_split: Split to train on, or a slice such as ``"train[:80%]"``; by default ``train``, or the only one.
         eval_split: Split to evaluate on; by default ``validation``, else ``test``, under their usual spellings, if its
             images have labels. Otherwise ``eval_fraction`` of every class of the training split, at least one image;
             classes of a single image stay in training.
         image_column: By default the column of type `Image`, else strings or bytes under a usual name.
-        label_column: By default the column of type `ClassLabel`, else a usual name.
+        label_column: By default the column of type `ClassLabel`, else a usual name, else the only column of text that
+            can be one.
         classes: Label values in the order their indices shall have, for example those of a trained model; or names
             for the integer labels 0 .. C-1. By default from the training split.
         train_transform: From an RGB PIL image to a tensor; without one, ``train`` gives PIL images.
@@ -150,10 +152,11 @@ def load_images(
         shuffle_buffer=shuffle_buffer,
         seed=seed,
     )
-    splits = open_splits(path_or_name, config, streaming, **load_options)
+    splits, how = open_splits(path_or_name, config, streaming, **load_options)
     streams = any(isinstance(rows, datasets.IterableDataset) for rows in splits.values())
     assemble: Callable[..., tuple[Any, Any, LabelMap, list[str]]] = streamed_images if streams else stored_images
     train, evaluate, labels, notes = assemble(splits, options)
+    notes = [*how, *notes]
     for note in notes:
         logger.warning("%s: %s", path_or_name if isinstance(path_or_name, str) else "data", note)
     return ImageData(train, evaluate, labels.classes, tuple(notes))

@@ -1,5 +1,6 @@
 """Every Python block of the README and the docs runs, in order, as it stands; and the examples do what they say."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import to_pil_image
 
 import entprop_wrap as entprop
 from entprop_wrap.attacks import PGD
@@ -17,6 +19,7 @@ from entprop_wrap.methods import AdvProp
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 CLASSES = 4
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 
@@ -43,7 +46,7 @@ class Pictures(Dataset):
         shades = (self.labels / CLASSES).view(-1, 1, 1, 1)
         self.images = (0.75 * torch.rand(number, 3, 32, 32, generator=generator) + 0.25 * shades).clamp(0, 1)
         if normalised:
-            mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+            mean, std = torch.tensor([MEAN, STD]).view(2, 3, 1, 1)
             self.images = (self.images - mean) / std
 
     def __len__(self):
@@ -65,14 +68,18 @@ def hugging_face(folder):
     config = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=CLASSES
     )
-    images = Pictures(60, seed=3)
+    images = folder / "images"
+    for index, image in enumerate(Pictures(40, seed=3).images):
+        place = images / f"class {index % CLASSES}"
+        place.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(place / f"{index}.png")
     return {
         "hub_model": transformers.ResNetForImageClassification(config),
         "training_arguments": transformers.TrainingArguments(
             str(folder / "hub"), max_steps=2, per_device_train_batch_size=20, use_cpu=True, report_to="none"
         ),
-        "hub_data": [{"pixel_values": image, "labels": label} for image, label in images],
-        "processor": transformers.ConvNextImageProcessor(do_normalize=False),
+        "image_folder": images,
+        "processor": transformers.ConvNextImageProcessor(image_mean=MEAN, image_std=STD),
     }
 
 
@@ -118,9 +125,15 @@ def run(page, folder):
     return namespace
 
 
+@pytest.fixture(scope="module")
+def after(tmp_path_factory):
+    """Return a function that runs a page, once, and returns its namespace."""
+    return functools.cache(lambda page: run(page, tmp_path_factory.mktemp("page")))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_page_runs(page, tmp_path):
-    run(page, tmp_path)
+def test_a_page_runs(page, after):
+    after(page)
 
 
 def test_there_are_blocks_to_run():
@@ -129,12 +142,37 @@ def test_there_are_blocks_to_run():
     assert counts["methods.md"] >= 7
 
 
+# The readme -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_saves_a_plain_model(after):
+    page = after(ROOT / "README.md")
+    _, found = type(page["hub_model"]).from_pretrained(page["output_dir"] / "plain", output_loading_info=True)
+    assert not found["unexpected_keys"]
+    assert not found["missing_keys"]
+
+
+def test_the_readme_mixes_training_images_only(after):
+    trainer = after(ROOT / "README.md")["mixing_trainer"]
+    assert next(iter(trainer.get_train_dataloader()))["labels"].shape[1:] == (CLASSES,)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_loss"] == second["eval_loss"]
+    assert first["eval_accuracy"] == second["eval_accuracy"]
+
+
+def test_the_readme_holds_out_a_fifth_of_every_class(after):
+    data = after(ROOT / "README.md")["data"]
+    assert len(data.classes) == CLASSES
+    assert torch.bincount(data.eval.labels).tolist() == [2] * CLASSES
+    assert "held out" in data.notes[-1]
+
+
 # The examples of docs/methods.md --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def examples(tmp_path_factory):
-    return run(ROOT / "docs" / "methods.md", tmp_path_factory.mktemp("methods"))
+def examples(after):
+    return after(ROOT / "docs" / "methods.md")
 
 
 def gradients_of(method, **options):

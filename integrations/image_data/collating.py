@@ -54,6 +54,9 @@ class MixedCollate:
 
     ``MixedCollate(v2.MixUp(num_classes=10))`` gives soft labels ``(B, 10)``; ``base=hf_collate`` gives a dict.
 
+    For training loaders only: it mixes whatever it is given, and cannot know that a batch is to be evaluated on. A
+    Hugging Face Trainer uses its ``data_collator`` for both; the readme has a ``get_train_dataloader`` for that.
+
     Args:
         mixing: Called with the batch: `torchvision.transforms.v2.MixUp`, ``CutMix``, ``RandomChoice`` of both, ...
         base: The collate function before it.

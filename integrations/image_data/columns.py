@@ -16,12 +16,18 @@ _LABEL_NAMES = (
     "label", "labels", "target", "targets", "class", "classes", "cls", "category", "label_id", "class_id",
     "class_label", "class_name", "label_name", "category_id", "y",
 )  # fmt: skip
+_NO_LABELS = (  # columns of text that are something else
+    *_IMAGE_NAMES, "__key__", "__url__", "__index_level_0__", "alt", "alt_text", "answer", "caption", "captions",
+    "comment", "description", "hash", "id", "idx", "image_id", "image_name", "image_url", "index", "key", "md5",
+    "name", "prompt", "query", "question", "source", "split", "text", "title", "url", "uuid",
+)  # fmt: skip
 
 
 def find_image_column(features: datasets.Features, named: str | None = None) -> str:
     """The column of the images.
 
-    A column of type `datasets.Image` is preferred; else strings, bytes or ``{"bytes", "path"}`` under a usual name.
+    A column of type `datasets.Image` is preferred; else strings, bytes or ``{"bytes", "path"}`` under a usual name, in
+    small or capital letters.
 
     Args:
         features: The columns and their types.
@@ -36,16 +42,20 @@ def find_image_column(features: datasets.Features, named: str | None = None) -> 
             raise DataError(f"Expected images, paths or bytes in image_column={named!r}, found {_columns(features)}.")
         return named
     typed = [name for name, feature in features.items() if _is_image(feature)]
-    usual = [name for name in _IMAGE_NAMES if name in features and _may_hold_image(features[name])]
+    usual = [name for name in _among(features, _IMAGE_NAMES) if _may_hold_image(features[name])]
     return _only(typed or usual, _IMAGE_NAMES, features, "image")
 
 
-def find_label_column(features: datasets.Features, named: str | None = None) -> str:
+def find_label_column(features: datasets.Features, named: str | None, notes: list[str]) -> str:
     """The column of the labels: one class per image, as text, an integer or a `datasets.ClassLabel`.
+
+    A ClassLabel is preferred; else a usual name, in small or capital letters; else text, where no other column can
+    be the labels.
 
     Args:
         features: The columns and their types.
         named: The column the user names; it only has to exist and to hold one class per image.
+        notes: Gets a sentence where a column was taken for want of another.
 
     Raises:
         DataError: No such column, several, or one that holds several labels per image or numbers with a fraction.
@@ -55,10 +65,15 @@ def find_label_column(features: datasets.Features, named: str | None = None) -> 
         _require_one_class(features, named)
         return named
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    usual = [name for name in _LABEL_NAMES if name in features and not _is_image(features[name])]
+    usual = [name for name in _among(features, _LABEL_NAMES) if not _is_image(features[name])]
     if len(typed) == 1 and typed[0] not in usual and any(_is_label(features[name]) for name in usual):
         typed += [name for name in usual if _is_label(features[name])]  # `domain` or `label`? not ours to guess
         raise DataError(_ambiguous(typed, features, "label"))
+    if not typed and not usual:
+        others: list[str] = [name for name in features if name.lower() not in _NO_LABELS and _is_label(features[name])]
+        if len(others) == 1 and str(features[others[0]].dtype).endswith("string"):
+            notes.append(f"the labels are column {others[0]!r}, as no other can be")
+            return others[0]
     column = _only(typed or usual, _LABEL_NAMES, features, "label")
     _require_one_class(features, column)
     return column
@@ -72,12 +87,17 @@ def _only(found: list[str], usual: tuple[str, ...], features: datasets.Features,
         )
     if len(found) == 1:
         return found[0]
-    known = [name for name in found if name in usual]
-    if usual[0] in known:  # plain "image" and "label" are what a loader would take
-        return usual[0]
+    known = [name for name in found if name.lower() in usual]
+    plain = [name for name in known if name.lower() == usual[0]]
+    if usual[0] in plain or len(plain) == 1:  # plain "image" and "label" are what a loader would take
+        return usual[0] if usual[0] in plain else plain[0]
     if len(known) == 1:
         return known[0]
     raise DataError(_ambiguous(found, features, what))
+
+
+def _among(features: datasets.Features, usual: tuple[str, ...]) -> list[str]:
+    return sorted((name for name in features if name.lower() in usual), key=lambda name: usual.index(name.lower()))
 
 
 def _ambiguous(found: list[str], features: datasets.Features, what: str) -> str:

@@ -24,13 +24,14 @@ def stored_images(
     train_name, eval_names = split_names(list(splits), options.train_split, options.eval_split)
     rows = take_splits(splits, {"train_split": train_name})[0]
     image_column = find_image_column(rows.features, options.image_column)
-    label_column = find_label_column(rows.features, options.label_column)
+    notes: list[str] = []
+    label_column = find_label_column(rows.features, options.label_column, notes)
     if len(rows) == 0:
         raise DataError(f"Expected images in split {train_name!r}, found none.")
     values = read_labels(rows, label_column)
     label_map = build_label_map(values, rows.features[label_column], options.classes)
     labels = label_map.indices(values, f"split {train_name!r}")
-    notes = list(label_map.notes)
+    notes.extend(label_map.notes)
     train_positions = list(range(len(rows)))
 
     eval_name, eval_rows = _labelled_split(splits, train_name, eval_names, image_column, label_column, options, notes)
@@ -83,9 +84,10 @@ def streamed_images(
             )
     stream = _with_features(splits[train_name])
     image_column = find_image_column(stream.features, options.image_column)
-    label_column = find_label_column(stream.features, options.label_column)
+    notes: list[str] = []
+    label_column = find_label_column(stream.features, options.label_column, notes)
     label_map = build_label_map(None, stream.features[label_column], options.classes)
-    notes = list(label_map.notes)
+    notes.extend(label_map.notes)
     for eval_name in eval_names:
         eval_stream = _with_features(splits[eval_name])
         if options.eval_split or _first_is_labelled(eval_stream, image_column, label_column):

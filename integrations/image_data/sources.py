@@ -1,7 +1,6 @@
 """From a name, a path or an object to the splits of a data set. Nothing is decoded here."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -9,20 +8,17 @@ import datasets
 
 from entprop_wrap.errors import ConfigurationError, DataError
 
-from .splits import EVAL_NAMES, TRAIN_NAMES
+from .class_folders import class_folders, how_read
 
-__all__ = ["class_folders", "open_splits"]
+__all__ = ["open_splits"]
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
-
-_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def open_splits(
     source: Any, config: str | None = None, streaming: bool = False, **load_options: Any
-) -> dict[str, Rows]:
-    """Open a data set: all its splits, by name.
+) -> tuple[dict[str, Rows], list[str]]:
+    """Open a data set: all its splits, by name, and notes on how it was read.
 
     Args:
         source: A Hub id; a folder of data files, of class folders, or written by ``save_to_disk``; the name of a
@@ -51,47 +47,33 @@ def open_splits(
     if wrong or not splits:
         raise DataError(f"Expected splits of type Dataset or IterableDataset, found {', '.join(wrong) or 'none'}.")
     _refuse(config, load_options, "an opened data set")
-    return _streamed(splits) if streaming else splits
+    return _streamed(splits) if streaming else splits, []
 
 
-def class_folders(folder: Path) -> dict[str, datasets.Dataset] | None:
-    """The splits of an image folder, or None where the folder is something else.
-
-    Either ``folder/<class>/.../image`` (one split, ``train``) or ``folder/<split>/<class>/.../image``. It is read
-    here rather than by the `imagefolder` builder, which takes splits from words anywhere in a path: a class folder
-    ``test`` or a file ``dev_01.jpg`` moves images from one split to another. Files that are no images and hidden
-    folders are ignored; files lie in the order of their names.
-    """
-    if any((place / name).is_file() for place in (folder, *_folders(folder)) for name in _METADATA):
-        return None  # labels come from a table: the `imagefolder` builder's own format
-    children = [child for child in _folders(folder) if _has_images(child)]
-    if not children:
-        return None
-    names = {*TRAIN_NAMES, *EVAL_NAMES}
-    splits = [child for child in children if child.name.lower() in names]
-    train_has_classes = any(
-        child.name.lower() in TRAIN_NAMES and any(_has_images(inner) for inner in _folders(child)) for child in splits
-    )
-    if splits and (train_has_classes or len(splits) == len(children)):
-        return {child.name: _read_classes(child) for child in splits}
-    return {"train": _read_classes(folder)}
-
-
-def _open_path(name: str, config: str | None, streaming: bool, load_options: dict[str, Any]) -> dict[str, Rows]:
+def _open_path(
+    name: str, config: str | None, streaming: bool, load_options: dict[str, Any]
+) -> tuple[dict[str, Rows], list[str]]:
     path = Path(name).expanduser()
     if path.is_dir():
-        local = _open_saved(path) or (None if load_options else class_folders(path))
+        local, notes = _open_local(path, search=not load_options)
         if local is not None:
             _refuse(config, load_options, f"the folder {name!r}")
-            return _streamed(local) if streaming else local
+            return _streamed(local) if streaming else local, notes
     elif name.startswith((".", "~", os.sep)) or name.count("/") > 1:
         raise DataError(f"Expected a folder or a Hub id, found {name!r}, which does not exist.")
     opened = datasets.load_dataset(str(path) if path.is_dir() else name, config, streaming=streaming, **load_options)
-    return (
-        dict(opened)
-        if isinstance(opened, dict)
-        else {str(load_options.get("split") or opened.split or "train"): opened}
-    )
+    if isinstance(opened, dict):
+        return dict(opened), []
+    return {str(load_options.get("split") or opened.split or "train"): opened}, []
+
+
+def _open_local(path: Path, search: bool) -> tuple[dict[str, Rows] | None, list[str]]:
+    """What is read here rather than by a builder: what ``save_to_disk`` wrote, and, if ``search``, class folders."""
+    saved = _open_saved(path)
+    if saved is not None or not search:
+        return saved, []
+    folders = class_folders(path)
+    return (None, []) if folders is None else ({**folders}, how_read(path, folders))
 
 
 def _open_saved(path: Path) -> dict[str, Rows] | None:
@@ -100,34 +82,6 @@ def _open_saved(path: Path) -> dict[str, Rows] | None:
         return None
     opened = datasets.load_from_disk(str(path))
     return dict(opened) if isinstance(opened, dict) else {str(opened.split or "train"): opened}
-
-
-def _read_classes(folder: Path) -> datasets.Dataset:
-    """One split: an image and a label for every file under a class folder; no labels where there are none."""
-    classes = [child for child in _folders(folder) if _has_images(child)]
-    files = [(file, label) for label, child in enumerate(classes) for file in _images(child)]
-    features = datasets.Features({"image": datasets.Image()})
-    columns: dict[str, list[Any]] = {"image": [file for file, _ in files] or list(_images(folder))}
-    if files:
-        features["label"] = datasets.ClassLabel(names=[child.name for child in classes])
-        columns["label"] = [label for _, label in files]
-    return datasets.Dataset.from_dict(columns, features=features)
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-
-
-def _has_images(folder: Path) -> bool:
-    return next(_images(folder), None) is not None
-
-
-def _images(folder: Path) -> Iterator[str]:
-    for place, inner, files in os.walk(folder, followlinks=True):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        for file in sorted(files):
-            if file.lower().endswith(_EXTENSIONS) and not file.startswith("."):
-                yield os.path.join(place, file)
 
 
 def _streamed(splits: dict[str, Rows]) -> dict[str, Rows]:

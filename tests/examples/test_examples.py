@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def _work(script, arguments, folder):
             stream.flush()
 
 
-def run(folder, name, *arguments):
+def run(folder, name, *arguments, exitcode=0):
     """Run an example in ``folder``; return what it printed."""
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -55,7 +56,7 @@ def run(folder, name, *arguments):
     process.start()
     process.join()
     printed = (folder / "log.txt").read_text()
-    assert process.exitcode == 0, printed
+    assert process.exitcode == exitcode, printed
     return printed
 
 
@@ -104,12 +105,23 @@ def test_finetuning_and_evaluating(tmp_path, images, model, name):
     trained = transformers.AutoModelForImageClassification.from_pretrained(folder)
     assert not [key for key in trained.state_dict() if "entprop" in key]
 
-    data = ["--dataset", images, "--max-eval", 2, "--severities", 3, "--report", "robustness", "--processor", model]
-    printed = run(tmp_path, "evaluate_checkpoint.py", folder, *data)
+    python, script, *command = shlex.split(printed.splitlines()[-1])
+    assert (python, script) == ("python", "examples/evaluate_checkpoint.py")
+    assert command[0] == str(folder.relative_to(tmp_path))
+    assert command[-2:] == ["--image-size", "32"]
+    options = ["--max-eval", 2, "--severities", 3, "--report", "robustness"]
+    printed = run(tmp_path, "evaluate_checkpoint.py", *command, *options)
     assert "Hscore" in printed
     assert (tmp_path / "robustness.md").read_text() in printed + "\n"
     assert "Hscore" in (tmp_path / "robustness.html").read_text()
     assert '"clean' in (tmp_path / "robustness.json").read_text()
+
+
+def test_evaluating_a_model_without_a_processor_says_what_to_pass(tmp_path, images, model):
+    (model / "preprocessor_config.json").unlink()
+    printed = run(tmp_path, "evaluate_checkpoint.py", model, "--dataset", images, exitcode=2)
+    assert "error: Expected an image processor with the model, found none" in printed
+    assert "pass --processor" in printed
 
 
 def test_own_loop(tmp_path):

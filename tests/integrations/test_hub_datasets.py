@@ -158,6 +158,39 @@ def test_wrong_sources_and_options(source, options, error, message):
         load_images(source, **options)
 
 
+def test_a_table_that_is_not_read_is_named(tmp_path):
+    root = folder(tmp_path / "one", {"img": 6})
+    (root / "train.csv").write_text("file_path,label\nimg/0.png,cat\n")
+    with pytest.raises(DataError, match=r"'img' alone, beside 'train.csv'.*file_name \(relative to it\) and label"):
+        load_images(root)
+    root = folder(tmp_path / "two", {"cat": 4, "dog": 4})
+    (root / "scores.csv").write_text("a,b\n1,2\n")
+    assert any("not read: 'scores.csv'" in note for note in load_images(root).notes)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_metadata_table_wins_over_class_folders(tmp_path, suffix):
+    root = folder(tmp_path / "set", {"img": 3, "more": 3})
+    names = [f"{place}/{index}.png" for place in ("img", "more") for index in range(3)]
+    rows = datasets.Dataset.from_dict({"file_name": names, "label": ["cat", "dog"] * 3})
+    {"csv": rows.to_csv, "jsonl": rows.to_json, "parquet": rows.to_parquet}[suffix](root / f"metadata.{suffix}")
+    data = load_images(root, cache_dir=str(tmp_path / "cache"))
+    assert data.classes == ("cat", "dog")
+    assert not any("names of folders" in note for note in data.notes)
+
+
+def test_class_folders_are_named_and_doubted(tmp_path, caplog):
+    data = load_images(folder(tmp_path / "plain", {"cat": 4, "dog": 4}))
+    assert data.notes[0] == "the 2 classes are the names of folders: 'cat', 'dog'"
+    assert not any("like a part" in note for note in data.notes)
+    folder(tmp_path / "pets", {"images": 4, "annotations/trimaps": 4})
+    data = load_images(tmp_path / "pets")
+    assert "'annotations', 'images' are read as a class, but called like a part of a data set" in data.notes[1]
+    assert data.notes[1] in caplog.text
+    inner = load_images(folder(tmp_path / "split", {"train/images": 2, "train/Masks": 2, "test/images": 2}))
+    assert "'Masks', 'images' are read" in inner.notes[1]
+
+
 # --- columns
 
 
@@ -182,6 +215,31 @@ def test_columns_are_found_by_usual_names(tmp_path):
     assert len(shades(data.train)) == 8
     raw = datasets.Dataset.from_dict({"img": [encoded(picture(7))] * 4, "class": [0, 0, 1, 1]})
     assert shades(load_images(raw).train) == [7, 7]
+
+
+def test_usual_names_may_have_capitals():
+    raw = datasets.Dataset.from_dict({"Image": [encoded(picture(row)) for row in range(10)], "Label": LABELS})
+    assert len(load_images(raw).train) == 8
+    both = table(LABELS).rename_column("label", "Target").add_column("Category", LABELS)
+    with pytest.raises(DataError, match="label_column='Target' or label_column='Category'"):
+        load_images(both)
+    two = table(["a", "b"] * 5).rename_column("label", "Label").add_column("Class", LABELS)
+    assert load_images(two).classes == ("a", "b"), "as with 'label' beside 'class'"
+
+
+def test_the_only_text_is_the_label():
+    rows = table(["pug", "poodle"] * 5).rename_column("label", "breed")
+    data = load_images(rows)
+    assert data.classes == ("poodle", "pug")
+    assert data.notes[0] == "the labels are column 'breed', as no other can be"
+    assert load_images(rows.add_column("file_name", [str(row) for row in range(10)])).classes == ("poodle", "pug")
+    for name, values in (("colour", ["x", "y"] * 5), ("weight", LABELS)):
+        with pytest.raises(DataError, match=r"Expected a column of labels.*label_column="):
+            load_images(rows.add_column(name, values))
+    with pytest.raises(DataError, match=r"Expected a column of labels.*label_column="):
+        load_images(rows.rename_column("breed", "caption"))
+    with pytest.raises(DataError, match=r"Expected a column of labels.*label_column="):
+        load_images(renamed(label="age").cast_column("age", datasets.Value("int64")))
 
 
 def cifar100() -> datasets.Dataset:

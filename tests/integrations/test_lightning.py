@@ -20,6 +20,7 @@ from entprop_wrap.methods import FastAdvProp
 from entprop_wrap.wrapping import is_wrapped
 from tests.distributed import run_processes
 from tests.every_method import METHODS, check_none_is_missing, named
+from tests.integrations import hf_trainer_reference
 from tests.integrations.lightning_reference import (
     SPACE,
     Batches,
@@ -72,6 +73,41 @@ def test_gradients_equal_a_loop_by_hand(case):
     assert worst(module.gradients, expected) < (1e-3 if "amp" in settings else 1e-5)
     for key, value in model.state_dict().items():
         torch.testing.assert_close(module.model.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+
+
+class OfTheHub(Classifier):
+    """A model of transformers, as users write it down, and recomputed in the backward or not."""
+
+    def __init__(self, name, recomputed):
+        super().__init__(hf_trainer_reference.build(name))
+        if recomputed:
+            self.model.gradient_checkpointing_enable({"use_reentrant": recomputed == "reentrant"})
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(pixel_values=batch[0]).logits, batch[1])
+
+
+class Logits(nn.Module):
+    """The same model, whose output is the logits."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.model = hf_trainer_reference.build(name)
+
+    def forward(self, x):
+        return self.model(pixel_values=x).logits
+
+
+@pytest.mark.parametrize(
+    ("name", "recomputed"), [("ViT", ""), ("ResNet", ""), ("ViT", "reentrant"), ("ViT", "not reentrant")]
+)
+def test_gradients_of_models_of_the_hub_equal_a_loop_by_hand(name, recomputed):
+    module, mixer = OfTheHub(name, recomputed), RecordingMixer()
+    trainer(callback(EntProp(fraction=0.5, mix=mixer)), accumulate_grad_batches=2).fit(module, loader())
+    expected, _ = by_hand(Logits(name), loader(), draws=mixer.draws, accumulate=2, prefix="")
+    assert len(expected) == 3
+    assert hf_trainer_reference.worst(module.gradients, expected) < 1e-5
+    assert not is_wrapped(module)
 
 
 def test_no_method_is_missing():
