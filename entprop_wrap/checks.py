@@ -83,7 +83,8 @@ def check_batch_size(images: Tensor) -> None:
         raise ImageError(
             f"Expected a batch of at least 2 images, found {len(images)}: batch statistics and selection need more. "
             "Drop the last incomplete batch (DataLoader(..., drop_last=True); in the Hugging Face Trainer "
-            "TrainingArguments(dataloader_drop_last=True)) or choose another batch size."
+            "TrainingArguments(dataloader_drop_last=True), which leaves out evaluation images, too) or choose another "
+            "batch size."
         )
 
 

@@ -90,7 +90,10 @@ class Switch:
         raise UnsupportedModelError(
             "A norm layer ran inside a backward pass (activation checkpointing recomputes it there), but the output "
             "being differentiated did not come from calling the wrapped model, so its domain is unknown. Expected "
-            "model(images); found a call of a part of the model. Call the model that was passed to wrap()."
+            "model(images). Found a call of a part of the model: call the model that was passed to wrap(). Or "
+            "torch.compile has given up on the model (it warns that dynamo hit a recompile limit), as can happen with "
+            "activation checkpointing or several models in one process: before training, write "
+            "torch._dynamo.config.recompile_limit = 64 (cache_size_limit in torch 2.6)."
         )
 
     @contextmanager

@@ -111,7 +111,8 @@ def count(batch: int, fraction: float) -> int:
         raise ConfigurationError(
             f"Expected a batch of at least 2 images to select from, found {batch}. Drop the last incomplete "
             "batch (DataLoader(..., drop_last=True); in the Hugging Face Trainer "
-            "TrainingArguments(dataloader_drop_last=True)) or choose a batch size that leaves no such rest."
+            "TrainingArguments(dataloader_drop_last=True), which leaves out evaluation images, too) or choose a batch "
+            "size that leaves no such rest."
         )
     return min(batch, max(2, math.floor(fraction * batch + 0.5)))
 

@@ -22,6 +22,7 @@ from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError
 from entprop_wrap.integrations.hf_trainer_checks import check_columns, images_name_of, pixel_space_of, refuse, split
 from entprop_wrap.integrations.hf_trainer_files import separate_files
 from entprop_wrap.integrations.hf_trainer_loss import TrainerLoss
+from entprop_wrap.integrations.hf_trainer_rest import leave_out_small_rests
 from entprop_wrap.methods import EntProp
 from entprop_wrap.norms import Selector
 from entprop_wrap.optimizers import check_optimizer
@@ -39,7 +40,8 @@ class EntPropCallback(TrainerCallback):
 
     It wraps the model when the Trainer has been built, before there is an optimizer, and takes the place of the
     Trainer's training step from the beginning to the end of ``train()``. The training loss that the Trainer logs is
-    what is minimised; beside it come ``main_loss``, ``aux_loss``, ``main_entropy`` and ``aux_entropy``.
+    what is minimised; beside it come ``main_loss``, ``aux_loss``, ``main_entropy`` and ``aux_entropy``. A last training
+    batch that is too small to train on, of one image for most methods, is left out of each epoch, with a warning.
 
     Args:
         method: An instance of a training method; ``EntProp()`` by default.
@@ -88,7 +90,8 @@ class EntPropCallback(TrainerCallback):
         self._wrap(trainer.model, trainer.optimizer)
         create: Callable[..., nn.Module] = trainer.call_model_init
         trainer.call_model_init = lambda *args, **kwargs: self._wrap(create(*args, **kwargs))
-        separate_files(trainer)
+        separate_files(trainer, self.method)
+        leave_out_small_rests(trainer, self.method)
         self.trainer = trainer
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

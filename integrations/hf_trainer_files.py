@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.trainer_utils import HubStrategy
 
 from entprop_wrap.containers import plain_model
 from entprop_wrap.errors import CheckpointError
+from entprop_wrap.registry import find_registry
 from entprop_wrap.state_dicts import (
     auxiliary_state_dict,
     is_auxiliary_key,
@@ -23,6 +25,8 @@ from entprop_wrap.state_dicts import (
     original_name,
     without_copies,
 )
+from entprop_wrap.step import Method
+from entprop_wrap.switch import HOLDER_PREFIX
 from entprop_wrap.wrapping import is_wrapped
 
 __all__ = ["AUXILIARY_FILE", "separate_files"]
@@ -30,8 +34,12 @@ __all__ = ["AUXILIARY_FILE", "separate_files"]
 AUXILIARY_FILE = "entprop_auxiliary.safetensors"
 
 
-def separate_files(trainer: Any) -> None:
-    """Make ``trainer`` keep the copies apart from the weights, in all it saves and loads, for good."""
+def separate_files(trainer: Any, method: Method) -> None:
+    """Make ``trainer`` keep the copies apart from the weights, in all it saves and loads, for good.
+
+    The file of the copies also says which ``method`` trained them.
+    """
+    name = type(method).__name__
     save: Callable[..., None] = trainer._save
     load: Callable[..., None] = trainer._load_from_checkpoint
     load_best: Callable[..., None] = trainer._load_best_model
@@ -47,9 +55,11 @@ def separate_files(trainer: Any) -> None:
             save(output_dir, state_dict={key: value for key, value in state_dict.items() if not is_auxiliary_key(key)})
         if trainer.args.should_save:
             copies = {key: value.contiguous().clone() for key, value in auxiliary_state_dict(trainer.model).items()}
-            save_file(copies, Path(output_dir or trainer.args.output_dir) / AUXILIARY_FILE, {"format": "pt"})
+            file = Path(output_dir or trainer.args.output_dir) / AUXILIARY_FILE
+            save_file(copies, file, {"format": "pt", "method": name})
 
     def _load_from_checkpoint(resume_from_checkpoint: str, model: Any = None) -> None:
+        check_method_of(trainer.model, Path(resume_from_checkpoint) / AUXILIARY_FILE, name)
         with without_copies(trainer.model):
             load(resume_from_checkpoint, *(() if model is None else (model,)))
         load_checkpoint(trainer, resume_from_checkpoint)
@@ -83,6 +93,29 @@ def separate_files(trainer: Any) -> None:
         setattr(trainer, replacement.__name__, replacement)
 
 
+def check_method_of(model: nn.Module, file: Path, method: str) -> None:
+    """Compare the auxiliaries and the method in ``file``, if it is there, with those of this run.
+
+    Raises:
+        CheckpointError: Other auxiliaries: neither the copies nor the state of the optimizer fit.
+    """
+    if not file.is_file():
+        return
+    with safe_open(file, "pt") as opened:
+        keys, saved = list(opened.keys()), (opened.metadata() or {}).get("method")  # None: of an earlier version
+    parts = {part for key in keys for part in key.split(".") if part.startswith(HOLDER_PREFIX)}
+    there = sorted(part.removeprefix(HOLDER_PREFIX) for part in parts)
+    here = sorted(find_registry(model).auxiliaries) if is_wrapped(model) else []
+    if there != here:
+        raise CheckpointError(
+            f"{file.parent} was trained with {saved or 'a method'} and the auxiliaries {there}; this run trains with "
+            f"{method} and {here}, so neither copies nor optimizer fit. Resume with the method that wrote it, or start "
+            f"a new run from its weights: model.from_pretrained({str(file.parent)!r})."
+        )
+    if saved is not None and saved != method:
+        warnings.warn(f"{file.parent} was trained with {saved}; the run goes on with {method}.", stacklevel=3)
+
+
 def load_checkpoint(trainer: Any, folder: str) -> None:
     """Load what the Trainer's own loading leaves out: the auxiliary copies, and weights that are renamed on disk.
 
@@ -94,8 +127,9 @@ def load_checkpoint(trainer: Any, folder: str) -> None:
     file = Path(folder) / AUXILIARY_FILE
     if not file.is_file():
         raise CheckpointError(
-            f"{folder} has no {AUXILIARY_FILE}: it was written without EntPropCallback, so its optimizer does not know "
-            f"the auxiliary copies. Start a new run from its weights: model.from_pretrained({str(folder)!r})."
+            f"{folder} has no {AUXILIARY_FILE}: it was written without EntPropCallback, or by a method without "
+            "auxiliary copies, so its optimizer does not know them. Start a new run from its weights: "
+            f"model.from_pretrained({str(folder)!r})."
         )
     load_renamed(trainer.model, Path(folder))
     load_auxiliary_state_dict(trainer.model, load_file(file))

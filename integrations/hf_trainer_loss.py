@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from entprop_wrap.containers import plain_model
 from entprop_wrap.errors import EntPropError, LabelError, UnsupportedModelError
-from entprop_wrap.integrations.hf_trainer_models import Logits, ModelOnImages, Witness
+from entprop_wrap.integrations.hf_trainer_models import Logits, ModelOnImages
+from entprop_wrap.integrations.hf_trainer_witness import Witness
 from entprop_wrap.losses import mean_by_construction
 
 __all__ = ["TrainerLoss"]
@@ -90,7 +91,7 @@ class TrainerLoss:
     def _stand_in(self, logits: Tensor) -> Logits:
         self.classes = logits.shape[1]
         assert self.model is not None
-        return Logits(self.model._orig_mod, logits, self.labels_name, self.witness.divides_by_items)
+        return Logits(self.model._orig_mod, logits, self.labels_name, self.witness.scale, self.witness.divides_by_items)
 
     def _mean(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Logits]:
         # As if these rows were all there is, in one process.
@@ -111,6 +112,7 @@ class TrainerLoss:
         except EntPropError:
             raise
         except Exception as error:
+            self._check_label_type(error)
             raise UnsupportedModelError(
                 "The Trainer's loss could not be computed from logits and labels alone "
                 f"({type(error).__name__}: {error}). Expected compute_loss() or compute_loss_func to use nothing else "
@@ -132,6 +134,22 @@ class TrainerLoss:
             self.witness.found, self.witness.sure = None, True  # the model's own loss plays no part
         self.checked = True
 
+    def _check_label_type(self, error: Exception) -> None:
+        """Raise :class:`LabelError` if the labels are of a kind on which the Trainer's loss fails."""
+        found = f"The batch's {self.labels_name!r} are {self.labels.dtype} of shape {tuple(self.labels.shape)}"
+        if self.labels.is_floating_point() and self.trainer.label_smoother is not None:
+            raise LabelError(
+                f"{found}: soft labels, while the Trainer's label smoothing takes class indices only (int64). Write "
+                "TrainingArguments(label_smoothing_factor=0), and compute_loss_func=lambda outputs, labels, "
+                "num_items_in_batch=None: torch.nn.functional.cross_entropy(outputs.logits, labels, "
+                "label_smoothing=0.1), say."
+            ) from error
+        if not self.labels.is_floating_point() and self.labels.dtype != torch.int64:
+            raise LabelError(
+                f"{found}, on which the Trainer's loss fails ({error}). Expected class indices as int64: write "
+                f"batch[{self.labels_name!r}].long() in the data collator."
+            ) from error
+
     def _check_own_loss(self) -> None:
         fix = (
             "Pass the loss to the Trainer, as a function of logits: compute_loss_func=lambda outputs, labels, "
@@ -148,8 +166,8 @@ class TrainerLoss:
         if self.witness.found is not None:
             loss, expected = self.witness.found
             raise UnsupportedModelError(
-                f"The loss of {name} is {loss:.5g} on a batch with cross-entropy {expected:.5g}: it is another loss, "
-                f"which cannot be computed for mixed or selected images. {fix}"
+                f"The loss of {name} is {loss:.5g} on a batch with cross-entropy {expected:.5g}, and not shown to be "
+                f"a multiple of it: another loss cannot be computed for mixed or selected images. {fix}"
             )
 
 

@@ -127,7 +127,8 @@ def count_adversarial(batch: int, fraction: float) -> int:
         raise ConfigurationError(
             f"Expected a batch of at least 4 images, 2 clean and 2 adversarial ones, found {batch}. Drop the last "
             "incomplete batch (DataLoader(..., drop_last=True); in the Hugging Face Trainer "
-            "TrainingArguments(dataloader_drop_last=True)) or choose a batch size that leaves no such rest."
+            "TrainingArguments(dataloader_drop_last=True), which leaves out evaluation images, too) or choose a batch "
+            "size that leaves no such rest."
         )
     return min(count(batch, fraction), batch - 2)
 

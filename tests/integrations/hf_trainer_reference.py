@@ -136,6 +136,13 @@ def weight(name, group, batch, loss_kind="model") -> float:
     return 1.0 if name in IGNORES_ITEMS else 1 / len(group)
 
 
+def processes_factor(name, loss_kind="model") -> float:
+    """What the Trainer makes of the mean over two processes, with equal batches."""
+    if loss_kind == "smoothed":
+        return 2.0 if OLD and name in COUNTS_ITEMS else 1.0
+    return 2.0 if loss_kind == "mean" or (loss_kind == "model" and name in IGNORES_ITEMS) else 1.0
+
+
 def shared_copy(model: nn.Module, norms: set[str]) -> nn.Module:
     """A copy of ``model`` with norms of its own and everything else shared."""
     other = copy.deepcopy(model)
@@ -158,8 +165,12 @@ def by_hand(
     smoothing=0.0,
     loss_kind="model",
     bf16=False,
+    processes=1,
 ):
-    """Train ``model`` by plain SGD; return gradients of each step, by the names of a wrapped model, and both models."""
+    """Train ``model`` by plain SGD; return gradients of each step, by the names of a wrapped model, and both models.
+
+    With ``processes``, batches are those of one step of the first process, of the same step of the second, and so on.
+    """
     norms = {n for n, m in model.named_modules() if "Norm" in type(m).__name__ and any(True for _ in m.parameters())}
     other = shared_copy(model, norms)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -174,11 +185,14 @@ def by_hand(
     steps = []
     model.train()
     other.train()
-    for start in range(0, len(batches), accumulate):
-        group = batches[start : start + accumulate]
+    for start in range(0, len(batches), accumulate * processes):
+        step = batches[start : start + accumulate * processes]
+        number_each = len(step) // processes
         for p in parameters:
             p.grad = None
-        for batch in group:
+        for index, batch in enumerate(step):
+            first = index // number_each * number_each
+            group = step[first : first + number_each]
             x, y = batch["pixel_values"], batch["labels"]
             draw = next(draws, None)
             if draw is None:
@@ -186,6 +200,8 @@ def by_hand(
             else:
                 partner, share = draw.partner, draw.share
             w = weight(name, group, batch, loss_kind)
+            if processes > 1:
+                w *= processes_factor(name, loss_kind) / processes
             x = (share * x + (1 - share) * x[partner]).requires_grad_()
 
             def loss_of(logits, rows, y=y, partner=partner, share=share):

@@ -1,23 +1,27 @@
 """What the Trainer writes with the callback, and what it reads back."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, Trainer
 
-from entprop_wrap import EntProp, auxiliary_state_dict, main_state_dict
+from entprop_wrap import EntProp, Vanilla, auxiliary_state_dict, main_state_dict
+from entprop_wrap.attacks import PGD
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
+from entprop_wrap.methods import AdvProp, FineGrainedAdvProp
 from tests.integrations.hf_trainer_reference import SPACE, arguments, build, samples, train
 
 FILE = "entprop_auxiliary.safetensors"
 OPTIONS = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
 
-def callback():
-    return EntPropCallback(EntProp(fraction=0.5), pixel_space=SPACE)
+def callback(method=None):
+    return EntPropCallback(method or EntProp(fraction=0.5), pixel_space=SPACE)
 
 
 def keys(file: Path) -> set:
@@ -92,3 +96,34 @@ def test_a_checkpoint_without_copies_is_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match=FILE):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_another_method_does_not_resume_unnoticed(tmp_path):
+    train(build("ResNet"), callback(), tmp_path, **{**OPTIONS, "max_steps": 2})
+    checkpoint = tmp_path / "checkpoint-2"
+
+    def resume(method):
+        trainer = Trainer(
+            model=build("ResNet"),
+            args=arguments(tmp_path / "b", **{**OPTIONS, "max_steps": 3}),
+            train_dataset=samples(),
+            callbacks=[callback(method)],
+        )
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert trainer.state.global_step == 3
+
+    with pytest.raises(
+        CheckpointError, match=r"EntProp and the auxiliaries \['aux'\].*Vanilla and \[\].*from_pretrained"
+    ):
+        resume(Vanilla())
+    with pytest.raises(CheckpointError, match=r"FineGrainedAdvProp and \['strong', 'weak'\]"):
+        resume(FineGrainedAdvProp({"weak": PGD(1 / 255, steps=1), "strong": PGD(4 / 255, steps=2)}))
+    with pytest.warns(UserWarning, match="trained with EntProp; the run goes on with AdvProp"):
+        resume(AdvProp())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was trained with")
+        resume(EntProp(fraction=0.2))
+        save_file(load_file(checkpoint / FILE), checkpoint / FILE, {"format": "pt"})  # as earlier versions wrote it
+        resume(AdvProp())
+        with pytest.raises(CheckpointError, match="a method and the auxiliaries"):
+            resume(Vanilla())

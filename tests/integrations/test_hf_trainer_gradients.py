@@ -32,8 +32,7 @@ CASES = [
         for name in CONFIGURATIONS
         for n, mix in ((1, 1), (4, 0))
     ),
-    ("ViT", {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}, "model", 1),
-    ("ResNet", {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}, "model", 1),
+    *((name, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}, "model", 1) for name in CONFIGURATIONS),
     ("ViT", {"gradient_accumulation_steps": 4, "label_smoothing_factor": 0.1}, "smoothed", 1),
     ("ResNet", {"gradient_accumulation_steps": 4, "label_smoothing_factor": 0.1}, "smoothed", 1),
     ("ConvNext", {"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1}, "smoothed", 0),

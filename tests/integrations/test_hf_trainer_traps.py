@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import Trainer, ViTImageProcessor
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from entprop_wrap import EntProp, PixelSpace, Vanilla, wrap
 from entprop_wrap.errors import (
     ConfigurationError,
-    ImageError,
     LabelError,
     OptimizerMismatchError,
     UnsupportedModelError,
@@ -19,6 +19,7 @@ from tests.integrations.hf_trainer_reference import (
     SPACE,
     RecordBatches,
     RecordGradients,
+    RecordingMixer,
     arguments,
     build,
     by_hand,
@@ -190,23 +191,101 @@ def test_a_compute_loss_of_anything_else_is_refused(trainer_class, tmp_path):
         make(tmp_path, trainer_class, callbacks=[callback()]).train()
 
 
-def test_a_model_with_another_loss_is_refused(tmp_path):
-    model = build("ResNet")
+def smoothed(logits, labels):
+    return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+
+def with_entropy(logits, labels):
+    p = logits.softmax(-1)
+    return F.cross_entropy(logits, labels) + 0.1 * (p * p.log()).sum(-1).mean()
+
+
+def focal(logits, labels):
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return ((1 - (-losses).exp()) ** 2 * losses).mean()
+
+
+def weighted_sum(logits, labels):
+    return F.cross_entropy(logits, labels, weight=torch.arange(1.0, 6.0), reduction="sum") / len(labels)
+
+
+def shifted(logits, labels):
+    return F.cross_entropy(logits, labels) + 0.5
+
+
+def summed(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def with_loss(name, loss, items=False):
+    """A model that computes a loss of its own, with or without num_items_in_batch."""
+    model = build(name)
     forward = type(model).forward
 
-    class Smoothed(type(model)):
-        def forward(self, pixel_values, labels=None):
-            output = forward(self, pixel_values)
-            output.loss = F.cross_entropy(output.logits, labels, label_smoothing=0.1) if labels is not None else None
-            return output
+    class Own(type(model)):
+        if items:
 
-    model.__class__ = Smoothed
-    with pytest.raises(UnsupportedModelError, match="compute_loss_func"):
+            def forward(self, pixel_values, labels=None, **kwargs):
+                logits = forward(self, pixel_values).logits
+                return ImageClassifierOutput(None if labels is None else loss(logits, labels, **kwargs), logits)
+        else:
+
+            def forward(self, pixel_values, labels=None):
+                logits = forward(self, pixel_values).logits
+                return ImageClassifierOutput(None if labels is None else loss(logits, labels), logits)
+
+    model.__class__ = Own
+    return model
+
+
+@pytest.mark.parametrize("loss", [smoothed, with_entropy, focal, weighted_sum, shifted, summed])
+def test_a_model_with_another_loss_is_refused(loss, tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"not shown to be a multiple of it.*compute_loss_func"):
+        make(tmp_path, model=with_loss("ResNet", loss), callbacks=[callback()]).train()
+    if loss is smoothed:
+        own = lambda outputs, labels, num_items_in_batch=None: F.cross_entropy(outputs.logits, labels)  # noqa: E731
+        make(tmp_path, model=with_loss("ResNet", loss), callbacks=[callback()], compute_loss_func=own).train()
+
+
+def test_a_multiple_needs_logits_that_differ(tmp_path):
+    """At equal logits, 2 * log(C) could be of cross-entropy plus entropy, whose gradient is half as large."""
+    model = with_loss("ResNet", lambda logits, labels: 2 * F.cross_entropy(logits, labels))
+    for parameter in model.classifier.parameters():
+        torch.nn.init.zeros_(parameter)
+    with pytest.raises(UnsupportedModelError, match="not shown to be a multiple"):
         make(tmp_path, model=model, callbacks=[callback()]).train()
-    model = build("ResNet")
-    model.__class__ = Smoothed
-    loss = lambda outputs, labels, num_items_in_batch=None: F.cross_entropy(outputs.logits, labels)  # noqa: E731
-    make(tmp_path, model=model, callbacks=[callback()], compute_loss_func=loss).train()
+
+
+def by_items(scale):
+    def loss(logits, labels, num_items_in_batch=None, **_):
+        total = F.cross_entropy(logits, labels, reduction="sum")
+        return scale * total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    return loss
+
+
+def ignoring_items(scale):
+    return lambda logits, labels, **_: scale * F.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("scale", [2.0, 0.3, 100.0])
+@pytest.mark.parametrize("kind", ["plain", "by_items", "ignoring_items"])
+@pytest.mark.parametrize("name", ["ResNet", "ViT"])
+def test_a_multiple_of_cross_entropy_trains_with_exact_gradients(name, kind, scale, tmp_path):
+    loss = {"by_items": by_items, "ignoring_items": ignoring_items, "plain": ignoring_items}[kind](scale)
+    losses, steps = [], []
+    for factor in (scale, 1.0):
+        if factor == 1.0:
+            loss = {"by_items": by_items, "ignoring_items": ignoring_items, "plain": ignoring_items}[kind](1.0)
+        model = with_loss(name, loss, items=kind != "plain")
+        mixed = callback(EntProp(fraction=0.5))
+        trainer, _, found = train(
+            model, mixed, tmp_path, max_steps=1, gradient_accumulation_steps=2, learning_rate=1e-6
+        )
+        losses.append(trainer.state.log_history[0]["loss"])
+        steps.append([{key: value / factor for key, value in found[0].items()}])
+    assert worst(*steps) < 1e-4
+    assert losses[0] == pytest.approx(scale * losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["ViT", "ResNet"])
@@ -214,12 +293,6 @@ def test_labels_from_1_are_told_as_in_any_loop(name, tmp_path):
     shifted = [{**sample, "labels": sample["labels"] + 1} for sample in samples()]
     trainer = make(tmp_path, model=name, data=shifted, callbacks=[callback()], per_device_train_batch_size=8)
     with pytest.raises(LabelError, match=r"in \[0, 4\] .* found \[\d, 5\].*start at 0"):
-        trainer.train()
-
-
-def test_a_last_batch_of_one_image_names_the_option_of_the_trainer(tmp_path):
-    trainer = make(tmp_path, data=samples(9), callbacks=[callback()], per_device_train_batch_size=8)
-    with pytest.raises(ImageError, match=r"TrainingArguments\(dataloader_drop_last=True\)"):
         trainer.train()
 
 
@@ -231,44 +304,55 @@ def test_soft_labels_need_a_loss_for_them(tmp_path):
     make(tmp_path, data=soft, callbacks=[callback()], compute_loss_func=loss).train()
 
 
+def test_labels_of_a_wrong_type_are_named(tmp_path):
+    soft = [{**s, "labels": torch.full((5,), 0.2)} for s in samples()]
+    with pytest.raises(LabelError, match=r"soft labels, while the Trainer's label smoothing.*label_smoothing_factor=0"):
+        make(tmp_path, data=soft, callbacks=[callback()], label_smoothing_factor=0.1).train()
+    narrow = [{**s, "labels": torch.tensor(s["labels"], dtype=torch.int32)} for s in samples()]
+    with pytest.raises(LabelError, match=r"'labels' are torch.int32 of shape \(4,\).*long\(\)"):
+        make(tmp_path, data=narrow, callbacks=[callback()]).train()
+
+
 def test_no_method_is_missing():
     check_none_is_missing()
 
 
-@pytest.mark.parametrize("name", ["ViT", "ResNet"])
+@pytest.mark.parametrize(("name", "accumulate"), [("ViT", 1), ("ResNet", 1), ("ConvNext", 2)])
 @pytest.mark.parametrize("method", METHODS, ids=named)
-def test_every_method_trains_as_in_a_loop_of_its_own(method, name, tmp_path):
-    """One step per group of one, where the Trainer's loss is plain cross-entropy."""
+def test_every_method_trains_as_in_a_loop_of_its_own(method, name, accumulate, tmp_path):
+    """One step, where the Trainer's loss is the mean of plain cross-entropy over the batches of the step."""
     from entprop_wrap import training_step
 
     torch.manual_seed(5)
     draws = torch.get_rng_state()
     collator = RecordBatches()
     gradients = RecordGradients()
-
-    class Seeded(Trainer):  # the same random numbers in both steps
-        def _prepare_inputs(self, inputs):
-            torch.set_rng_state(draws)
-            return super()._prepare_inputs(inputs)
-
-    trainer = Seeded(
+    trainer = Trainer(
         model=build(name),
-        args=arguments(tmp_path, max_steps=1, per_device_train_batch_size=8),
+        args=arguments(tmp_path, max_steps=1, per_device_train_batch_size=8, gradient_accumulation_steps=accumulate),
         train_dataset=samples(),
         data_collator=collator,
         callbacks=[callback(method), gradients],
     )
     seen = []
     original = trainer._prepare_inputs
-    trainer._prepare_inputs = lambda inputs: (seen.append(0), original(inputs))[1] if not seen else inputs
+
+    def prepare(inputs):  # the same random numbers in both steps
+        if not any(inputs["labels"] is labels for labels in seen):
+            seen.append(inputs["labels"])
+            torch.set_rng_state(draws)
+        return original(inputs)
+
+    trainer._prepare_inputs = prepare
     trainer.train()
+    assert len(seen) == accumulate
     model = build(name).train()
     if method.auxiliaries:
         wrap(model, auxiliaries=method.auxiliaries)
-    torch.set_rng_state(draws)
-    batch = collator.batches[0]
-    training_step(model, batch["pixel_values"], batch["labels"], method=method, pixel_space=SPACE)
-    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    for batch in collator.batches[:accumulate]:
+        torch.set_rng_state(draws)
+        training_step(model, batch["pixel_values"], batch["labels"], method=method, pixel_space=SPACE)
+    expected = {n: p.grad / accumulate for n, p in model.named_parameters() if p.grad is not None}
     assert worst(gradients.steps, [expected]) < 5e-4
 
 
@@ -286,7 +370,7 @@ def test_more_attack_steps_under_checkpointing_and_accumulation(tmp_path):
 @pytest.mark.parametrize("clip", [1e9, 0.05])
 def test_a_gradient_scaler_leaves_no_trace(clip, tmp_path):
     """The path of fp16, on the CPU and in float32: the scaler scales, unscales and steps as on a GPU."""
-    collator, gradients = RecordBatches(), RecordGradients()
+    collator, gradients, mixer = RecordBatches(), RecordGradients(), RecordingMixer()
 
     class Scaled(Trainer):
         def create_optimizer(self, *args, **kwargs):
@@ -301,10 +385,10 @@ def test_a_gradient_scaler_leaves_no_trace(clip, tmp_path):
         args=arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=clip),
         train_dataset=samples(),
         data_collator=collator,
-        callbacks=[callback(), gradients],
+        callbacks=[callback(EntProp(fraction=0.5, mix=mixer)), gradients],
     )
     trainer.train()
-    expected, _, _ = by_hand("ViT", build("ViT"), collator.batches, 2, clip=clip)
+    expected, _, _ = by_hand("ViT", build("ViT"), collator.batches, 2, clip=clip, draws=mixer.draws)
     assert trainer.accelerator.scaler.get_scale() == 1024
     assert worst(gradients.steps, expected) < 5e-4
 
