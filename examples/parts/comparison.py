@@ -136,7 +136,10 @@ def plot_scores(
         axis.set_xticks(values, places, rotation=20, ha="right")
     axis.set(xlabel=label, ylabel="%", title=title)
     axis.grid(alpha=0.3)
-    axis.legend()
+    if len(series) > 5:
+        figure.legend(loc="outside right upper", fontsize=7)
+    else:
+        axis.legend()
     _save(figure, path)
 
 
