@@ -85,7 +85,7 @@ def frost(images: Tensor, severity: int, generator: torch.Generator | None = Non
 
     The data sets used five photographs. Here five pictures are generated (see :func:`~.textures.panes`) and blended
     with the published weights, so that scores on this corruption are not those on the data sets' frost. The first
-    call for images of a new size takes about a second, to draw them.
+    call for images of a new size takes a second or two, to draw them.
 
     Args:
         images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
