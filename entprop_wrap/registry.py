@@ -36,9 +36,8 @@ class Registry:
     def tensors(self, auxiliary: str | None) -> Iterator[nn.Parameter]:
         """Yield the norm parameters that run in ``auxiliary``, or in the main domain for None."""
         for norm in self.norms.values():
-            owner = norm if auxiliary is None else norm._modules[HOLDER_PREFIX + auxiliary]
-            assert owner is not None
-            yield from (parameter for parameter in owner._parameters.values() if parameter is not None)
+            copied: Any = {} if auxiliary is None else norm._modules[HOLDER_PREFIX + auxiliary]._parameters  # type: ignore[union-attr]
+            yield from (parameter for parameter in {**norm._parameters, **copied}.values() if parameter is not None)
 
     def mirrors(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Yield ``(name of the norm parameter, the parameter, one copy of it)`` over all norms and auxiliaries."""
@@ -47,7 +46,7 @@ class Registry:
                 copy = norm._modules[HOLDER_PREFIX + auxiliary]
                 assert copy is not None
                 for key, parameter in norm._parameters.items():
-                    mirror = copy._parameters[key]
+                    mirror = copy._parameters.get(key)
                     if parameter is not None and mirror is not None:
                         yield f"{name}.{key}" if name else key, parameter, mirror
 
@@ -75,8 +74,9 @@ class _LeaveForward:
     def _idle(self, running: str | None) -> list[nn.Parameter]:
         domains = [domain for domain in (None, *self.registry.auxiliaries) if domain != running]
         parameters = (parameter for domain in domains for parameter in self.registry.tensors(domain))
+        used = {id(parameter) for parameter in self.registry.tensors(running)}  # domains may share some
         # FSDP shards parameters into tensor subclasses, and does not mind idle ones.
-        return [p for p in parameters if p.requires_grad and type(p) is nn.Parameter]
+        return [p for p in parameters if p.requires_grad and type(p) is nn.Parameter and id(p) not in used]
 
 
 def _pin(tensor: Tensor, switch: Switch, key: str | None) -> Tensor:

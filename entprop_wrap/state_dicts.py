@@ -43,7 +43,7 @@ def load_auxiliary_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> 
         raise CheckpointError(
             f"The checkpoint's auxiliary copies do not fit the model: {len(expected - set(state))} missing and "
             f"{len(set(state) - expected)} unexpected, for example {sorted(missing_or_foreign)[0]!r}. Wrap the model "
-            "with the same auxiliaries=, include= and exclude= as in the run that saved it."
+            "with the same auxiliaries=, copies=, include= and exclude= as in the run that saved it."
         )
     root.load_state_dict(dict(state), strict=False)
 

@@ -216,8 +216,13 @@ class Step:
         Raises:
             UnsupportedModelError: The parameters are sharded, where hooks on them see nothing.
         """
+        registry = find_registry(self.model)
+        others = [domain for domain in (None, *registry.auxiliaries) if domain != auxiliary]
+        # A parameter that domains share sees all images: it needs no balance.
+        shared = {id(p) for domain in others for p in registry.tensors(domain)}
         # By identity: norms may share a parameter, which is to be scaled once.
-        parameters = {id(p): p for p in find_registry(self.model).tensors(auxiliary) if p.requires_grad}.values()
+        own = {id(p): p for p in registry.tensors(auxiliary) if p.requires_grad and id(p) not in shared}
+        parameters = own.values()
         if any(type(parameter) is not nn.Parameter for parameter in parameters):
             raise UnsupportedModelError(
                 "Norm parameters of a kind of their own (FSDP shards them) cannot be re-balanced: expected plain ones. "

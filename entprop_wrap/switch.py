@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -21,11 +21,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from entprop_wrap.domains import UNRECORDED, Switch
 from entprop_wrap.errors import UnsupportedModelError
 
-__all__ = ["HOLDER_PREFIX", "Copy", "SwitchedNorm", "View", "copy_of", "drop_copies", "install", "remove"]
+__all__ = ["HOLDER_PREFIX", "Copies", "Copy", "SwitchedNorm", "View", "copy_of", "drop_copies", "install", "remove"]
 
 #: The copies live in a child of each norm named ``entprop_<auxiliary>``. Weight decay is decided by parameter name in
 #: many trainers, so the name contains neither "norm" nor "bias".
 HOLDER_PREFIX = "entprop_"
+
+#: Which tensors of a norm an auxiliary domain has of its own: parameters and buffers, parameters, or buffers.
+Copies = Literal["all", "affine", "statistics"]
 
 
 class Copy(nn.Module):
@@ -48,9 +51,9 @@ class View(nn.Module):
         if "_entprop_norm" not in links:
             raise AttributeError(name)
         if name in links["_entprop_parameters"]:
-            return getattr(links["_entprop_copy"], name)
+            return getattr(links["_entprop_parameters_of"], name)
         if name in links["_entprop_buffers"]:
-            buffer = getattr(links["_entprop_copy"], name)
+            buffer = getattr(links["_entprop_buffers_of"], name)
             # A throw-away clone takes what would be recorded. Batch norms record nothing to begin with: see below.
             return buffer if links["_entprop_record"] or buffer is None else buffer.clone()
         return getattr(links["_entprop_norm"], name)
@@ -60,7 +63,8 @@ class View(nn.Module):
         if name not in links["_entprop_parameters"] and name not in links["_entprop_buffers"]:
             links[name] = value
         elif links["_entprop_record"]:
-            setattr(links["_entprop_copy"], name, value)
+            kind = "parameters" if name in links["_entprop_parameters"] else "buffers"
+            setattr(links[f"_entprop_{kind}_of"], name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -78,7 +82,7 @@ class SwitchedNorm(nn.Module):
 
     @property
     def _entprop_names(self) -> frozenset[str]:
-        """The names of the parameters that there are copies of."""
+        """The names of the parameters that the norm had when it was wrapped."""
         names: frozenset[str] = self._entprop_views[UNRECORDED].__dict__["_entprop_parameters"]
         return names
 
@@ -116,17 +120,18 @@ class SwitchedNorm(nn.Module):
                     state_dict[f"{prefix}{name}.{tensor}"] = value.clone()
 
 
-def copy_of(norm: nn.Module, cloned: dict[int, nn.Parameter]) -> Copy:
+def copy_of(norm: nn.Module, cloned: dict[int, nn.Parameter], copies: Copies = "all") -> Copy:
     """Return a copy of the norm's own tensors: equal values, same dtype, device, ``requires_grad``, persistence.
 
-    ``cloned`` remembers the parameters cloned for one auxiliary, so that what is tied stays tied.
+    ``cloned`` remembers the parameters cloned for one auxiliary, so that what is tied stays tied. What ``copies``
+    leaves out is shared with the norm.
     """
     copy = Copy()
-    for name, parameter in norm._parameters.items():
+    for name, parameter in norm._parameters.items() if copies != "statistics" else ():
         if parameter is not None and id(parameter) not in cloned:
             cloned[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
         copy.register_parameter(name, None if parameter is None else cloned[id(parameter)])
-    for name, buffer in norm._buffers.items():
+    for name, buffer in norm._buffers.items() if copies != "affine" else ():
         persistent = name not in norm._non_persistent_buffers_set
         copy.register_buffer(name, buffer if buffer is None else buffer.detach().clone(), persistent=persistent)
     copy.train(norm.training)
@@ -162,12 +167,14 @@ def drop_copies(module: nn.Module) -> None:
 
 def _view(norm: nn.Module, copy: nn.Module, *, record: bool) -> View:
     view: View = object.__new__(view_class(type(norm)))  # type: ignore[arg-type]
+    own_buffers = norm._buffers.keys() == copy._buffers.keys()
     view.__dict__.update(
         _entprop_norm=norm,
-        _entprop_copy=copy,
         _entprop_parameters=frozenset(norm._parameters),
+        _entprop_parameters_of=copy if norm._parameters.keys() == copy._parameters.keys() else norm,
         _entprop_buffers=frozenset(norm._buffers),
-        _entprop_record=record,
+        _entprop_buffers_of=copy if own_buffers else norm,
+        _entprop_record=record and own_buffers,  # shared statistics are the main domain's to record
     )
     return view
 

@@ -25,13 +25,14 @@ from entprop_wrap.domains import key_of
 from entprop_wrap.errors import (
     AlreadyWrappedError,
     AuxiliaryNameError,
+    ConfigurationError,
     NotWrappedError,
     UnsupportedModelError,
 )
 from entprop_wrap.norms import Selector, find_norms
 from entprop_wrap.optimizers import guard_first_step
 from entprop_wrap.registry import Registry, attach, detach, find_registry, find_wrapped, registry_on
-from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm, copy_of, drop_copies, install, remove
+from entprop_wrap.switch import HOLDER_PREFIX, Copies, SwitchedNorm, copy_of, drop_copies, install, remove
 
 __all__ = ["Summary", "auxiliary", "is_wrapped", "summary", "unwrap", "wrap"]
 
@@ -42,6 +43,7 @@ def wrap(
     model: Model,
     *,
     auxiliaries: tuple[str, ...] = ("aux",),
+    copies: Copies = "all",
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
 ) -> Model:
@@ -58,6 +60,10 @@ def wrap(
     Args:
         model: Any module tree with at least one norm layer.
         auxiliaries: Names of the auxiliary domains. AdvProp with several attack strengths has several.
+        copies: Which tensors each auxiliary domain has of its own. "all": affine parameters and running statistics.
+            "statistics": running statistics only, which adds no parameter; norm layers that keep none (layer and group
+            norms) are shared. "affine": affine parameters only; running statistics are the main domain's, and an
+            auxiliary pass in training normalises with its batch and records nothing.
         include: Modules to copy in addition to the norms recognised: classes, globs over qualified names, or
             predicates ``(name, module) -> bool``.
         exclude: Modules to leave shared by all domains, in the same terms.
@@ -69,7 +75,7 @@ def wrap(
             decay by such names).
         UnsupportedModelError: The model is compiled, scripted, or inside DDP, FSDP or DataParallel, or a norm is lazy,
             parametrised, or has a ``forward`` set on the instance.
-        ConfigurationError: ``include`` or ``exclude`` matches nothing.
+        ConfigurationError: ``include`` or ``exclude`` matches nothing, or no norm has what ``copies`` names.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap() expects a torch.nn.Module, found {type(model).__name__}.")
@@ -81,16 +87,18 @@ def wrap(
         )
     refuse_wrapping(model)
     norms = find_norms(model, include, exclude)
+    norms = _with_something_to_copy(norms, copies)
     _refuse_norms(norms, auxiliaries)
     cloned: dict[str, dict[int, nn.Parameter]] = {auxiliary: {} for auxiliary in auxiliaries}
-    copies = {
-        name: {auxiliary: copy_of(norm, cloned[auxiliary]) for auxiliary in auxiliaries} for name, norm in norms.items()
+    made = {
+        name: {auxiliary: copy_of(norm, cloned[auxiliary], copies) for auxiliary in auxiliaries}
+        for name, norm in norms.items()
     }
 
     # Nothing has been changed so far, and nothing below fails.
     registry = Registry(auxiliaries, norms)
     for name, norm in norms.items():
-        install(norm, copies[name], registry.switch)
+        install(norm, made[name], registry.switch)
     attach(model, registry)
     guard_first_step(registry)
     return model
@@ -210,6 +218,24 @@ def _check_names(auxiliaries: tuple[str, ...]) -> None:
                 f"{name!r} cannot name an auxiliary: expected letters, digits and underscores, without 'norm' or "
                 "'bias' (trainers decide weight decay by such names). Write 'aux' or 'adv', say."
             )
+
+
+def _with_something_to_copy(norms: dict[str, nn.Module], copies: Copies) -> dict[str, nn.Module]:
+    """Return the norms to switch: with "statistics", those that keep some."""
+    if copies == "all":
+        return norms
+    if copies not in ("affine", "statistics"):
+        raise ConfigurationError(f'copies must be "all", "affine" or "statistics", found {copies!r}.')
+    held = {"affine": "_parameters", "statistics": "_buffers"}[copies]
+    having = {name: norm for name, norm in norms.items() if any(t is not None for t in getattr(norm, held).values())}
+    if not having:
+        kinds = ", ".join(sorted({type(norm).__name__ for norm in norms.values()}))
+        missing = "affine parameters" if copies == "affine" else "running statistics"
+        raise ConfigurationError(
+            f'copies="{copies}" finds nothing to copy: no norm layer ({kinds}) has {missing}. Write copies="all", or '
+            "train without auxiliary domains, as EntProp(auxiliary=None) does."
+        )
+    return having if copies == "statistics" else norms  # also statistics without affine parameters are not to be mixed
 
 
 def _refuse_norms(norms: dict[str, nn.Module], auxiliaries: tuple[str, ...]) -> None:
