@@ -3,7 +3,7 @@
 from entprop_wrap.robustness.attacks import FGSM, PGD, Attack, Transfer
 from entprop_wrap.robustness.autoattack import AutoAttack
 from entprop_wrap.robustness.comparison import Comparison, Estimate, compare
-from entprop_wrap.robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt
+from entprop_wrap.robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, SUITES, corrupt
 from entprop_wrap.robustness.curves import accuracy_against_epsilon
 from entprop_wrap.robustness.evaluation import evaluate_robustness
 from entprop_wrap.robustness.reporting import model_card, report
@@ -15,6 +15,7 @@ __all__ = [
     "EXTRA_CORRUPTIONS",
     "FGSM",
     "PGD",
+    "SUITES",
     "Attack",
     "AutoAttack",
     "Comparison",

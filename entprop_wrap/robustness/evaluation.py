@@ -34,6 +34,7 @@ def evaluate_robustness(
     *,
     pixel_space: PixelSpace | None = ...,
     corruptions: Sequence[str] | None = ...,
+    suite: str | None = ...,
     severities: Sequence[int] = ...,
     seed: int = ...,
     auxiliaries: bool = ...,
@@ -50,6 +51,7 @@ def evaluate_robustness(
     *,
     pixel_space: PixelSpace | None = ...,
     corruptions: Sequence[str] | None = ...,
+    suite: str | None = ...,
     severities: Sequence[int] = ...,
     seed: int = ...,
     auxiliaries: bool = ...,
@@ -65,6 +67,7 @@ def evaluate_robustness(
     *,
     pixel_space: PixelSpace | None = None,
     corruptions: Sequence[str] | None = None,
+    suite: str | None = None,
     severities: Sequence[int] = (1, 2, 3, 4, 5),
     seed: int = 0,
     auxiliaries: bool = False,
@@ -89,7 +92,9 @@ def evaluate_robustness(
             least 32 px; labels are class indices ``(N,)``.
         pixel_space: What the data is normalised with; None: nothing, images are in [0, 1]. Corruption happens to
             pixels in [0, 1] at the size the model sees.
-        corruptions: Names from ``CORRUPTIONS`` and ``EXTRA_CORRUPTIONS``; None: the 15 of ImageNet-C.
+        corruptions: Names from any of the ``SUITES``; None: all of ``suite``.
+        suite: "c", the 15 of ImageNet-C (None: these); "c-bar", the 10 of ImageNet-C-bar, which resemble neither those
+            nor the usual augmentations; or "extra", the 4 that the authors of ImageNet-C keep for validation.
         severities: From 1 (mild) to 5 (strong).
         seed: Of corruptions and attacks.
         auxiliaries: Also evaluate each auxiliary domain of wrapped models, as ``result.auxiliaries``.
@@ -114,7 +119,7 @@ def evaluate_robustness(
     Source: EntProp (Enomoto, UAI 2024), section 4.1; protocol of Hendrycks & Dietterich (ICLR 2019).
     """
     models = model if isinstance(model, Mapping) else {_ALONE: model}
-    conditions = conditions_of(corruptions, severities)
+    conditions = conditions_of(corruptions, severities, suite)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConfigurationError(f"seed must be an int, found {seed!r}.")
     if shifts is not None and not isinstance(shifts, Mapping):

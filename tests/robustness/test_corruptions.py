@@ -10,17 +10,25 @@ from scipy import stats
 from sklearn.datasets import load_sample_images
 
 from entprop_wrap.errors import ConfigurationError, ImageError, PixelRangeError
-from entprop_wrap.robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt, inputs
+from entprop_wrap.robustness.corruptions import (
+    C_BAR_CORRUPTIONS,
+    CORRUPTIONS,
+    EXTRA_CORRUPTIONS,
+    SUITES,
+    corrupt,
+    inputs,
+)
 from entprop_wrap.robustness.corruptions.draws import Draws
 from entprop_wrap.robustness.corruptions.filters import shrink_and_enlarge
 from entprop_wrap.robustness.corruptions.noise import shot_noise
 from entprop_wrap.robustness.corruptions.textures import panes
+from tests.reference import corruptions_c_bar
 from tests.reference.corruptions import REFERENCES
 
-ALL = (*CORRUPTIONS, *EXTRA_CORRUPTIONS)
+ALL = (*CORRUPTIONS, *EXTRA_CORRUPTIONS, *C_BAR_CORRUPTIONS)
 DRAWN = {
     *("gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "snow", "frost", "fog"),
-    *("elastic_transform", "speckle_noise", "spatter"),
+    *("elastic_transform", "speckle_noise", "spatter", *C_BAR_CORRUPTIONS),
 }
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -91,6 +99,28 @@ def test_equals_the_reference_on_the_same_draws(name, size):
         single = corrupt(image.float(), name, severity, seeded(severity))[0].numpy()
         # A value at a threshold may fall on its other side in float32.
         assert np.mean(np.abs(single - expected) > 1e-4) < 1e-3, f"float32, severity {severity}"
+
+
+@pytest.mark.parametrize("side", [32, 45, 97])
+@pytest.mark.parametrize("name", [*C_BAR_CORRUPTIONS])
+def test_c_bar_equals_the_reference_on_the_same_draws(name, side):
+    image = photos(side, side)[:1]
+    for severity in SEVERITIES if side == 32 else (1, 5):
+        expected = corruptions_c_bar.REFERENCES[name](image[0].numpy(), severity, Replay(severity))
+        found = corrupt(image, name, severity, seeded(severity))[0].numpy()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=f"severity {severity}")
+        single = corrupt(image.float(), name, severity, seeded(severity))[0].numpy()
+        # At a threshold a value may fall on its other side in float32, and the web of light has steep edges.
+        assert np.mean(np.abs(single - expected) > 1e-3) < 1e-3, f"float32, severity {severity}"
+
+
+@pytest.mark.parametrize("side", [32, 96])
+@pytest.mark.parametrize("name", [*C_BAR_CORRUPTIONS])
+def test_c_bar_is_stronger_at_each_severity(name, side):
+    images = photos(side, side)
+    quality = [psnr(corrupt(images, name, severity, seeded()), images) for severity in SEVERITIES]
+    assert quality == sorted(quality, reverse=True)
+    assert quality[0] > quality[-1] + 1.0
 
 
 @pytest.mark.parametrize("size", [(32, 32), (45, 61), (96, 96), (144, 180)], ids=str)
@@ -301,8 +331,13 @@ def test_the_tables():
         *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
     ]
     assert list(EXTRA_CORRUPTIONS) == ["speckle_noise", "gaussian_blur", "spatter", "saturate"]
-    for name, function in {**CORRUPTIONS, **EXTRA_CORRUPTIONS}.items():
-        assert function.__name__ == name
+    assert list(C_BAR_CORRUPTIONS) == [
+        *("blue_noise_sample", "brownish_noise", "caustic_refraction", "checkerboard_cutout", "cocentric_sine_waves"),
+        *("inverse_sparkles", "perlin_noise", "plasma_noise", "single_frequency_greyscale", "sparkles"),
+    ]
+    assert list(SUITES) == ["c", "extra", "c-bar"]
+    for suite in SUITES.values():
+        assert [function.__name__ for function in suite.values()] == list(suite)
     with pytest.raises(TypeError):
         CORRUPTIONS["fog"] = None
 

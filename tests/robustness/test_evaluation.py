@@ -17,7 +17,7 @@ from entprop_wrap.errors import (
     PixelRangeError,
     UnsupportedModelError,
 )
-from entprop_wrap.robustness import CORRUPTIONS, FGSM, PGD, Transfer, evaluate_robustness, evaluation
+from entprop_wrap.robustness import CORRUPTIONS, FGSM, PGD, SUITES, Transfer, evaluate_robustness, evaluation
 from entprop_wrap.robustness.corruptions.draws import Draws
 from entprop_wrap.robustness.streams import Streams
 
@@ -61,6 +61,19 @@ def test_scores_equal_a_loop_over_images():
     assert len(set(expected.values())) > 3  # the model does react
     logits = model(data.tensors[0]).detach()
     assert found.loss == pytest.approx(float(nn.functional.cross_entropy(logits, data.tensors[1])), rel=1e-6)
+
+
+def test_a_suite_is_all_of_its_corruptions():
+    found = evaluate(corruptions=None, suite="c-bar", severities=(1, 2, 3, 4, 5))
+    assert {name for name, _ in found.table} == set(SUITES["c-bar"])
+    assert not found.is_full
+    assert "the 10 corruptions of ImageNet-C-bar x 5 severities" in found.protocol
+    one = evaluate(corruptions=("plasma_noise",), severities=(3,))
+    assert one.table == {("plasma_noise", 3): found.table["plasma_noise", 3]}
+    with pytest.raises(ConfigurationError, match="'c', 'extra', 'c-bar', found 'cbar'"):
+        evaluate(corruptions=None, suite="cbar")
+    with pytest.raises(ConfigurationError, match="twice"):
+        evaluate(corruptions=("fog",), suite="c")
 
 
 def test_batch_size_changes_nothing():

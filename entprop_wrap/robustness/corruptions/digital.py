@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from entprop_wrap.robustness.corruptions.draws import Draws
-from entprop_wrap.robustness.corruptions.filters import gaussian_blur_2d, shrink_and_enlarge
+from entprop_wrap.robustness.corruptions.filters import gaussian_blur_2d, lines, shrink_and_enlarge
 from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish, in_slices
 
 __all__ = ["brightness", "contrast", "elastic_transform", "pixelate", "saturate"]
@@ -104,7 +104,7 @@ def elastic_transform(images: Tensor, severity: int, generator: torch.Generator 
         return finish(moved, images)
     noise = draws.uniform((2, height, width), -1.0, 1.0)
     shift = gaussian_blur_2d(noise, smoothness * unit, truncate=3.0, border="reflect") * (strength * unit)
-    y, x = _lines(pixels)
+    y, x = lines(pixels)
     return finish(_sample(moved, shift[:, 0] + x, shift[:, 1] + y, corners_are_centres=False), images)
 
 
@@ -166,17 +166,10 @@ def _affine_places(moves: Tensor, height: int, width: int) -> tuple[Tensor, Tens
     points = middle + moves.new_tensor([[arm, arm], [arm, -arm], [-arm, -arm]])
     one = moves.new_ones(len(moves), 3, 1)
     back = torch.linalg.solve(torch.cat([points + moves, one], dim=2), points.expand(len(moves), -1, -1))
-    y, x = _lines(moves.new_empty(height, width))
+    y, x = lines(moves.new_empty(height, width))
     from_x, from_y, offset = back[..., None, None].unbind(dim=1)  # each (N, 2, 1, 1): to x and to y
     places = from_x * x + (from_y * y + offset)
     return places[:, 0], places[:, 1]
-
-
-def _lines(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """The y ``(H, 1)`` and the x ``(W,)`` of the pixels."""
-    y = torch.arange(pixels.shape[-2], device=pixels.device, dtype=pixels.dtype)
-    x = torch.arange(pixels.shape[-1], device=pixels.device, dtype=pixels.dtype)
-    return y.unsqueeze(1), x
 
 
 def _sample(pixels: Tensor, x: Tensor, y: Tensor, corners_are_centres: bool) -> Tensor:

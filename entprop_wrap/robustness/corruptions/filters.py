@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Tap", "add_shifted", "correlate", "gaussian_blur_2d", "shrink_and_enlarge", "zoom_centre"]
+__all__ = ["Tap", "add_shifted", "correlate", "gaussian_blur_2d", "lines", "shrink_and_enlarge", "zoom_centre"]
 
 Border = Literal["nearest", "reflect"]
 
@@ -50,6 +50,13 @@ def gaussian_blur_2d(values: Tensor, sigma: float, truncate: float = 4.0, border
         _gaussian_matrix(height, radius, sigma, border),
         _gaussian_matrix(width, radius, sigma, border),
     )
+
+
+def lines(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the y ``(H, 1)`` and the x ``(W,)`` of the pixels of images ``(..., H, W)``."""
+    y = torch.arange(pixels.shape[-2], device=pixels.device, dtype=pixels.dtype)
+    x = torch.arange(pixels.shape[-1], device=pixels.device, dtype=pixels.dtype)
+    return y.unsqueeze(1), x
 
 
 def shrink_and_enlarge(values: Tensor, height: int, width: int) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ _ROUNDING = 1e-6
 _SLICE = 150_528
 
 Constants = TypeVar("Constants")
+Five = tuple[float, float, float, float, float]
 
 
 class Corruption(Protocol):
@@ -88,6 +89,12 @@ class Levels(Generic[Constants]):
 
     imagenet: tuple[Constants, Constants, Constants, Constants, Constants]
     cifar: tuple[Constants, Constants, Constants, Constants, Constants]
+
+    @staticmethod
+    def of(unit: float, imagenet: Five, cifar: Five | None = None) -> Levels[float]:
+        """Return constants in units of ``unit``, the same for both sizes if only one table was published."""
+        scaled = [tuple(unit * level for level in levels) for levels in (imagenet, cifar or imagenet)]
+        return Levels(*cast(list[Five], scaled))
 
     def at(self, severity: int, short_side: int) -> Constants:
         """Return the constants of ``severity`` (1 to 5) for images whose short side is ``short_side`` pixels."""
