@@ -52,6 +52,8 @@ class EntropyStages:
         for stage, mean in self.stages.items():
             rows.append([stage, str(len(self.values[stage])), str(mean), str(self.changes.get(stage, ""))])
         note = f"Entropy in nats, at most {math.log(self.classes):.3g}; 95 % intervals over {self.batches} batches."
+        if "perturbed" in self.changes and self.changes["perturbed"].value < 0:
+            note += " The attack goes past the point of highest entropy, towards certain errors: epsilon is long."
         return f"{markdown_table(rows)}\n\n{note}"
 
 
@@ -86,7 +88,9 @@ def entropy_stages(
         Means and changes with t-intervals over batches, and the entropy of each image.
 
     Warns:
-        UserWarning: A stage does not raise entropy, or not beyond chance.
+        UserWarning: Mixing or selection does not raise entropy, or not beyond chance; or an attack takes it back: the
+            perturbed images are no less certain than those selected from. A long attack step lowers the entropy of the
+            selected images without that: it climbs the loss, past the boundary to the next class.
 
     Raises:
         ConfigurationError: The model is in training mode; a method that selects nothing; an option out of range.
@@ -129,9 +133,10 @@ def _warn(result: EntropyStages) -> None:
     advice = {
         "mixed": "Look at the images that mix= makes.",
         "selected": "The uncertainty that the method selects by does not follow entropy on this data.",
-        "perturbed": "Attacks climb the loss: if errors become certain, lower epsilon; if little moves, raise it.",
     }
     for stage, change in result.changes.items():
+        if stage == "perturbed":
+            continue
         if change.value <= 0:
             how = "does not raise entropy"
         elif change.low is not None and change.low <= 0:
@@ -139,3 +144,11 @@ def _warn(result: EntropyStages) -> None:
         else:
             continue
         warnings.warn(f"The stage {stage!r} {how}: it changes by {change} nats. {advice[stage]}", stacklevel=3)
+    names = list(result.stages)
+    before, after = (result.stages.get(name) for name in (names[names.index("selected") - 1], "perturbed"))
+    if before is not None and after is not None and after.value <= before.value:
+        warnings.warn(
+            f"Perturbed images are no less certain ({after} nats) than those they were selected from ({before}): the "
+            "attack climbs the loss into certain errors. Lower epsilon.",
+            stacklevel=3,
+        )

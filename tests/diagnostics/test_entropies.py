@@ -19,7 +19,7 @@ from tests.diagnostics.subjects import SPACE, images, loader, make, untouched
 from tests.reference import diagnostics as reference
 from tests.reference.models import CLASSES
 
-pytestmark = pytest.mark.filterwarnings("ignore:The stage")
+pytestmark = pytest.mark.filterwarnings("ignore:The stage", "ignore:Perturbed images")
 OPTIONS = {"pixel_space": SPACE, "progress": False}
 METHODS = {
     "default": EntProp(),
@@ -103,6 +103,17 @@ def test_a_stage_that_lowers_entropy_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         entropy_stages(make(), loader(96), method=EntProp(mix=None, attack_steps=0), **OPTIONS)
+
+
+def test_an_attack_may_pass_the_highest_entropy_but_not_take_back_the_selection():
+    method = EntProp(mix=None, fraction=0.5, epsilon=0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        short = entropy_stages(make(), loader(96), method=method, **OPTIONS)
+    assert short.stages["clean"].value < short.stages["perturbed"].value < short.stages["selected"].value
+    assert "past the point of highest entropy" in short.to_markdown()
+    with pytest.warns(UserWarning, match=r"no less certain \(0.959 .* selected from \(0.98.*Lower epsilon"):
+        entropy_stages(make(), loader(96), method=EntProp(mix=None, fraction=0.5, epsilon=0.1), **OPTIONS)
 
 
 def test_numbers_of_images():
