@@ -3,8 +3,8 @@
 Fifteen kinds at five severities, and four more that the authors keep for validation (Hendrycks & Dietterich 2019,
 "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", https://arxiv.org/abs/1903.12261),
 and ten that resemble none of these and no usual augmentation (ImageNet-C-bar).
-All are called alike, ``fog(images, severity, generator)``, and what is drawn for an image depends only on the
-generator's seed and on how many images came before it: not on the batch size, and not on the device.
+All are called as :class:`Corruption` says, ``fog(images, severity, generator)``, and what is drawn for an image depends
+only on the generator's seed and on how many images came before it: not on the batch size, and not on the device.
 
 The published constants are kept; :mod:`.inputs` says which apply at which size. Results are not rounded to bytes
 (but for JPEG, which is made of rounding), nor saved as JPEG as the images of ImageNet-C were. Frost is generated.

@@ -44,19 +44,7 @@ _GAUSSIAN = Levels((1.0, 2.0, 3.0, 4.0, 6.0), (0.4, 0.6, 0.7, 0.8, 1.0))
 
 @in_slices()
 def defocus_blur(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Average over a disk, as a lens out of focus does. Nothing is drawn.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong).
-        generator: Not used; here so that all corruptions are called alike.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
-    """
+    """Average over a disk, as a lens out of focus does. Nothing is drawn."""
     pixels, (radius, softness) = begin(images, severity, _DEFOCUS)
     kernel = _disk(radius, softness)
     if int(kernel.count_nonzero()) > _FEW_TAPS:
@@ -76,16 +64,7 @@ def glass_blur(images: Tensor, severity: int, generator: torch.Generator | None 
     exactly that process in distribution, with all chains of copies resolved at once (see :func:`_copied_from`).
     Its rounding down to bytes between the steps is left out.
 
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong); by PSNR, neither published table is in order.
-        generator: CPU generator that seeds the images; ``None`` for torch's default one.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
+    By PSNR, neither published table is in order.
     """
     pixels, (sigma, reach, rounds) = begin(images, severity, _GLASS)
     draws = Draws(pixels, generator)
@@ -100,19 +79,7 @@ def glass_blur(images: Tensor, severity: int, generator: torch.Generator | None 
 
 @in_slices()
 def motion_blur(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Smear along a straight line at an angle within 45 degrees of the horizontal, one angle per image.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong).
-        generator: CPU generator that seeds the images; ``None`` for torch's default one.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
-    """
+    """Smear along a straight line at an angle within 45 degrees of the horizontal, one angle per image."""
     pixels, (radius, sigma) = begin(images, severity, _MOTION)
     angles = Draws(pixels, generator).uniform((), -45.0, 45.0)
     return finish(move(pixels, radius, sigma, angles), images)
@@ -120,19 +87,7 @@ def motion_blur(images: Tensor, severity: int, generator: torch.Generator | None
 
 @in_slices(imagenet=8.0, cifar=2.0)
 def zoom_blur(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Average the image with enlargements of its centre, as when driving towards it. Nothing is drawn.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong).
-        generator: Not used; here so that all corruptions are called alike.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
-    """
+    """Average the image with enlargements of its centre, as when driving towards it. Nothing is drawn."""
     pixels, (count, step) = begin(images, severity, _ZOOM)
     height, width = pixels.shape[-2:]
     # All planes of all images as the channels of one, next to each other in memory: resizing is then up to seven
@@ -155,19 +110,7 @@ def zoom_blur(images: Tensor, severity: int, generator: torch.Generator | None =
 
 @in_slices()
 def gaussian_blur(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Blur with a Gaussian. Nothing is drawn.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong).
-        generator: Not used; here so that all corruptions are called alike.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
-    """
+    """Blur with a Gaussian. Nothing is drawn."""
     pixels, sigma = begin(images, severity, _GAUSSIAN)
     return finish(gaussian_blur_2d(pixels, sigma), images)
 

@@ -38,17 +38,6 @@ def brightness(images: Tensor, severity: int, generator: torch.Generator | None 
 
     With both kept, a colour is proportional to its value, so no conversion is needed: black turns grey, all else
     is scaled.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong).
-        generator: Not used; here so that all corruptions are called alike.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
     """
     pixels, offset = begin(images, severity, _BRIGHTNESS)
     pixels = pixels.clamp(min=1e-30)  # black is the darkest grey, and needs no case of its own
@@ -58,19 +47,7 @@ def brightness(images: Tensor, severity: int, generator: torch.Generator | None 
 
 @in_slices()
 def contrast(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Pull every colour towards the mean colour of its image. Nothing is drawn.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong).
-        generator: Not used; here so that all corruptions are called alike.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
-    """
+    """Pull every colour towards the mean colour of its image. Nothing is drawn."""
     pixels, kept = begin(images, severity, _CONTRAST)
     return finish(torch.lerp(pixels.mean(dim=(2, 3), keepdim=True), pixels, kept), images)
 
@@ -81,17 +58,8 @@ def elastic_transform(images: Tensor, severity: int, generator: torch.Generator 
 
     The constants are fractions of the short side, as published; two linear interpolations, as in the released code.
 
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 to 5; ImageNet-C changes its kind between 2 (large moves) and 3 (fine ripples), and by PSNR
-            neither published table is in order.
-        generator: CPU generator that seeds the images; ``None`` for torch's default one.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
+    ImageNet-C changes its kind between severity 2 (large moves) and 3 (fine ripples), and by PSNR neither published
+    table is in order.
     """
     pixels, (strength, smoothness, corner) = begin(images, severity, _ELASTIC)
     height, width = pixels.shape[-2:]
@@ -113,17 +81,6 @@ def pixelate(images: Tensor, severity: int, generator: torch.Generator | None = 
     """Average down with a box filter and enlarge again without smoothing. Nothing is drawn.
 
     The rounding to bytes after each step of the released code is left out.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong).
-        generator: Not used; here so that all corruptions are called alike.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
     """
     pixels, share = begin(images, severity, _PIXELATE)
     height, width = pixels.shape[-2:]
@@ -136,16 +93,7 @@ def saturate(images: Tensor, severity: int, generator: torch.Generator | None = 
 
     Grey has no hue; as in the released code it counts as red, so that the offsets of severities 4 and 5 tint it.
 
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 to 5; the first two wash colours out, the others deepen them, so the order is not by strength.
-        generator: Not used; here so that all corruptions are called alike.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
+    The first two severities wash colours out, the others deepen them, so the order is not by strength.
     """
     pixels, (factor, offset) = begin(images, severity, _SATURATE)
     value, low = pixels.amax(dim=1, keepdim=True), pixels.amin(dim=1, keepdim=True)

@@ -47,7 +47,22 @@ class Corruption(Protocol):
         """The name it has in the tables."""
 
     def __call__(self, images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-        """Corrupt ``images`` at ``severity`` 1 to 5 with seeds from a CPU ``generator``."""
+        """Corrupt images.
+
+        Args:
+            images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
+            severity: 1 (mild) to 5 (strong).
+            generator: CPU generator that seeds the images; None for torch's default one. Corruptions that draw nothing
+                leave it alone.
+
+        Returns:
+            New images of the same shape, dtype and device, clipped to [0, 1].
+
+        Raises:
+            ConfigurationError: ``severity`` is not an int from 1 to 5, or ``generator`` is not on the CPU.
+            ImageError: ``images`` is not such a batch, or holds values that are not finite.
+            PixelRangeError: Values lie outside [0, 1].
+        """
 
 
 def in_slices(imagenet: float = 1.0, cifar: float = 1.0) -> Callable[[Corruption], Corruption]:

@@ -42,19 +42,7 @@ _TIE = 1e-3
 
 @in_slices()
 def jpeg_compression(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Round to bytes, compress as JPEG with chroma at half the resolution, and decompress. Nothing is drawn.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong).
-        generator: Not used; here so that all corruptions are called alike.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1], all multiples of 1/255.
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
-    """
+    """Round to bytes, compress as JPEG with chroma at half the resolution, and decompress. Nothing is drawn."""
     pixels, quality = begin(images, severity, _QUALITY)
     return finish(compress(pixels, quality), images)
 

@@ -30,19 +30,7 @@ _STEEP = 1e30
 
 @in_slices()
 def gaussian_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Add independent normal noise to every value, as in low light.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong).
-        generator: CPU generator that seeds the images; ``None`` for torch's default one.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
-    """
+    """Add independent normal noise to every value, as in low light."""
     pixels, sigma = begin(images, severity, _GAUSSIAN)
     noise = Draws(pixels, generator).normal(pixels.shape[1:])
     return finish(noise.mul_(sigma).add_(pixels), images)
@@ -54,17 +42,6 @@ def shot_noise(images: Tensor, severity: int, generator: torch.Generator | None 
 
     Counts are exact in distribution where fewer than 4 photons are expected. Elsewhere they come from the quantile
     expansion, and at most one draw in 600 is off by one photon.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong).
-        generator: CPU generator that seeds the images; ``None`` for torch's default one.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
     """
     pixels, photons = begin(images, severity, _SHOT)
     probability = Draws(pixels, generator).uniform(pixels.shape[1:])
@@ -73,19 +50,7 @@ def shot_noise(images: Tensor, severity: int, generator: torch.Generator | None 
 
 @in_slices()
 def impulse_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Set some values to 0 and as many to 1: salt and pepper in each channel, as from bit errors.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong).
-        generator: CPU generator that seeds the images; ``None`` for torch's default one.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
-    """
+    """Set some values to 0 and as many to 1: salt and pepper in each channel, as from bit errors."""
     pixels, amount = begin(images, severity, _IMPULSE)
     chance = Draws(pixels, generator).uniform(pixels.shape[1:])
     # Products and maxima, because selecting by a mask costs a CPU ten times as much.
@@ -95,19 +60,7 @@ def impulse_noise(images: Tensor, severity: int, generator: torch.Generator | No
 
 @in_slices()
 def speckle_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Add normal noise in proportion to each value: the brighter, the noisier.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong).
-        generator: CPU generator that seeds the images; ``None`` for torch's default one.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
-    """
+    """Add normal noise in proportion to each value: the brighter, the noisier."""
     pixels, sigma = begin(images, severity, _SPECKLE)
     noise = Draws(pixels, generator).normal(pixels.shape[1:])
     return finish(noise.mul_(sigma).add_(1.0).mul_(pixels), images)

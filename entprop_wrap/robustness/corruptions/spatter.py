@@ -53,16 +53,7 @@ def spatter(images: Tensor, severity: int, generator: torch.Generator | None = N
     Water is shaded by the distance to the edges of the drops, which the released code finds with Canny's detector;
     so is this, with exact distances where that code uses a 5 x 5 approximation.
 
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 to 5; water and mud are different corruptions, so the order is not by PSNR.
-        generator: CPU generator that seeds the images; ``None`` for torch's default one.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
+    Water and mud are different corruptions, so severities are not in order of PSNR.
     """
     pixels, (mean, deviation, sigma, least, strength, mud) = begin(images, severity, _SPATTER)
     noise = Draws(pixels, generator).normal((1, *pixels.shape[-2:])) * deviation + mean

@@ -56,16 +56,7 @@ def snow(images: Tensor, severity: int, generator: torch.Generator | None = None
 
     The released code rounds the flakes to bytes; that is left out.
 
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 to 5; the flakes of ImageNet-C change size back and forth, so the order is not by PSNR.
-        generator: CPU generator that seeds the images; ``None`` for torch's default one.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
+    The flakes of ImageNet-C change size back and forth, so severities are not in order of PSNR.
     """
     pixels, (mean, deviation, size, least, radius, sigma, kept) = begin(images, severity, _SNOW)
     draws = Draws(pixels, generator)
@@ -86,17 +77,6 @@ def frost(images: Tensor, severity: int, generator: torch.Generator | None = Non
     The data sets used five photographs. Here five pictures are generated (see :func:`~.textures.panes`) and blended
     with the published weights, so that scores on this corruption are not those on the data sets' frost. The first
     call for images of a new size takes a second or two, to draw them.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong).
-        generator: CPU generator that seeds the images; ``None`` for torch's default one.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
     """
     pixels, (image_weight, ice_weight) = begin(images, severity, _FROST)
     height, width = pixels.shape[-2:]
@@ -111,19 +91,7 @@ def frost(images: Tensor, severity: int, generator: torch.Generator | None = Non
 
 @in_slices()
 def fog(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Add a cloud of plasma and scale back to the brightest value of the image.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1], at least 32 px.
-        severity: 1 (mild) to 5 (strong).
-        generator: CPU generator that seeds the images; ``None`` for torch's default one.
-
-    Returns:
-        New images of the same shape, dtype and device, clipped to [0, 1].
-
-    Raises:
-        ConfigurationError, ImageError, PixelRangeError: See :mod:`~.inputs`.
-    """
+    """Add a cloud of plasma and scale back to the brightest value of the image."""
     pixels, (thickness, decay) = begin(images, severity, _FOG)
     height, width = pixels.shape[-2:]
     cloud = plasma(Draws(pixels, generator), height, width, decay)
