@@ -4,6 +4,7 @@
     accelerate launch examples/train.py --dataset path/to/images --model resnet50 --pretrained
     accelerate launch examples/train.py --methods vanilla entprop advprop fast_advprop --equal-cost
     accelerate launch examples/train.py --dataset timm/oxford-iiit-pet --model microsoft/resnet-50 --pretrained
+    accelerate launch examples/train.py --augment trivialaugment
     accelerate launch examples/train.py --methods entprop advprop --set uncertainty=margin targeted=true --attack 8/255
     accelerate launch examples/train.py --methods entropic_retraining --weights outputs/train/vanilla-seed0/model
 
@@ -29,6 +30,7 @@ from parts.settings import attacks
 
 import entprop_wrap as entprop
 from entprop_wrap import Trainer, TrainerConfig
+from entprop_wrap.data.augmentation import AugmentedImages
 from entprop_wrap.diagnostics import Monitor
 from entprop_wrap.errors import EntPropError
 from entprop_wrap.robustness import evaluate_robustness
@@ -48,6 +50,8 @@ def main() -> None:
     methods = method_parts.build(options)
     blueprint = model_parts.find(options)
     data = data_parts.load(options, blueprint.space, blueprint.size)
+    if options.augment != "none":
+        data.train = AugmentedImages(data.train, options.augment, data.space)
 
     def build():
         return model_parts.start_from(blueprint.build(data.classes), options.weights)

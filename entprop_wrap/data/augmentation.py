@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from entprop_wrap.errors import ConfigurationError
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
-__all__ = ["AUGMENTATIONS", "augmentation"]
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.perturbation import PixelSpace
+
+__all__ = ["AUGMENTATIONS", "AugmentedImages", "augmentation"]
 
 #: What :func:`augmentation` knows.
 AUGMENTATIONS = ("none", "trivialaugment", "randaugment", "augmix", "gaussian")
@@ -44,3 +49,30 @@ def augmentation(name: str, *, sigma: float = 0.1) -> Callable[[Any], Any] | Non
         raise ConfigurationError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, found {name!r}.")
     found: Callable[[Any], Any] | None = known[name]()
     return found
+
+
+class AugmentedImages(Dataset[tuple[Tensor, Any]]):
+    """A dataset of normalised images with an augmentation after all else: as bytes, which torchvision's expect.
+
+    Args:
+        images: Map-style dataset of ``(image (3, H, W), label)``.
+        name: Name of the augmentation, see :func:`augmentation`.
+        space: Pixel space of the images.
+
+    Raises:
+        ConfigurationError: The name is unknown.
+    """
+
+    def __init__(self, images: Any, name: str, space: PixelSpace) -> None:
+        self.images, self.space, self.augment = images, space, augmentation(name)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        image, label = self.images[index]
+        if self.augment is None:
+            return image, label
+        low, scale = self.space.bounds(image[None])[0][0], self.space.scale(image[None])[0]
+        pixels = ((image - low) / scale).clamp(0, 1).mul(255).round().to(torch.uint8)
+        return (self.augment(pixels).to(image.dtype) / 255) * scale + low, label

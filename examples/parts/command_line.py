@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from entprop_wrap.data.augmentation import AUGMENTATIONS
+
 from . import data, methods, models
 
 
@@ -25,6 +27,7 @@ def parse(description: str) -> argparse.Namespace:
     group.add_argument("--max-train", type=int, help="train on so many images, stratified (digits: 300)")
     group.add_argument("--max-eval", type=int, help="test on so many images, stratified")
     group.add_argument("--in-memory", action="store_true", help="decode the images once and keep them in memory")
+    group.add_argument("--augment", choices=AUGMENTATIONS, default="none", help="of training images (default: none)")
     group.add_argument("--workers", type=int, default=0, help="data loader processes (default: 0)")
 
     group = parser.add_argument_group("model")

@@ -54,6 +54,15 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
+def test_an_augmentation_is_for_training_images_only(tmp_path):
+    plain = train(*QUICK, "--max-train", 40, "--methods", "vanilla", output=tmp_path / "plain")
+    augmented = train(*QUICK, "--max-train", 40, "--methods", "vanilla", "--augment", "augmix", output=tmp_path / "aug")
+    assert plain.returncode == augmented.returncode == 0, augmented.stderr
+    first, second = (runs(tmp_path / name)["vanilla"] for name in ("plain", "aug"))
+    assert first != second
+    assert train("--augment", "mixup", output=tmp_path / "no").returncode == 2
+
+
 def test_digits_with_and_without_entprop(tmp_path):
     output = tmp_path / "out"
     done = train(*QUICK[:-2], "--max-train", 100, output=output)
