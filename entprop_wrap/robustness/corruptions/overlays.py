@@ -79,7 +79,7 @@ def plasma_noise(images: Tensor, severity: int, generator: torch.Generator | Non
     growth = 2.25 - draws.uniform((1, 1), 0.5, 1.0)
     scale = draws.uniform((1, 1), 0.075, 0.2) * min(pixels.shape[-2:])
     y, x = lines(pixels)
-    x, y = torch.broadcast_tensors(x / scale, y / scale)
+    x, y = (x / scale).expand(-1, len(y), -1), (y / scale).expand(-1, -1, len(x))
     for fold in range(_FOLDS):
         shift = time / 1.15**fold
         across = (y * 1.93**fold + shift).cos_() / growth**fold
@@ -138,7 +138,7 @@ def spectral_noise(draws: Draws, pixels: Tensor, power: Callable[[Tensor], Tenso
         parts.insert(1, torch.cat([middle, *zero, middle.flip(-2)], dim=-2))
     phases = torch.cat(parts, dim=-1)
     waves = torch.polar(power(distance).expand_as(phases).contiguous(), phases)
-    noise = torch.fft.ifft2(waves.roll((height // 2, width // 2), (-2, -1))).real
+    noise: Tensor = torch.fft.ifft2(waves.roll((height // 2, width // 2), (-2, -1))).real
     return noise / noise.std(dim=(-2, -1), keepdim=True, correction=0)
 
 

@@ -50,7 +50,8 @@ def caustic_refraction(images: Tensor, severity: int, generator: torch.Generator
 
 def _caustics(y: Tensor, x: Tensor, time: Tensor) -> Tensor:
     """Return a web of light ``(N, H, W)`` from 0 to 1, at places in units of its period."""
-    phase_y, phase_x = torch.broadcast_tensors(y.frac() * _TURN, x.frac() * _TURN)
+    phase_y = (y.frac() * _TURN).expand(-1, -1, x.shape[-1])
+    phase_x = (x.frac() * _TURN).expand(-1, y.shape[-2], -1)
     start_y, start_x = phase_y - _START, phase_x - _START
     # The same angles nearer to zero, where float32 is finer.
     angle_y, angle_x = phase_y + (80.0 * math.pi - _START), phase_x + (80.0 * math.pi - _START)
