@@ -63,7 +63,8 @@ def wrap(
         copies: Which tensors each auxiliary domain has of its own. "all": affine parameters and running statistics.
             "statistics": running statistics only, which adds no parameter; norm layers that keep none (layer and group
             norms) are shared. "affine": affine parameters only; running statistics are the main domain's, and an
-            auxiliary pass in training normalises with its batch and records nothing.
+            auxiliary pass in training normalises with its batch and records nothing. Batch norms in training mode
+            normalise with the batch anyway, so "affine" trains the main network of "all".
         include: Modules to copy in addition to the norms recognised: classes, globs over qualified names, or
             predicates ``(name, module) -> bool``.
         exclude: Modules to leave shared by all domains, in the same terms.
