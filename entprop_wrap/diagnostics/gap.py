@@ -80,7 +80,7 @@ def domain_gap(model: nn.Module) -> DomainGap:
             parameters = {
                 key: _relative(_wide(copy._parameters[key]), _wide(parameter))
                 for key, parameter in norm._parameters.items()
-                if parameter is not None
+                if parameter is not None and key in copy._parameters  # others are shared
             }
             layers.append(LayerGap(name, type(norm).__name__, auxiliary, parameters, _divergence(copy, norm)))
     return DomainGap(tuple(layers))
@@ -97,7 +97,7 @@ def _relative(copy: Tensor, main: Tensor) -> float:
 
 
 def _divergence(copy: nn.Module, norm: nn.Module) -> float | None:
-    if not all(isinstance(norm._buffers.get(name), Tensor) for name in ("running_mean", "running_var")):
+    if not all(isinstance(copy._buffers.get(name), Tensor) for name in ("running_mean", "running_var")):
         return None
     eps = float(getattr(norm, "eps", 0.0))
     (mean, var), (other_mean, other_var) = (

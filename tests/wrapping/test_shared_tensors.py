@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import entprop_wrap as entprop
 from entprop_wrap import EntProp
+from entprop_wrap.diagnostics import domain_gap
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods import FastAdvProp
 from tests.distributed import run_processes
@@ -196,6 +197,16 @@ def test_shared_parameters_are_not_rebalanced():
     own, shared = gradients["all"], gradients["statistics"]
     expected = 0.5 * (own.weight.grad + own.entprop_aux.weight.grad)
     torch.testing.assert_close(shared.weight.grad, expected)
+
+
+def test_the_gap_is_that_of_what_is_copied():
+    gaps = {
+        copies: domain_gap(entprop.wrap(_conv_net(), copies=copies)).layers[0] for copies in ("affine", "statistics")
+    }
+    assert gaps["affine"].parameters == {"weight": 0.0, "bias": 0.0}
+    assert gaps["affine"].statistics is None
+    assert gaps["statistics"].parameters == {}
+    assert gaps["statistics"].statistics == 0.0
 
 
 def _two_passes(call, batch):
