@@ -97,7 +97,7 @@ class PGD:
         step = size * direction((gradient * scale).nan_to_num(0.0, 0.0, 0.0))
         change = (images - origin) / scale + step
         change = change * (self.epsilon / length(change)).clamp(max=1)
-        return (origin + change * scale).clamp_(*space.bounds(origin))
+        return (origin + change * scale).clamp_(*space.bounds_around(origin))
 
     def at(self: Ascent, epsilon: float) -> Ascent:
         """Return the same attack at another magnitude; a ``step_size`` that was given stays in proportion."""
@@ -117,7 +117,7 @@ def uniform_start(images: Tensor, epsilon: float, space: PixelSpace, generator: 
         noise = torch.rand_like(images)
     else:  # drawn on the CPU, so that every device gives the same
         noise = sent(torch.rand(images.shape, generator=generator, dtype=images.dtype), images.device)
-    lower, upper = space.bounds(images)
+    lower, upper = space.bounds_around(images)
     moved: Tensor = (images + noise.mul_(2).sub_(1) * (epsilon * space.scale(images))).clamp_(lower, upper)
     return moved
 
@@ -136,7 +136,7 @@ def ball_start(images: Tensor, epsilon: float, space: PixelSpace, generator: tor
         )
     # The volume within radius r grows as r^d, so that r is the d-th root of a uniform number.
     change = epsilon * radius ** (1 / images[0].numel()) * direction(normal)
-    return (images + change * space.scale(images)).clamp_(*space.bounds(images))
+    return (images + change * space.scale(images)).clamp_(*space.bounds_around(images))
 
 
 def direction(gradient: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def features_of(model: nn.Module, *, layer: str | None = None) -> Iterator[Featu
 
 def _head(calls: list[_Call], output: Any, batch: int) -> _Call:
     """Return the first call whose output is, or shares memory with, the logits."""
-    classes = logits_of(output, batch, differentiable=False).shape[1]
+    classes = logits_of(output, batch, differentiable=False, least=1).shape[1]
     found = [call for call in calls if _same(call.output, raw_logits(output))]
     if not found:
         # The model has computed on: a cast, a mean over positions or heads. Then it is what last had as many outputs.

@@ -115,6 +115,11 @@ class PixelSpace:
         lower, upper, _ = self._constants(like.device, like.dtype)
         return lower, upper
 
+    def bounds_around(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how far each value of ``images`` may go: to valid pixels, and no further out where it is outside."""
+        lower, upper = self.bounds(images)
+        return torch.minimum(lower, images), torch.maximum(upper, images)
+
     def scale(self, like: Tensor) -> Tensor:
         """Return what the full pixel range is in these images, as ``(1, C, 1, 1)``: multiply an epsilon by it."""
         return self._constants(like.device, like.dtype)[2]
@@ -123,7 +128,7 @@ class PixelSpace:
     def _constants(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         with torch.inference_mode(False):  # what is made in inference mode cannot be used in training, and this is kept
             mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (self.mean, self.std))
-            lower, upper, scale = (v.to(device, dtype) for v in ((0 - mean) / std, (1 - mean) / std, 1 / std))
+            lower, upper, scale = (v.to(dtype).to(device) for v in ((0 - mean) / std, (1 - mean) / std, 1 / std))
         return lower, upper, scale
 
 
@@ -139,7 +144,8 @@ def ascend(
     """Take one signed gradient step from ``images``, and stay within ``epsilon`` of ``origin`` and in valid pixels.
 
     ``clamp(origin + clip(images - origin + step_size * sign(gradient), -epsilon, epsilon), pixel 0, pixel 1)``. Only
-    the sign of the gradient matters, so a loss scaled for fp16 will do; where the gradient is NaN nothing moves.
+    the sign of the gradient matters, so a loss scaled for fp16 will do; where the gradient is NaN nothing moves. A
+    value of ``origin`` outside valid pixels (random erasing, overshoots of interpolation) moves no further out.
 
     Args:
         images: ``(N, C, H, W)`` in ``space``: where the attack stands.
@@ -152,7 +158,6 @@ def ascend(
     Source: PGD (Madry et al., ICLR 2018, section 2.1), without a random start.
     """
     scale = space.scale(origin)
-    lower, upper = space.bounds(origin)
     direction = gradient.sign().nan_to_num_(nan=0.0)
     reach = epsilon * scale
     moved = (
@@ -160,7 +165,7 @@ def ascend(
         if images is origin
         else ((images - origin).add_(direction.mul_(step_size * scale)).clamp_(-reach, reach))
     )
-    return moved.add_(origin).clamp_(lower, upper)
+    return moved.add_(origin).clamp_(*space.bounds_around(origin))
 
 
 def check_magnitude(name: str, value: float) -> None:

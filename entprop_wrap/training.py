@@ -14,6 +14,7 @@ from entprop_wrap.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.registry import find_registry, refuse_idle_copies, refuse_inside_block
+from entprop_wrap.snapshot import Snapshot
 from entprop_wrap.step import Method, Step, StepOutput, check_method
 
 __all__ = ["check_loss", "check_pixel_space", "training_step"]
@@ -82,7 +83,16 @@ def training_step(
     step = Step(
         model, images, labels, pixel_space or PixelSpace(), cross_entropy if loss is None else loss, backward, generator
     )
-    return method.step(step)
+    before = Snapshot(model, gradients=not step.checker.stepped)
+    step.checker.watch.begin(before.has_gradients)
+    try:
+        output = method.step(step)
+    except BaseException:
+        before.restore()
+        raise
+    step.checker.watch.end(before.parameters)
+    step.checker.stepped = True
+    return output
 
 
 def check_pixel_space(space: object) -> None:

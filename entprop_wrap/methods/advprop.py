@@ -15,7 +15,6 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
 from entprop_wrap.mixing import sent
 from entprop_wrap.options import check_flag, check_name, check_number
-from entprop_wrap.selection import entropy
 from entprop_wrap.step import Step, StepOutput
 
 __all__ = ["AdvProp"]
@@ -90,17 +89,15 @@ def propagate(
             losses.append(target.loss(step.loss, aux_logits[-1]))
             step.backward(weights[auxiliary] * losses[-1])
         aux_logits[-1], losses[-1] = aux_logits[-1].detach(), weights[auxiliary] * losses[-1].detach()
-    logits, main_loss, aux_loss = logits.detach(), main_loss.detach(), torch.stack(losses).sum()
-    return StepOutput(
+    aux_loss = torch.stack(losses).sum()
+    return step.output(
         loss=main_loss + aux_loss,
         main_loss=main_loss,
         logits=logits,
-        entropy=entropy(logits),
         passes=passes,
         aux_loss=aux_loss / sum(weights.values()),
         aux_logits=torch.cat(aux_logits),
         aux_images=torch.cat(images),
-        checker=step.checker,
     )
 
 
@@ -131,5 +128,5 @@ def check_targets(step: Step, targeted: bool) -> None:
 
 def wrong_labels(labels: Tensor, classes: int, generator: torch.Generator | None) -> Tensor:
     """Return for each of ``labels`` ``(N,)`` another class, uniformly at random."""
-    shift = sent(torch.randint(1, classes, labels.shape, generator=generator), labels.device)
-    return (labels + shift) % classes
+    shift = sent(torch.randint(1, max(classes, 2), labels.shape, generator=generator), labels.device)
+    return (labels + shift) % max(classes, 2)

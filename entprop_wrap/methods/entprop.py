@@ -157,17 +157,15 @@ class EntProp:
             weight = number / batch if self.weighting == "per_image" else 1.0
             step.backward(weight * aux_loss)
 
-        return StepOutput(
+        return step.output(
             loss=main_loss.detach() + weight * aux_loss.detach(),
-            main_loss=main_loss.detach(),
+            main_loss=main_loss,
             logits=logits,
-            entropy=entropy(logits),
             passes=(batch + number * max(self.attack_steps, 1)) / batch,
-            aux_loss=aux_loss.detach(),
-            aux_logits=aux_logits.detach(),
+            aux_loss=aux_loss,
+            aux_logits=aux_logits,
             aux_images=aux_images,
             selected=selected,
-            checker=step.checker,
         )
 
     def _harden(
@@ -176,7 +174,7 @@ class EntProp:
         origin, target, gradient = take(images, selected), target.rows(selected), take(gradient, selected)
         if self.mix is not None and self.mix_on == "auxiliary":
             mix = self.mix.draw(origin.shape, step.generator)
-            origin, target = mix.apply(origin), Target.mixed(target.labels, mix)
+            origin, target = mix.apply(origin), Target.mixed(target.labels, mix, target.index)
             # The gradient of the mixed loss for a change that both parents share, to first order.
             gradient = mix.apply(gradient)
         if self.auxiliary_target == "source":

@@ -97,7 +97,7 @@ class EntropyAscent:
             ModelOutputError: No layer makes the logits, see ``features_of``.
             UnsupportedModelError: The model uses reentrant checkpointing in evaluation mode.
         """
-        lower, upper = space.bounds(images)
+        lower, upper = space.bounds_around(images)
         step_size = self.step_size * space.scale(images) ** 2  # of gradients with respect to normalised images
         moved, origin = images.detach(), None
         with evaluating(model), features_of(model, layer=self.layer) if self.gamma else nullcontext() as features:

@@ -18,7 +18,6 @@ from entprop_wrap.errors import ConfigurationError, ModelOutputError, Unsupporte
 from entprop_wrap.losses import mean_entropy
 from entprop_wrap.norms import is_norm
 from entprop_wrap.options import check_number
-from entprop_wrap.selection import entropy
 from entprop_wrap.step import Step, StepOutput
 
 __all__ = ["EntropicRetraining", "activation_entropy"]
@@ -99,8 +98,7 @@ class EntropicRetraining:
             evenness = [activation_entropy(output, channels=channels).mean() for output, channels in recorded]
             loss = loss - self.activation_weight * torch.stack(evenness).mean()
         step.backward(loss)
-        logits = logits.detach()
-        return StepOutput(loss.detach(), main_loss.detach(), logits, entropy(logits), passes=1.0, checker=step.checker)
+        return step.output(loss=loss, main_loss=main_loss, logits=logits, passes=1.0)
 
     @contextmanager
     def _recorded(self, model: nn.Module) -> Iterator[list[tuple[Tensor, int]]]:

@@ -8,7 +8,6 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
 from entprop_wrap.mixing import Mixer, MixUp
 from entprop_wrap.options import check_name, check_number
-from entprop_wrap.selection import entropy
 from entprop_wrap.step import Step, StepOutput
 
 __all__ = ["MixProp"]
@@ -58,15 +57,12 @@ class MixProp:
             aux_logits = step.forward(images)
             aux_loss = Target.mixed(step.labels, mix).loss(step.loss, aux_logits)
             step.backward(self.weight * aux_loss)
-        logits, main_loss, aux_loss = logits.detach(), main_loss.detach(), aux_loss.detach()
-        return StepOutput(
+        return step.output(
             loss=main_loss + self.weight * aux_loss,
             main_loss=main_loss,
             logits=logits,
-            entropy=entropy(logits),
             passes=2.0,
             aux_loss=aux_loss,
-            aux_logits=aux_logits.detach(),
+            aux_logits=aux_logits,
             aux_images=images,
-            checker=step.checker,
         )
