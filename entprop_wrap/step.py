@@ -88,14 +88,17 @@ class StepOutput:
 class FinishedLoss(Tensor):
     """A loss whose backward has run: a plain tensor in all else."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors
 
     def backward(self, *args: Any, **options: Any) -> None:
         """Raise :class:`ConfigurationError`: the step has done it."""
         raise ConfigurationError("training_step() has run the backward of this loss: leave out loss.backward().")
 
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.as_subclass(Tensor).clone()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 class Method(Protocol):
@@ -150,6 +153,7 @@ class Step:
         self._backward = backward
         self._tells_last = backward is not None and bool(asked(backward, ("last",), 1))
         self._local = 0  # depth of only_local blocks
+        self._ended = False  # whether the last backward has run
         if self.checker.classes is None:
             checks.check_takes_images(plain_model(model))
         else:
@@ -186,6 +190,12 @@ class Step:
         """
         check_scalar(loss)
         last = self._local == 0
+        if last and self._ended and self._tells_last:
+            raise ConfigurationError(
+                "The method ran two backwards of which each could be the last. Expected all but the last inside "
+                "step.only_local()."
+            )
+        self._ended |= last
         if self._backward is None and loss.device.type == "cpu" and not bool(loss.detach().isfinite()):
             raise DivergedError(
                 f"The loss is {float(loss.detach())}: the step was undone. Lower the learning rate, clip gradients, or "
