@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.options import check_number
 
-__all__ = ["CutMix", "Mix", "MixUp", "Mixer", "sent", "take"]
+__all__ = ["CutMix", "Mix", "MixUp", "Mixer", "find_mixer", "sent", "take"]
 
 
 class Mix(Protocol):
@@ -116,6 +116,26 @@ class CutMix:
         columns = _interval(dice.randrange(width), side * width, width)
         area = (rows.stop - rows.start) * (columns.stop - columns.start)
         return _Paste(torch.randperm(shape[0], generator=generator), 1 - area / (height * width), (rows, columns))
+
+
+def find_mixer(mix: Mixer | str | None, alpha: float | None = None) -> Mixer | None:
+    """Return the mixer that ``mix`` is, or names: "mixup", "cutmix", "none"; with another ``alpha`` if it is given.
+
+    Raises:
+        ConfigurationError: There is none of that name, or it has no alpha.
+    """
+    found: Any = (
+        {"mixup": MixUp(), "cutmix": CutMix(), "none": None}.get(mix.lower(), mix) if isinstance(mix, str) else mix
+    )
+    if found is not None and (isinstance(found, type) or not hasattr(found, "draw")):
+        raise ConfigurationError(
+            f"mix must be a mixer such as MixUp(alpha=1.0), 'mixup', 'cutmix', or None; found {mix!r}."
+        )
+    if alpha is None:
+        return cast("Mixer | None", found)
+    if not isinstance(found, (MixUp, CutMix)):
+        raise ConfigurationError(f"alpha is for MixUp and CutMix; found alpha={alpha!r} with mix={mix!r}.")
+    return replace(found, alpha=alpha)
 
 
 def sent(drawn: Tensor, device: torch.device) -> Tensor:

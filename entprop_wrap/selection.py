@@ -26,6 +26,7 @@ __all__ = [
     "count",
     "cross_entropy",
     "entropy",
+    "find_uncertainty",
     "least_confidence",
     "logit_margin",
     "random",
@@ -93,6 +94,22 @@ def two_classes(logits: Tensor, labels: Tensor | None = None) -> tuple[Tensor, A
     if labels is not None and labels.is_floating_point():
         labels = torch.cat([1 - labels, labels], dim=-1)
     return F.pad(logits, (1, 0)), labels
+
+
+def find_uncertainty(uncertainty: Uncertainty | str) -> Uncertainty:
+    """Return the score that ``uncertainty`` is, or names, such as "entropy".
+
+    Raises:
+        ConfigurationError: There is none of that name, or it is not a function.
+    """
+    named = {score.__name__: score for score in (entropy, least_confidence, logit_margin, cross_entropy, random)}
+    found = named.get(uncertainty) if isinstance(uncertainty, str) else uncertainty
+    if not callable(found):
+        raise ConfigurationError(
+            f"uncertainty must be a function (logits, labels) -> scores, or one of {list(named)}; found "
+            f"{uncertainty!r}."
+        )
+    return found
 
 
 def scores(

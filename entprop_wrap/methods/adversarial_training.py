@@ -51,7 +51,7 @@ class AdversarialTraining:
         ConfigurationError: An option is out of range, or has no effect together with the others.
     """
 
-    attack: Attack = PGD(epsilon=8 / 255, steps=10, step_size=2 / 255)  # noqa: RUF009 - frozen
+    attack: PGD | Attack = PGD(epsilon=8 / 255, steps=10, step_size=2 / 255)  # noqa: RUF009 - frozen
     kind: Literal["pgd", "trades"] = "pgd"
     beta: float = 6.0
     clean_weight: float = 0.0

@@ -37,7 +37,7 @@ class AdvProp:
         auxiliary: Name of the auxiliary domain.
     """
 
-    attack: Attack = PGD()  # noqa: RUF009 - frozen
+    attack: PGD | Attack = PGD()  # noqa: RUF009 - frozen
     targeted: bool = False
     attack_statistics: Literal["running", "batch"] = "running"
     weight: float = 1.0

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
-from entprop_wrap.mixing import Mixer, MixUp, take
+from entprop_wrap.mixing import Mixer, find_mixer, take
 from entprop_wrap.options import check_integer, check_name, check_number
 from entprop_wrap.perturbation import ascend, check_magnitude
-from entprop_wrap.selection import Uncertainty, count, entropy, scores, top
+from entprop_wrap.selection import Uncertainty, count, find_uncertainty, scores, top
 from entprop_wrap.step import Step, StepOutput, input_gradient
 
 __all__ = ["EntProp"]
@@ -46,12 +46,14 @@ class EntProp:
             (section 4.1.2).
         step_size: Change per attack step, likewise. None: all of ``epsilon`` for one step, ``epsilon / (n + 1)`` for
             more, which is 1/255 at the default epsilon (section 4.1.2).
-        mix: What raises entropy before selection: ``MixUp(alpha)``, ``CutMix(alpha)``, your own mixer, or None.
+        mix: What raises entropy before selection: ``MixUp(alpha)`` or "mixup", ``CutMix(alpha)`` or "cutmix", your own
+            mixer, or None.
         mix_on: "batch" mixes the whole batch before the main pass (Algorithm 1); "auxiliary" keeps the main pass clean
             and mixes the selected images among themselves, their gradients likewise.
         auxiliary_target: Of mixed images in the auxiliary pass: "mixed" has both labels, as in the main pass; "source"
             only the first, which is the wrong one where ``share < 1/2`` (Algorithm 1 to the letter).
-        uncertainty: Score to select by, ``(logits, labels) -> (N,)``; see ``entprop_wrap.selection``. The labels are
+        uncertainty: Score to select by, ``(logits, labels) -> (N,)``, or the name of one; see
+            ``entprop_wrap.selection``. The labels are
             those of the images themselves, also where the batch is mixed. ``selection.random`` is the control.
         threshold: Select only samples that score above it, in units of the score (nats, for entropy), and ``fraction``
             of the batch at the most; but 2 also where fewer are above it, because batch statistics need as many. The
@@ -62,6 +64,7 @@ class EntProp:
         auxiliary: Name of the auxiliary domain; None lets the selected images share the main norms, on a plain or a
             wrapped model: the same step without copies, the control that shows what copies do. Batch norms then record
             the statistics of the batch and of the selected images, one after the other.
+        alpha: Of the mixer, where ``mix`` names it; the mixer then has it, and this is None.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -72,13 +75,14 @@ class EntProp:
     attack_steps: int = 1
     epsilon: float | None = None
     step_size: float | None = None
-    mix: Mixer | None = MixUp()  # noqa: RUF009 - frozen
+    mix: str | None | Mixer = "mixup"  # noqa: RUF036 - parsers of command lines try types in this order
     mix_on: Literal["batch", "auxiliary"] = "batch"
     auxiliary_target: Literal["mixed", "source"] = "mixed"
-    uncertainty: Uncertainty = entropy
+    uncertainty: str | None | Uncertainty = "entropy"  # noqa: RUF036
     threshold: float | None = None
     weighting: Literal["per_image", "sum"] = "per_image"
     auxiliary: str | None = "aux"
+    alpha: float | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_number("fraction", self.fraction, lambda value: 0 < value <= 1, "in (0, 1], a share of the batch")
@@ -86,8 +90,10 @@ class EntProp:
         for name in ("epsilon", "step_size"):
             if (value := getattr(self, name)) is not None:
                 check_magnitude(name, value)
-        if self.mix is not None and (isinstance(self.mix, type) or not hasattr(self.mix, "draw")):
-            raise ConfigurationError(f"mix must be a mixer such as MixUp(alpha=1.0), or None; found {self.mix!r}.")
+        # From plain types, as command lines and YAML files have them, to what they stand for.
+        object.__setattr__(self, "mix", find_mixer(self.mix, self.alpha))
+        object.__setattr__(self, "alpha", None)
+        object.__setattr__(self, "uncertainty", find_uncertainty(self.uncertainty or "entropy"))
         for name, allowed in (
             ("mix_on", ("batch", "auxiliary")),
             ("auxiliary_target", ("mixed", "source")),
@@ -95,11 +101,6 @@ class EntProp:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(f"{name} must be one of {allowed}, found {getattr(self, name)!r}.")
-        if not callable(self.uncertainty):
-            raise ConfigurationError(
-                f"uncertainty must be a function (logits, labels) -> scores, found {self.uncertainty!r}. Write "
-                "uncertainty=entprop_wrap.selection.entropy."
-            )
         if self.threshold is not None:
             check_number("threshold", self.threshold, lambda value: True, "in units of the score, or None")
         if self.auxiliary is not None:
@@ -113,7 +114,8 @@ class EntProp:
         most of them hardly at all (``MixUp(0.1)``). The paper mixes the whole batch, for 100 epochs; in 4 to 20 that
         costs accuracy. Ours, by measurement: docs/finetuning.md has the evidence, and what did not work.
         """
-        return cls(**{"fraction": 0.3, "mix": MixUp(0.1), "mix_on": "auxiliary", **options})
+        mix = {} if "mix" in options else {"alpha": 0.1}
+        return cls(**{"fraction": 0.3, "mix_on": "auxiliary", **mix, **options})
 
     @property
     def auxiliaries(self) -> tuple[str, ...]:
@@ -133,14 +135,15 @@ class EntProp:
         number = count(batch, self.fraction)
 
         images, target = step.images, Target(step.labels)
-        if self.mix is not None and self.mix_on == "batch":
-            mix = self.mix.draw(images.shape, step.generator)
+        mixer = cast("Mixer | None", self.mix)
+        if mixer is not None and self.mix_on == "batch":
+            mix = mixer.draw(images.shape, step.generator)
             images, target = mix.apply(images), Target.mixed(step.labels, mix)
         images = images.detach().requires_grad_(self.attack_steps > 0)
         with step.only_local():
             logits = step.forward(images)
             main_loss = target.loss(step.loss, logits)
-            score = scores(self.uncertainty, logits.detach(), step.labels, step.generator)
+            score = scores(cast(Uncertainty, self.uncertainty), logits.detach(), step.labels, step.generator)
             selected = top(score, number)
             step.backward(main_loss)
         logits = logits.detach()
@@ -172,8 +175,9 @@ class EntProp:
         self, step: Step, images: Tensor, gradient: Tensor, target: Target, selected: Tensor
     ) -> tuple[Tensor, Target]:
         origin, target, gradient = take(images, selected), target.rows(selected), take(gradient, selected)
-        if self.mix is not None and self.mix_on == "auxiliary":
-            mix = self.mix.draw(origin.shape, step.generator)
+        mixer = cast("Mixer | None", self.mix)
+        if mixer is not None and self.mix_on == "auxiliary":
+            mix = mixer.draw(origin.shape, step.generator)
             origin, target = mix.apply(origin), Target.mixed(target.labels, mix, target.index)
             # The gradient of the mixed loss for a change that both parents share, to first order.
             gradient = mix.apply(gradient)
