@@ -169,6 +169,7 @@ class Checker:
         self.warned = False  # of too small auxiliary batches, on a model without copies
         self.classes: int | None = None  # known after the first pass
         self.loss_seen = False  # to be a mean over images
+        self.mixing_seen = False  # whether labels are those of mixed images was looked at
         self.stepped = False  # to the end of a training step
         self.space_seen = False  # to fit the images, so that what lies outside is noise
         self.whole: str | None = None  # a layer that needs whole batches; "" if there is none

@@ -148,7 +148,7 @@ class Step:
         self.checker = checks.checker_of(plain_model(model))
         self.checker.images(images, space)
         self.model, self.images, self.space, self.generator = model, images.detach(), space, generator
-        self.loss = StepLoss(loss, self.checker)
+        self.loss = StepLoss(loss, self.checker, len(images))
         self.labels = checks.check_labels(labels, images)
         self._backward = backward
         self._tells_last = backward is not None and bool(asked(backward, ("last",), 1))
@@ -325,6 +325,20 @@ class Step:
                     "Face models), or attack_steps=1."
                 ) from error
         return gradient
+
+    def warn_if_mixed(self) -> None:
+        """Warn once per model if labels look like those of images that the loop has mixed already."""
+        if self.checker.mixing_seen or not self.labels.is_floating_point():
+            return
+        self.checker.mixing_seen = True
+        several = (self.labels > self.labels.amin(1, keepdim=True) + 1e-4).sum(1) > 1
+        one_in_all = self.labels.sum(1) < 1.01  # not multi-hot
+        if self.labels.shape[1] > 2 and bool((several & one_in_all).any()):
+            warnings.warn(
+                "Some labels hold several classes, as of images that were mixed, and the method mixes them again. If "
+                "the loop mixes (timm's Mixup, torchvision's RandomMixup), leave that out, or write mix=None.",
+                stacklevel=5,
+            )
 
     def warn_if_few(self, number: int) -> None:
         """Warn once per model if ``number`` images are too few for the batch statistics of an auxiliary pass."""

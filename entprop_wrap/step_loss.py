@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.checks import Checker, raw_logits
-from entprop_wrap.errors import ConfigurationError, ModelOutputError
+from entprop_wrap.errors import ConfigurationError, EntPropError, ModelOutputError
 from entprop_wrap.losses import Loss, Pass, asked, is_mean, takes_any_targets
 
 __all__ = ["StepLoss", "check_scalar", "refuse_idle_heads"]
@@ -23,8 +23,8 @@ class StepLoss:
     Only a call shows whether a loss is a mean over rows; that is looked at once for each model.
     """
 
-    def __init__(self, loss: Loss, checker: Checker) -> None:
-        self.loss, self.checker = loss, checker
+    def __init__(self, loss: Loss, checker: Checker, batch: int) -> None:
+        self.loss, self.checker, self.batch = loss, checker, batch
         self.asked = asked(loss, Pass.__dataclass_fields__, 2)
         self.takes_any_targets = takes_any_targets(loss)
         self._passes: deque[tuple[Tensor, Any, Tensor]] = deque(maxlen=2)  # of one backward: TRADES has two
@@ -48,8 +48,21 @@ class StepLoss:
         Raises:
             ConfigurationError: It is no mean over rows, or its logits are not those of a pass.
         """
+        if (rows is not None or len(logits) < self.batch) and getattr(self.loss, "num_splits", 1) > 1:
+            raise ConfigurationError(
+                f"{type(self.loss).__name__} takes whole images with their {self.loss.num_splits} splits; the method "  # type: ignore[attr-defined]
+                "mixes or selects single images. Leave out --jsd-loss and --aug-splits, or train with AdvProp."
+            )
         more = self._more(logits, rows) if self.asked else {}
-        value = self.loss(logits, labels, **more)
+        try:
+            value = self.loss(logits, labels, **more)
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+            if len(logits) == self.batch or isinstance(error, (EntPropError, torch.OutOfMemoryError)):
+                raise
+            raise ConfigurationError(
+                f"loss failed on {len(logits)} of the batch's {self.batch} images ({type(error).__name__}: {error}). "
+                "The method calls it on parts of a batch: expected a mean over whatever rows it is given."
+            ) from error
         if not self.checker.loss_seen:
             check_scalar(value)
             if not is_mean(self.loss, logits, labels, value, more):

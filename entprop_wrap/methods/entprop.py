@@ -134,6 +134,8 @@ class EntProp:
         batch = len(step.images)
         number = count(batch, self.fraction)
 
+        if self.mix is not None:
+            step.warn_if_mixed()
         images, target = step.images, Target(step.labels)
         mixer = cast("Mixer | None", self.mix)
         if mixer is not None and self.mix_on == "batch":

@@ -52,6 +52,7 @@ class MixProp:
 
     def step(self, step: Step) -> StepOutput:
         """Run the step."""
+        step.warn_if_mixed()
         with step.only_local():
             logits = step.forward(step.images)
             main_loss = Target(step.labels).loss(step.loss, logits)

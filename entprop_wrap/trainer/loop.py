@@ -119,7 +119,10 @@ class Loop:
         if self.config.max_grad_norm is not None:
             accelerator.clip_grad_norm_(state.prepared.model.parameters(), self.config.max_grad_norm)
         state.learning_rate = float(optimizer.param_groups[0]["lr"])
-        optimizer.step()
+        try:
+            optimizer.step()
+        except DivergedError as error:  # seen at once on the CPU; on an accelerator with the next log line
+            raise self._diverged(f"The loss was not finite up to step {state.position.step + 1}") from error
         if not accelerator.optimizer_step_was_skipped:  # fp16: gradients overflowed, the scaler adapts
             state.schedule.step()
             if state.average is not None:
@@ -137,16 +140,19 @@ class Loop:
         seconds = self.timer.lap()
         # Under fp16 single overflows are part of the method; a window of nothing else is not.
         if finite < batches and not (state.prepared.precision == "fp16" and finite > 0):
-            latest = self.checkpoints.latest()
-            raise DivergedError(
-                f"The loss was not finite in {batches - finite} of the {batches} batches up to step {position.step}. "
-                f"The last checkpoint: {latest or 'none'}. Try a smaller learning rate, a max_grad_norm, or "
-                "mixed_precision='bf16' for 'fp16'."
+            raise self._diverged(
+                f"The loss was not finite in {batches - finite} of the {batches} batches up to step {position.step}"
             )
         values["learning_rate"] = state.learning_rate
         values["images_per_second"] = images * self.accelerator.num_processes / seconds
         self._write("train", values)
         self.bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(
+            f"{what}. The last checkpoint: {self.checkpoints.latest() or 'none'}. Try a smaller learning rate, a "
+            "max_grad_norm, or mixed_precision='bf16' for 'fp16'."
+        )
 
     def _end_epoch(self, save_due: bool) -> None:
         position, config = self.state.position, self.config

@@ -1,5 +1,6 @@
 """Losses that see more than logits and labels: several heads, a teacher, rows of the batch; binary ones."""
 
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -242,3 +243,36 @@ def test_timms_split_batch_norm_is_refused_where_images_are_selected():
     with pytest.raises(UnsupportedModelError, match="--split-bn"):
         step(model, entprop.EntProp(fraction=0.5))
     assert all(torch.equal(before[name], value) for name, value in state(model).items())
+
+
+@pytest.mark.parametrize("batch", [12, 24])
+def test_jsd_over_splits_is_refused_where_images_are_selected(batch):
+    loss = pytest.importorskip("timm.loss").JsdCrossEntropy(num_splits=3)
+    images, labels = IMAGES.repeat(batch // 12, 1, 1, 1), LABELS.repeat(batch // 12)
+    model = ready()
+    before = state(model)
+    for given in (loss, lambda logits, labels: loss(logits, labels)):
+        with pytest.raises(ConfigurationError, match=r"splits|failed on"):
+            step(model, entprop.EntProp(fraction=0.5 if given is loss else 0.4), given, labels, images)
+        assert all(torch.equal(before[name], value) for name, value in state(model).items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(ConfigurationError, match="splits"):  # all of them, in another order
+        step(model, entprop.EntProp(fraction=1, mix=None), loss, labels, images)
+    step(model, METHODS["advprop"], loss, labels, images)
+
+
+# Mixing twice ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["entprop", "entprop_auxiliary", "mixprop"])
+def test_mixing_what_a_loop_has_mixed_warns_once(name):
+    model = ready()
+    one_hot = F.one_hot(LABELS, 4).float()
+    mixed = 0.7 * one_hot + 0.3 * one_hot.flip(0)
+    with pytest.warns(UserWarning, match="write mix=None"):
+        step(model, METHODS[name], labels=0.9 * mixed + 0.025)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Some labels hold")
+        step(model, METHODS[name], labels=mixed)
+        step(ready(), METHODS[name], labels=0.9 * one_hot + 0.025)  # smoothed
+        step(ready(), entprop.EntProp(fraction=0.5, mix=None), labels=mixed)
