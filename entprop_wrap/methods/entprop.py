@@ -11,7 +11,15 @@ from torch import Tensor
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
 from entprop_wrap.mixing import Mixer, MixUp, take
-from entprop_wrap.options import check_integer, check_name, check_number
+from entprop_wrap.options import (
+    check_choice,
+    check_function,
+    check_integer,
+    check_name,
+    check_number,
+    shown,
+    store_as_python,
+)
 from entprop_wrap.perturbation import ascend, check_magnitude
 from entprop_wrap.selection import Uncertainty, count, entropy, scores, top
 from entprop_wrap.step import Step, StepOutput, input_gradient
@@ -81,25 +89,22 @@ class EntProp:
     auxiliary: str | None = "aux"
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_number("fraction", self.fraction, lambda value: 0 < value <= 1, "in (0, 1], a share of the batch")
         check_integer("attack_steps", self.attack_steps, 0)
         for name in ("epsilon", "step_size"):
             if (value := getattr(self, name)) is not None:
                 check_magnitude(name, value)
         if self.mix is not None and (isinstance(self.mix, type) or not hasattr(self.mix, "draw")):
-            raise ConfigurationError(f"mix must be a mixer such as MixUp(alpha=1.0), or None; found {self.mix!r}.")
+            raise ConfigurationError(f"mix must be a mixer such as MixUp(alpha=1.0), or None; found {shown(self.mix)}.")
         for name, allowed in (
             ("mix_on", ("batch", "auxiliary")),
             ("auxiliary_target", ("mixed", "source")),
             ("weighting", ("per_image", "sum")),
         ):
-            if getattr(self, name) not in allowed:
-                raise ConfigurationError(f"{name} must be one of {allowed}, found {getattr(self, name)!r}.")
-        if not callable(self.uncertainty):
-            raise ConfigurationError(
-                f"uncertainty must be a function (logits, labels) -> scores, found {self.uncertainty!r}. Write "
-                "uncertainty=entprop_wrap.selection.entropy."
-            )
+            check_choice(name, getattr(self, name), allowed)
+        example = "uncertainty=entprop_wrap.selection.entropy"
+        check_function("uncertainty", self.uncertainty, "(logits, labels) -> scores", example)
         if self.threshold is not None:
             check_number("threshold", self.threshold, lambda value: True, "in units of the score, or None")
         if self.auxiliary is not None:

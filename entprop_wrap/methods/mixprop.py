@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
 from entprop_wrap.mixing import Mixer, MixUp
-from entprop_wrap.options import check_name, check_number
+from entprop_wrap.options import check_name, check_number, shown, store_as_python
 from entprop_wrap.selection import entropy
 from entprop_wrap.step import Step, StepOutput
 
@@ -36,10 +36,11 @@ class MixProp:
     auxiliary: str = "aux"
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_number("weight", self.weight, lambda value: value > 0, "above 0")
         check_name("auxiliary", self.auxiliary)
         if isinstance(self.mix, type) or not hasattr(self.mix, "draw"):
-            raise ConfigurationError(f"mix must be a mixer such as MixUp(alpha=1.0), found {self.mix!r}.")
+            raise ConfigurationError(f"mix must be a mixer such as MixUp(alpha=1.0), found {shown(self.mix)}.")
 
     @property
     def auxiliaries(self) -> tuple[str, ...]:
