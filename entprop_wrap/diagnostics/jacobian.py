@@ -84,7 +84,7 @@ def input_jacobian(
     Source: the norm by which Jin et al. (2020, arXiv 2011.13538) explain what entropy maximisation does.
     """
     if auxiliary is not None:
-        check_name("auxiliary", auxiliary, ", or None for the main one")
+        auxiliary = check_name("auxiliary", auxiliary, ", or None for the main one")
     space, seed = space_of(pixel_space), check_seed(seed)
     frobenius, spectral = [], []
     with isolated(model, seed):

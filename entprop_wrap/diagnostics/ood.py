@@ -92,7 +92,7 @@ def selection_ood(
     *,
     method: Method | None = None,
     ood: Iterable[Any] | None = None,
-    corruptions: Sequence[str] = ("gaussian_noise", "fog", "contrast"),
+    corruptions: Sequence[str] | None = ("gaussian_noise", "fog", "contrast"),
     severities: Sequence[int] = (3,),
     pixel_space: PixelSpace | None = None,
     max_images: int | None = None,
@@ -109,7 +109,7 @@ def selection_ood(
         data: Batches ``(images, labels)`` or dicts, as training sees them: ``fraction`` is one of each batch.
         method: What selects; None: ``EntProp()``.
         ood: Batches of out-of-distribution images in the same form; None: ``data`` under ``corruptions``.
-        corruptions: Names from ``entprop_wrap.robustness.CORRUPTIONS``; images are then at least 32 px.
+        corruptions: Names from ``entprop_wrap.robustness.CORRUPTIONS``, None for all; images are then at least 32 px.
         severities: From 1 (mild) to 5 (strong).
         pixel_space: What both are normalised with; None: nothing.
         max_images: Number of images to stop at, of ``data`` and of ``ood``; None: all.
