@@ -167,7 +167,7 @@ class GrowingBatches:
 
     def _load(self, pairs: Dataset[Any], chunks: list[list[int]], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
-            ReproducibleBatches(pairs, default_collate, self.first.seed, epoch),
+            ReproducibleBatches(pairs, default_collate, self.first.seed, epoch, self.first.name),
             batch_sampler=chunks,
             collate_fn=as_it_is,
             generator=torch.Generator(),  # else torch draws from the generator that dropout draws from
