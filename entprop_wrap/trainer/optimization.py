@@ -15,6 +15,7 @@ from entprop_wrap.optimizers import check_optimizer, parameter_groups
 from entprop_wrap.registry import find_registry
 from entprop_wrap.step import Method
 from entprop_wrap.trainer.config import TrainerConfig
+from entprop_wrap.trainer.run_state import to_python
 from entprop_wrap.wrapping import is_wrapped, unwrap, wrap
 
 __all__ = ["wrap_with_optimizer"]
@@ -44,7 +45,11 @@ def wrap_with_optimizer(
         optimizer = given or build_optimizer(model, config)
         if is_wrapped(model):
             check_optimizer(model, optimizer)
-        return optimizer, build_schedule(optimizer, config, total_steps)
+        schedule = build_schedule(optimizer, config, total_steps)
+        # A resumed run reads Python's numbers from its checkpoint: this one computes with them, too.
+        for options in (*optimizer.param_groups, vars(schedule)):
+            options.update({key: to_python(options[key]) for key in options.keys() - {"params", "optimizer"}})
+        return optimizer, schedule
     except Exception:
         if wrapped_here:
             unwrap(model)

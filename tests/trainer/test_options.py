@@ -54,7 +54,7 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     assert result["accuracy"] > 0.9
     assert result == run.position.evaluation
     assert result == run.evaluate()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl", "model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoints", "metrics.jsonl", "model"]
     train, evaluated = lines(tmp_path, "train"), lines(tmp_path, "eval")
     assert [line["step"] for line in train] == list(range(1, 25))
     assert [line["epoch"] for line in evaluated] == [1, 2, 3, 4, 5, 6]
