@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError
+from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, UnsupportedModelError
 from entprop_wrap.optimizers import check_optimizer, parameter_groups
 from entprop_wrap.registry import find_registry
 from entprop_wrap.step import Method
@@ -31,6 +31,7 @@ def wrap_with_optimizer(
     Raises:
         AuxiliaryNameError: The model was wrapped with other auxiliaries.
         OptimizerMismatchError: The given optimizer does not train the auxiliary copies.
+        UnsupportedModelError: The optimizer steps within backward.
         ConfigurationError: See :func:`build_optimizer` and :func:`build_schedule`.
     """
     if given is not None and not isinstance(given, Optimizer):
@@ -45,6 +46,7 @@ def wrap_with_optimizer(
         optimizer = given or build_optimizer(model, config)
         if is_wrapped(model):
             check_optimizer(model, optimizer)
+        _check_steps(model, optimizer)
         schedule = build_schedule(optimizer, config, total_steps)
         # A resumed run reads Python's numbers from its checkpoint: this one computes with them, too.
         for options in (*optimizer.param_groups, vars(schedule)):
@@ -54,6 +56,16 @@ def wrap_with_optimizer(
         if wrapped_here:
             unwrap(model)
         raise
+
+
+def _check_steps(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise where gradients are used within a backward, of which a step has several."""
+    if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"Parameters have hooks that run within backward, as layerwise optimizers such as GaLore's and APOLLO's do "
+            f"(found with {type(optimizer).__name__}). A step has several backwards: choose an optimizer that steps "
+            "after them."
+        )
 
 
 def _check_auxiliaries(model: nn.Module, method: Method) -> None:
