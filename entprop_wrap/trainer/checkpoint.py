@@ -198,7 +198,7 @@ class CheckpointFolder:
         content = {**state.description(), "files": files}
         content["sha256"] = _digest(content)
         partial = folder / f"state.json{_PARTIAL}"
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(_text(content), encoding="utf-8")
         flush(partial)
         os.replace(partial, folder / "state.json")
 
@@ -217,8 +217,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: There is none, or it is damaged.
     """
     try:
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        damaged = state.pop("sha256") != _digest(state)
+        text = (checkpoint / "state.json").read_text(encoding="utf-8")
+        state: dict[str, Any] = json.loads(text)
+        damaged = text != _text(state) or state.pop("sha256") != _digest(state)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint} is not a checkpoint: expected a folder with a readable state.json, such as "
@@ -241,5 +242,9 @@ def check_files(checkpoint: Path) -> None:
             raise CheckpointError(f"{file} is damaged: its content does not have its checksum.")
 
 
+def _text(state: dict[str, Any]) -> str:
+    return json.dumps(state, indent=2) + "\n"
+
+
 def _digest(state: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_text(state).encode()).hexdigest()
