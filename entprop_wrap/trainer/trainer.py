@@ -106,6 +106,8 @@ class Trainer:
         growth: MaximumEntropyGrowth | None = None,
     ) -> None:
         method = EntProp() if method is None else check_method(method)
+        if not isinstance(model, nn.Module):
+            raise UnsupportedModelError(f"model expects a torch.nn.Module, found {model!r}.")
         if plain_model(model) is not model:
             raise UnsupportedModelError(
                 f"Trainer expects a plain model, found a {type(model).__name__}: it distributes and compiles the model "

@@ -458,6 +458,10 @@ def test_models_that_do_not_fit(tmp_path):
     refused(UnsupportedModelError, "compile=True", tmp_path, compiled)
     frozen = make(BatchNormNet).requires_grad_(False)
     refused(ConfigurationError, "nothing to train", tmp_path, frozen)
+    for nothing in (3, "resnet18", BatchNormNet):
+        refused(UnsupportedModelError, "model expects a torch.nn.Module", tmp_path, nothing)
+    with pytest.raises(ConfigurationError, match="resume must be True, False or the path"):
+        trainer(tmp_path).fit(resume=3)
     with pytest.raises(TypeError, match=r"method=EntProp\(\)"):
         trainer(tmp_path, method=EntProp)
     with pytest.raises(TypeError, match=r"TrainerConfig\(optimizer='sgd'\)"):
