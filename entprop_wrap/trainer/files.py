@@ -113,9 +113,9 @@ def together(function: Callable[[], T]) -> T:
         value = function()
     except Exception as error:
         failed = error
-    for error in (failed, *gather_object([failed])):
-        if error is not None:
-            raise error
+    for problem in (failed, *gather_object([failed])):
+        if problem is not None:
+            raise problem
     return value
 
 
