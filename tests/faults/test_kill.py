@@ -10,7 +10,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batche
 
 
 def test_kills_at_random_moments(tmp_path):
-    counts = attacks.storm(tmp_path / "killed", 4, random.Random(0))
+    counts = attacks.storm(tmp_path / "killed", 3, random.Random(0))
     print(f"\nKills: {dict(counts)}")
     attacks.train(tmp_path / "whole", 3)
     assert attacks.differences(tmp_path / "whole", tmp_path / "killed") == []
