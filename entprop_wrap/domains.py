@@ -61,6 +61,8 @@ class Switch:
         # autograd graph task -> the domain whose backward it is, and the thread that found out
         self.pins: dict[int, tuple[str | None, int]] = {}
         self.owner: weakref.ref[Any] | None = None  # the registry on the wrapped root; None in an orphaned copy
+        # The norms that have run, until the first pass with gradients has been checked.
+        self.ran: set[int] | None = set()
 
     def __reduce__(self) -> tuple[type[Switch], tuple[()]]:
         return Switch, ()  # threads and running backwards belong to one process; the owner signs in again
@@ -114,6 +116,10 @@ class Switch:
                 self.pins[task] = pinned[task]
             else:
                 self.pins.pop(task, None)
+
+    def is_differentiating(self) -> bool:
+        """Return whether the backward that runs in this thread, if any, is of an output of the model."""
+        return torch._C._current_graph_task_id() in self.pins
 
     def pin(self, key: str | None) -> None:
         """Say that the running backward belongs to ``key``; called by a hook on the gradient of the output."""

@@ -15,7 +15,7 @@ from entprop_wrap.containers import plain_model
 from entprop_wrap.errors import ConfigurationError, OptimizerMismatchError
 from entprop_wrap.norms import is_norm
 from entprop_wrap.registry import Registry, find_registry
-from entprop_wrap.state_dicts import original_name
+from entprop_wrap.state_dicts import auxiliary_names
 
 __all__ = ["check_optimizer", "guard_first_step", "parameter_groups"]
 
@@ -44,7 +44,7 @@ def parameter_groups(
     if weight_decay < 0:
         raise ConfigurationError(f"weight_decay must be at least 0, found {weight_decay}.")
     model = plain_model(model)
-    parameters = dict(model.named_parameters())
+    parameters, originals = dict(model.named_parameters()), auxiliary_names(model)
     if no_decay is None:
         norms = {
             id(parameter) for module in model.modules() if is_norm(module) for parameter in module._parameters.values()
@@ -57,7 +57,7 @@ def parameter_groups(
     undecayed: list[nn.Parameter] = []
     for name, parameter in parameters.items():
         if parameter.requires_grad:
-            original = original_name(name)
+            original = originals.get(name, name)
             exempt = no_decay(original, parameters.get(original, parameter))
             (undecayed if exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]

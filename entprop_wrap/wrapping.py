@@ -31,7 +31,7 @@ from entprop_wrap.errors import (
 from entprop_wrap.norms import Selector, find_norms
 from entprop_wrap.optimizers import guard_first_step
 from entprop_wrap.registry import Registry, attach, detach, find_registry, find_wrapped, registry_on
-from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm, copy_of, drop_copies, install, remove
+from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm, copy_of, drop_copies, free_fast_path, install, remove
 
 __all__ = ["Summary", "auxiliary", "is_wrapped", "summary", "unwrap", "wrap"]
 
@@ -120,6 +120,7 @@ def unwrap(model: Model) -> Model:
     for module in walk(model):
         drop_copies(module)
     for root in roots:
+        free_fast_path(module)
         detach(root)
     return model
 
