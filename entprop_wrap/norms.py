@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -108,7 +109,7 @@ def _selectors(value: Selector | Iterable[Selector] | None, argument: str) -> li
     if value is None:
         return []
     single = isinstance(value, (str, type)) or callable(value) or not isinstance(value, Iterable)
-    selectors = [value] if single else list(value)
+    selectors: list[Any] = [value] if single else list(value)  # type: ignore[arg-type]
     if not selectors and argument == "include":
         raise ConfigurationError(
             "include= is empty: it names modules to copy besides the norm layers recognised. Leave it out to copy just "

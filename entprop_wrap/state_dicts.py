@@ -130,7 +130,7 @@ def strip_copies(checkpoint: Any) -> Any:
     if not isinstance(checkpoint, Mapping):
         return checkpoint
     copies = {key for key in checkpoint if isinstance(key, str) and _is_copy(key, checkpoint)}
-    plain = copy.copy(checkpoint)
+    plain: Any = copy.copy(checkpoint)
     for key in checkpoint:
         if key in copies:
             del plain[key]
