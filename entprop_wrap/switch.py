@@ -47,6 +47,8 @@ class Copy(nn.Module):
     """
 
     _entprop_base: type[nn.Module]
+    _entprop_norm: nn.Module
+    _entprop_tensors: frozenset[str]
 
     # An extra state is the norm's; in a copy it would be one more key of the state dict.
     get_extra_state = nn.Module.get_extra_state
@@ -87,7 +89,8 @@ class Copy(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "_entprop_norm":
+            # FSDP takes tensors out, and looks whether they are gone before it puts others in.
+            if "_entprop_norm" not in self.__dict__ or name in self._entprop_tensors:
                 raise
             return getattr(self._entprop_norm, name)
 
@@ -214,7 +217,7 @@ def copy_of(norm: nn.Module, cloned: dict[int, nn.Parameter]) -> Copy:
         persistent = name not in norm._non_persistent_buffers_set
         copy.register_buffer(name, buffer if buffer is None else buffer.detach().clone(), persistent=persistent)
     copy.train(norm.training)
-    copy.__dict__["_entprop_norm"] = norm
+    copy.__dict__.update(_entprop_norm=norm, _entprop_tensors=frozenset((*norm._parameters, *norm._buffers)))
     return copy
 
 
