@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from entprop_wrap.containers import refuse_container, refuse_static_graph, walk
-from entprop_wrap.domains import Switch, auxiliary_of
+from entprop_wrap.domains import Key, Switch, domains_of
 from entprop_wrap.errors import ConfigurationError, NotWrappedError, UnsupportedModelError
 from entprop_wrap.switch import HOLDER_PREFIX, Copy, SwitchedNorm, block_fast_path
 
@@ -41,6 +41,13 @@ class Registry:
             owner = norm if auxiliary is None else norm._modules[HOLDER_PREFIX + auxiliary]
             assert owner is not None
             yield from (parameter for parameter in owner._parameters.values() if parameter is not None)
+
+    def copies(self, auxiliary: str) -> Iterator[nn.Module]:
+        """Yield the holders of one auxiliary's tensors, norm by norm."""
+        for norm in self.norms.values():
+            copy = norm._modules[HOLDER_PREFIX + auxiliary]
+            assert copy is not None
+            yield copy
 
     def mirrors(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Yield ``(name of the norm parameter, the parameter, one copy of it)`` over all norms and auxiliaries."""
@@ -72,33 +79,18 @@ class _LeaveForward:
             key = switch.resolve()
             _each_tensor(output, lambda tensor: _pin(tensor, switch, key))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            idle = self._idle(auxiliary_of(key))
+            idle = self._idle(domains_of(key))
             return _each_tensor(output, lambda tensor: _keep_in_graph(tensor, idle)) if idle else None
         return None
 
-    def _check_all_ran(self, inputs: Any, output: Any) -> None:
-        # In the first pass with gradients, of any domain. Norms that a pass leaves out (auxiliary heads, stochastic
-        # depth) leave their weights out, too; a norm whose weights are in the graph has been read, not run.
-        switch = self.registry.switch
-        idle = {name: norm for name, norm in self.registry.norms.items() if id(norm) not in (switch.ran or ())}
-        used = _leaves(output, inputs) if idle and not _has_compiled() else set()
-        read = [name for name, norm in idle.items() if any(id(p) in used for p in norm._parameters.values())]
-        if read:
-            raise UnsupportedModelError(
-                f"{len(read)} norm layers never run, such as {read[0]!r}: the model reads their weights itself (a "
-                "fused kernel, or F.layer_norm with norm.weight), unseen by the switch. Call the layers, or leave them "
-                f"shared by all domains: wrap(model, exclude={[*read[:4], *(['...'] if read[4:] else [])]})."
-            )
-        switch.ran = None
-
-    def _idle(self, running: str | None) -> list[nn.Parameter]:
-        domains = [domain for domain in (None, *self.registry.auxiliaries) if domain != running]
+    def _idle(self, running: set[str | None]) -> list[nn.Parameter]:
+        domains = [domain for domain in (None, *self.registry.auxiliaries) if domain not in running]
         parameters = (parameter for domain in domains for parameter in self.registry.tensors(domain))
         # FSDP shards parameters into tensor subclasses, and does not mind idle ones.
         return [p for p in parameters if p.requires_grad and type(p) is nn.Parameter]
 
 
-def _pin(tensor: Tensor, switch: Switch, key: str | None) -> Tensor:
+def _pin(tensor: Tensor, switch: Switch, key: Key) -> Tensor:
     tensor.register_hook(lambda gradient: switch.pin(key))  # type: ignore[no-untyped-call]
     return tensor
 

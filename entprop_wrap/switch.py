@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from entprop_wrap.domains import UNRECORDED, Switch
+from entprop_wrap.domains import UNRECORDED, Rows, Switch
 from entprop_wrap.errors import UnsupportedModelError
 
 __all__ = [
@@ -175,7 +175,24 @@ class SwitchedNorm(nn.Module):
                 switch.ran.add(id(self))
         if key is None:
             return super().forward(*args, **kwargs)
+        if isinstance(key, Rows):
+            return self._forward_rows(key, *args, **kwargs)
         return self._entprop_base.forward(self._entprop_views[key], *args, **kwargs)
+
+    def _forward_rows(self, key: Rows, batch: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Dimension 0 may hold several entries for each image (windows); prove_rows() has seen that these lie together.
+        rows = len(batch)
+        if rows % key.total:
+            raise UnsupportedModelError(
+                f"A norm layer was given {rows} rows for {key.total} images, so that no rows are those of one image. "
+                "Write lagged=False."
+            )
+        split = rows // key.total * key.main
+        main, auxiliary = batch.split([split, rows - split])  # one node in the graph, whose backward is one cat
+        view = self._entprop_views[key.auxiliary]
+        return torch.cat(
+            [super().forward(main, *args, **kwargs), self._entprop_base.forward(view, auxiliary, *args, **kwargs)]
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
