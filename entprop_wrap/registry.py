@@ -83,6 +83,21 @@ class _LeaveForward:
             return _each_tensor(output, lambda tensor: _keep_in_graph(tensor, idle)) if idle else None
         return None
 
+    def _check_all_ran(self, inputs: Any, output: Any) -> None:
+        # In the first pass with gradients, of any domain. Norms that a pass leaves out (auxiliary heads, stochastic
+        # depth) leave their weights out, too; a norm whose weights are in the graph has been read, not run.
+        switch = self.registry.switch
+        idle = {name: norm for name, norm in self.registry.norms.items() if id(norm) not in (switch.ran or ())}
+        used = _leaves(output, inputs) if idle and not _has_compiled() else set()
+        read = [name for name, norm in idle.items() if any(id(p) in used for p in norm._parameters.values())]
+        if read:
+            raise UnsupportedModelError(
+                f"{len(read)} norm layers never run, such as {read[0]!r}: the model reads their weights itself (a "
+                "fused kernel, or F.layer_norm with norm.weight), unseen by the switch. Call the layers, or leave them "
+                f"shared by all domains: wrap(model, exclude={[*read[:4], *(['...'] if read[4:] else [])]})."
+            )
+        switch.ran = None
+
     def _idle(self, running: set[str | None]) -> list[nn.Parameter]:
         domains = [domain for domain in (None, *self.registry.auxiliaries) if domain not in running]
         parameters = (parameter for domain in domains for parameter in self.registry.tensors(domain))

@@ -195,10 +195,10 @@ class Step:
         The rest run through the auxiliary norms; with None, all of them share the model's own. Tries out first whether
         the model allows it, see :func:`entprop_wrap.rows.prove_rows`.
         """
-        if auxiliary is None or main == total:
+        if auxiliary is None:
             return nullcontext()
         prove_rows(self.model, self.images, auxiliary)
-        return rows_split(self.model, auxiliary, main, total)
+        return rows_split(self.model, auxiliary, main, total) if main < total else nullcontext()
 
     @contextmanager
     def _statistics_kept(self) -> Iterator[None]:
