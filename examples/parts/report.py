@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from entprop_wrap import EntProp, Method, diagnostics, robustness
+from entprop_wrap import EntProp, Method, diagnostics
+from entprop_wrap.reporting import report
 
 
 @dataclass
@@ -113,7 +114,16 @@ def page(runs: list[Run], data, options, path: Path) -> Path:
     }
     seeds = sorted({run.seed for run in runs})
     examples = [data.robustness[index][0] for index in range(min(4, len(data.robustness)))]
-    return robustness.report(
+    facts = {
+        "Data": f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes",
+        "Test images": f"{len(data.robustness):,} here, all {len(data.eval):,} in curves.png",
+        "Training": f"{options.epochs} epochs; seeds {', '.join(map(str, seeds))}",
+    }
+    if not options.resume:  # the clock of a resumed run has seen a part of it, or nothing
+        facts["Seconds of training"] = ", ".join(
+            f"{method} {statistics.fmean(run.seconds for run in mine):.0f}" for method, mine in methods.items()
+        )
+    return report(
         {method: [run.scores for run in mine] for method, mine in methods.items()},
         path,
         title=f"{data.name}, {options.model}",
@@ -121,14 +131,13 @@ def page(runs: list[Run], data, options, path: Path) -> Path:
         pixel_space=data.space,
         costs={method: round(statistics.fmean(run.passes for run in mine), 2) for method, mine in methods.items()},
         diagnostics={title: found for run in runs for title, found in run.diagnostics.items()},
-        command=shlex.join(["python", *sys.argv]),
-        facts={
-            "Data": f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes",
-            "Training": f"{options.epochs} epochs; seeds {', '.join(map(str, seeds))}",
-            "Seconds of training": ", ".join(
-                f"{method} {statistics.fmean(run.seconds for run in mine):.0f}" for method, mine in methods.items()
-            ),
+        warnings={
+            f"{run.method}, seed {run.seed}, {signature}": text
+            for run in runs
+            for signature, text in run.warnings.items()
         },
+        command=shlex.join(["python", *sys.argv]),
+        facts=facts,
     )
 
 
