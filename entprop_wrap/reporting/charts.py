@@ -46,6 +46,7 @@ _STYLE = {
     "xtick.color": _SOFT,
     "ytick.color": _SOFT,
     "ytick.major.size": 0,
+    "ytick.major.pad": 5,
     "xtick.major.size": 2,
     "font.size": 7.2,
     "axes.labelsize": 7.2,
