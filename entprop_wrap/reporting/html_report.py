@@ -31,7 +31,7 @@ __all__ = ["report"]
 
 def report(
     results: Results,
-    path: str | os.PathLike[str],
+    path: str | Path,
     *,
     title: str = "Robustness",
     images: Tensor | None = None,
@@ -42,7 +42,7 @@ def report(
     diagnostics: Mapping[str, object] | None = None,
     warnings: Mapping[str, str] | None = None,
     command: str | None = None,
-    facts: Mapping[str, str] | None = None,
+    facts: Mapping[str, object] | None = None,
     confidence: float = 0.95,
 ) -> Path:
     """Write results as one HTML file that needs no other file and no network.
@@ -103,7 +103,7 @@ def report(
 
 
 def _check(path: Any, title: Any, cost_name: Any, command: Any, **mappings: Any) -> None:
-    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+    if not isinstance(path, (str, Path)):
         raise ConfigurationError(f"path must be a path such as 'report.html', found {path!r}.")
     file = Path(path)
     if file.is_dir():
@@ -120,9 +120,8 @@ def _check(path: Any, title: Any, cost_name: Any, command: Any, **mappings: Any)
             raise ConfigurationError(f"{name} must be a dict, found {type(value).__name__}.")
         for key in value or {}:
             check_text(f"A name in {name}", key)
-    for name in ("warnings", "facts"):
-        for key, value in (mappings[name] or {}).items():
-            check_text(f"{name}[{key!r}]", value)
+    for key, value in (mappings["warnings"] or {}).items():
+        check_text(f"warnings[{key!r}]", value)
 
 
 def _check_models(study: Study, argument: str, names: Mapping[str, Any]) -> None:
@@ -185,8 +184,8 @@ def _write(path: Path, text: str) -> Path:
         os.umask(mask)
         partial.chmod(0o666 & ~mask)
         partial.replace(path)
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written: {error}.") from error
+    except (OSError, ValueError) as error:  # a path that no file can have, or text that no file can hold
+        raise ConfigurationError(f"{str(path)!r} cannot be written: {error}.") from error
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)

@@ -427,7 +427,8 @@ def test_names_in_other_scripts_and_long_ones_are_shown(tmp_path, recwarn):
 
 
 def test_versions_command_and_facts_are_told(tmp_path):
-    text, _ = write(tmp_path, result(0), command="train --seeds 3", facts={"Commit": "abc123"})
+    text, _ = write(tmp_path, result(0), command="train --seeds 3", facts={"Commit": "abc123", "Seed": 3})
+    assert "<dt>Seed</dt><dd>3</dd>" in text
     assert "<code>train --seeds 3</code>" in text
     assert "<dt>Commit</dt><dd>abc123</dd>" in text
     assert f"<dt>torch</dt><dd>{torch.__version__}</dd>" in text
@@ -575,6 +576,8 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="cannot be written"):
         report(result(0), tmp_path / "file" / "x.html")
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        report(result(0), "a\0.html")
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
@@ -603,7 +606,9 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path):
         (result(0), {"title": "\ud800"}, ConfigurationError, "title must be text"),
         (result(0), {"cost_name": 3}, ConfigurationError, "cost_name must be text"),
         (result(0), {"command": ["a"]}, ConfigurationError, "command must be text"),
-        (result(0), {"facts": {"Seed": 3}}, ConfigurationError, r"facts\['Seed'\] must be text, found 3"),
+        (result(0), {"facts": {3: "Seed"}}, ConfigurationError, "A name in facts must be text, found 3"),
+        (result(0), {"facts": {"Seed": "\ud800"}}, ConfigurationError, "cannot be written"),
+        (result(0), {"warnings": {"a": 3}}, ConfigurationError, r"warnings\['a'\] must be text, found 3"),
         (result(0), {"warnings": ["a"]}, ConfigurationError, "warnings must be a dict, found list"),
         (result(0), {"diagnostics": {"x": 3}}, ConfigurationError, r"diagnostics\['x'\].*found int"),
         (result(0), {"diagnostics": {3: 3}}, ConfigurationError, "A name in diagnostics must be text"),
