@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from entprop_wrap.robustness import RobustnessResult, compare
+from sweep import Setting, Sweep
 
-from .sweep import Setting, Sweep
+from entprop_wrap.robustness import RobustnessResult, compare
 
 NOTE = (
     "Mean and 95 % t-interval over seeds, in percent; differences to {baseline} are paired by seed, in points, bold "

@@ -9,10 +9,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from entprop_wrap import Method
-from entprop_wrap.robustness import PGD
-
-from .data import DIGITS
-from .models import SMALL
+from entprop_wrap.train.options import DIGITS, SMALL
 
 
 @dataclass(frozen=True)
@@ -107,13 +104,3 @@ def part_of(images: Dataset, share: float) -> Dataset:
         rows = rows[torch.randperm(len(rows), generator=generator)]
         chosen += rows[: max(1, round(share * len(rows)))].tolist()
     return Subset(images, sorted(chosen))
-
-
-def attacks(epsilon: float | None) -> dict[str, PGD]:
-    """Return what ``evaluate_robustness`` is to attack with, by name: PGD-20; None: nothing."""
-    return {} if epsilon is None else {f"PGD-20 {in_255ths(epsilon)}": PGD(epsilon, steps=20)}
-
-
-def in_255ths(epsilon: float) -> str:
-    """Return an epsilon as people write it: 8/255, or 0.1."""
-    return f"{255 * epsilon:.0f}/255" if abs(255 * epsilon - round(255 * epsilon)) < 1e-9 else f"{epsilon:g}"

@@ -1,4 +1,4 @@
-"""What train.py tells in the end: a table, results.json, a page to look at, and a figure of the learning curves."""
+"""The results: a table, results.json, a page to look at, and a figure of the learning curves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import shlex
 import statistics
 import sys
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from entprop_wrap import EntProp, Method, diagnostics
+from entprop_wrap import diagnostics
+from entprop_wrap.methods import EntProp
 from entprop_wrap.reporting import report
+from entprop_wrap.train.data import Data, say
+from entprop_wrap.train.options import Options
 
 
 @dataclass
@@ -24,7 +29,7 @@ class Run:
     Attributes:
         method: Name of the method.
         seed: Its seed.
-        seconds: Wall time of training, with its evaluations on the way.
+        seconds: Wall time of training, with its evaluations on the way, over all resumptions.
         history: The records of metrics.jsonl.
         scores: Result of ``evaluate_robustness``.
         diagnostics: Results of ``entprop_wrap.diagnostics`` by title, of the first seed.
@@ -50,7 +55,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def table(runs: list[Run], data) -> str:
+def table(runs: Sequence[Run], data: Data) -> str:
     """Return one row per method: means over seeds, with sample standard deviations; then what monitors said."""
     attacks = list(runs[0].scores.adversarial)
     head = ["method", "seeds", "SA", "RA", "Hscore", *attacks, "seconds", "passes per step"]
@@ -73,9 +78,9 @@ def table(runs: list[Run], data) -> str:
     return "\n".join(lines)
 
 
-def save(runs: list[Run], data, options) -> None:
+def save(runs: Sequence[Run], data: Data, options: Options) -> None:
     """Write results.json, report.html and curves.png into the output folder."""
-    output = Path(options.output)
+    output = options.output
     results = {
         "data": data.name,
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
@@ -97,32 +102,34 @@ def save(runs: list[Run], data, options) -> None:
     print(f"\nResults: {output / 'results.json'}   to look at: {output / 'report.html'}, {output / 'curves.png'}")
 
 
-def diagnose(name: str, method: Method, model: nn.Module, data, options) -> dict[str, Any]:
+def diagnose(name: str, method: Any, model: nn.Module, data: Data, options: Options) -> dict[str, Any]:
     """Look at a trained model before its copies go: how far they are, and what the method does to test images."""
     found: dict[str, Any] = {f"{name}: auxiliary against main norms": diagnostics.domain_gap(model)}
     if isinstance(method, EntProp):
-        loader = data.loader(data.robustness, options.batch_size, options.workers)
-        stages = diagnostics.entropy_stages(model, loader, method=method, pixel_space=data.space, progress=False)
+        loader = data.loader(options.batch_size, options.workers)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            stages = diagnostics.entropy_stages(model, loader, method=method, pixel_space=data.space, progress=False)
+        for warning in caught:
+            say(f"{name}, what its step does to test images (this is not a score, see the report): {warning.message}")
         found[f"{name}: entropy of test images"] = stages
     return found
 
 
-def page(runs: list[Run], data, options, path: Path) -> Path:
+def page(runs: Sequence[Run], data: Data, options: Options, path: Path) -> Path:
     """Write the report: scores over the seeds, what they cost, and some of the test images under each corruption."""
     methods = {
         method: [run for run in runs if run.method == method] for method in dict.fromkeys(r.method for r in runs)
     }
     seeds = sorted({run.seed for run in runs})
-    examples = [data.robustness[index][0] for index in range(min(4, len(data.robustness)))]
+    examples = [data.test[index][0] for index in range(min(4, len(data.test)))]  # type: ignore[arg-type]
     facts = {
         "Data": f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes",
-        "Test images": f"{len(data.robustness):,} here, all {len(data.eval):,} in curves.png",
         "Training": f"{options.epochs} epochs; seeds {', '.join(map(str, seeds))}",
-    }
-    if not options.resume:  # the clock of a resumed run has seen a part of it, or nothing
-        facts["Seconds of training"] = ", ".join(
+        "Seconds of training": ", ".join(
             f"{method} {statistics.fmean(run.seconds for run in mine):.0f}" for method, mine in methods.items()
-        )
+        ),
+    }
     return report(
         {method: [run.scores for run in mine] for method, mine in methods.items()},
         path,
@@ -141,8 +148,8 @@ def page(runs: list[Run], data, options, path: Path) -> Path:
     )
 
 
-def curves(runs: list[Run], path: Path) -> None:
-    """Draw training loss and test accuracy over epochs, one colour per method, one line per seed."""
+def curves(runs: Sequence[Run], path: Path) -> None:
+    """Draw training loss and accuracy on the test images of the table over epochs, one colour per method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -158,7 +165,7 @@ def curves(runs: list[Run], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), line, label=label if line == "-" else None, **style)
     axes[0].set(xlabel="epoch", ylabel="training loss (dotted: auxiliary)", yscale="log")
-    axes[1].set(xlabel="epoch", ylabel="clean accuracy on the test images")
+    axes[1].set(xlabel="epoch", ylabel=f"SA on the {runs[0].scores.images:,} test images")
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend()

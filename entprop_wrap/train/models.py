@@ -1,20 +1,22 @@
-"""Models for train.py: a small built-in CNN, or any image classifier of torchvision, timm or the Hub."""
+"""The models: a small built-in CNN, or any image classifier of torchvision, timm or the Hub."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from entprop_wrap import PixelSpace
-from entprop_wrap.errors import CheckpointError
+from entprop_wrap.errors import CheckpointError, ConfigurationError
 from entprop_wrap.integrations.hub_datasets import image_format
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.train.data import say
+from entprop_wrap.train.options import SMALL, Options, did_you_mean
 
-SMALL = "small_cnn"
 IMAGENET = PixelSpace((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -26,18 +28,25 @@ class Blueprint:
         build: ``class names -> model``, fresh each time.
         space: What its images are normalised with.
         size: Height and width of its images, pixels.
+        load: Three lines of Python that load what training writes, with ``{folder}`` and ``{classes}``.
     """
 
     build: Callable[[tuple[str, ...]], nn.Module]
     space: PixelSpace
     size: int
+    load: str
 
 
-def find(options) -> Blueprint:
-    """Find ``options.model``: the built-in CNN, a folder or Hub id, or a name of torchvision or timm, in this order."""
+def find(options: Options) -> Blueprint:
+    """Find ``options.model``: the built-in CNN, a folder or Hub id, or a name of torchvision or timm, in this order.
+
+    Raises:
+        ConfigurationError: There is no such model.
+    """
     name = options.model
     if name == SMALL:
-        return Blueprint(lambda classes: small_cnn(len(classes)), PixelSpace(0.5, 0.5), options.image_size or 32)
+        load = _load("from entprop_wrap.train.models import small_cnn", "small_cnn({classes})")
+        return Blueprint(lambda classes: small_cnn(len(classes)), PixelSpace(0.5, 0.5), options.image_size or 32, load)
     if Path(name).is_dir() or "/" in name:
         return hub(name, options)
     import torchvision
@@ -50,13 +59,15 @@ def find(options) -> Blueprint:
             replace_last_linear(model, len(classes))
             return model
 
-        return Blueprint(build, IMAGENET, options.image_size or 224)
+        load = _load("import torchvision", f'torchvision.models.get_model("{name}", num_classes={{classes}})')
+        return Blueprint(build, IMAGENET, options.image_size or 224, load)
     import timm
 
     if not timm.is_model(name):
-        raise SystemExit(
-            f"--model {name!r}: expected {SMALL!r}, a local folder, a Hub id such as 'microsoft/resnet-50', or a "
-            "name that torchvision.models.list_models() or timm.list_models() knows."
+        known = [SMALL, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
+        raise ConfigurationError(
+            f"--model {name}: expected {SMALL}, a local folder, a Hub id such as microsoft/resnet-50, or a name that "
+            f"torchvision.models.list_models() or timm.list_models() knows.{did_you_mean(name, known)}"
         )
     config = timm.get_pretrained_cfg(name)
     size = options.image_size or config.input_size[-1]
@@ -64,7 +75,13 @@ def find(options) -> Blueprint:
         lambda classes: timm.create_model(name, pretrained=options.pretrained, num_classes=len(classes)),
         PixelSpace.from_timm(config),
         size,
+        _load("import timm", f'timm.create_model("{name}", num_classes={{classes}})'),
     )
+
+
+def _load(library: str, model: str) -> str:
+    weights = 'model.load_state_dict(load_file("{folder}/model.safetensors"))'
+    return f"{library}; from safetensors.torch import load_file\nmodel = {model}\n{weights}"
 
 
 def start_from(model: nn.Module, path: Path | None) -> nn.Module:
@@ -86,11 +103,21 @@ def start_from(model: nn.Module, path: Path | None) -> nn.Module:
     return model
 
 
-def hub(name: str, options) -> Blueprint:
-    """Return a Hugging Face image classifier, by Hub id or from a local folder."""
+def hub(name: str, options: Options) -> Blueprint:
+    """Return a Hugging Face image classifier, by Hub id or from a local folder.
+
+    Raises:
+        ConfigurationError: There is none, or none with an image processor.
+    """
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-    processor = AutoImageProcessor.from_pretrained(name)
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(name)
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        where = "a folder" if Path(name).is_dir() else "no local folder; as a Hub id"
+        why = str(error).strip().splitlines()[0]
+        raise ConfigurationError(f"--model {name} is {where}, it has no image classifier to load: {why}") from error
 
     def build(classes: tuple[str, ...]) -> nn.Module:
         labels = {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
@@ -102,7 +129,12 @@ def hub(name: str, options) -> Blueprint:
         return model
 
     size = options.image_size or image_format(processor).size[0]
-    return Blueprint(build, PixelSpace.from_processor(processor), size)
+    load = (
+        "from transformers import AutoModelForImageClassification\n"
+        'model = AutoModelForImageClassification.from_pretrained("{folder}")\n'
+        "model.eval()"
+    )
+    return Blueprint(build, PixelSpace.from_processor(processor), size, load)
 
 
 def repair_keep_probabilities(model: nn.Module) -> None:
@@ -113,9 +145,7 @@ def repair_keep_probabilities(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p >= 0.9:
-            print(
-                f"note: {name} drops {module.p:.1%} of its input, surely a keep probability; set to {1 - module.p:.1%}"
-            )
+            say(f"{name} drops {module.p:.1%} of its input, surely a keep probability; set to {1 - module.p:.1%}")
             module.p = 1 - module.p
         if isinstance(module, nn.BatchNorm2d) and module.momentum is not None and module.momentum > 0.9:
             module.momentum = 0.1

@@ -6,28 +6,28 @@ once for all of them), and again later in another way.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import accelerate
 import torch
+from run_table import RunTable, key_of
+from settings import Protocol, Recipe, Setting, part_of, whole_data
 from torch import nn
 from tqdm.auto import tqdm
 
 import entprop_wrap as entprop
 from entprop_wrap import Trainer, TrainerConfig
 from entprop_wrap.robustness import RobustnessResult, evaluate_robustness
-
-from . import data as data_parts
-from . import models as model_parts
-from . import report
-from .run_table import RunTable, key_of
-from .settings import Protocol, Recipe, Setting, attacks, part_of, whole_data
+from entprop_wrap.train import data as data_parts
+from entprop_wrap.train import models as model_parts
+from entprop_wrap.train import results
+from entprop_wrap.train.options import Options
+from entprop_wrap.train.run import attacks
 
 
 @dataclass
@@ -89,7 +89,9 @@ class Sweep:
         """Return data and model of a recipe; the data is loaded once for all methods, and for all shares of it."""
         whole = whole_data(recipe)
         if whole not in self._data:
-            options = argparse.Namespace(**vars(whole), robustness_images=self.protocol.images)
+            names = {field.name for field in fields(Options)}
+            options = Options(**{name: value for name, value in vars(whole).items() if name in names})
+            options.robustness_images = self.protocol.images
             blueprint = model_parts.find(options)
             self._data[whole] = data_parts.load(options, blueprint.space, blueprint.size), blueprint
         return self._data[whole]
@@ -137,10 +139,10 @@ class Sweep:
             wall, cpu = time.perf_counter(), time.process_time()
             trainer.fit()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            history = report.read_history(Path(scratch) / "metrics.jsonl")
+            history = results.read_history(Path(scratch) / "metrics.jsonl")
         if setting.method.auxiliaries:
             entprop.unwrap(model)
-        passes = report.Run("", seed, wall, history).passes
+        passes = results.Run("", seed, wall, history).passes
         return model.eval(), {"seconds": wall, "cpu_seconds": cpu, "passes": passes}
 
     def _evaluate(self, group: Sequence[tuple[Setting, int]]) -> None:
@@ -154,7 +156,7 @@ class Sweep:
                 models[str(index)].to(accelerate.PartialState().device).eval()
             scores = evaluate_robustness(
                 models,
-                data.loader(data.robustness, 50, 0),  # small batches stay in the cache of a CPU
+                data.loader(50, 0),  # small batches stay in the cache of a CPU
                 pixel_space=data.space,
                 severities=self.protocol.severities,
                 attacks=attacks(self.protocol.epsilon),

@@ -1,9 +1,9 @@
 """Change one option of EntProp at a time, over seeds, and see what it does.
 
-    python examples/ablate.py k n                             # digits: share of the batch, and attack steps
-    python examples/ablate.py threshold --values 0.5 1 1.5    # other values than the usual ones
-    python examples/ablate.py data --max-train 1200           # vanilla and EntProp on 5 % to 100 % of the images
-    python examples/ablate.py metric --dataset path/to/images --model resnet18 --pretrained
+    python benchmarks/ablate.py k n                             # digits: share of the batch, and attack steps
+    python benchmarks/ablate.py threshold --values 0.5 1 1.5    # other values than the usual ones
+    python benchmarks/ablate.py data --max-train 1200           # vanilla and EntProp on 5 % to 100 % of the images
+    python benchmarks/ablate.py metric --dataset path/to/images --model resnet18 --pretrained
 
     k          share of the batch that is selected
     n          attack steps
@@ -25,13 +25,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from parts import comparison
-from parts.fields import SCORES as METRICS
-from parts.fields import fraction
-from parts.sweep import Protocol, Recipe, Setting, Sweep
+import comparison
+from sweep import Protocol, Recipe, Setting, Sweep
 
 from entprop_wrap import CutMix, EntProp, MixUp, Vanilla
 from entprop_wrap.errors import EntPropError
+from entprop_wrap.train.methods import NAMED
+from entprop_wrap.train.options import fraction
 
 MIXING = {
     "MixUp of the batch": {"mix": MixUp(), "mix_on": "batch"},
@@ -61,7 +61,7 @@ OPTIONS = {
     "k": Option((0.1, 0.2, 0.4, 0.6, 0.8, 1.0), lambda value: {"fraction": value}),
     "n": Option((0, 1, 2, 3, 4, 5), lambda value: {"attack_steps": value}, int),
     "threshold": Option((0.25, 0.5, 1.0, 1.5, 2.0), lambda value: {"threshold": value}),
-    "metric": Option(tuple(METRICS), lambda name: {"uncertainty": METRICS[name]}, None),
+    "metric": Option(tuple(NAMED["uncertainty"]), lambda name: {"uncertainty": NAMED["uncertainty"][name]}, None),
     "mixing": Option(tuple(MIXING), lambda name: MIXING[name], None),
     "norms": Option(
         ("auxiliary copies", "shared"), lambda name: {"auxiliary": None if name == "shared" else "aux"}, None
