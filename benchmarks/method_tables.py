@@ -42,6 +42,8 @@ class Table:
 def made(name: str, epsilon: float | None, **options: Any) -> Method:
     """Return a method as ``examples/train.py --methods name`` makes it."""
     # A dataset that is not digits: those have an epsilon of their own.
+    if not method_parts.field_for(name, method_parts.METHODS[name](), "epsilon"):
+        epsilon = None
     return method_parts.build(Options(dataset="", methods=[name], epsilon=epsilon, **options))[name]
 
 

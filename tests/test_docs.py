@@ -99,6 +99,13 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
 
 
+def test_the_methods_that_the_readme_names_are_where_it_says():
+    sentence = re.search(r"`from entprop_wrap.methods import AdvProp`[^.]*", (ROOT / "README.md").read_text())[0]
+    names = re.findall(r"`([A-Z]\w+)`", sentence)
+    assert len(names) == 5
+    exec(f"from entprop_wrap.methods import AdvProp, {', '.join(names)}", {})
+
+
 def test_the_readme_saves_plain_models(after):
     page = after(ROOT / "README.md")
     plain, found = type(page["hf_trainer"].model).from_pretrained(

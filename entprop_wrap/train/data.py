@@ -13,7 +13,7 @@ import datasets
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from entprop_wrap.errors import DataError
 from entprop_wrap.integrations.hub_datasets import eval_transform, in_memory, load_images, train_transform
@@ -37,8 +37,8 @@ class Data:
 
     name: str
     classes: tuple[str, ...]
-    train: Dataset[Any]
-    test: Dataset[Any]
+    train: Any
+    test: Any
     space: PixelSpace
 
     def loader(self, batch_size: int, workers: int) -> DataLoader[Any]:
@@ -53,7 +53,7 @@ def load(options: Options, space: PixelSpace, size: int) -> Data:
         DataError: There are no such images, or none with labels.
     """
     data = digits(options, space) if options.dataset == DIGITS else images(options, space, size)
-    number = len(data.test)  # type: ignore[arg-type]
+    number = len(data.test)
     if options.robustness_images and options.robustness_images < number:
         chosen = torch.randperm(number, generator=torch.Generator().manual_seed(0))
         data.test = Subset(data.test, chosen[: options.robustness_images].tolist())
@@ -80,8 +80,8 @@ def digits(options: Options, space: PixelSpace) -> Data:
         raise DataError(f"--max-train of digits: expected 10 to {len(labels) - 10:,} images, found {size:,}.")
     train, test = train_test_split(range(len(labels)), train_size=size, stratify=labels, random_state=0)
     targets = torch.tensor(labels)
-    parts = [TensorDataset(normalised[rows].contiguous(), targets[rows]) for rows in (train, test)]
-    return Data("digits", tuple("0123456789"), *parts, space)
+    images, tests = (TensorDataset(normalised[rows].contiguous(), targets[rows]) for rows in (train, test))
+    return Data("digits", tuple("0123456789"), images, tests, space)
 
 
 def images(options: Options, space: PixelSpace, size: int) -> Data:
@@ -110,14 +110,12 @@ def images(options: Options, space: PixelSpace, size: int) -> Data:
         raise DataError(f"{start} {str(error).strip() or type(error).__name__}") from error
     for note in (*data.notes, *empty(Path(options.dataset)), *untested(data)):
         say(note)
-    parts: list[Any] = [data.train, data.eval]
+    found = Data(options.dataset.rstrip("/").rsplit("/", 1)[-1], data.classes, data.train, data.eval, space)
     if options.in_memory:
         # A little larger than the model's input, so that random crops still have something to choose from.
-        parts = [
-            in_memory(part, round(size * 8 / 7), transform)
-            for part, transform in zip(parts, (train, evaluate), strict=True)
-        ]
-    return Data(str(options.dataset).rstrip("/").rsplit("/", 1)[-1], data.classes, *parts, space)
+        larger = round(size * 8 / 7)
+        found.train, found.test = in_memory(data.train, larger, train), in_memory(data.eval, larger, evaluate)
+    return found
 
 
 def find(name: str) -> None:

@@ -46,7 +46,9 @@ def find(options: Options) -> Blueprint:
     name = options.model
     if name == SMALL:
         load = _load("from entprop_wrap.train.models import small_cnn", "small_cnn({classes})")
-        return Blueprint(lambda classes: small_cnn(len(classes)), PixelSpace(0.5, 0.5), options.image_size or 32, load)
+        return Blueprint(
+            lambda classes: small_cnn(len(classes)), PixelSpace((0.5,), (0.5,)), options.image_size or 32, load
+        )
     if Path(name).is_dir() or "/" in name:
         return hub(name, options)
     import torchvision
@@ -55,7 +57,7 @@ def find(options: Options) -> Blueprint:
         weights = "DEFAULT" if options.pretrained else None
 
         def build(classes: tuple[str, ...]) -> nn.Module:
-            model = torchvision.models.get_model(name, weights=weights)
+            model: nn.Module = torchvision.models.get_model(name, weights=weights)
             replace_last_linear(model, len(classes))
             return model
 
@@ -69,7 +71,7 @@ def find(options: Options) -> Blueprint:
             f"--model {name}: expected {SMALL}, a local folder, a Hub id such as microsoft/resnet-50, or a name that "
             f"torchvision.models.list_models() or timm.list_models() knows.{did_you_mean(name, known)}"
         )
-    config = timm.get_pretrained_cfg(name)
+    config: Any = timm.get_pretrained_cfg(name)
     size = options.image_size or config.input_size[-1]
     return Blueprint(
         lambda classes: timm.create_model(name, pretrained=options.pretrained, num_classes=len(classes)),
@@ -109,11 +111,12 @@ def hub(name: str, options: Options) -> Blueprint:
     Raises:
         ConfigurationError: There is none, or none with an image processor.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+    import transformers
 
+    auto: Any = transformers
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(name)
-        AutoConfig.from_pretrained(name)
+        processor = auto.AutoImageProcessor.from_pretrained(name)
+        auto.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         where = "a folder" if Path(name).is_dir() else "no local folder; as a Hub id"
         why = str(error).strip().splitlines()[0]
@@ -122,9 +125,11 @@ def hub(name: str, options: Options) -> Blueprint:
     def build(classes: tuple[str, ...]) -> nn.Module:
         labels = {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
         if options.pretrained:
-            model = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+            model: nn.Module = auto.AutoModelForImageClassification.from_pretrained(
+                name, ignore_mismatched_sizes=True, **labels
+            )
         else:
-            model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name, **labels))
+            model = auto.AutoModelForImageClassification.from_config(auto.AutoConfig.from_pretrained(name, **labels))
         repair_keep_probabilities(model)
         return model
 

@@ -218,13 +218,13 @@ def _add(parser: argparse.ArgumentParser, group: type) -> None:
             place.add_argument(flag(one.name), action="store_true", help=one.metadata["help"])
             continue
         read, many, choices = _kind(hints[one.name], one.metadata)
-        default = one.default_factory() if callable(one.default_factory) else one.default
+        default: Any = one.default_factory() if callable(one.default_factory) else one.default
         shown = " ".join(map(str, default)) if many else default
         more = "" if default is None or default == [] else f" (default: {shown})"
         metavar = one.metadata.get("metavar", one.name.upper())
         names = f": {', '.join(choices)}" if choices else ""
         text = f"{one.metadata['help']}{names}{more}"
-        extra = {"nargs": "+", "action": "extend" if one.name == "set" else "store"} if many else {}
+        extra: dict[str, Any] = {"nargs": "+", "action": "extend" if one.name == "set" else "store"} if many else {}
         place.add_argument(flag(one.name), type=read, default=default, help=text, metavar=metavar, **extra)
 
 

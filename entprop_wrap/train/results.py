@@ -111,7 +111,7 @@ def diagnose(name: str, method: Any, model: nn.Module, data: Data, options: Opti
             warnings.simplefilter("always")
             stages = diagnostics.entropy_stages(model, loader, method=method, pixel_space=data.space, progress=False)
         for warning in caught:
-            say(f"{name}, what its step does to test images (this is not a score, see the report): {warning.message}")
+            say(f"a diagnosis of {name} after training, on which the table does not depend: {warning.message}")
         found[f"{name}: entropy of test images"] = stages
     return found
 
@@ -122,7 +122,7 @@ def page(runs: Sequence[Run], data: Data, options: Options, path: Path) -> Path:
         method: [run for run in runs if run.method == method] for method in dict.fromkeys(r.method for r in runs)
     }
     seeds = sorted({run.seed for run in runs})
-    examples = [data.test[index][0] for index in range(min(4, len(data.test)))]  # type: ignore[arg-type]
+    examples = [data.test[index][0] for index in range(min(4, len(data.test)))]
     facts = {
         "Data": f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes",
         "Training": f"{options.epochs} epochs; seeds {', '.join(map(str, seeds))}",
