@@ -67,3 +67,14 @@ def test_help_imports_nothing_heavy(command):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert "--robustness-images" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_public_name_is_there_though_none_is_imported_before_it_is_asked_for():
+    code = (
+        "import sys, entprop_wrap; early = 'torch' in sys.modules\n"
+        "assert all(hasattr(entprop_wrap, name) for name in entprop_wrap.__all__)\n"
+        "assert set(entprop_wrap.__all__) <= set(dir(entprop_wrap)) and not hasattr(entprop_wrap, 'AdvProp')\n"
+        "print(early, entprop_wrap.errors.EntPropError.__name__, sorted(entprop_wrap.__all__) == entprop_wrap.__all__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "False EntPropError True\n"
