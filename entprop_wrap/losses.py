@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.mixing import Mix, sent, take
-from entprop_wrap.options import check_number
+from entprop_wrap.options import check_number, store_as_python
 from entprop_wrap.selection import two_classes
 
 __all__ = [
@@ -164,6 +164,7 @@ class Regularised:
     entropy_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_number("label_smoothing", self.label_smoothing, lambda value: 0 <= value < 1, "in [0, 1)")
         check_number("entropy_weight", self.entropy_weight, lambda value: value >= 0, "of at least 0")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.options import check_number
+from entprop_wrap.options import check_generator, check_number, store_as_python
 
 __all__ = ["CutMix", "Mix", "MixUp", "Mixer", "find_mixer", "sent", "take"]
 
@@ -83,7 +83,7 @@ class MixUp:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_alpha(self.alpha)
+        _check_alpha(self)
 
     def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> Mix:
         """Draw a mix for images of ``shape`` ``(N, C, H, W)``."""
@@ -105,7 +105,7 @@ class CutMix:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_alpha(self.alpha)
+        _check_alpha(self)
 
     def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> Mix:
         """Draw a mix for images of ``shape`` ``(N, C, H, W)``."""
@@ -158,13 +158,10 @@ def _interval(centre: int, length: float, limit: int) -> slice:
 
 def _random(generator: torch.Generator | None) -> random.Random:
     # torch has no public Beta draw that takes a generator; this one follows torch's seed, and is exact in float64.
-    if generator is not None and generator.device.type != "cpu":
-        raise ConfigurationError(
-            f"Expected a CPU generator, found one on {generator.device}: a draw on the device would wait for it. "
-            "Write generator=torch.Generator().manual_seed(...)."
-        )
+    check_generator(generator)
     return random.Random(int(torch.randint(2**62, (), generator=generator)))
 
 
-def _check_alpha(alpha: float) -> None:
-    check_number("alpha", alpha, lambda value: value > 0, "above 0 (write mix=None to switch mixing off)")
+def _check_alpha(mixer: MixUp | CutMix) -> None:
+    store_as_python(mixer)
+    check_number("alpha", mixer.alpha, lambda value: value > 0, "above 0 (write mix=None to switch mixing off)")

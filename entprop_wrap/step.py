@@ -19,6 +19,7 @@ from entprop_wrap.losses import Loss, Target, asked
 from entprop_wrap.norms import is_norm
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.registry import find_registry
+from entprop_wrap.rows import prove_rows, rows_split
 from entprop_wrap.selection import entropy
 from entprop_wrap.snapshot import Snapshot
 from entprop_wrap.step_loss import StepLoss, check_scalar, refuse_idle_heads
@@ -252,6 +253,17 @@ class Step:
         if name is None and not is_wrapped(self.model):
             return nullcontext() if record_statistics else self._statistics_kept()
         return auxiliary(self.model, name, record_statistics=record_statistics)
+
+    def rows_split(self, auxiliary: str | None, main: int, total: int) -> AbstractContextManager[None]:
+        """Return a context in which the first ``main`` of ``total`` images run through the model's own norms.
+
+        The rest run through the auxiliary norms; with None, all of them share the model's own. Tries out first whether
+        the model allows it, see :func:`entprop_wrap.rows.prove_rows`.
+        """
+        if auxiliary is None:
+            return nullcontext()
+        prove_rows(self.model, self.images, auxiliary)
+        return rows_split(self.model, auxiliary, main, total) if main < total else nullcontext()
 
     @contextmanager
     def _statistics_kept(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from entprop_wrap.attacks import PGD, Attack, check_attack
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Regularised, mean_entropy
-from entprop_wrap.options import check_number
+from entprop_wrap.options import check_choice, check_number, store_as_python
 from entprop_wrap.selection import two_classes
 from entprop_wrap.step import Step, StepOutput
 
@@ -60,11 +60,10 @@ class AdversarialTraining:
     regularise: Literal["adversarial", "clean", "both"] = "both"
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_attack(self.attack)
-        if self.kind not in ("pgd", "trades"):
-            raise ConfigurationError(f"kind must be 'pgd' or 'trades', found {self.kind!r}.")
-        if self.regularise not in ("adversarial", "clean", "both"):
-            raise ConfigurationError(f"regularise must be adversarial, clean or both, found {self.regularise!r}.")
+        check_choice("kind", self.kind, ("pgd", "trades"))
+        check_choice("regularise", self.regularise, ("adversarial", "clean", "both"))
         check_number("beta", self.beta, lambda value: value > 0, "above 0")
         check_number("clean_weight", self.clean_weight, lambda value: 0 <= value < 1, "in [0, 1)")
         Regularised(F.cross_entropy, self.label_smoothing, self.entropy_weight)  # raises if out of range

@@ -14,7 +14,7 @@ from entprop_wrap.attacks import PGD, Attack, check_attack
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
 from entprop_wrap.mixing import sent
-from entprop_wrap.options import check_flag, check_name, check_number
+from entprop_wrap.options import check_choice, check_flag, check_name, check_number, store_as_python
 from entprop_wrap.step import Step, StepOutput
 
 __all__ = ["AdvProp"]
@@ -44,6 +44,7 @@ class AdvProp:
     auxiliary: str = "aux"
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_attack(self.attack)
         check_statistics(self.attack_statistics)
         check_flag("targeted", self.targeted)
@@ -116,8 +117,7 @@ def attacked(
 
 def check_statistics(statistics: str) -> None:
     """Raise :class:`ConfigurationError` unless batch norms can normalise with ``statistics`` during an attack."""
-    if statistics not in ("running", "batch"):
-        raise ConfigurationError(f"attack_statistics must be 'running' or 'batch', found {statistics!r}.")
+    check_choice("attack_statistics", statistics, ("running", "batch"))
 
 
 def check_targets(step: Step, targeted: bool) -> None:

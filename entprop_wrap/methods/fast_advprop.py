@@ -11,7 +11,7 @@ from torch import Tensor
 from entprop_wrap.attacks import uniform_start
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
-from entprop_wrap.options import check_flag, check_name, check_number
+from entprop_wrap.options import check_flag, check_name, check_number, store_as_python
 from entprop_wrap.perturbation import ascend, check_magnitude
 from entprop_wrap.selection import count
 from entprop_wrap.step import Step, StepOutput, input_gradient
@@ -50,6 +50,7 @@ class FastAdvProp:
     auxiliary: str = "aux"
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_magnitude("epsilon", self.epsilon)
         for name in ("fraction", "beta"):
             check_number(name, getattr(self, name), lambda value: 0 < value < 1, "in (0, 1)")

@@ -7,7 +7,7 @@ from typing import Any
 
 from entprop_wrap.losses import Target
 from entprop_wrap.methods.entropy_ascent import EntropyAscent, check_ascent
-from entprop_wrap.options import check_name, check_number
+from entprop_wrap.options import check_name, check_number, store_as_python
 from entprop_wrap.selection import count
 from entprop_wrap.step import Step, StepOutput
 
@@ -46,6 +46,7 @@ class MEADA:
     auxiliary: str = "aux"
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_ascent(self.ascent)
         check_number("fraction", self.fraction, lambda value: 0 < value <= 1, "in (0, 1]")
         check_number("weight", self.weight, lambda value: value > 0, "above 0")

@@ -8,7 +8,7 @@ from typing import cast
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
 from entprop_wrap.mixing import Mixer, find_mixer
-from entprop_wrap.options import check_name, check_number
+from entprop_wrap.options import check_name, check_number, store_as_python
 from entprop_wrap.step import Step, StepOutput
 
 __all__ = ["MixProp"]
@@ -38,6 +38,7 @@ class MixProp:
     alpha: float | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_number("weight", self.weight, lambda value: value > 0, "above 0")
         check_name("auxiliary", self.auxiliary)
         object.__setattr__(self, "mix", find_mixer(self.mix, self.alpha))
