@@ -19,8 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import comparison
+import sweep
 import torch
-from example_parts import comparison, sweep
 from method_tables import made
 from tqdm.auto import tqdm
 

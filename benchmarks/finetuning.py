@@ -16,12 +16,10 @@ import statistics
 import time
 from pathlib import Path
 
-import example_parts  # noqa: F401 - makes ``parts`` importable
 import torch
 import transformers
-from parts.comparison import between_markers
-from parts.models import repair_keep_probabilities
-from parts.run_table import RunTable
+from comparison import between_markers
+from run_table import RunTable
 from torch.utils.data import DataLoader, Subset
 
 import entprop_wrap as entprop
@@ -30,6 +28,7 @@ from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.integrations.hub_datasets import eval_transform, in_memory, load_images, train_transform
 from entprop_wrap.robustness import Estimate, evaluate_robustness
 from entprop_wrap.robustness.scores import hscore
+from entprop_wrap.train.models import repair_keep_probabilities
 
 METHODS = {
     "vanilla": Vanilla(),

@@ -7,16 +7,15 @@ is what the others are compared with.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from example_parts import methods as method_parts
-
 from entprop_wrap import EntProp, Method, Vanilla, selection
 from entprop_wrap.methods import MEADA, EntropyAscent
 from entprop_wrap.methods.experimental import EntropicRetraining
+from entprop_wrap.train import methods as method_parts
+from entprop_wrap.train.options import Options
 from entprop_wrap.trainer import MaximumEntropyGrowth
 
 Entries = dict[str, dict[str, Any]]
@@ -42,10 +41,10 @@ class Table:
 
 def made(name: str, epsilon: float | None, **options: Any) -> Method:
     """Return a method as ``examples/train.py --methods name`` makes it."""
-    parser = argparse.ArgumentParser()
-    method_parts.add_options(parser)
-    given = argparse.Namespace(**{**vars(parser.parse_args([])), "epsilon": epsilon, **options})
-    return method_parts.METHODS[name](given)
+    # A dataset that is not digits: those have an epsilon of their own.
+    if not method_parts.field_for(name, method_parts.METHODS[name](), "epsilon"):
+        epsilon = None
+    return method_parts.build(Options(dataset="", methods=[name], epsilon=epsilon, **options))[name]
 
 
 def methods(epsilon: float | None, epochs: int) -> Entries:

@@ -20,11 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import comparison
+import sweep
 import torch
-from example_parts import comparison, sweep
-from example_parts import methods as method_parts
 from method_tables import TABLES, Table
 from step_ratios import ratio_of, times
+
+from entprop_wrap.train.options import fraction
 
 FINE_TUNING = {
     "pretrained": True,
@@ -149,16 +151,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="(default: 60 on digits, else 8)")
     parser.add_argument(
         "--epsilon",
-        type=method_parts.fraction,
+        type=fraction,
         help="of all attacks in training (default: 0.1 on digits, else each method's)",
     )
     parser.add_argument("--seed", type=int, default=0, help="the first (default: 0)")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
     parser.add_argument("--images", type=int, default=500, help="test images for SA and RA (default: 500)")
     parser.add_argument("--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(default: all five)")
-    parser.add_argument(
-        "--attack", type=method_parts.fraction, help="epsilon of PGD-20, such as 8/255 (default: no attack)"
-    )
+    parser.add_argument("--attack", type=fraction, help="epsilon of PGD-20, such as 8/255 (default: no attack)")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds of a step; 0: none (default: 15)")
     parser.add_argument("--together", type=int, default=10, help="models that are evaluated at once (default: 10)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")

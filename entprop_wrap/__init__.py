@@ -1,15 +1,19 @@
 """EntProp for any PyTorch image classifier: train for accuracy and robustness, get your own model back."""
 
-from entprop_wrap.methods import EntProp, Vanilla
-from entprop_wrap.mixing import CutMix, MixUp
-from entprop_wrap.optimizers import check_optimizer, parameter_groups
-from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.selection import entropy
-from entprop_wrap.state_dicts import auxiliary_state_dict, load_auxiliary_state_dict, main_state_dict
-from entprop_wrap.step import Method, Step, StepOutput
-from entprop_wrap.trainer import Trainer, TrainerConfig
-from entprop_wrap.training import training_step
-from entprop_wrap.wrapping import Summary, auxiliary, summary, unwrap, wrap
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from entprop_wrap.methods import EntProp, Vanilla
+    from entprop_wrap.mixing import CutMix, MixUp
+    from entprop_wrap.optimizers import check_optimizer, parameter_groups
+    from entprop_wrap.perturbation import PixelSpace
+    from entprop_wrap.selection import entropy
+    from entprop_wrap.state_dicts import auxiliary_state_dict, load_auxiliary_state_dict, main_state_dict
+    from entprop_wrap.step import Method, Step, StepOutput
+    from entprop_wrap.trainer import Trainer, TrainerConfig
+    from entprop_wrap.training import training_step
+    from entprop_wrap.wrapping import Summary, auxiliary, summary, unwrap, wrap
 
 __all__ = [
     "CutMix",
@@ -35,3 +39,31 @@ __all__ = [
     "unwrap",
     "wrap",
 ]
+
+#: Modules are imported when a name of theirs is asked for: a command line that only prints help needs no torch.
+_MODULES = {
+    "methods": "EntProp Vanilla",
+    "mixing": "CutMix MixUp",
+    "optimizers": "check_optimizer parameter_groups",
+    "perturbation": "PixelSpace",
+    "selection": "entropy",
+    "state_dicts": "auxiliary_state_dict load_auxiliary_state_dict main_state_dict",
+    "step": "Method Step StepOutput",
+    "trainer": "Trainer TrainerConfig",
+    "training": "training_step",
+    "wrapping": "Summary auxiliary summary unwrap wrap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names.split():
+            value = globals()[name] = getattr(importlib.import_module(f"entprop_wrap.{module}"), name)
+            return value
+    if name in ("errors", *_MODULES):
+        return importlib.import_module(f"entprop_wrap.{name}")
+    raise AttributeError(f"module 'entprop_wrap' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.mixing import sent
-from entprop_wrap.options import check_flag, check_integer, check_number
+from entprop_wrap.options import check_choice, check_flag, check_integer, check_number, shown, store_as_python
 from entprop_wrap.perturbation import PixelSpace, ascend, check_magnitude
 
 __all__ = ["PGD", "Attack", "Gradient", "check_attack", "direction", "length", "uniform_start"]
@@ -63,8 +63,8 @@ class PGD:
     norm: Literal["linf", "l2"] = "linf"
 
     def __post_init__(self) -> None:
-        if self.norm not in ("linf", "l2"):
-            raise ConfigurationError(f"norm must be 'linf' or 'l2', found {self.norm!r}.")
+        store_as_python(self)
+        check_choice("norm", self.norm, ("linf", "l2"))
         check_integer("steps", self.steps, 1)
         check_flag("random_start", self.random_start)
         for name in ("epsilon", "step_size"):
@@ -97,7 +97,7 @@ class PGD:
         step = size * direction((gradient * scale).nan_to_num(0.0, 0.0, 0.0))
         change = (images - origin) / scale + step
         change = change * (self.epsilon / length(change)).clamp(max=1)
-        return (origin + change * scale).clamp_(*space.bounds(origin))
+        return (origin + change * scale).clamp_(*space.bounds_around(origin))
 
     def at(self: Ascent, epsilon: float) -> Ascent:
         """Return the same attack at another magnitude; a ``step_size`` that was given stays in proportion."""
@@ -108,7 +108,7 @@ class PGD:
 def check_attack(attack: Any) -> None:
     """Raise :class:`ConfigurationError` unless ``attack`` looks like an :class:`Attack`."""
     if isinstance(attack, type) or not (hasattr(attack, "run") and hasattr(attack, "steps")):
-        raise ConfigurationError(f"attack must be an attack such as PGD(epsilon=4/255), found {attack!r}.")
+        raise ConfigurationError(f"attack must be an attack such as PGD(epsilon=4/255), found {shown(attack)}.")
 
 
 def uniform_start(images: Tensor, epsilon: float, space: PixelSpace, generator: torch.Generator | None) -> Tensor:
@@ -117,7 +117,7 @@ def uniform_start(images: Tensor, epsilon: float, space: PixelSpace, generator: 
         noise = torch.rand_like(images)
     else:  # drawn on the CPU, so that every device gives the same
         noise = sent(torch.rand(images.shape, generator=generator, dtype=images.dtype), images.device)
-    lower, upper = space.bounds(images)
+    lower, upper = space.bounds_around(images)
     moved: Tensor = (images + noise.mul_(2).sub_(1) * (epsilon * space.scale(images))).clamp_(lower, upper)
     return moved
 
@@ -136,7 +136,7 @@ def ball_start(images: Tensor, epsilon: float, space: PixelSpace, generator: tor
         )
     # The volume within radius r grows as r^d, so that r is the d-th root of a uniform number.
     change = epsilon * radius ** (1 / images[0].numel()) * direction(normal)
-    return (images + change * space.scale(images)).clamp_(*space.bounds(images))
+    return (images + change * space.scale(images)).clamp_(*space.bounds_around(images))
 
 
 def direction(gradient: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.errors import (
+    DivergedError,
     EntPropError,
     ImageError,
     LabelError,
@@ -18,6 +19,7 @@ from entprop_wrap.errors import (
     PixelRangeError,
     UnsupportedModelError,
 )
+from entprop_wrap.optimizer_steps import Watch
 from entprop_wrap.perturbation import PixelSpace
 
 __all__ = [
@@ -33,6 +35,9 @@ __all__ = [
 
 #: Interpolation without clamping overshoots valid pixels; further out than this, in pixel units, is another space.
 _TOLERANCE = 0.25
+
+#: Random erasing fills boxes with N(0, 1) after normalising; no number of it is further out than this.
+_NOISE = 8.0
 
 
 def check_images(images: Any, space: PixelSpace) -> None:
@@ -103,7 +108,7 @@ def check_labels(labels: Any, images: Tensor) -> Tensor:
         if labels.ndim != 2 or shape[0] != batch:
             raise LabelError(
                 f"Floating-point labels are probabilities of shape ({batch}, C); found {labels.dtype} of shape "
-                f"{shape}. For class indices write labels.long()."
+                f"{shape}. For class indices write labels.long(); for a model with one logit labels[:, None]."
             )
         return labels
     if labels.dtype == torch.bool or labels.is_complex():
@@ -118,20 +123,22 @@ def check_labels(labels: Any, images: Tensor) -> Tensor:
     return labels.long()
 
 
-def logits_of(output: Any, batch: int, *, differentiable: bool = True) -> Tensor:
+def logits_of(output: Any, batch: int, *, differentiable: bool = True, least: int = 2) -> Tensor:
     """Return the logits ``(N, C)`` in what a model returned: a tensor, ``.logits``, ``["logits"]``, or a tuple's first.
 
     Raises:
-        ModelOutputError: There are none, or they are not ``differentiable`` though they should be.
+        ModelOutputError: There are none, or fewer than ``least`` classes, or they are not ``differentiable`` though
+            they should be.
     """
     logits = raw_logits(output)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < least:
         found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
         if isinstance(output, dict):
             found += f" with {sorted(map(str, output))}"
         raise ModelOutputError(
             f"Expected logits of shape ({batch}, C) with C > 1 from the model, as a tensor, a tuple's first item, or "
-            f"under 'logits'; found {found}. Use a classification model, such as AutoModelForImageClassification."
+            f"under 'logits'; found {found}. Use a classification model, such as AutoModelForImageClassification; for "
+            "one logit pass a binary loss, loss=torch.nn.BCEWithLogitsLoss()."
         )
     if differentiable and not logits.requires_grad:
         raise ModelOutputError(
@@ -162,16 +169,22 @@ class Checker:
         self.warned = False  # of too small auxiliary batches, on a model without copies
         self.classes: int | None = None  # known after the first pass
         self.loss_seen = False  # to be a mean over images
-        self.pending: dict[str, Tensor] = {}
+        self.mixing_seen = False  # whether labels are those of mixed images was looked at
+        self.stepped = False  # to the end of a training step
+        self.space_seen = False  # to fit the images, so that what lies outside is noise
+        self.whole: str | None = None  # a layer that needs whole batches; "" if there is none
+        self.pending: dict[str, tuple[type[EntPropError], Tensor]] = {}
+        self.watch = Watch()
 
     def images(self, images: Tensor, space: PixelSpace) -> None:
-        """Check that images are finite and lie in ``space``."""
+        """Check that images are finite and lie in ``space``, but for noise that random erasing left in some."""
         lower, upper = space.bounds(images)
         slack = _TOLERANCE * space.scale(images)
         if images.device.type == "cpu" or self.first:
             # One pass over the data: the extremes of each channel also carry NaN and infinity.
             low, high = torch.aminmax(images.detach().transpose(0, 1).flatten(1), dim=1)
-            if not bool(((low >= (lower - slack).flatten()) & (high <= (upper + slack).flatten())).all()):
+            inside = bool(((low >= (lower - slack).flatten()) & (high <= (upper + slack).flatten())).all())
+            if not inside and not self._erased(images.detach(), lower, upper, slack):
                 raise _image_problem(low, high, lower, upper)
             if self.first and float(low.min()) >= 0 and float(high.max()) <= 1 and float(lower.max()) <= -0.5:
                 warnings.warn(
@@ -188,24 +201,53 @@ class Checker:
                     "PixelSpace(image_mean, image_std).",
                     stacklevel=5,
                 )
-            self.first = False
+            self.first, self.space_seen = False, True
         else:
-            good = ((images >= lower - slack) & (images <= upper + slack)).all()
-            self._note("images outside the pixel space, or not finite", ~good)
+            good = self._mostly_inside(images.detach(), lower, upper, slack)
+            self._note("images outside the pixel space, or not finite", ~good, PixelRangeError)
 
-    def labels(self, labels: Tensor, classes: int) -> None:
-        """Check that labels fit ``classes`` logits."""
+    def _erased(self, images: Tensor, lower: Tensor, upper: Tensor, slack: Tensor) -> bool:
+        """Return whether what lies outside the pixel space is noise in some images, rather than another space."""
+        inside = (images >= lower - slack) & (images <= upper + slack)
+        few = bool((~inside).float().mean() <= 0.002) or bool(inside.flatten(1).all(dim=1).float().mean() >= 0.5)
+        return (self.space_seen or few) and bool(self._mostly_inside(images, lower, upper, slack))
+
+    def _mostly_inside(self, images: Tensor, lower: Tensor, upper: Tensor, slack: Tensor) -> Tensor:
+        inside = (images >= lower - slack) & (images <= upper + slack)
+        near = (images >= lower - _NOISE) & (images <= upper + _NOISE)
+        return near.all() & (inside.float().mean() > 0.5)
+
+    def check_takes_parts(self, model: nn.Module) -> None:
+        """Raise :class:`UnsupportedModelError` if a layer knows the images of a batch by their places in it."""
+        if self.whole is None:
+            kinds = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+            self.whole = next((kind for kind in kinds if kind.startswith("SplitBatchNorm")), "")
+        if self.whole:
+            raise UnsupportedModelError(
+                f"{self.whole} normalises each split of a batch apart, and the method passes selected images. Expected "
+                "a model without: leave out --split-bn (convert_splitbn_model), wrap() makes the auxiliary norms."
+            )
+
+    def labels(self, labels: Tensor, classes: int, *, probabilities: bool = True) -> None:
+        """Check that labels fit ``classes`` logits; floating ones need not be ``probabilities`` of one class."""
         if labels.is_floating_point():
             if labels.shape[1] != classes:
                 raise LabelError(f"Found soft labels for {labels.shape[1]} classes; the model has {classes} logits.")
-            sums = labels.sum(dim=1)
-            bad = (labels < 0).any() | ~((sums - 1).abs() <= 1e-2).all()
-            message = "Soft labels must be probabilities: at least 0, and each row with sum 1."
+            if probabilities:
+                bad = (labels < 0).any() | ~((labels.sum(dim=1) - 1).abs() <= 1e-2).all()
+                message = (
+                    "Soft labels must be probabilities: at least 0, and each row with sum 1. For several classes an "
+                    "image pass a binary loss, loss=torch.nn.BCEWithLogitsLoss()."
+                )
+            else:
+                bad = ~((labels >= 0) & (labels <= 1)).all()
+                message = "Floating-point labels must be in [0, 1]."
         else:
+            classes = max(classes, 2)  # one logit is for two
             bad = ((labels < 0) | (labels >= classes)).any()
             message = f"Class indices must be in [0, {classes - 1}] for a model with {classes} logits"
         if labels.device.type != "cpu":
-            self._note(message, bad)
+            self._note(message, bad, LabelError)
         elif bool(bad):
             if not labels.is_floating_point():
                 message += (
@@ -217,16 +259,19 @@ class Checker:
     def raise_pending(self) -> None:
         """Raise what the device has found since the last call; this waits for the device."""
         pending, self.pending = self.pending, {}
-        for message, flag in pending.items():
+        diverged, self.watch.diverged = self.watch.diverged, None
+        if diverged is not None:
+            pending["its loss was not finite"] = DivergedError, diverged
+        for message, (error, flag) in pending.items():
             if bool(flag):
-                raise (LabelError if "labels" in message.lower() or "indices" in message else PixelRangeError)(
+                raise error(
                     f"A batch since the last look at the metrics was wrong: {message}. Weights may have been trained "
                     "on it; go back to the last checkpoint. Run on the CPU to have each batch checked before its step."
                 )
 
-    def _note(self, message: str, flag: Tensor) -> None:
+    def _note(self, message: str, flag: Tensor, error: type[EntPropError]) -> None:
         earlier = self.pending.get(message)
-        self.pending[message] = flag if earlier is None else flag | earlier
+        self.pending[message] = error, flag if earlier is None else flag | earlier[1]
 
 
 _checkers: weakref.WeakKeyDictionary[nn.Module, Checker] = weakref.WeakKeyDictionary()
@@ -244,7 +289,11 @@ def _image_problem(low: Tensor, high: Tensor, lower: Tensor, upper: Tensor) -> E
     if largest > 50:
         hint = "It looks like 0-255: divide by 255, or pass pixel_space=PixelSpace(mean=0, std=1/255)."
     elif smallest < 0:
-        hint = "It looks normalised: pass pixel_space=PixelSpace(mean, std) with what the data is normalised with."
+        hint = (
+            "It looks normalised: pass pixel_space=PixelSpace(mean, std) with what the data is normalised with. If it "
+            "says so already, and random erasing fills most images with noise: erase with a constant (timm: --remode "
+            "const), or before normalising."
+        )
     else:
         hint = "Clamp it to valid pixels."
     return PixelRangeError(

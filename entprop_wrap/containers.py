@@ -7,10 +7,25 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from entprop_wrap.errors import UnsupportedModelError
 
-__all__ = ["no_gradient_sync", "plain_model", "refuse_container", "refuse_wrapping", "walk"]
+__all__ = [
+    "check_module",
+    "no_gradient_sync",
+    "plain_model",
+    "refuse_container",
+    "refuse_static_graph",
+    "refuse_wrapping",
+    "walk",
+]
+
+
+def check_module(caller: str, model: object) -> None:
+    """Raise a :class:`TypeError` unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller} expects a torch.nn.Module, found {type(model).__name__}.")
 
 
 def walk(model: nn.Module) -> Iterator[nn.Module]:
@@ -25,11 +40,15 @@ def walk(model: nn.Module) -> Iterator[nn.Module]:
             stack.extend([child for child in module._modules.values() if child is not None])
 
 
+#: Moving averages of timm, by class name, so that it need not be importable.
+_AVERAGES = frozenset({"ModelEmaV2", "ModelEmaV3"})
+
+
 def plain_model(model: nn.Module) -> nn.Module:
-    """Return the model inside compile and data-parallel containers (FSDP2 has none: it shards in place)."""
+    """Return the model inside compile, data-parallel and averaging containers (FSDP2 has none: it shards in place)."""
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
+        if isinstance(model, (nn.parallel.DistributedDataParallel, AveragedModel)) or type(model).__name__ in _AVERAGES:
+            model = model._modules["module"]  # type: ignore[assignment]
         elif (compiled := model._modules.get("_orig_mod")) is not None:
             model = compiled
         else:
@@ -67,6 +86,18 @@ def refuse_container(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{why} Expected a plain, DDP or FSDP2 model: choose one of these with `accelerate config`, or write "
                 "torch.distributed.fsdp.fully_shard(model)."
+            )
+        inside = inside._modules.get("_orig_mod")
+
+
+def refuse_static_graph(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedModelError` if ``model`` is in a DDP that expects the same graph in every pass."""
+    inside: nn.Module | None = model
+    while inside is not None:
+        if isinstance(inside, nn.parallel.DistributedDataParallel) and inside.static_graph:
+            raise UnsupportedModelError(
+                "DDP(static_graph=True) expects the same graph in every pass; passes of different domains have "
+                "different ones. Leave out static_graph=True (and call no _set_static_graph())."
             )
         inside = inside._modules.get("_orig_mod")
 

@@ -6,16 +6,34 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from entprop_wrap.errors import UnsupportedModelError
 
-__all__ = ["UNRECORDED", "Switch", "auxiliary_of", "key_of"]
+__all__ = ["UNRECORDED", "Key", "Rows", "Switch", "domains_of", "key_of"]
 
 #: Ends the key of a domain whose running statistics are left alone.
 UNRECORDED = " unrecorded"
+
+
+class Rows(NamedTuple):
+    """Key of a pass whose first rows run in the main domain, and the rest in an auxiliary one.
+
+    Attributes:
+        auxiliary: The domain of the rest.
+        main: How many images run in the main domain.
+        total: How many images the pass has.
+    """
+
+    auxiliary: str
+    main: int
+    total: int
+
+
+#: What a norm is told: None for the main domain, the name of another (with or without its statistics), or rows.
+Key: TypeAlias = "str | Rows | None"
 
 
 def key_of(auxiliary: str | None, record_statistics: bool = True) -> str | None:
@@ -25,9 +43,11 @@ def key_of(auxiliary: str | None, record_statistics: bool = True) -> str | None:
     return (auxiliary or "") + UNRECORDED
 
 
-def auxiliary_of(key: str | None) -> str | None:
-    """Return the auxiliary that ``key`` runs in, None for the main domain."""
-    return (key or "").removesuffix(UNRECORDED) or None
+def domains_of(key: Key) -> set[str | None]:
+    """Return the domains that ``key`` runs in: names of auxiliaries, None for the main domain."""
+    if isinstance(key, Rows):
+        return {None, key.auxiliary}
+    return {(key or "").removesuffix(UNRECORDED) or None}
 
 
 class _Thread:
@@ -36,8 +56,8 @@ class _Thread:
     __slots__ = ("block", "key")
 
     def __init__(self) -> None:
-        self.block: str | None = None  # the innermost auxiliary() block of this thread
-        self.key: str | None = None  # the same, except while a backward of another domain runs in this thread
+        self.block: Key = None  # the innermost auxiliary() block of this thread
+        self.key: Key = None  # the same, except while a backward of another domain runs in this thread
 
 
 class _EndOfBackward:
@@ -59,8 +79,10 @@ class Switch:
     def __init__(self) -> None:
         self.local = threading.local()
         # autograd graph task -> the domain whose backward it is, and the thread that found out
-        self.pins: dict[int, tuple[str | None, int]] = {}
+        self.pins: dict[int, tuple[Key, int]] = {}
         self.owner: weakref.ref[Any] | None = None  # the registry on the wrapped root; None in an orphaned copy
+        # The norms that have run, until the first pass with gradients has been checked.
+        self.ran: set[int] | None = set()
 
     def __reduce__(self) -> tuple[type[Switch], tuple[()]]:
         return Switch, ()  # threads and running backwards belong to one process; the owner signs in again
@@ -72,7 +94,7 @@ class Switch:
             state = self.local.state = _Thread()
         return state
 
-    def resolve(self) -> str | None:
+    def resolve(self) -> Key:
         """Return the domain to run in, eagerly: the thread's own, or, in a backward, that of the pinned output.
 
         A norm runs inside a backward when a checkpointed block is recomputed. By then the ``auxiliary()`` block may be
@@ -97,7 +119,7 @@ class Switch:
         )
 
     @contextmanager
-    def block(self, key: str | None) -> Iterator[None]:
+    def block(self, key: Key) -> Iterator[None]:
         """Run the norms in ``key`` inside the with-block, in this thread."""
         state, task = self.thread(), torch._C._current_graph_task_id()
         block, before = state.block, state.key
@@ -115,7 +137,11 @@ class Switch:
             else:
                 self.pins.pop(task, None)
 
-    def pin(self, key: str | None) -> None:
+    def is_differentiating(self) -> bool:
+        """Return whether the backward that runs in this thread, if any, is of an output of the model."""
+        return torch._C._current_graph_task_id() in self.pins
+
+    def pin(self, key: Key) -> None:
         """Say that the running backward belongs to ``key``; called by a hook on the gradient of the output."""
         task = torch._C._current_graph_task_id()
         state = self.thread()

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from entprop_wrap.checks import logits_of, raw_logits
 from entprop_wrap.containers import plain_model, walk
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
+from entprop_wrap.options import shown
 
 __all__ = ["Features", "features_of"]
 
@@ -98,10 +99,10 @@ def features_of(model: nn.Module, *, layer: str | None = None) -> Iterator[Featu
         raise UnsupportedModelError(f"features_of() expects a torch.nn.Module, found {type(model).__name__}.")
     root = plain_model(model)
     modules = dict(root.named_modules())
-    if layer is not None and (not layer or layer not in modules):
+    if layer is not None and (not isinstance(layer, str) or not layer or layer not in modules):
         close = difflib.get_close_matches(str(layer), modules, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else "Names are those of model.named_modules()."
-        raise ConfigurationError(f"{type(root).__name__} has no layer {layer!r}. {hint}")
+        raise ConfigurationError(f"{type(root).__name__} has no layer {shown(layer)}. {hint}")
     features = Features(layer)
     handles = [root.register_forward_pre_hook(features._begin)]
     for name, module in modules.items():
@@ -128,7 +129,7 @@ def features_of(model: nn.Module, *, layer: str | None = None) -> Iterator[Featu
 
 def _head(calls: list[_Call], output: Any, batch: int) -> _Call:
     """Return the first call whose output is, or shares memory with, the logits."""
-    classes = logits_of(output, batch, differentiable=False).shape[1]
+    classes = logits_of(output, batch, differentiable=False, least=1).shape[1]
     found = [call for call in calls if _same(call.output, raw_logits(output))]
     if not found:
         # The model has computed on: a cast, a mean over positions or heads. Then it is what last had as many outputs.

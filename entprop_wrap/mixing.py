@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.options import check_number
+from entprop_wrap.options import check_generator, check_number, store_as_python
 
-__all__ = ["CutMix", "Mix", "MixUp", "Mixer", "sent", "take"]
+__all__ = ["CutMix", "Mix", "MixUp", "Mixer", "find_mixer", "sent", "take"]
 
 
 class Mix(Protocol):
@@ -83,7 +83,7 @@ class MixUp:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_alpha(self.alpha)
+        _check_alpha(self)
 
     def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> Mix:
         """Draw a mix for images of ``shape`` ``(N, C, H, W)``."""
@@ -105,7 +105,7 @@ class CutMix:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_alpha(self.alpha)
+        _check_alpha(self)
 
     def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> Mix:
         """Draw a mix for images of ``shape`` ``(N, C, H, W)``."""
@@ -116,6 +116,26 @@ class CutMix:
         columns = _interval(dice.randrange(width), side * width, width)
         area = (rows.stop - rows.start) * (columns.stop - columns.start)
         return _Paste(torch.randperm(shape[0], generator=generator), 1 - area / (height * width), (rows, columns))
+
+
+def find_mixer(mix: Mixer | str | None, alpha: float | None = None) -> Mixer | None:
+    """Return the mixer that ``mix`` is, or names: "mixup", "cutmix", "none"; with another ``alpha`` if it is given.
+
+    Raises:
+        ConfigurationError: There is none of that name, or it has no alpha.
+    """
+    found: Any = (
+        {"mixup": MixUp(), "cutmix": CutMix(), "none": None}.get(mix.lower(), mix) if isinstance(mix, str) else mix
+    )
+    if found is not None and (isinstance(found, type) or not hasattr(found, "draw")):
+        raise ConfigurationError(
+            f"mix must be a mixer such as MixUp(alpha=1.0), 'mixup', 'cutmix', or None; found {mix!r}."
+        )
+    if alpha is None:
+        return cast("Mixer | None", found)
+    if not isinstance(found, (MixUp, CutMix)):
+        raise ConfigurationError(f"alpha is for MixUp and CutMix; found alpha={alpha!r} with mix={mix!r}.")
+    return replace(found, alpha=alpha)
 
 
 def sent(drawn: Tensor, device: torch.device) -> Tensor:
@@ -138,13 +158,10 @@ def _interval(centre: int, length: float, limit: int) -> slice:
 
 def _random(generator: torch.Generator | None) -> random.Random:
     # torch has no public Beta draw that takes a generator; this one follows torch's seed, and is exact in float64.
-    if generator is not None and generator.device.type != "cpu":
-        raise ConfigurationError(
-            f"Expected a CPU generator, found one on {generator.device}: a draw on the device would wait for it. "
-            "Write generator=torch.Generator().manual_seed(...)."
-        )
+    check_generator(generator)
     return random.Random(int(torch.randint(2**62, (), generator=generator)))
 
 
-def _check_alpha(alpha: float) -> None:
-    check_number("alpha", alpha, lambda value: value > 0, "above 0 (write mix=None to switch mixing off)")
+def _check_alpha(mixer: MixUp | CutMix) -> None:
+    store_as_python(mixer)
+    check_number("alpha", mixer.alpha, lambda value: value > 0, "above 0 (write mix=None to switch mixing off)")

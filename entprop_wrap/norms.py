@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 from torch.nn.utils import parametrize
 
 from entprop_wrap.errors import ConfigurationError, NoNormLayersError, UnsupportedModelError
-from entprop_wrap.switch import HOLDER_PREFIX
+from entprop_wrap.switch import Copy
 
 __all__ = ["Selector", "find_norms", "is_norm"]
 
@@ -20,6 +22,8 @@ __all__ = ["Selector", "find_norms", "is_norm"]
 Selector = type[nn.Module] | str | Callable[[str, nn.Module], bool]
 
 _BASES = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+_SELECTORS = "Give a module class, a glob over the names of model.named_modules(), or a predicate (name, module)."
 
 # Named like a norm, or close to one, and yet none: GRN is a gate on channel energy, NormFreeBlock a whole residual
 # block. Compared by name, so that neither timm nor transformers has to be importable.
@@ -30,18 +34,21 @@ def is_norm(module: nn.Module) -> bool:
     """Say whether ``module`` is a norm layer whose state is worth an auxiliary copy.
 
     A norm is a subclass of torch's batch, instance, layer, group or RMS norm, or a class named ``*norm*`` that owns
-    parameters itself and contains no layer with weights (that would be a block). It must have state that training
-    moves: a parameter, or running statistics. ``FrozenBatchNorm2d`` and norms without affine weights have none.
+    a vector of parameters itself and contains no layer with weights (that would be a block). Linear layers and
+    convolutions with normalised weights are not norms. It must have state that training moves: a parameter, or running
+    statistics. ``FrozenBatchNorm2d`` and norms without affine weights have none.
 
     Only a module's own tensors count, and ``requires_grad`` does not: a frozen norm may be thawed after ``wrap``.
     """
     names = {cls.__name__ for cls in type(module).__mro__}
-    if names & _NOT_NORMS:
+    if names & _NOT_NORMS or isinstance(module, Copy):
         return False
     parameters = any(value is not None for value in module._parameters.values())
     if isinstance(module, _BASES):
         return parameters or getattr(module, "running_mean", None) is not None
-    return parameters and "norm" in type(module).__name__.lower() and not _has_weighted_child(module)
+    if "norm" not in type(module).__name__.lower() or isinstance(module, (nn.Linear, _ConvNd)):
+        return False
+    return parameters and not _has_matrix(module) and not _has_weighted_child(module)
 
 
 def find_norms(
@@ -62,8 +69,8 @@ def find_norms(
         UnsupportedModelError: A norm is parametrised or not yet initialised.
     """
     modules = dict(model.named_modules())
-    included = _matches(modules, _selectors(include), "include")
-    excluded = _matches(modules, _selectors(exclude), "exclude")
+    included = _matches(modules, _selectors(include, "include"), "include")
+    excluded = _matches(modules, _selectors(exclude, "exclude"), "exclude")
     if stateless := [name for name in included if not _own_tensors(modules[name])]:
         raise ConfigurationError(
             f"include= must name modules that own parameters or buffers; these own none: {_some(stateless)}. "
@@ -85,19 +92,33 @@ def _own_tensors(module: nn.Module) -> list[object]:
     return [value for value in (*module._parameters.values(), *module._buffers.values()) if value is not None]
 
 
+def _has_matrix(module: nn.Module) -> bool:
+    # (1, C, 1, 1) is a vector in the layout of images; a cosine classifier has a weight for each class and feature.
+    own = (parameter for parameter in module._parameters.values() if parameter is not None)
+    return any(sum(size > 1 for size in parameter.shape) > 1 for parameter in own if not is_lazy(parameter))
+
+
 def _has_weighted_child(module: nn.Module) -> bool:
     # A fused activation such as PReLU has a vector of weights at most; a convolution or a linear layer has a matrix.
     # The copies of a wrapped norm have the shapes of its own weights.
-    children = [child for name, child in module.named_children() if not name.startswith(HOLDER_PREFIX)]
+    children = [child for child in module.children() if not isinstance(child, Copy)]
     return any(parameter.ndim > 1 for child in children for parameter in child.parameters())
 
 
-def _selectors(value: Selector | Iterable[Selector] | None) -> list[Selector]:
+def _selectors(value: Selector | Iterable[Selector] | None, argument: str) -> list[Selector]:
     if value is None:
         return []
-    if isinstance(value, (str, type)) or callable(value):
-        return [value]
-    return list(value)
+    single = isinstance(value, (str, type)) or callable(value) or not isinstance(value, Iterable)
+    selectors: list[Any] = [value] if single else list(value)  # type: ignore[arg-type]
+    if not selectors and argument == "include":
+        raise ConfigurationError(
+            "include= is empty: it names modules to copy besides the norm layers recognised. Leave it out to copy just "
+            "these, or name those to leave shared with exclude=."
+        )
+    for selector in selectors:
+        if isinstance(selector, nn.Module) or not (isinstance(selector, str) or callable(selector)):
+            raise ConfigurationError(f"{argument}= holds {selector!r}, which selects nothing. {_SELECTORS}")
+    return selectors
 
 
 def _matches(modules: dict[str, nn.Module], selectors: list[Selector], argument: str) -> set[str]:
@@ -112,10 +133,7 @@ def _matches(modules: dict[str, nn.Module], selectors: list[Selector], argument:
         if not hits:
             near = difflib.get_close_matches(str(selector), modules, n=3) if isinstance(selector, str) else []
             hint = f" Close names: {', '.join(near)}." if near else ""
-            raise ConfigurationError(
-                f"{argument}={selector!r} matches no module of the model.{hint} "
-                "Give a module class, a glob over the names of model.named_modules(), or a predicate (name, module)."
-            )
+            raise ConfigurationError(f"{argument}={selector!r} matches no module of the model.{hint} {_SELECTORS}")
         found |= hits
     return found
 

@@ -11,11 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from entprop_wrap.containers import plain_model
-from entprop_wrap.errors import ConfigurationError, OptimizerMismatchError
+from entprop_wrap.containers import check_module, plain_model
+from entprop_wrap.errors import ConfigurationError, OptimizerMismatchError, UnsupportedModelError
 from entprop_wrap.norms import is_norm
+from entprop_wrap.options import check_number
 from entprop_wrap.registry import Registry, find_registry
-from entprop_wrap.state_dicts import original_name
+from entprop_wrap.state_dicts import auxiliary_names
 
 __all__ = ["check_optimizer", "guard_first_step", "parameter_groups"]
 
@@ -39,12 +40,14 @@ def parameter_groups(
             default biases and the parameters of norm layers, as is usual for image models.
 
     Raises:
-        ConfigurationError: ``weight_decay`` is negative.
+        ConfigurationError: ``weight_decay`` is not a finite number of at least 0, or ``no_decay`` not a function.
     """
-    if weight_decay < 0:
-        raise ConfigurationError(f"weight_decay must be at least 0, found {weight_decay}.")
+    check_number("weight_decay", weight_decay, lambda value: value >= 0, "of at least 0")
+    if no_decay is not None and not callable(no_decay):
+        raise ConfigurationError(f"no_decay expects a function (name, parameter) -> bool, found {no_decay!r}.")
+    check_module("parameter_groups()", model)
     model = plain_model(model)
-    parameters = dict(model.named_parameters())
+    parameters, originals = dict(model.named_parameters()), auxiliary_names(model)
     if no_decay is None:
         norms = {
             id(parameter) for module in model.modules() if is_norm(module) for parameter in module._parameters.values()
@@ -57,7 +60,7 @@ def parameter_groups(
     undecayed: list[nn.Parameter] = []
     for name, parameter in parameters.items():
         if parameter.requires_grad:
-            original = original_name(name)
+            original = originals.get(name, name)
             exempt = no_decay(original, parameters.get(original, parameter))
             (undecayed if exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
@@ -66,6 +69,9 @@ def parameter_groups(
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Raise :class:`OptimizerMismatchError` if ``optimizer`` trains a norm layer but not its auxiliary copy."""
+    check_module("check_optimizer()", model)
+    if not isinstance(optimizer, Optimizer) and not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"check_optimizer() expects a torch optimizer second, found {type(optimizer).__name__}.")
     _check(find_registry(model), optimizer)
 
 
@@ -87,6 +93,12 @@ def _watch_optimizers() -> None:
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for registry, passed in list(_guarded.items()):
+        if registry.switch.is_differentiating():
+            raise UnsupportedModelError(
+                "An optimizer stepped inside a backward, as layer-wise GaLore and APOLLO and optimizers on "
+                "register_post_accumulate_grad_hook do: a step has several backwards, and their gradients belong "
+                "together. Use the optimizer without layer-wise updates, and call optimizer.step() after the step."
+            )
         if passed.get(optimizer) != len(optimizer.param_groups):
             _check(registry, optimizer)
             passed[optimizer] = len(optimizer.param_groups)

@@ -1,55 +1,175 @@
-"""Checks of single options: each raises one error that says what was expected, what was found, what to write."""
+"""Checks of single options: each returns the value as Python's own, or raises one error.
+
+The error says what was expected, what was found, what to write. NumPy's scalars and arrays of no dimension serve
+wherever Python's numbers, text and flags do.
+"""
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 
-__all__ = ["check_flag", "check_integer", "check_name", "check_number", "is_integer", "is_number"]
+__all__ = [
+    "as_python",
+    "check_choice",
+    "check_flag",
+    "check_function",
+    "check_generator",
+    "check_integer",
+    "check_mapping",
+    "check_name",
+    "check_number",
+    "check_seed",
+    "check_sequence",
+    "is_integer",
+    "is_number",
+    "shown",
+    "store_as_python",
+]
+
+#: The largest integer of a tensor.
+_MOST = 2**63 - 1
+
+
+def as_python(value: Any) -> Any:
+    """Return a scalar of NumPy as Python's own, other real numbers as a float, and anything else as it is.
+
+    Integers that no tensor can hold become floats, too.
+    """
+    value = _item(value)
+    usual = isinstance(value, float) or (isinstance(value, int) and abs(value) <= _MOST)
+    return float(value) if is_number(value) and not usual else value
+
+
+def store_as_python(options: Any) -> None:
+    """Store what a dataclass, frozen or not, was given :func:`as_python`; for the top of ``__post_init__``."""
+    for field in fields(options):
+        object.__setattr__(options, field.name, as_python(getattr(options, field.name)))
 
 
 def is_number(value: Any) -> bool:
-    """Say whether ``value`` is a finite real number, of Python or NumPy; True, False and text are none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether ``value`` is a finite real number, of Python or NumPy; True, False and text are not."""
+    value = _item(value)
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and bool(abs(value) <= sys.float_info.max)
 
 
 def is_integer(value: Any) -> bool:
-    """Say whether ``value`` is an integer, of Python or NumPy; True and False are none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    """Return whether ``value`` is an integer, of Python or NumPy; True and False are not."""
+    return isinstance(value := _item(value), numbers.Integral) and not isinstance(value, bool)
 
 
-def check_number(name: str, value: Any, good: Callable[[float], bool], range_: str) -> None:
-    """Raise :class:`ConfigurationError` unless ``value`` is a finite number and ``good``, which ``range_`` says."""
-    if not is_number(value) or not good(value):
-        raise ConfigurationError(f"{name} must be a number {range_}, found {value!r}.{_hint(name, value)}")
+def check_number(name: str, value: Any, good: Callable[[float], bool], range_: str) -> float:
+    """Return a finite number that is ``good``, which ``range_`` says in words."""
+    if not is_number(value) or not good(as_python(value)):
+        _refuse(name, f"a number {range_}", value, _hint(name, value))
+    found: float = as_python(value)
+    return found
 
 
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Raise :class:`ConfigurationError` unless ``value`` is an integer of at least ``least``."""
-    if not is_integer(value) or value < least:
-        raise ConfigurationError(f"{name} must be an integer of at least {least}, found {value!r}.{_hint(name, value)}")
+def check_integer(name: str, value: Any, least: int, most: int = _MOST) -> int:
+    """Return an integer from ``least`` to ``most``."""
+    if not is_integer(value) or not least <= _item(value) <= most:
+        limit = f" and at most {most}" if is_integer(value) and _item(value) > most else ""
+        _refuse(name, f"an integer of at least {least}{limit}", value, _hint(name, value))
+    return int(value)
 
 
-def check_flag(name: str, value: Any) -> None:
-    """Raise :class:`ConfigurationError` unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise ConfigurationError(f"{name} must be True or False, found {value!r}.")
+def check_seed(value: Any, name: str = "seed") -> int:
+    """Return a seed: an integer from 0 to 2**63 - 1."""
+    return check_integer(name, value, 0)
 
 
-def check_name(name: str, value: Any, otherwise: str = "") -> None:
-    """Raise :class:`ConfigurationError` unless ``value`` can name an auxiliary domain; ``otherwise`` says what else."""
-    if not isinstance(value, str) or not value:
+def check_flag(name: str, value: Any) -> bool:
+    """Return True or False."""
+    if not isinstance(as_python(value), bool):
+        _refuse(name, "True or False", value)
+    return bool(value)
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """Return one of several words."""
+    if not isinstance(value := as_python(value), str) or value not in allowed:
+        *most, last = map(repr, allowed)
+        _refuse(name, f"{', '.join(most)} or {last}", value)
+    return value
+
+
+def check_name(name: str, value: Any, otherwise: str = "") -> str:
+    """Return the name of an auxiliary domain; ``otherwise`` says what else could stand there."""
+    if not isinstance(value := as_python(value), str) or not value:
         raise ConfigurationError(
-            f"{name} must be the name of an auxiliary domain such as 'aux'{otherwise}; found {value!r}."
+            f"{name} must be the name of an auxiliary domain such as 'aux'{otherwise}; found {shown(value)}."
+        )
+    return value
+
+
+def check_mapping(name: str, value: Any, what: str, example: str) -> dict[str, Any]:
+    """Return a copy of a dict with names as keys; None is an empty one. ``what`` it holds is not looked at."""
+    value = {} if value is None else value
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
+        found = shown(value) if isinstance(value, Mapping) else type(value).__name__
+        raise ConfigurationError(f"{name} must be a dict of {what} by name, found {found}. Write {example}.")
+    return dict(value)
+
+
+def check_sequence(name: str, value: Any, what: str, example: str) -> tuple[Any, ...]:
+    """Return a list, tuple, range or vector as a tuple, not empty, with Python's numbers."""
+    if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 1 and not getattr(value, "is_meta", False):
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray)) or not value:
+        _refuse(name, f"a sequence of {what}, not empty", value, f" Write {example}.")
+    return tuple(map(as_python, value))
+
+
+def check_function(name: str, value: Any, what: str, example: str) -> None:
+    """Raise unless ``value`` can be called, which a class of something else should not be."""
+    if not callable(value) or isinstance(value, type):
+        _refuse(name, f"a function {what}", value, f" Write {example}.")
+
+
+def check_generator(value: Any) -> None:
+    """Raise unless ``value`` is a generator of random numbers on the CPU, or None."""
+    if value is not None and (not isinstance(value, torch.Generator) or value.device.type != "cpu"):
+        found = f"one on {value.device}" if isinstance(value, torch.Generator) else shown(value)
+        raise ConfigurationError(
+            f"generator expects a CPU generator, found {found}: a draw on the device would wait for it. Write "
+            "generator=torch.Generator().manual_seed(...)."
         )
 
 
+def shown(value: Any) -> str:
+    """Return ``value`` as messages show it, in at most 100 characters."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+        return f"{type(value).__name__} of shape {tuple(value.shape)} and type {value.dtype}"
+    try:
+        text = repr(value)
+    except ValueError:  # of an integer with thousands of digits
+        text = f"a very large {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _item(value: Any) -> Any:
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0 else value
+
+
+def _refuse(name: str, expected: str, value: Any, hint: str = "") -> NoReturn:
+    raise ConfigurationError(f"{name} must be {expected}, found {shown(value)}.{hint}")
+
+
 def _hint(name: str, value: Any) -> str:
-    if isinstance(value, bool):
+    if isinstance(value := _item(value), bool):
         return f" Write {name}={int(value)} if that is meant."
     if isinstance(value, str):
         try:

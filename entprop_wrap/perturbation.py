@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,15 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError, PixelRangeError
-from entprop_wrap.options import is_number
+from entprop_wrap.options import as_python, check_number, check_sequence, is_number, shown
 
 __all__ = ["PixelSpace", "ascend", "check_magnitude"]
+
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "mean": (lambda value: True, "in units of the pixel range"),
+    "std": (lambda value: value > 0, "above 0"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,11 @@ class PixelSpace:
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
             value: Any = getattr(self, name)
-            value = tuple(float(v) for v in value) if isinstance(value, Sequence) else (float(value),)
-            object.__setattr__(self, name, value)
-        if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
-            raise ConfigurationError(
-                f"Expected a finite mean and a std above 0, found mean={self.mean}, std={self.std}."
-            )
+            if not isinstance(as_python(value), (int, float)):
+                what, example = "numbers, one per channel, or one number", f"{name}=(0.5, 0.5, 0.5)"
+                value = check_sequence(name, value, what, example)
+            values = value if isinstance(value, tuple) else (value,)
+            object.__setattr__(self, name, tuple(float(check_number(name, v, *_RANGES[name])) for v in values))
         if max(self.std) > 1:
             raise ConfigurationError(
                 f"mean={self.mean}, std={self.std} look like the 0-255 scale. Expected fractions of the pixel range: "
@@ -103,17 +107,22 @@ class PixelSpace:
             ConfigurationError: There is no ``mean`` and ``std`` to read.
         """
         config = getattr(model, "pretrained_cfg", model)
-        config = config if isinstance(config, dict) else getattr(config, "to_dict", dict)()
-        if not config.get("mean") or not config.get("std"):
+        config = config.to_dict() if hasattr(config, "to_dict") and not isinstance(config, type) else config
+        if not isinstance(config, dict) or not all(name in config for name in ("mean", "std")):
             raise ConfigurationError(
                 f"{type(model).__name__} has no pretrained_cfg with mean and std. Write PixelSpace(mean=..., std=...)."
             )
-        return cls(tuple(config["mean"]), tuple(config["std"]))
+        return cls(config["mean"], config["std"])
 
     def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images of pixel 0 and of pixel 1, as ``(1, C, 1, 1)`` on the device of ``like``."""
         lower, upper, _ = self._constants(like.device, like.dtype)
         return lower, upper
+
+    def bounds_around(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how far each value of ``images`` may go: to valid pixels, and no further out where it is outside."""
+        lower, upper = self.bounds(images)
+        return torch.minimum(lower, images), torch.maximum(upper, images)
 
     def scale(self, like: Tensor) -> Tensor:
         """Return what the full pixel range is in these images, as ``(1, C, 1, 1)``: multiply an epsilon by it."""
@@ -123,7 +132,7 @@ class PixelSpace:
     def _constants(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         with torch.inference_mode(False):  # what is made in inference mode cannot be used in training, and this is kept
             mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (self.mean, self.std))
-            lower, upper, scale = (v.to(device, dtype) for v in ((0 - mean) / std, (1 - mean) / std, 1 / std))
+            lower, upper, scale = (v.to(dtype).to(device) for v in ((0 - mean) / std, (1 - mean) / std, 1 / std))
         return lower, upper, scale
 
 
@@ -139,7 +148,8 @@ def ascend(
     """Take one signed gradient step from ``images``, and stay within ``epsilon`` of ``origin`` and in valid pixels.
 
     ``clamp(origin + clip(images - origin + step_size * sign(gradient), -epsilon, epsilon), pixel 0, pixel 1)``. Only
-    the sign of the gradient matters, so a loss scaled for fp16 will do; where the gradient is NaN nothing moves.
+    the sign of the gradient matters, so a loss scaled for fp16 will do; where the gradient is NaN nothing moves. A
+    value of ``origin`` outside valid pixels (random erasing, overshoots of interpolation) moves no further out.
 
     Args:
         images: ``(N, C, H, W)`` in ``space``: where the attack stands.
@@ -152,7 +162,6 @@ def ascend(
     Source: PGD (Madry et al., ICLR 2018, section 2.1), without a random start.
     """
     scale = space.scale(origin)
-    lower, upper = space.bounds(origin)
     direction = gradient.sign().nan_to_num_(nan=0.0)
     reach = epsilon * scale
     moved = (
@@ -160,7 +169,7 @@ def ascend(
         if images is origin
         else ((images - origin).add_(direction.mul_(step_size * scale)).clamp_(-reach, reach))
     )
-    return moved.add_(origin).clamp_(lower, upper)
+    return moved.add_(origin).clamp_(*space.bounds_around(origin))
 
 
 def check_magnitude(name: str, value: float) -> None:
@@ -168,5 +177,5 @@ def check_magnitude(name: str, value: float) -> None:
     if not is_number(value) or not 0 < value < 1:
         hint = f"Write {name}={value:g}/255." if is_number(value) and 1 <= value < 255 else ""
         raise PixelRangeError(
-            f"{name} is a fraction of the full pixel range, above 0 and below 1; found {value!r}. {hint}".rstrip()
+            f"{name} is a fraction of the full pixel range, above 0 and below 1; found {shown(value)}. {hint}".rstrip()
         )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from entprop_wrap.containers import plain_model, refuse_container, walk
-from entprop_wrap.domains import Switch, auxiliary_of
+from entprop_wrap.containers import refuse_container, refuse_static_graph, walk
+from entprop_wrap.domains import Key, Switch, domains_of
 from entprop_wrap.errors import ConfigurationError, NotWrappedError, UnsupportedModelError
-from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm
+from entprop_wrap.switch import HOLDER_PREFIX, Copy, SwitchedNorm, block_fast_path
 
 __all__ = ["Registry", "attach", "detach", "find_registry", "find_wrapped", "refuse_idle_copies", "refuse_inside_block"]
 
@@ -39,6 +41,13 @@ class Registry:
             copied: Any = {} if auxiliary is None else norm._modules[HOLDER_PREFIX + auxiliary]._parameters  # type: ignore[union-attr]
             yield from (parameter for parameter in {**norm._parameters, **copied}.values() if parameter is not None)
 
+    def copies(self, auxiliary: str) -> Iterator[nn.Module]:
+        """Yield the holders of one auxiliary's tensors, norm by norm."""
+        for norm in self.norms.values():
+            copy = norm._modules[HOLDER_PREFIX + auxiliary]
+            assert copy is not None
+            yield copy
+
     def mirrors(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Yield ``(name of the norm parameter, the parameter, one copy of it)`` over all norms and auxiliaries."""
         for name, norm in self.norms.items():
@@ -57,31 +66,69 @@ class _LeaveForward:
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not torch.is_grad_enabled():
             return None
         switch = self.registry.switch
         if torch.compiler.is_compiling():
             key = getattr(getattr(switch.local, "state", None), "key", None)
         else:
+            if switch.ran is not None:
+                self._check_all_ran((args, kwargs), output)
             key = switch.resolve()
             _each_tensor(output, lambda tensor: _pin(tensor, switch, key))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            idle = self._idle(auxiliary_of(key))
+            idle = self._idle(domains_of(key))
             return _each_tensor(output, lambda tensor: _keep_in_graph(tensor, idle)) if idle else None
         return None
 
-    def _idle(self, running: str | None) -> list[nn.Parameter]:
-        domains = [domain for domain in (None, *self.registry.auxiliaries) if domain != running]
+    def _check_all_ran(self, inputs: Any, output: Any) -> None:
+        # In the first pass with gradients, of any domain. Norms that a pass leaves out (auxiliary heads, stochastic
+        # depth) leave their weights out, too; a norm whose weights are in the graph has been read, not run.
+        switch = self.registry.switch
+        idle = {name: norm for name, norm in self.registry.norms.items() if id(norm) not in (switch.ran or ())}
+        used = _leaves(output, inputs) if idle and not _has_compiled() else set()
+        read = [name for name, norm in idle.items() if any(id(p) in used for p in norm._parameters.values())]
+        if read:
+            raise UnsupportedModelError(
+                f"{len(read)} norm layers never run, such as {read[0]!r}: the model reads their weights itself (a "
+                "fused kernel, or F.layer_norm with norm.weight), unseen by the switch. Call the layers, or leave them "
+                f"shared by all domains: wrap(model, exclude={[*read[:4], *(['...'] if read[4:] else [])]})."
+            )
+        switch.ran = None
+
+    def _idle(self, running: set[str | None]) -> list[nn.Parameter]:
+        domains = [domain for domain in (None, *self.registry.auxiliaries) if domain not in running]
         parameters = (parameter for domain in domains for parameter in self.registry.tensors(domain))
         used = {id(parameter) for parameter in self.registry.tensors(running)}  # domains may share some
         # FSDP shards parameters into tensor subclasses, and does not mind idle ones.
         return [p for p in parameters if p.requires_grad and type(p) is nn.Parameter and id(p) not in used]
 
 
-def _pin(tensor: Tensor, switch: Switch, key: str | None) -> Tensor:
+def _pin(tensor: Tensor, switch: Switch, key: Key) -> Tensor:
     tensor.register_hook(lambda gradient: switch.pin(key))  # type: ignore[no-untyped-call]
     return tensor
+
+
+def _leaves(output: Any, inputs: Any) -> set[int]:
+    """Return the ids of the leaves in the graph that a pass has put between ``inputs`` and ``output``."""
+    seen = {tensor.grad_fn for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)}
+    found: set[int] = set()
+    nodes = [tensor.grad_fn for tensor in tree_leaves(output) if isinstance(tensor, Tensor)]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if (leaf := getattr(node, "variable", None)) is not None:
+                found.add(id(leaf))
+            nodes.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def _has_compiled() -> bool:
+    # Norms in compiled code note nothing when they run.
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters["frames"])
 
 
 def _keep_in_graph(output: Tensor, tensors: list[nn.Parameter]) -> Tensor:
@@ -124,15 +171,21 @@ def _each_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def attach(root: nn.Module, registry: Registry) -> None:
     """Put the registry and its hook on the root."""
     root.__dict__[_ATTRIBUTE] = registry
-    root.register_forward_hook(_LeaveForward(registry))
+    root.register_forward_hook(_LeaveForward(registry), with_kwargs=True)
+    for module in root.modules():
+        block_fast_path(module)
 
 
 def detach(root: nn.Module) -> None:
     """Undo :func:`attach`."""
-    registry_on(root).norms = {}  # whoever still holds the registry finds nothing in it
+    registry, modules = registry_on(root), dict(root.named_modules())
+    for place in [modules[name] for name in registry.norms if name in modules]:
+        for auxiliary in registry.auxiliaries:  # a SyncBatchNorm conversion has converted the copies, too
+            place._modules.pop(HOLDER_PREFIX + auxiliary, None)
+    registry.norms = {}  # whoever still holds the registry finds nothing in it
     del root.__dict__[_ATTRIBUTE]
     for key in [key for key, hook in root._forward_hooks.items() if isinstance(hook, _LeaveForward)]:
-        del root._forward_hooks[key]
+        del root._forward_hooks[key], root._forward_hooks_with_kwargs[key]
 
 
 def find_registry(model: nn.Module) -> Registry:
@@ -145,6 +198,7 @@ def find_registry(model: nn.Module) -> Registry:
         kinds = ", ".join(type(root).__name__ for root in roots)
         raise UnsupportedModelError(f"Found several wrapped models in one ({kinds}). Pass the one you mean.")
     refuse_container(model)
+    refuse_static_graph(model)
     if not roots:
         if not norms:
             raise NotWrappedError(
@@ -160,8 +214,8 @@ def find_registry(model: nn.Module) -> Registry:
 
 def refuse_inside_block(model: nn.Module) -> None:
     """Raise :class:`UnsupportedModelError` inside an ``auxiliary()`` block of ``model``, plain or wrapped."""
-    registry: Registry | None = plain_model(model).__dict__.get(_ATTRIBUTE)
-    if registry is not None and registry.switch.thread().block is not None:
+    registries = [module.__dict__[_ATTRIBUTE] for module in walk(model) if _ATTRIBUTE in module.__dict__]
+    if any(registry.switch.thread().block is not None for registry in registries):
         raise UnsupportedModelError(
             "training_step() was called inside auxiliary(): its main pass would run through the copies. Leave the "
             "with-block first; the method enters the auxiliary domains itself."
@@ -214,8 +268,11 @@ def _audit(registry: Registry, norms: list[SwitchedNorm]) -> None:
             f"{foreign} norm layers are copies taken out of a wrapped model: build the model first, then wrap() it"
         )
     names = {id(norm): name for name, norm in registry.norms.items()}
+    holders = [HOLDER_PREFIX + auxiliary for auxiliary in registry.auxiliaries]
     for norm in norms:
-        if "forward" in norm.__dict__:
+        if not all(isinstance(norm._modules.get(holder), Copy) for holder in holders):
+            problems.append(f"the copy in {names.get(id(norm), '?')!r} was replaced after wrap()")
+        elif "forward" in norm.__dict__:
             problems.append(f"{names.get(id(norm), '?')!r} was given a forward() of its own after wrap()")
         elif norm._parameters.keys() != norm._entprop_names:
             problems.append(

@@ -26,11 +26,13 @@ __all__ = [
     "count",
     "cross_entropy",
     "entropy",
+    "find_uncertainty",
     "least_confidence",
     "logit_margin",
     "random",
     "scores",
     "top",
+    "two_classes",
 ]
 
 #: ``(logits (N, C), labels) -> scores (N,)``, or ``(logits, labels, generator) -> scores`` of one that draws.
@@ -42,7 +44,7 @@ def entropy(logits: Tensor, labels: Tensor | None = None) -> Tensor:
 
     Source: EntProp, section 3.1.
     """
-    probabilities = _float(logits).softmax(dim=-1)
+    probabilities = _float(two_classes(logits)[0]).softmax(dim=-1)
     return cast(Tensor, torch.special.entr(probabilities)).sum(dim=-1)
 
 
@@ -51,7 +53,7 @@ def least_confidence(logits: Tensor, labels: Tensor | None = None) -> Tensor:
 
     Source: "Confidence" in EntProp, table 8.
     """
-    return 1 - _float(logits).softmax(dim=-1).amax(dim=-1)
+    return 1 - _float(two_classes(logits)[0]).softmax(dim=-1).amax(dim=-1)
 
 
 def logit_margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -59,6 +61,7 @@ def logit_margin(logits: Tensor, labels: Tensor) -> Tensor:
 
     The true class of a soft label is its largest. Source: "Logit margin" in EntProp, table 8.
     """
+    logits, labels = two_classes(logits, labels)
     probabilities = _float(logits).softmax(dim=-1)
     true = (labels.argmax(dim=-1) if labels.is_floating_point() else labels).unsqueeze(-1)
     wrong = probabilities.scatter(-1, true, -torch.inf).amax(dim=-1)
@@ -67,6 +70,7 @@ def logit_margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy per sample, in nats: ``(N, C) -> (N,)``, at least 0. Source: EntProp, table 8."""
+    logits, labels = two_classes(logits, labels)
     return F.cross_entropy(_float(logits), labels, reduction="none")
 
 
@@ -78,6 +82,34 @@ def random(logits: Tensor, labels: Tensor | None = None, generator: torch.Genera
     """
     drawn = torch.rand(len(logits), generator=generator, dtype=torch.float64)  # in float32, a tie is not so rare
     return sent(drawn.to(_float(logits).dtype if logits.device.type == "mps" else drawn.dtype), logits.device)
+
+
+def two_classes(logits: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Any]:
+    """Return one logit ``(N, 1)``, of a binary loss, as two whose softmax is its sigmoid; others as they are.
+
+    Its labels, ``(N, 1)`` in [0, 1], become probabilities ``(N, 2)``.
+    """
+    if logits.shape[-1] != 1:
+        return logits, labels
+    if labels is not None and labels.is_floating_point():
+        labels = torch.cat([1 - labels, labels], dim=-1)
+    return F.pad(logits, (1, 0)), labels
+
+
+def find_uncertainty(uncertainty: Uncertainty | str) -> Uncertainty:
+    """Return the score that ``uncertainty`` is, or names, such as "entropy".
+
+    Raises:
+        ConfigurationError: There is none of that name, or it is not a function.
+    """
+    named = {score.__name__: score for score in (entropy, least_confidence, logit_margin, cross_entropy, random)}
+    found = named.get(uncertainty) if isinstance(uncertainty, str) else uncertainty
+    if not callable(found):
+        raise ConfigurationError(
+            f"uncertainty must be a function (logits, labels) -> scores, or one of {list(named)}; found "
+            f"{uncertainty!r}."
+        )
+    return found
 
 
 def scores(
@@ -125,7 +157,7 @@ def top(scores: Tensor, number: int) -> Tensor:
     """
     if scores.ndim != 1 or len(scores) < number:
         raise ConfigurationError(
-            f"An uncertainty gives one score per image, (N,); found shape {tuple(scores.shape)}. A loss needs "
+            f"An uncertainty gives one score per image, (N,); found shape {tuple(scores.shape)}. A loss "
             "needs reduction='none'."
         )
     return scores.topk(number).indices

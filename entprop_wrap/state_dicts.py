@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
-from entprop_wrap.containers import plain_model
+from entprop_wrap.containers import check_module, plain_model, walk
 from entprop_wrap.errors import CheckpointError
-from entprop_wrap.switch import HOLDER_PREFIX, SwitchedNorm
+from entprop_wrap.switch import HOLDER_PREFIX, Copy, SwitchedNorm
 
 __all__ = [
+    "auxiliary_names",
     "auxiliary_state_dict",
     "is_auxiliary_key",
     "load_auxiliary_state_dict",
     "main_state_dict",
     "original_name",
+    "strip_copies",
     "without_copies",
 ]
+
+#: What activation checkpointing of torch puts into the names of parameters, and takes out of those of a state dict.
+_CHECKPOINTED = "_checkpoint_wrapped_module."
+
+
+def auxiliary_names(model: nn.Module) -> dict[str, str]:
+    """Map the name of each tensor of a copy to the name of what it is a copy of.
+
+    Names are those of ``named_parameters()``, ``named_buffers()`` and ``state_dict()`` of this very ``model``. Copies
+    are known by their class: a layer of the model may be called ``entprop_backbone``.
+    """
+    names = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Copy):
+            norm = path.rpartition(".")[0]
+            for tensor in (*module._parameters, *module._buffers):
+                names[f"{path}.{tensor}"] = f"{norm}.{tensor}" if norm else tensor
+    shown = {name.replace(_CHECKPOINTED, ""): original.replace(_CHECKPOINTED, "") for name, original in names.items()}
+    return {**shown, **names}
 
 
 def main_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -34,11 +57,16 @@ def auxiliary_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_auxiliary_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load what :func:`auxiliary_state_dict` returned; the main weights stay as they are.
 
+    Copies loaded by this stay as they are when a checkpoint of the plain model is loaded next, until they are trained.
+
     Raises:
         CheckpointError: Keys are missing or unexpected: the model was wrapped with other options.
     """
+    check_module("load_auxiliary_state_dict()", model)
+    if not isinstance(state, Mapping):
+        raise TypeError(f"load_auxiliary_state_dict() expects a state dict, found {type(state).__name__}.")
     root = plain_model(model)
-    expected = {key for key in root.state_dict() if is_auxiliary_key(key)}
+    expected = set(auxiliary_names(root)) & set(root.state_dict())
     if missing_or_foreign := expected ^ set(state):
         raise CheckpointError(
             f"The checkpoint's auxiliary copies do not fit the model: {len(expected - set(state))} missing and "
@@ -46,6 +74,9 @@ def load_auxiliary_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> 
             "with the same auxiliaries=, copies=, include= and exclude= as in the run that saved it."
         )
     root.load_state_dict(dict(state), strict=False)
+    for module in walk(root):
+        if isinstance(module, Copy):
+            module.keep()
 
 
 @contextmanager
@@ -59,10 +90,7 @@ def without_copies(model: nn.Module) -> Iterator[None]:
     of PEFT that hold norm layers (``modules_to_save``): they take names from the modules, whatever state dict is given.
     """
     norms = [module for module in plain_model(model).modules() if isinstance(module, SwitchedNorm)]
-    held = [
-        (norm, {name: child for name, child in norm._modules.items() if name.startswith(HOLDER_PREFIX)})
-        for norm in norms
-    ]
+    held = [(norm, {name: child for name, child in norm._modules.items() if isinstance(child, Copy)}) for norm in norms]
     for norm, children in held:
         for name in children:
             del norm._modules[name]
@@ -75,18 +103,61 @@ def without_copies(model: nn.Module) -> Iterator[None]:
 
 def _part(model: nn.Module, *, auxiliary: bool) -> dict[str, Tensor]:
     # Taken out of torch's own dictionary, which carries the version of each module: loading may depend on it.
-    state: dict[str, Tensor] = plain_model(model).state_dict()
-    for keys in (state, getattr(state, "_metadata", {})):
-        for key in [key for key in keys if is_auxiliary_key(key) != auxiliary]:
-            del keys[key]
+    check_module("auxiliary_state_dict()" if auxiliary else "main_state_dict()", model)
+    root = plain_model(model)
+    state: dict[str, Tensor] = root.state_dict()
+    names = auxiliary_names(root)
+    _keep_only(state, lambda key: (key in names) == auxiliary)
+    copies = {name.rpartition(".")[0] for name in names}
+    _keep_only(getattr(state, "_metadata", {}), lambda module: (module in copies) == auxiliary)
     return state
 
 
+def strip_copies(checkpoint: Any) -> Any:
+    """Return a checkpoint as the same script would have saved it without this package, whatever it is called inside.
+
+        torch.save(strip_copies(torch.load("checkpoint.pth")), "plain.pth")
+
+    For checkpoints written with plain ``state_dict()``. State dicts are looked for in dictionaries within dictionaries
+    (``{"model": ..., "model_ema": ...}``); prefixes such as ``module.`` and ``_orig_mod.`` stay, for the script that
+    loads the file to deal with as it always does. Without a model, copies are known by their keys: next to
+    ``<norm>.entprop_<auxiliary>.<tensor>`` stands ``<norm>.<tensor>``. The state of an optimizer stays as it was, and
+    fits the wrapped model only.
+
+    Args:
+        checkpoint: A state dict, or a dictionary that holds some at any depth; it is not changed.
+    """
+    if not isinstance(checkpoint, Mapping):
+        return checkpoint
+    copies = {key for key in checkpoint if isinstance(key, str) and _is_copy(key, checkpoint)}
+    plain: Any = copy.copy(checkpoint)
+    for key in checkpoint:
+        if key in copies:
+            del plain[key]
+        else:
+            plain[key] = strip_copies(checkpoint[key])
+    if (metadata := getattr(checkpoint, "_metadata", None)) is not None:
+        modules = {key.rpartition(".")[0] for key in copies}
+        plain._metadata = type(metadata)((name, value) for name, value in metadata.items() if name not in modules)
+    return plain
+
+
+def _is_copy(key: str, keys: Mapping[str, Any]) -> bool:
+    norm, _, tensor = key.rpartition(".")
+    norm, _, holder = norm.rpartition(".")
+    return holder.startswith(HOLDER_PREFIX) and (f"{norm}.{tensor}" if norm else tensor) in keys
+
+
+def _keep_only(entries: dict[str, Any], wanted: Callable[[str], bool]) -> None:
+    for key in [key for key in entries if not wanted(key)]:
+        del entries[key]
+
+
 def is_auxiliary_key(key: str) -> bool:
-    """Say whether a state-dict key or parameter name belongs to an auxiliary copy."""
+    """Return whether ``key`` reads like that of a copy; where there is a model, ask :func:`auxiliary_names`."""
     return any(part.startswith(HOLDER_PREFIX) for part in key.split("."))
 
 
 def original_name(key: str) -> str:
-    """Return the name of what ``key`` is a copy of, or ``key`` itself."""
+    """Return the name of what ``key`` reads like a copy of; where there is a model, ask :func:`auxiliary_names`."""
     return ".".join(part for part in key.split(".") if not part.startswith(HOLDER_PREFIX))

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,15 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from entprop_wrap import checks
 from entprop_wrap.containers import no_gradient_sync, plain_model, refuse_container, walk
-from entprop_wrap.errors import ConfigurationError, EntPropError, LabelError, ModelOutputError, UnsupportedModelError
-from entprop_wrap.losses import Loss, Target, is_mean
+from entprop_wrap.errors import ConfigurationError, DivergedError, LabelError, ModelOutputError, UnsupportedModelError
+from entprop_wrap.losses import Loss, Target, asked
 from entprop_wrap.norms import is_norm
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.registry import find_registry
+from entprop_wrap.rows import prove_rows, rows_split
+from entprop_wrap.selection import entropy
+from entprop_wrap.snapshot import Snapshot
+from entprop_wrap.step_loss import StepLoss, check_scalar, refuse_idle_heads
 from entprop_wrap.wrapping import auxiliary, is_wrapped
 
 __all__ = ["Method", "Step", "StepOutput"]
@@ -51,20 +55,51 @@ class StepOutput:
     selected: Tensor | None = None
     checker: checks.Checker | None = None
 
+    @property
+    def aux_entropy(self) -> Tensor | None:
+        """``(m,)``: entropy of the softmax of ``aux_logits``, in nats, or None."""
+        return None if self.aux_logits is None else entropy(self.aux_logits)
+
     def metrics(self) -> dict[str, float]:
         """Return losses and mean entropies as numbers, by the names that logs use; waits for the device.
 
         Raises:
             LabelError: A batch since the last call held labels out of range (accelerators only, see ``checks``).
             PixelRangeError: A batch since the last call held images outside the pixel space, likewise.
+            DivergedError: An optimizer stepped on a loss that was not finite, likewise.
         """
         if self.checker is not None:
             self.checker.raise_pending()
         values = {"loss": self.loss, "main_loss": self.main_loss, "main_entropy": self.entropy.mean()}
-        if self.aux_loss is not None and self.aux_logits is not None:
-            values["aux_loss"] = self.aux_loss
-            values["aux_entropy"] = torch.special.entr(self.aux_logits.float().softmax(-1)).sum(-1).mean()
-        return dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
+        if self.aux_loss is not None and self.aux_entropy is not None:
+            values |= {"aux_loss": self.aux_loss, "aux_entropy": self.aux_entropy.mean()}
+        # One copy from the device; not as float64 where there was none, which MPS lacks.
+        wide = torch.float64 if any(value.dtype == torch.float64 for value in values.values()) else torch.float32
+        return dict(zip(values, torch.stack([v.to(wide) for v in values.values()]).tolist(), strict=True))
+
+    def __repr__(self) -> str:
+        losses = {"loss": self.loss, "main_loss": self.main_loss, "aux_loss": self.aux_loss}
+        parts = [f"{name}={float(value):.4g}" for name, value in losses.items() if value is not None]
+        parts.append(f"{len(self.logits)} images")
+        if self.aux_logits is not None:
+            parts.append(f"{len(self.aux_logits)} auxiliary images")
+        return f"StepOutput({', '.join(parts)}, passes={self.passes:.4g})"
+
+
+class FinishedLoss(Tensor):
+    """A loss whose backward has run: a plain tensor in all else."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors
+
+    def backward(self, *args: Any, **options: Any) -> None:
+        """Raise :class:`ConfigurationError`: the step has done it."""
+        raise ConfigurationError("training_step() has run the backward of this loss: leave out loss.backward().")
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.as_subclass(Tensor).clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 class Method(Protocol):
@@ -90,7 +125,7 @@ class Step:
         images: ``(N, C, H, W)`` in ``space``, detached.
         labels: ``(N,)`` int64 or ``(N, C)`` probabilities.
         space: The pixel space of the images.
-        loss: ``(logits, labels) -> scalar mean``.
+        loss: ``(logits, labels) -> scalar mean``; the logits are those that :meth:`forward` returned.
         generator: CPU generator of the step's random draws, None for torch's default.
     """
 
@@ -101,7 +136,7 @@ class Step:
         labels: Tensor,
         space: PixelSpace,
         loss: Loss,
-        backward: Callable[[Tensor], None] | None,
+        backward: Callable[..., Any] | None,
         generator: torch.Generator | None,
     ) -> None:
         if not model.training:
@@ -114,73 +149,104 @@ class Step:
         self.checker = checks.checker_of(plain_model(model))
         self.checker.images(images, space)
         self.model, self.images, self.space, self.generator = model, images.detach(), space, generator
-        self.loss = loss if self.checker.loss_seen else self._first_loss(loss)
-        self._restore: Callable[[], None] = _nothing
+        self.loss = StepLoss(loss, self.checker, len(images))
         self.labels = checks.check_labels(labels, images)
         self._backward = backward
-        if self.checker.classes is not None:
+        self._tells_last = backward is not None and bool(asked(backward, ("last",), 1))
+        self._local = 0  # depth of only_local blocks
+        self._ended = False  # whether the last backward has run
+        if self.checker.classes is None:
+            checks.check_takes_images(plain_model(model))
+        else:
             try:
-                self.checker.labels(self.labels, self.checker.classes)
+                self._check_labels(self.checker.classes)
             except LabelError:
                 self.checker.classes = None  # unless the model was given another head: its next pass shows
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits ``(N, C)`` of ``images``, at least float32."""
-        if self.checker.classes is None:
-            return self._first_forward(images)
-        logits = checks.logits_of(self.model(images), len(images), differentiable=torch.is_grad_enabled())
-        if logits.shape[1] != self.checker.classes:  # the model was given another head
-            self.checker.labels(self.labels, logits.shape[1])
+        if len(images) < len(self.images):
+            self.checker.check_takes_parts(self.model)
+        output = self.model(images)
+        differentiable, least = torch.is_grad_enabled(), 1 if self.loss.takes_any_targets else 2
+        logits = checks.logits_of(output, len(images), differentiable=differentiable, least=least)
+        if logits.shape[1] != self.checker.classes:  # the first pass, or the model was given another head
+            self._check_labels(logits.shape[1])
+            if differentiable and "outputs" not in self.loss.asked:
+                refuse_idle_heads(output)
             self.checker.classes = logits.shape[1]
+        self.loss.passed(logits, output, images)
         return logits
 
-    def _first_forward(self, images: Tensor) -> Tensor:
-        # Only the first pass shows how many classes there are. If the labels do not fit, it has not happened.
-        checks.check_takes_images(plain_model(self.model))
-        restore = buffers_restorer(self.model)
-        try:
-            logits = checks.logits_of(self.model(images), len(images), differentiable=torch.is_grad_enabled())
-            self.checker.labels(self.labels, logits.shape[1])
-        except EntPropError:
-            restore()
-            raise
-        self.checker.classes, self._restore = logits.shape[1], restore
-        return logits
-
-    def _first_loss(self, loss: Loss) -> Loss:
-        # Only a call shows whether a loss is a mean, once for each model. If it is none, the step has not happened.
-        def checked(logits: Tensor, labels: Tensor) -> Tensor:
-            value = loss(logits, labels)
-            if self.checker.loss_seen:
-                return value
-            try:
-                check_scalar(value)
-                if not is_mean(loss, logits, labels, value):
-                    raise ConfigurationError(
-                        "loss must return the mean over the images it is given; found one that doubles where every "
-                        "image comes twice. Write reduction='mean', and divide by no number of images of your own: "
-                        "parts of a batch are weighed by how many images they hold."
-                    )
-            except ConfigurationError:
-                self._restore()
-                self.checker.classes = None
-                raise
-            self.checker.loss_seen, self.loss, self._restore = True, loss, _nothing
-            return value
-
-        return checked
+    def _check_labels(self, classes: int) -> None:
+        self.checker.labels(self.labels, classes, probabilities=not self.loss.takes_any_targets)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of a scalar loss, as the training loop wants it."""
-        check_scalar(loss)
-        if self._backward is None:
-            loss.backward()  # type: ignore[no-untyped-call]
-        else:
-            self._backward(loss)
+        """Accumulate gradients of a scalar loss, as the training loop wants it.
 
-    def only_local(self) -> AbstractContextManager[object]:
-        """Return a context for passes before the last: DDP reduces once, in the last backward of the step."""
-        return no_gradient_sync(self.model)
+        The last backward of a step is the one outside :meth:`only_local`.
+
+        Raises:
+            DivergedError: The loss is not finite; looked at where that costs nothing and no scaler may be in play.
+        """
+        check_scalar(loss)
+        last = self._local == 0
+        if last and self._ended and self._tells_last:
+            raise ConfigurationError(
+                "The method ran two backwards of which each could be the last. Expected all but the last inside "
+                "step.only_local()."
+            )
+        self._ended |= last
+        if self._backward is None and loss.device.type == "cpu" and not bool(loss.detach().isfinite()):
+            raise DivergedError(
+                f"The loss is {float(loss.detach())}: the step was undone. Lower the learning rate, clip gradients, or "
+                "look at the data."
+            )
+        with self.checker.watch.backward(self.model, loss, last):
+            if self._backward is None:
+                loss.backward()  # type: ignore[no-untyped-call]
+            elif self._tells_last:
+                self._backward(loss, last=last)
+            else:
+                self._backward(loss)
+        self.loss.forget()
+
+    def output(
+        self,
+        *,
+        logits: Tensor,
+        main_loss: Tensor,
+        passes: float,
+        loss: Tensor | None = None,
+        aux_loss: Tensor | None = None,
+        aux_logits: Tensor | None = None,
+        aux_images: Tensor | None = None,
+        selected: Tensor | None = None,
+    ) -> StepOutput:
+        """Return what the step computed, detached, with the entropy of ``logits``; ``loss`` is the main one if None."""
+        logits = logits.detach()
+        return StepOutput(
+            loss=_finished(main_loss if loss is None else loss),
+            main_loss=_finished(main_loss),
+            logits=logits,
+            entropy=entropy(logits),
+            passes=passes,
+            aux_loss=None if aux_loss is None else _finished(aux_loss),
+            aux_logits=None if aux_logits is None else aux_logits.detach(),
+            aux_images=None if aux_images is None else aux_images.detach(),
+            selected=selected,
+            checker=self.checker,
+        )
+
+    @contextmanager
+    def only_local(self) -> Iterator[None]:
+        """Run passes before the last: DDP reduces once, in the last backward of the step."""
+        self._local += 1
+        try:
+            with no_gradient_sync(self.model):
+                yield
+        finally:
+            self._local -= 1
 
     def auxiliary(self, name: str | None, *, record_statistics: bool = True) -> AbstractContextManager[None]:
         """Return a context in which the model runs through the auxiliary norms ``name``; None: through its own."""
@@ -188,14 +254,25 @@ class Step:
             return nullcontext() if record_statistics else self._statistics_kept()
         return auxiliary(self.model, name, record_statistics=record_statistics)
 
+    def rows_split(self, auxiliary: str | None, main: int, total: int) -> AbstractContextManager[None]:
+        """Return a context in which the first ``main`` of ``total`` images run through the model's own norms.
+
+        The rest run through the auxiliary norms; with None, all of them share the model's own. Tries out first whether
+        the model allows it, see :func:`entprop_wrap.rows.prove_rows`.
+        """
+        if auxiliary is None:
+            return nullcontext()
+        prove_rows(self.model, self.images, auxiliary)
+        return rows_split(self.model, auxiliary, main, total) if main < total else nullcontext()
+
     @contextmanager
     def _statistics_kept(self) -> Iterator[None]:
         # On a plain model there is no switch to say it to; what its norms record in the block is taken back.
-        restore = buffers_restorer(self.model)
+        before = Snapshot(self.model)
         try:
             yield
         finally:
-            restore()
+            before.restore_buffers()
 
     @contextmanager
     def norms_frozen(self, frozen: bool = True) -> Iterator[None]:
@@ -266,6 +343,20 @@ class Step:
                 ) from error
         return gradient
 
+    def warn_if_mixed(self) -> None:
+        """Warn once per model if labels look like those of images that the loop has mixed already."""
+        if self.checker.mixing_seen or not self.labels.is_floating_point():
+            return
+        self.checker.mixing_seen = True
+        several = (self.labels > self.labels.amin(1, keepdim=True) + 1e-4).sum(1) > 1
+        one_in_all = self.labels.sum(1) < 1.01  # not multi-hot
+        if self.labels.shape[1] > 2 and bool((several & one_in_all).any()):
+            warnings.warn(
+                "Some labels hold several classes, as of images that were mixed, and the method mixes them again. If "
+                "the loop mixes (timm's Mixup, torchvision's RandomMixup), leave that out, or write mix=None.",
+                stacklevel=5,
+            )
+
     def warn_if_few(self, number: int) -> None:
         """Warn once per model if ``number`` images are too few for the batch statistics of an auxiliary pass."""
         if number >= 8:
@@ -283,35 +374,13 @@ class Step:
             )
 
 
-def buffers_restorer(model: nn.Module) -> Callable[[], None]:
-    """Return a function that gives the buffers of ``model`` the values they have now."""
-    buffers = list(plain_model(model).buffers())
-    before = [buffer.clone() for buffer in buffers]
-
-    def restore() -> None:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
-
-    return restore
-
-
 def _keeps_statistics(module: nn.Module) -> bool:
     # EvoNorm of timm and norms of one's own are known by their buffers: whatever these hold, an attack is not to move.
     return isinstance(module, _NormBase) or (bool(module._buffers) and is_norm(module))
 
 
-def _nothing() -> None:
-    """There is nothing to put back."""
-
-
-def check_scalar(loss: object) -> None:
-    """Raise :class:`ConfigurationError` unless ``loss`` is what a loss returns: a tensor without dimensions."""
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ConfigurationError(
-            f"loss must return a scalar tensor, the mean over the batch; found {found}. Leave out reduction='none'."
-        )
+def _finished(loss: Tensor) -> Tensor:
+    return loss.detach().as_subclass(FinishedLoss)
 
 
 def check_method(method: object) -> Method:

@@ -11,17 +11,29 @@ Nothing in here is public; :mod:`entprop_wrap.wrapping` is the door.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from entprop_wrap.domains import UNRECORDED, Switch
+from entprop_wrap.domains import UNRECORDED, Rows, Switch
 from entprop_wrap.errors import UnsupportedModelError
 
-__all__ = ["HOLDER_PREFIX", "Copies", "Copy", "SwitchedNorm", "View", "copy_of", "drop_copies", "install", "remove"]
+__all__ = [
+    "HOLDER_PREFIX",
+    "Copies",
+    "Copy",
+    "SwitchedNorm",
+    "View",
+    "block_fast_path",
+    "copy_of",
+    "drop_copies",
+    "free_fast_path",
+    "install",
+    "remove",
+]
 
 #: The copies live in a child of each norm named ``entprop_<auxiliary>``. Weight decay is decided by parameter name in
 #: many trainers, so the name contains neither "norm" nor "bias".
@@ -32,11 +44,82 @@ Copies = Literal["all", "affine", "statistics"]
 
 
 class Copy(nn.Module):
-    """The parameters and buffers of one auxiliary copy of a norm layer. It holds tensors and computes nothing."""
+    """The parameters and buffers of one auxiliary copy of a norm layer. It holds tensors and computes nothing.
+
+    Its class derives from the norm's own, so that whatever decides by class (weight decay, freezing, initialisation)
+    decides alike for both. What is not a tensor of its own it reads from the norm.
+    """
+
+    _entprop_base: type[nn.Module]
+    _entprop_norm: nn.Module
+    _entprop_tensors: frozenset[str]
+
+    # An extra state is the norm's; in a copy it would be one more key of the state dict.
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: a copy is run through its norm, by ``entprop.auxiliary``."""
         raise UnsupportedModelError("An auxiliary copy holds tensors only; run the model inside entprop.auxiliary().")
+
+    def extra_repr(self) -> str:
+        """Return nothing: a norm may describe itself by its ``__dict__``."""
+        return ""
+
+    def reset_running_stats(self) -> None:
+        """Do nothing: ``update_bn`` resets what the passes after it fill again, and these run in the main domain."""
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield its own parameters for ``recurse=False``, else nothing: those of the norm include them.
+
+        ``for module in model.modules(): if isinstance(module, BatchNorm2d): parameters += module.parameters()`` would
+        find them twice. The parameters of a whole model do not come through here.
+        """
+        return iter(()) if recurse else super().named_parameters(prefix, False, remove_duplicate)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Freeze or thaw its own parameters."""
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(requires_grad)
+        return self
+
+    def __bool__(self) -> bool:
+        # torchvision's split_normalization_params asks `next(norm.children(), None)` whether a norm is a leaf.
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # FSDP takes tensors out, and looks whether they are gone before it puts others in.
+            if "_entprop_norm" not in self.__dict__ or name in self._entprop_tensors:
+                raise
+            return getattr(self._entprop_norm, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        return _rebuild, (copy_class, self._entprop_base), *state
+
+    def keep(self) -> None:
+        """Keep the tensors as they are when a checkpoint of the plain model is loaded, until they are trained."""
+        self.__dict__["_entprop_kept"] = self._versions()
+
+    def is_kept(self) -> bool:
+        """Return whether :meth:`keep` was called, and nothing has moved the tensors since."""
+        kept = self.__dict__.get("_entprop_kept")
+        return kept is not None and kept == self._versions()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        tensors = (*self._parameters.values(), *self._buffers.values())
+        return [(id(tensor), tensor._version) for tensor in tensors if tensor is not None]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.is_kept() and not any(key.startswith(prefix) for key in state_dict):
+            return
+        # Not the norm's own: it has brought the dictionary up to date already.
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
 
 
 class View(nn.Module):
@@ -93,9 +176,28 @@ class SwitchedNorm(nn.Module):
             key = getattr(getattr(switch.local, "state", None), "key", None)  # a plain read, which dynamo guards on
         else:
             key = switch.resolve()
+            if switch.ran is not None:
+                switch.ran.add(id(self))
         if key is None:
             return super().forward(*args, **kwargs)
+        if isinstance(key, Rows):
+            return self._forward_rows(key, *args, **kwargs)
         return self._entprop_base.forward(self._entprop_views[key], *args, **kwargs)
+
+    def _forward_rows(self, key: Rows, batch: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Dimension 0 may hold several entries for each image (windows); prove_rows() has seen that these lie together.
+        rows = len(batch)
+        if rows % key.total:
+            raise UnsupportedModelError(
+                f"A norm layer was given {rows} rows for {key.total} images, so that no rows are those of one image. "
+                "Write lagged=False."
+            )
+        split = rows // key.total * key.main
+        main, auxiliary = batch.split([split, rows - split])  # one node in the graph, whose backward is one cat
+        view = self._entprop_views[key.auxiliary]
+        return torch.cat(
+            [super().forward(main, *args, **kwargs), self._entprop_base.forward(view, auxiliary, *args, **kwargs)]
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
@@ -113,7 +215,9 @@ class SwitchedNorm(nn.Module):
         # children what this dictionary, its own shallow copy, holds once we return. Only now has it been brought up to
         # date by the norm: checkpoints before torch 0.4.1 have no num_batches_tracked.
         for name, copy in self._modules.items():
-            if not isinstance(copy, Copy) or any(key.startswith(f"{prefix}{name}.") for key in state_dict):
+            if not isinstance(copy, Copy) or copy.is_kept():
+                continue
+            if any(key.startswith(f"{prefix}{name}.") for key in state_dict):
                 continue
             for tensor in copy.state_dict():
                 if (value := state_dict.get(prefix + tensor)) is not None:
@@ -126,7 +230,8 @@ def copy_of(norm: nn.Module, cloned: dict[int, nn.Parameter], copies: Copies = "
     ``cloned`` remembers the parameters cloned for one auxiliary, so that what is tied stays tied. What ``copies``
     leaves out is shared with the norm.
     """
-    copy = Copy()
+    copy: Copy = object.__new__(copy_class(type(norm)))  # type: ignore[arg-type]
+    nn.Module.__init__(copy)
     for name, parameter in norm._parameters.items() if copies != "statistics" else ():
         if parameter is not None and id(parameter) not in cloned:
             cloned[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
@@ -135,6 +240,7 @@ def copy_of(norm: nn.Module, cloned: dict[int, nn.Parameter], copies: Copies = "
         persistent = name not in norm._non_persistent_buffers_set
         copy.register_buffer(name, buffer if buffer is None else buffer.detach().clone(), persistent=persistent)
     copy.train(norm.training)
+    copy.__dict__.update(_entprop_norm=norm, _entprop_tensors=frozenset((*copy._parameters, *copy._buffers)))
     return copy
 
 
@@ -165,6 +271,22 @@ def drop_copies(module: nn.Module) -> None:
         del module._modules[name]
 
 
+def block_fast_path(module: nn.Module) -> None:
+    """Keep an encoder layer of torch off the path that reads the weights of its norms and does not run them."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module.register_forward_pre_hook(_no_fast_path)
+
+
+def free_fast_path(module: nn.Module) -> None:
+    """Undo :func:`block_fast_path`."""
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _no_fast_path]:
+        del module._forward_pre_hooks[key]
+
+
+def _no_fast_path(module: nn.Module, args: Any) -> None:
+    """Do nothing: torch leaves its fast path where there is a hook."""
+
+
 def _view(norm: nn.Module, copy: nn.Module, *, record: bool) -> View:
     view: View = object.__new__(view_class(type(norm)))  # type: ignore[arg-type]
     own_buffers = norm._buffers.keys() == copy._buffers.keys()
@@ -183,6 +305,12 @@ def _view(norm: nn.Module, copy: nn.Module, *, record: bool) -> View:
 def switched_class(base: type[nn.Module]) -> type[SwitchedNorm]:
     """Return the switched subclass of ``base``, by the same name, in the same module (fx and repr go by these)."""
     return type(base.__name__, (SwitchedNorm, base), {**_identity(base), "_entprop_base": base})
+
+
+@functools.cache
+def copy_class(base: type[nn.Module]) -> type[Copy]:
+    """Return the class of copies of ``base``."""
+    return type(base.__name__, (Copy, base), {**_identity(base), "_entprop_base": base})
 
 
 @functools.cache

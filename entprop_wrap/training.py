@@ -14,6 +14,7 @@ from entprop_wrap.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.registry import find_registry, refuse_idle_copies, refuse_inside_block
+from entprop_wrap.snapshot import Snapshot
 from entprop_wrap.step import Method, Step, StepOutput, check_method
 
 __all__ = ["check_loss", "check_pixel_space", "training_step"]
@@ -36,19 +37,22 @@ def training_step(
         optimizer.step()
         optimizer.zero_grad()
 
-    Clipping, accumulation, gradient scalers and schedules stay as they are in the loop around it.
+    Clipping, accumulation, gradient scalers and schedules stay as they are in the loop around it. A step that raises
+    leaves buffers and gradients as they were; from the second on, not those of earlier batches that it added to.
 
     Args:
         model: The model, wrapped if the method has auxiliaries, in training mode; or its DDP, FSDP2 or compiled
             container. It returns logits ``(N, C)``: a tensor, a dict or ``ModelOutput`` with ``logits``, or a tuple.
         images: ``(N, C, H, W)``, N at least 2, float32 or float64, in ``pixel_space``; not modified.
-        labels: ``(N,)`` class indices or ``(N, C)`` probabilities.
+        labels: ``(N,)`` class indices or ``(N, C)`` probabilities; with a binary ``loss``, multi-hot or ``(N, 1)``.
         method: What to do in the step; ``EntProp()`` by default.
         pixel_space: How the images were normalised; None: they are in [0, 1].
-        loss: ``(logits, labels) -> scalar mean``; None: ``torch.nn.functional.cross_entropy``.
+        loss: ``(logits, labels) -> scalar mean``; None: ``torch.nn.functional.cross_entropy``. It may declare more
+            parameters, see :class:`entprop_wrap.losses.Pass`: the model's outputs, the images, the rows.
         backward: What runs the backward of a loss: ``accelerator.backward``, or with a gradient scaler
             ``lambda loss: scaler.scale(loss).backward()``; None: ``loss.backward()``. It is called once per training
-            pass, twice in EntProp.
+            pass, twice in EntProp. With a second parameter named ``last`` it is told the last call, in which it may
+            step: ``lambda loss, last: loss_scaler(loss, optimizer, need_update=last)``.
         generator: A CPU generator for random draws such as MixUp's; None: torch's default, which ``manual_seed`` sets.
 
     Raises:
@@ -56,7 +60,8 @@ def training_step(
         ImageError: Images of another type, shape or layout, or (CPU, and the first batch anywhere) not finite.
         PixelRangeError: Images outside ``pixel_space``, likewise.
         LabelError: Labels of another type or shape, or (CPU) out of range.
-        ModelOutputError: The model returned no logits.
+        ModelOutputError: The model returned no logits, or heads that ``loss`` would not train.
+        DivergedError: The loss is not finite (CPU, without ``backward``; else ``optimizer.step()`` raises it).
         ConfigurationError: The model is in evaluation mode or frozen as a whole, or the loss is no mean over images. Of
             a loss of your own that is found out in the first step, by one more call of it.
         UnsupportedModelError: The switch or the method cannot be right on this model, or the call stands inside
@@ -82,7 +87,16 @@ def training_step(
     step = Step(
         model, images, labels, pixel_space or PixelSpace(), cross_entropy if loss is None else loss, backward, generator
     )
-    return method.step(step)
+    before = Snapshot(model, gradients=not step.checker.stepped)
+    step.checker.watch.begin(before.has_gradients)
+    try:
+        output = method.step(step)
+    except BaseException:
+        before.restore()
+        raise
+    step.checker.watch.end(before.parameters)
+    step.checker.stepped = True
+    return output
 
 
 def check_pixel_space(space: object) -> None:

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from entprop_wrap.containers import refuse_wrapping, walk
+from entprop_wrap.containers import check_module, refuse_wrapping, walk
 from entprop_wrap.domains import key_of
 from entprop_wrap.errors import (
     AlreadyWrappedError,
@@ -31,8 +31,18 @@ from entprop_wrap.errors import (
 )
 from entprop_wrap.norms import Selector, find_norms
 from entprop_wrap.optimizers import guard_first_step
+from entprop_wrap.options import check_flag
 from entprop_wrap.registry import Registry, attach, detach, find_registry, find_wrapped, registry_on
-from entprop_wrap.switch import HOLDER_PREFIX, Copies, SwitchedNorm, copy_of, drop_copies, install, remove
+from entprop_wrap.switch import (
+    HOLDER_PREFIX,
+    Copies,
+    SwitchedNorm,
+    copy_of,
+    drop_copies,
+    free_fast_path,
+    install,
+    remove,
+)
 
 __all__ = ["Summary", "auxiliary", "is_wrapped", "summary", "unwrap", "wrap"]
 
@@ -78,9 +88,8 @@ def wrap(
             parametrised, or has a ``forward`` set on the instance.
         ConfigurationError: ``include`` or ``exclude`` matches nothing, or no norm has what ``copies`` names.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"wrap() expects a torch.nn.Module, found {type(model).__name__}.")
-    _check_names(auxiliaries)
+    check_module("wrap()", model)
+    auxiliaries = _checked_names(auxiliaries)
     if any(isinstance(module, SwitchedNorm) for module in model.modules()):
         raise AlreadyWrappedError(
             f"{type(model).__name__} already has auxiliary copies. Expected a plain model: call entprop.unwrap(model) "
@@ -114,6 +123,7 @@ def unwrap(model: Model) -> Model:
         NotWrappedError: There is nothing to take out, or ``model`` is only a part of a wrapped model.
         UnsupportedModelError: Called inside an ``auxiliary()`` block.
     """
+    check_module("unwrap()", model)
     roots, norms = find_wrapped(model)
     if not (roots or norms):
         raise NotWrappedError(f"{type(model).__name__} has no auxiliary copies: it was not wrapped, or is unwrapped.")
@@ -128,6 +138,7 @@ def unwrap(model: Model) -> Model:
         remove(norm)
     for module in walk(model):
         drop_copies(module)
+        free_fast_path(module)
     for root in roots:
         detach(root)
     return model
@@ -152,6 +163,8 @@ def auxiliary(model: nn.Module, name: str | None = "aux", *, record_statistics: 
         UnsupportedModelError: Norm layers were replaced, frozen, parametrised, copied in from elsewhere, or given a
             ``forward`` of their own since ``wrap``: the switch would miss them.
     """
+    check_module("auxiliary()", model)
+    check_flag("record_statistics", record_statistics)
     registry = find_registry(model)
     if name is not None and name not in registry.auxiliaries:
         raise AuxiliaryNameError(
@@ -194,6 +207,7 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         NotWrappedError: ``model`` holds no wrapped model.
     """
+    check_module("summary()", model)
     registry = find_registry(model)
     root = find_wrapped(model)[0][0]
     copies = {id(mirror): mirror.numel() for _, _, mirror in registry.mirrors()}
@@ -204,21 +218,24 @@ def summary(model: nn.Module) -> Summary:
 
 
 def is_wrapped(model: nn.Module) -> bool:
-    """Say whether ``model`` is, contains or is a part of a wrapped model."""
+    """Return whether ``model`` is, contains or is a part of a wrapped model."""
     return any(isinstance(module, SwitchedNorm) for module in walk(model))
 
 
-def _check_names(auxiliaries: tuple[str, ...]) -> None:
+def _checked_names(auxiliaries: object) -> tuple[str, ...]:
     if isinstance(auxiliaries, str):
         raise AuxiliaryNameError(f"auxiliaries must be a tuple of names, found a string: write ({auxiliaries!r},).")
-    if not auxiliaries or len(set(auxiliaries)) < len(auxiliaries):
-        raise AuxiliaryNameError(f"Expected at least one auxiliary and no name twice, found {tuple(auxiliaries)!r}.")
+    if not isinstance(auxiliaries, (tuple, list)):
+        raise AuxiliaryNameError(f"auxiliaries must be a tuple of names such as ('aux',), found {auxiliaries!r}.")
     for name in auxiliaries:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name) or re.search("norm|bias", name, re.I):
             raise AuxiliaryNameError(
                 f"{name!r} cannot name an auxiliary: expected letters, digits and underscores, without 'norm' or "
                 "'bias' (trainers decide weight decay by such names). Write 'aux' or 'adv', say."
             )
+    if not auxiliaries or len(set(auxiliaries)) < len(auxiliaries):
+        raise AuxiliaryNameError(f"Expected at least one auxiliary and no name twice, found {tuple(auxiliaries)!r}.")
+    return tuple(auxiliaries)
 
 
 def _with_something_to_copy(norms: dict[str, nn.Module], copies: Copies) -> dict[str, nn.Module]:

@@ -14,7 +14,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import entprop_wrap as entprop
 from entprop_wrap.integrations.hub_datasets import eval_transform, image_format, load_images
-from entprop_wrap.robustness import evaluate_robustness, report
+from entprop_wrap.reporting import report
+from entprop_wrap.robustness import evaluate_robustness
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", help="Hub id or local folder")

@@ -9,7 +9,6 @@ import argparse
 import shlex
 
 import numpy as np
-from parts.models import repair_keep_probabilities
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
@@ -17,6 +16,7 @@ import entprop_wrap as entprop
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.integrations.hub_datasets import eval_transform, hf_collate, load_images, train_transform
 from entprop_wrap.robustness import evaluate_robustness
+from entprop_wrap.train.models import repair_keep_probabilities
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--dataset", default="timm/oxford-iiit-pet", help="Hub id or local folder")

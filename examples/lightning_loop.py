@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from entprop_wrap import EntProp
-from entprop_wrap.integrations.lightning_callback import EntPropLightningCallback
+from entprop_wrap.integrations.lightning import EntPropLightningCallback
 
 
 class Classifier(L.LightningModule):

@@ -1,16 +1,17 @@
 """Every Python block of the README and the docs runs, in order, as it stands; and the examples do what they say."""
 
 import functools
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
+import torchvision
+from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import to_pil_image
+from torch.utils.data import Dataset
 
 import entprop_wrap as entprop
 from entprop_wrap.attacks import PGD
@@ -19,7 +20,6 @@ from entprop_wrap.methods import AdvProp
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 CLASSES = 4
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 
@@ -38,16 +38,13 @@ class Net(nn.Module):
 
 
 class Pictures(Dataset):
-    """Random images, darker or brighter by class, in [0, 1] or normalised."""
+    """Random images, darker or brighter by class, in [0, 1]."""
 
-    def __init__(self, number, seed, normalised=False):
+    def __init__(self, number, seed):
         generator = torch.Generator().manual_seed(seed)
         self.labels = torch.arange(number) % CLASSES
         shades = (self.labels / CLASSES).view(-1, 1, 1, 1)
         self.images = (0.75 * torch.rand(number, 3, 32, 32, generator=generator) + 0.25 * shades).clamp(0, 1)
-        if normalised:
-            mean, std = torch.tensor([MEAN, STD]).view(2, 3, 1, 1)
-            self.images = (self.images - mean) / std
 
     def __len__(self):
         return len(self.labels)
@@ -63,66 +60,19 @@ def blocks(page):
         yield text.count("\n", 0, match.start(1)) + 1, match[1]
 
 
-def hugging_face(folder):
-    """What a user of the Hugging Face Trainer has."""
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=CLASSES
-    )
-    images = folder / "images"
-    for index, image in enumerate(Pictures(40, seed=3).images):
-        place = images / f"class {index % CLASSES}"
-        place.mkdir(parents=True, exist_ok=True)
-        to_pil_image(image).save(place / f"{index}.png")
-    return {
-        "hub_model": transformers.ResNetForImageClassification(config),
-        "training_arguments": transformers.TrainingArguments(
-            str(folder / "hub"), max_steps=2, per_device_train_batch_size=20, use_cpu=True, report_to="none"
-        ),
-        "image_folder": images,
-        "processor": transformers.ConvNextImageProcessor(image_mean=MEAN, image_std=STD),
-    }
-
-
-def lightning(folder):
-    """What a user of Lightning has."""
-    import lightning as L
-
-    class Module(L.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = Net()
-
-        def training_step(self, batch, batch_idx):
-            return F.cross_entropy(self.model(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.01)
-
-    return {"lightning_module": Module()}
-
-
 def run(page, folder):
-    """Execute a page's blocks in one namespace, which holds what the page takes for granted, and return it."""
+    """Execute a page's blocks from top to bottom in an empty folder and an empty namespace, and return the latter."""
     torch.manual_seed(0)
-    data = Pictures(60, seed=1)
-    namespace = {
-        "__name__": "page",
-        "torch": torch,
-        "F": F,
-        "model": Net(),
-        "loader": DataLoader(Pictures(60, 1, normalised=page.name == "README.md"), batch_size=20),
-        "train_data": data,
-        "eval_data": Pictures(20, seed=2),
-        "output_dir": folder / "run",
-        "hard_images": data.images[:20],
-        "labels": data.labels[:20],
-        **hugging_face(folder),
-        **lightning(folder),
-    }
-    for line, source in blocks(page):
-        # so that a traceback shows the page and its line
-        exec(compile("\n" * (line - 1) + source, str(page), "exec"), namespace)
-    return namespace
+    namespace = {"__name__": "page"}
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for line, source in blocks(page):
+            # so that a traceback shows the page and its line
+            exec(compile("\n" * (line - 1) + source, str(page), "exec"), namespace)
+    finally:
+        os.chdir(before)
+    return {**namespace, "folder": folder}
 
 
 @pytest.fixture(scope="module")
@@ -145,27 +95,59 @@ def test_there_are_blocks_to_run():
 # The readme -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_saves_a_plain_model(after):
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
+
+
+def test_the_methods_that_the_readme_names_are_where_it_says():
+    sentence = re.search(r"`from entprop_wrap.methods import AdvProp`[^.]*", (ROOT / "README.md").read_text())[0]
+    names = re.findall(r"`([A-Z]\w+)`", sentence)
+    assert len(names) == 5
+    exec(f"from entprop_wrap.methods import AdvProp, {', '.join(names)}", {})
+
+
+def test_the_readme_saves_plain_models(after):
     page = after(ROOT / "README.md")
-    _, found = type(page["hub_model"]).from_pretrained(page["output_dir"] / "plain", output_loading_info=True)
+    plain, found = type(page["hf_trainer"].model).from_pretrained(
+        page["folder"] / "runs" / "plain", output_loading_info=True
+    )
     assert not found["unexpected_keys"]
     assert not found["missing_keys"]
+    assert plain.config.id2label == page["data"].id2label
+    fresh = torchvision.models.resnet18(num_classes=4)
+    fresh.load_state_dict(torch.load(page["folder"] / "model.pt"))
+    fresh.load_state_dict(load_file(page["folder"] / "runs" / "trainer" / "model" / "model.safetensors"))
 
 
-def test_the_readme_mixes_training_images_only(after):
-    trainer = after(ROOT / "README.md")["mixing_trainer"]
+def test_the_readme_holds_out_a_fifth_of_every_class(after):
+    data = after(ROOT / "README.md")["data"]
+    assert len(data.classes) == 4
+    assert torch.bincount(data.eval.labels).tolist() == [3] * 4
+    assert "held out" in data.notes[-1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+# The other pages ------------------------------------------------------------------------------------------------------
+
+
+def test_the_mixing_trainer_mixes_training_images_only(after):
+    trainer = after(ROOT / "docs" / "huggingface.md")["mixing_trainer"]
     trainer.create_accelerator_and_postprocess()  # another test may have reset what all accelerators share
-    assert next(iter(trainer.get_train_dataloader()))["labels"].shape[1:] == (CLASSES,)
+    assert next(iter(trainer.get_train_dataloader()))["labels"].shape[1:] == (4,)
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_loss"] == second["eval_loss"]
     assert first["eval_accuracy"] == second["eval_accuracy"]
 
 
-def test_the_readme_holds_out_a_fifth_of_every_class(after):
-    data = after(ROOT / "README.md")["data"]
-    assert len(data.classes) == CLASSES
-    assert torch.bincount(data.eval.labels).tolist() == [2] * CLASSES
-    assert "held out" in data.notes[-1]
+def test_the_mobilenet_of_the_docs_is_repaired(after):
+    model = after(ROOT / "docs" / "huggingface.md")["mobilenet"]
+    assert model.dropout.p == pytest.approx(0.001)
+    assert all(module.momentum == 0.1 for module in model.modules() if isinstance(module, nn.BatchNorm2d))
 
 
 # The examples of docs/methods.md --------------------------------------------------------------------------------------

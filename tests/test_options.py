@@ -1,5 +1,7 @@
 """Wrong options raise where they are written, and say what was expected, what was found and what to write."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,8 @@ from entprop_wrap.methods import (
     Vanilla,
 )
 from entprop_wrap.methods.experimental import EntropicRetraining
+from entprop_wrap.options import as_python, check_seed
+from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.attacks import PGD as MeasuringPGD
 from entprop_wrap.trainer.growth import MaximumEntropyGrowth
 from tests.trainer.toys import BatchNormNet, Images, make
@@ -112,6 +116,73 @@ def test_magnitudes(value):
 def test_numbers_of_numpy_serve():
     method = EntProp(fraction=np.float32(0.5), attack_steps=np.int64(2), epsilon=np.float32(1 / 255))
     assert method.attack[0] == pytest.approx(1 / 255)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.int64(2), 2),
+        (np.array(2), 2),
+        (np.float32(0.5), 0.5),
+        (np.longdouble(0.5), 0.5),
+        (Fraction(1, 2), 0.5),
+        (np.bool_(True), True),
+        (np.str_("aux"), "aux"),
+        (10**30, 1e30),  # which no tensor could hold
+    ],
+)
+def test_scalars_become_those_of_python(value, expected):
+    found = as_python(value)
+    assert (type(found), found) == (type(expected), expected)
+
+
+@pytest.mark.parametrize("value", [None, "55", [0.5], (1, 2), 10**400, Fraction(10**400), torch.tensor(0.5), object()])
+def test_anything_else_stays_as_it_is(value):
+    assert as_python(value) is value
+
+
+def test_options_are_stored_as_those_of_python():
+    method = EntProp(np.float32(0.5), attack_steps=np.int64(2), threshold=np.array(1), weighting=np.str_("sum"))
+    stored = (method.fraction, method.attack_steps, method.threshold, method.weighting)
+    assert [type(value) for value in stored] == [float, int, int, str]
+    model = entprop.wrap(make(BatchNormNet))
+    entprop.training_step(model.train(), torch.rand(8, 3, 8, 8), torch.arange(8) % 4, method=method)
+    branches = FineGrainedAdvProp({"main": PGD(steps=np.int8(1))}, weight={"main": np.float32(2)})
+    assert type(branches.weight["main"]) is float
+    assert type(PGD(steps=np.int8(1)).steps) is int
+
+
+@pytest.mark.parametrize(
+    "value", ["55", b"5", (), "", None, True, {}, (0.5, None), {"a": 1}, float("nan"), [[0.5]], object]
+)
+def test_pixel_spaces_are_of_numbers(value):
+    for name in ("mean", "std"):
+        with pytest.raises(ConfigurationError, match=f"^{name} must be a (number|sequence of numbers)"):
+            PixelSpace(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "value", [[0.5, 0.25], np.array([0.5, 0.25]), torch.tensor([0.5, 0.25]), (np.float32(0.5), 0.25)]
+)
+def test_pixel_spaces_of_arrays(value):
+    space = PixelSpace(value, value)
+    assert space.mean == space.std == (0.5, 0.25)
+    assert {type(number) for number in space.mean} == {float}
+
+
+@pytest.mark.parametrize(
+    "value", [10**5000, torch.ones(300, 300), np.ones(999), "x" * 999, [0] * 999, EntProp], ids=range(6)
+)
+def test_messages_stay_short(value):
+    with pytest.raises(ConfigurationError, match="fraction must be a number in") as raised:
+        EntProp(fraction=value)
+    assert len(str(raised.value)) < 250
+
+
+@pytest.mark.parametrize("value", [-1, 2**63, 1.0, True, "0", None])
+def test_seeds(value):
+    with pytest.raises(ConfigurationError, match="seed must be an integer of at least 0"):
+        check_seed(value)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The README's "works with" table, made from the table of tests: ``python -m tests.works_with`` writes it.
+"""The table of docs/works_with.md, made from the table of tests: ``python -m tests.works_with`` writes it.
 
 A tick is a passing test of ``tests/wrapping/test_table.py``; there is no other source for it.
 """
@@ -10,7 +10,7 @@ from tests.models import ARCHITECTURES
 from tests.wrapping.test_table import BEHAVIOURS, applies
 
 START, END = "<!-- works-with -->", "<!-- /works-with -->"
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "works_with.md"
 
 
 def table() -> str:
@@ -26,25 +26,25 @@ def table() -> str:
 
 
 def block_in(text: str) -> str | None:
-    """Return what stands between the markers of a README, None where there are none."""
+    """Return what stands between the markers of a page, None where there are none."""
     if START not in text or END not in text:
         return None
     return text.split(START, 1)[1].split(END, 1)[0].strip()
 
 
 def updated(text: str) -> str:
-    """Return a README's text with the block between its markers made new."""
+    """Return a page's text with the block between its markers updated."""
     before, rest = text.split(START, 1)
     return f"{before}{START}\n\n{table()}\n\n{END}{rest.split(END, 1)[1]}"
 
 
 def main() -> None:
-    """Write the block, or print the table where the README has no markers."""
-    text = README.read_text(encoding="utf-8")
+    """Write the block, or print the table where the page has no markers."""
+    text = PAGE.read_text(encoding="utf-8")
     if block_in(text) is None:
         sys.stdout.write(f"{START}\n\n{table()}\n\n{END}\n")
     else:
-        README.write_text(updated(text), encoding="utf-8")
+        PAGE.write_text(updated(text), encoding="utf-8")
 
 
 if __name__ == "__main__":

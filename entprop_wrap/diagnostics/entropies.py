@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from entprop_wrap.diagnostics.intervals import Interval, mean_difference, mean_of, plain
 from entprop_wrap.diagnostics.observation import Observer, batches_of, isolated, logits_in
+from entprop_wrap.options import check_seed
 from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import markdown_table
 from entprop_wrap.selection import entropy
 from entprop_wrap.step import Method
@@ -100,7 +102,7 @@ def entropy_stages(
 
     Source: the stages of EntProp (Enomoto, UAI 2024, Algorithm 1); figure and wording of the question are ours.
     """
-    space = pixel_space or PixelSpace()
+    space, seed = space_of(pixel_space), check_seed(seed)
     found: dict[str, list[Tensor]] = {}
     classes = 0
     with isolated(model, seed):

@@ -14,8 +14,10 @@ from entprop_wrap.diagnostics.intervals import plain
 from entprop_wrap.diagnostics.observation import Observer, batches_of, isolated, logits_in
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.features import features_of
+from entprop_wrap.options import check_seed
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.robustness.result import markdown_table
+from entprop_wrap.robustness.pixels import space_of
+from entprop_wrap.robustness.result import escaped, markdown_table
 from entprop_wrap.step import Method
 from entprop_wrap.wrapping import is_wrapped
 
@@ -54,9 +56,8 @@ class FeatureDistance:
         rows = [["images", "number", "distance to clean"]]
         rows += [[name, str(self.images[name]), f"{value:.4g}"] for name, value in self.distances.items()]
         rows.append(["half of clean (to the other half)", str(self.images["clean"] // 2), f"{self.floor:.4g}"])
-        return (
-            f"{markdown_table(rows)}\n\n{self.dimensions} features before {self.layer!r}, {self.covariance} covariance."
-        )
+        note = f"{self.dimensions} features before {escaped(self.layer)}, {self.covariance} covariance."
+        return f"{markdown_table(rows)}\n\n{note}"
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def feature_distance(
     clean = sets["clean"]
     if len(clean) < 4:
         raise ConfigurationError(f"Expected at least 4 images for a distance between two halves, found {len(clean)}.")
-    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(int(seed)))
     halves = clean[order[: len(clean) // 2]], clean[order[len(clean) // 2 :]]
     return FeatureDistance(
         distances={
@@ -186,7 +187,7 @@ def _collect(
     only: tuple[str, ...] | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """Return features in float64 and labels, both by set, and the layer's name."""
-    space = pixel_space or PixelSpace()
+    space, seed = space_of(pixel_space), check_seed(seed)
     features: dict[str, list[Tensor]] = {}
     classes: dict[str, list[Tensor]] = {}
     versions: dict[str, tuple[Tensor, str | None]]

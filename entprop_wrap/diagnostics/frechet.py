@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.options import check_choice, shown
 
 __all__ = ["Covariance", "check_covariance", "frechet_distance"]
 
@@ -42,6 +43,8 @@ def frechet_distance(a: Tensor, b: Tensor, *, covariance: Covariance = "sample")
     """
     check_covariance(covariance)
     for name, features in (("a", a), ("b", b)):
+        check_values(name, features)
+    for name, features in (("a", a), ("b", b)):
         if features.ndim != 2 or len(features) < 2 or features.shape[1] != a.shape[1]:
             raise ConfigurationError(
                 f"Expected features (N, D) and (M, D) of at least 2 images; found {tuple(a.shape)} and "
@@ -55,10 +58,16 @@ def frechet_distance(a: Tensor, b: Tensor, *, covariance: Covariance = "sample")
     return max(float((mean_a - mean_b).square().sum() + spread), 0.0)
 
 
+def check_values(name: str, values: object) -> None:
+    """Raise :class:`ConfigurationError` unless ``values`` is a tensor of real numbers."""
+    real = isinstance(values, Tensor) and not values.is_complex() and not values.is_meta
+    if not real or values.layout != torch.strided:  # type: ignore[attr-defined]
+        raise ConfigurationError(f"{name} must be a tensor of real numbers, found {shown(values)}.")
+
+
 def check_covariance(covariance: str) -> None:
     """Raise :class:`ConfigurationError` unless ``covariance`` is one of the two."""
-    if covariance not in ("sample", "shrunk"):
-        raise ConfigurationError(f"covariance must be 'sample' or 'shrunk', found {covariance!r}.")
+    check_choice("covariance", covariance, ("sample", "shrunk"))
 
 
 def _fit(features: Tensor, covariance: Covariance) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from entprop_wrap.diagnostics.intervals import plain
 from entprop_wrap.registry import find_registry
-from entprop_wrap.robustness.result import markdown_table
+from entprop_wrap.robustness.result import escaped, markdown_table
+from entprop_wrap.robustness.subjects import check_module
 from entprop_wrap.switch import HOLDER_PREFIX
 
 __all__ = ["DomainGap", "LayerGap", "domain_gap"]
@@ -58,7 +59,7 @@ class DomainGap:
         for gap in self.layers:
             numbers = [gap.parameters.get(name) for name in names] + [gap.statistics]
             shown = ["" if number is None else f"{number:.3g}" for number in numbers]
-            rows.append([gap.layer, gap.kind, gap.auxiliary, *shown])
+            rows.append([escaped(gap.layer), escaped(gap.kind), escaped(gap.auxiliary), *shown])
         return markdown_table(rows)
 
 
@@ -71,6 +72,7 @@ def domain_gap(model: nn.Module) -> DomainGap:
     Raises:
         NotWrappedError: The model has no auxiliary copies.
     """
+    check_module(model, "The model")
     registry = find_registry(model)
     layers = []
     for name, norm in registry.norms.items():

@@ -14,7 +14,9 @@ from entprop_wrap.containers import plain_model
 from entprop_wrap.diagnostics.intervals import Interval, mean_of, plain
 from entprop_wrap.diagnostics.observation import batches_of, isolated
 from entprop_wrap.errors import ModelOutputError, UnsupportedModelError
+from entprop_wrap.options import check_name, check_seed
 from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.subjects import check_finite, logits
 from entprop_wrap.wrapping import auxiliary as auxiliary_domain
 
@@ -81,7 +83,9 @@ def input_jacobian(
 
     Source: the norm by which Jin et al. (2020, arXiv 2011.13538) explain what entropy maximisation does.
     """
-    space = pixel_space or PixelSpace()
+    if auxiliary is not None:
+        auxiliary = check_name("auxiliary", auxiliary, ", or None for the main one")
+    space, seed = space_of(pixel_space), check_seed(seed)
     frobenius, spectral = [], []
     with isolated(model, seed):
         plain_one = plain_model(model)

@@ -19,9 +19,11 @@ from entprop_wrap.data_forms import images_and_labels
 from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataError, ModelOutputError
 from entprop_wrap.losses import cross_entropy
 from entprop_wrap.methods import EntProp
+from entprop_wrap.options import check_flag, check_integer
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.registry import find_registry
 from entprop_wrap.robustness.pixels import check_batch
+from entprop_wrap.robustness.sharing import check_batches
 from entprop_wrap.robustness.subjects import check_state, device_of, logits
 from entprop_wrap.step import Method, Step, StepOutput, check_method
 from entprop_wrap.wrapping import auxiliary, is_wrapped, wrap
@@ -179,10 +181,10 @@ def batches_of(
         ConfigurationError: ``max_images`` is too small.
         DataError: The data is empty, or no iterable of batches.
     """
-    if max_images is not None and (isinstance(max_images, bool) or not isinstance(max_images, int) or max_images < 2):
-        raise ConfigurationError(f"max_images must be an integer of at least 2, or None for all; found {max_images!r}.")
-    if isinstance(data, (str, bytes, Tensor)) or not isinstance(data, Iterable):
-        raise DataError(f"{name}: expected an iterable of batches, such as a DataLoader; found {type(data).__name__}.")
+    check_flag("progress", progress)
+    if max_images is not None:
+        max_images = check_integer("max_images", max_images, 2)
+    check_batches(data, name)
     done = 0
     with tqdm(total=max_images, desc=title, unit="image", disable=not progress) as bar:
         for number, batch in enumerate(data):
@@ -205,12 +207,10 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
     """Check the state of a model, and run the with-block on random numbers of its own, by ``seed``.
 
     Raises:
-        ConfigurationError: The model is in training mode, or ``seed`` is no int.
+        ConfigurationError: The model is in training mode.
         UnsupportedModelError: It is no module, or inside an ``auxiliary()`` block.
     """
     check_state(model, "The model")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ConfigurationError(f"seed must be an int, found {seed!r}.")
     device = device_of(model, torch.empty(0))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

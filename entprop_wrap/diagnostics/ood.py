@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entprop_wrap.diagnostics.frechet import check_values
 from entprop_wrap.diagnostics.intervals import Interval, bootstrap, plain
 from entprop_wrap.diagnostics.observation import Observer, batches_of, isolated, logits_in
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.options import check_seed, shown
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.corruptions import corrupt
-from entprop_wrap.robustness.pixels import to_images, to_pixels
+from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
 from entprop_wrap.robustness.protocol import conditions_of
 from entprop_wrap.robustness.result import markdown_table
 from entprop_wrap.selection import entropy, least_confidence
@@ -90,7 +92,7 @@ def selection_ood(
     *,
     method: Method | None = None,
     ood: Iterable[Any] | None = None,
-    corruptions: Sequence[str] = ("gaussian_noise", "fog", "contrast"),
+    corruptions: Sequence[str] | None = ("gaussian_noise", "fog", "contrast"),
     severities: Sequence[int] = (3,),
     pixel_space: PixelSpace | None = None,
     max_images: int | None = None,
@@ -107,7 +109,7 @@ def selection_ood(
         data: Batches ``(images, labels)`` or dicts, as training sees them: ``fraction`` is one of each batch.
         method: What selects; None: ``EntProp()``.
         ood: Batches of out-of-distribution images in the same form; None: ``data`` under ``corruptions``.
-        corruptions: Names from ``entprop_wrap.robustness.CORRUPTIONS``; images are then at least 32 px.
+        corruptions: Names from ``entprop_wrap.robustness.CORRUPTIONS``, None for all; images are then at least 32 px.
         severities: From 1 (mild) to 5 (strong).
         pixel_space: What both are normalised with; None: nothing.
         max_images: Number of images to stop at, of ``data`` and of ``ood``; None: all.
@@ -124,7 +126,7 @@ def selection_ood(
         AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
         DataError, ImageError, PixelRangeError, LabelError: Data of another form, or outside ``pixel_space``.
     """
-    space = pixel_space or PixelSpace()
+    space, seed = space_of(pixel_space), check_seed(seed)
     conditions = [] if ood is not None else conditions_of(corruptions, severities)
     groups: dict[str, list[Tensor]] = {"random": [], "selected": [], "perturbed": [], "rest": [], "ood": []}
     with isolated(model, seed):
@@ -188,7 +190,11 @@ def auroc(negative: Tensor, positive: Tensor) -> float:
 
     Returns:
         The area under the ROC curve, in [0, 1]; NaN if one of both is empty.
+
+    Raises:
+        ConfigurationError: Scores of another form, or NaN.
     """
+    _check_scores(negative=negative, positive=positive)
     ordered, positive = negative.double().sort().values, positive.double()
     below = torch.searchsorted(ordered, positive) + torch.searchsorted(ordered, positive, right=True)
     return float(below.double().mean()) / 2 / len(ordered) if len(ordered) else float("nan")
@@ -205,8 +211,19 @@ def fpr95(inside: Tensor, outside: Tensor) -> float:
 
     Returns:
         A share in [0, 1]; NaN if one of both is empty.
+
+    Raises:
+        ConfigurationError: Scores of another form, or NaN.
     """
+    _check_scores(inside=inside, outside=outside)
     if not len(inside):
         return float("nan")
     threshold = inside.double().sort().values[-(-19 * len(inside) // 20) - 1]
     return float((outside.double() <= threshold).double().mean())
+
+
+def _check_scores(**scores: Tensor) -> None:
+    for name, values in scores.items():
+        check_values(name, values)
+        if values.ndim != 1 or bool(values.isnan().any()):
+            raise ConfigurationError(f"{name} must be scores (N,) without NaN, found {shown(values)}.")

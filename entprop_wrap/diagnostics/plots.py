@@ -11,13 +11,14 @@ from entprop_wrap.diagnostics.feature_sets import FeaturePicture
 from entprop_wrap.diagnostics.gap import DomainGap
 from entprop_wrap.diagnostics.jacobian import InputJacobian
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.options import check_mapping, shown
 
 __all__ = ["plot_entropies", "plot_features", "plot_gap", "plot_jacobians"]
 
 
 def plot_entropies(result: EntropyStages, axes: Any = None) -> Any:
     """Draw a histogram of entropies (nats) for each stage; returns the matplotlib axes."""
-    axes = _axes(axes)
+    axes = _axes(axes, result, EntropyStages)
     for stage, values in result.values.items():
         label = f"{stage}: {result.stages[stage].value:.2f}"
         top = math.log(result.classes)
@@ -32,7 +33,7 @@ def plot_gap(result: DomainGap, axes: Any = None) -> Any:
 
     Parameters are on the left axis, as relative distances in [0, 2]; running statistics on the right, in nats.
     """
-    axes = _axes(axes)
+    axes = _axes(axes, result, DomainGap)
     many = len({gap.auxiliary for gap in result.layers}) > 1
     lines: dict[str, tuple[list[int], list[float]]] = {}
     places: dict[str, int] = {}
@@ -59,9 +60,11 @@ def plot_gap(result: DomainGap, axes: Any = None) -> Any:
 
 def plot_jacobians(results: Mapping[str, InputJacobian], axes: Any = None) -> Any:
     """Draw the Frobenius norms of the images as a box for each model, by name; returns the matplotlib axes."""
-    if not isinstance(results, Mapping) or not results:
-        raise ConfigurationError(f'Expected results by name, such as {{"EntProp": result}}; found {results!r:.80}.')
-    axes = _axes(axes)
+    found = check_mapping("results", results, "results of input_jacobian()", '{"EntProp": result}')
+    if not found:
+        raise ConfigurationError("results must be one or more results of input_jacobian(), found none.")
+    for result in found.values():
+        axes = _axes(axes, result, InputJacobian)
     axes.boxplot([result.frobenius for result in results.values()], showmeans=True)
     axes.set_xticks(range(1, len(results) + 1), list(results))
     axes.set(ylabel="|d logits / d pixels|", title="Frobenius norm of the input Jacobian")
@@ -70,7 +73,7 @@ def plot_jacobians(results: Mapping[str, InputJacobian], axes: Any = None) -> An
 
 def plot_features(result: FeaturePicture, axes: Any = None) -> Any:
     """Draw the features of both domains in one plane, coloured by class; returns the matplotlib axes."""
-    axes = _axes(axes)
+    axes = _axes(axes, result, FeaturePicture)
     highest = max(max(labels) for labels in result.labels.values())
     for marker, (name, points) in zip("ox", result.points.items(), strict=False):
         x, y = zip(*points, strict=True)
@@ -82,12 +85,17 @@ def plot_features(result: FeaturePicture, axes: Any = None) -> Any:
     return axes
 
 
-def _axes(axes: Any) -> Any:
-    if axes is not None:
-        return axes
+def _axes(axes: Any, result: Any, kind: type) -> Any:
+    if not isinstance(result, kind):
+        raise ConfigurationError(f"Expected a result of the type {kind.__name__}, found {shown(result)}.")
     try:
+        from matplotlib.axes import Axes
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('Plots need matplotlib, which is missing: pip install "entprop-wrap[plots]".') from error
+    if axes is not None:
+        if not isinstance(axes, Axes):
+            raise ConfigurationError(f"axes must be matplotlib's Axes or None, found {shown(axes)}.")
+        return axes
     # Not through pyplot, which would keep every figure alive and pick a window system.
     return Figure(layout="constrained").subplots()

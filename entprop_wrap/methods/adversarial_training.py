@@ -12,8 +12,8 @@ from torch import Tensor
 from entprop_wrap.attacks import PGD, Attack, check_attack
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Regularised, mean_entropy
-from entprop_wrap.options import check_number
-from entprop_wrap.selection import entropy
+from entprop_wrap.options import check_choice, check_number, store_as_python
+from entprop_wrap.selection import two_classes
 from entprop_wrap.step import Step, StepOutput
 
 __all__ = ["AdversarialTraining"]
@@ -51,7 +51,7 @@ class AdversarialTraining:
         ConfigurationError: An option is out of range, or has no effect together with the others.
     """
 
-    attack: Attack = PGD(epsilon=8 / 255, steps=10, step_size=2 / 255)  # noqa: RUF009 - frozen
+    attack: PGD | Attack = PGD(epsilon=8 / 255, steps=10, step_size=2 / 255)  # noqa: RUF009 - frozen
     kind: Literal["pgd", "trades"] = "pgd"
     beta: float = 6.0
     clean_weight: float = 0.0
@@ -60,11 +60,10 @@ class AdversarialTraining:
     regularise: Literal["adversarial", "clean", "both"] = "both"
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_attack(self.attack)
-        if self.kind not in ("pgd", "trades"):
-            raise ConfigurationError(f"kind must be 'pgd' or 'trades', found {self.kind!r}.")
-        if self.regularise not in ("adversarial", "clean", "both"):
-            raise ConfigurationError(f"regularise must be adversarial, clean or both, found {self.regularise!r}.")
+        check_choice("kind", self.kind, ("pgd", "trades"))
+        check_choice("regularise", self.regularise, ("adversarial", "clean", "both"))
         check_number("beta", self.beta, lambda value: value > 0, "above 0")
         check_number("clean_weight", self.clean_weight, lambda value: 0 <= value < 1, "in [0, 1)")
         Regularised(F.cross_entropy, self.label_smoothing, self.entropy_weight)  # raises if out of range
@@ -94,9 +93,8 @@ class AdversarialTraining:
         """Run the step."""
         images = self._attack(step)
         loss, logits = self._trades(step, images) if self.kind == "trades" else self._pgd(step, images)
-        loss, logits = loss.detach(), logits.detach()
         passes = self.attack.steps + 1.0 + (self.kind == "trades" or self.clean_weight > 0)
-        return StepOutput(loss, loss, logits, entropy(logits), passes=passes, checker=step.checker)
+        return step.output(main_loss=loss, logits=logits, passes=passes)
 
     def _pgd(self, step: Step, images: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.clean_weight
@@ -114,7 +112,7 @@ class AdversarialTraining:
         with step.only_local():  # else DDP broadcasts buffers between two forwards of one backward
             clean = step.forward(step.images)
         hard = step.forward(images)
-        loss = self._loss(step, "clean")(clean, step.labels) + self.beta * divergence(clean.log_softmax(-1), hard)
+        loss = self._loss(step, "clean")(clean, step.labels) + self.beta * divergence(log_probabilities(clean), hard)
         if self.entropy_weight and self.regularise != "clean":
             loss = loss - self.entropy_weight * mean_entropy(hard)
         step.backward(loss)
@@ -128,7 +126,7 @@ class AdversarialTraining:
         with step.norms_frozen():
             if self.kind == "trades":
                 with torch.no_grad(), step.only_local():
-                    prediction = step.forward(step.images).log_softmax(-1)
+                    prediction = log_probabilities(step.forward(step.images))
                 # Older torch keeps the weights cast without gradients for the next pass, which would train nothing.
                 torch.clear_autocast_cache()
 
@@ -140,6 +138,11 @@ class AdversarialTraining:
             )
 
 
-def divergence(log_probabilities: Tensor, logits: Tensor) -> Tensor:
-    """Return the mean over the batch of ``KL(probabilities || softmax(logits))``, both ``(N, C)``."""
-    return F.kl_div(logits.log_softmax(-1), log_probabilities, log_target=True, reduction="batchmean")
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Return the log-probabilities of the classes ``(N, C)``."""
+    return two_classes(logits)[0].log_softmax(-1)
+
+
+def divergence(expected: Tensor, logits: Tensor) -> Tensor:
+    """Return the mean over the batch of ``KL(exp(expected) || softmax(logits))``."""
+    return F.kl_div(log_probabilities(logits), expected, log_target=True, reduction="batchmean")

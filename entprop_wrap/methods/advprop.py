@@ -14,8 +14,7 @@ from entprop_wrap.attacks import PGD, Attack, check_attack
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
 from entprop_wrap.mixing import sent
-from entprop_wrap.options import check_flag, check_name, check_number
-from entprop_wrap.selection import entropy
+from entprop_wrap.options import check_choice, check_flag, check_name, check_number, store_as_python
 from entprop_wrap.step import Step, StepOutput
 
 __all__ = ["AdvProp"]
@@ -38,13 +37,14 @@ class AdvProp:
         auxiliary: Name of the auxiliary domain.
     """
 
-    attack: Attack = PGD()  # noqa: RUF009 - frozen
+    attack: PGD | Attack = PGD()  # noqa: RUF009 - frozen
     targeted: bool = False
     attack_statistics: Literal["running", "batch"] = "running"
     weight: float = 1.0
     auxiliary: str = "aux"
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_attack(self.attack)
         check_statistics(self.attack_statistics)
         check_flag("targeted", self.targeted)
@@ -90,17 +90,15 @@ def propagate(
             losses.append(target.loss(step.loss, aux_logits[-1]))
             step.backward(weights[auxiliary] * losses[-1])
         aux_logits[-1], losses[-1] = aux_logits[-1].detach(), weights[auxiliary] * losses[-1].detach()
-    logits, main_loss, aux_loss = logits.detach(), main_loss.detach(), torch.stack(losses).sum()
-    return StepOutput(
+    aux_loss = torch.stack(losses).sum()
+    return step.output(
         loss=main_loss + aux_loss,
         main_loss=main_loss,
         logits=logits,
-        entropy=entropy(logits),
         passes=passes,
         aux_loss=aux_loss / sum(weights.values()),
         aux_logits=torch.cat(aux_logits),
         aux_images=torch.cat(images),
-        checker=step.checker,
     )
 
 
@@ -119,8 +117,7 @@ def attacked(
 
 def check_statistics(statistics: str) -> None:
     """Raise :class:`ConfigurationError` unless batch norms can normalise with ``statistics`` during an attack."""
-    if statistics not in ("running", "batch"):
-        raise ConfigurationError(f"attack_statistics must be 'running' or 'batch', found {statistics!r}.")
+    check_choice("attack_statistics", statistics, ("running", "batch"))
 
 
 def check_targets(step: Step, targeted: bool) -> None:
@@ -131,5 +128,5 @@ def check_targets(step: Step, targeted: bool) -> None:
 
 def wrong_labels(labels: Tensor, classes: int, generator: torch.Generator | None) -> Tensor:
     """Return for each of ``labels`` ``(N,)`` another class, uniformly at random."""
-    shift = sent(torch.randint(1, classes, labels.shape, generator=generator), labels.device)
-    return (labels + shift) % classes
+    shift = sent(torch.randint(1, max(classes, 2), labels.shape, generator=generator), labels.device)
+    return (labels + shift) % max(classes, 2)

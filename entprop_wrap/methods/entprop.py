@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
-from entprop_wrap.mixing import Mixer, MixUp, take
-from entprop_wrap.options import check_integer, check_name, check_number
+from entprop_wrap.methods import lagged
+from entprop_wrap.methods.input_gradient import ImageGradient, watching
+from entprop_wrap.mixing import Mixer, find_mixer, take
+from entprop_wrap.options import check_choice, check_flag, check_integer, check_name, check_number, store_as_python
 from entprop_wrap.perturbation import ascend, check_magnitude
-from entprop_wrap.selection import Uncertainty, count, entropy, scores, top
-from entprop_wrap.step import Step, StepOutput, input_gradient
+from entprop_wrap.selection import Uncertainty, count, find_uncertainty, scores, top
+from entprop_wrap.step import Step, StepOutput
 
 __all__ = ["EntProp"]
 
@@ -46,12 +48,14 @@ class EntProp:
             (section 4.1.2).
         step_size: Change per attack step, likewise. None: all of ``epsilon`` for one step, ``epsilon / (n + 1)`` for
             more, which is 1/255 at the default epsilon (section 4.1.2).
-        mix: What raises entropy before selection: ``MixUp(alpha)``, ``CutMix(alpha)``, your own mixer, or None.
+        mix: What raises entropy before selection: ``MixUp(alpha)`` or "mixup", ``CutMix(alpha)`` or "cutmix", your own
+            mixer, or None.
         mix_on: "batch" mixes the whole batch before the main pass (Algorithm 1); "auxiliary" keeps the main pass clean
             and mixes the selected images among themselves, their gradients likewise.
         auxiliary_target: Of mixed images in the auxiliary pass: "mixed" has both labels, as in the main pass; "source"
             only the first, which is the wrong one where ``share < 1/2`` (Algorithm 1 to the letter).
-        uncertainty: Score to select by, ``(logits, labels) -> (N,)``; see ``entprop_wrap.selection``. The labels are
+        uncertainty: Score to select by, ``(logits, labels) -> (N,)``, or the name of one; see
+            ``entprop_wrap.selection``. The labels are
             those of the images themselves, also where the batch is mixed. ``selection.random`` is the control.
         threshold: Select only samples that score above it, in units of the score (nats, for entropy), and ``fraction``
             of the batch at the most; but 2 also where fewer are above it, because batch statistics need as many. The
@@ -62,6 +66,13 @@ class EntProp:
         auxiliary: Name of the auxiliary domain; None lets the selected images share the main norms, on a plain or a
             wrapped model: the same step without copies, the control that shows what copies do. Batch norms then record
             the statistics of the batch and of the selected images, one after the other.
+        lagged: Train the hardened images one step later, in one pass with the next batch: one forward, one backward and
+            one all-reduce a step, for gradients of the pixels that are one step old. The norms split that pass by rows,
+            which a model's first step tries out. The first step trains the batch alone. See
+            :mod:`entprop_wrap.methods.lagged`.
+        equal_budget: With ``lagged``, leave out as many images of the batch as come back from the step before, so that
+            a step has exactly the rows of vanilla training (the budget of Fast AdvProp, ICLR 2022).
+        alpha: Of the mixer, where ``mix`` names it; the mixer then has it, and this is None.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -72,36 +83,40 @@ class EntProp:
     attack_steps: int = 1
     epsilon: float | None = None
     step_size: float | None = None
-    mix: Mixer | None = MixUp()  # noqa: RUF009 - frozen
+    mix: str | None | Mixer = "mixup"  # noqa: RUF036 - parsers of command lines try types in this order
     mix_on: Literal["batch", "auxiliary"] = "batch"
     auxiliary_target: Literal["mixed", "source"] = "mixed"
-    uncertainty: Uncertainty = entropy
+    uncertainty: str | None | Uncertainty = "entropy"  # noqa: RUF036
     threshold: float | None = None
     weighting: Literal["per_image", "sum"] = "per_image"
     auxiliary: str | None = "aux"
+    lagged: bool = False
+    equal_budget: bool = False
+    alpha: float | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_number("fraction", self.fraction, lambda value: 0 < value <= 1, "in (0, 1], a share of the batch")
         check_integer("attack_steps", self.attack_steps, 0)
         for name in ("epsilon", "step_size"):
             if (value := getattr(self, name)) is not None:
                 check_magnitude(name, value)
-        if self.mix is not None and (isinstance(self.mix, type) or not hasattr(self.mix, "draw")):
-            raise ConfigurationError(f"mix must be a mixer such as MixUp(alpha=1.0), or None; found {self.mix!r}.")
+        # From plain types, as command lines and YAML files have them, to what they stand for.
+        object.__setattr__(self, "mix", find_mixer(self.mix, self.alpha))
+        object.__setattr__(self, "alpha", None)
+        object.__setattr__(self, "uncertainty", find_uncertainty(self.uncertainty or "entropy"))
         for name, allowed in (
             ("mix_on", ("batch", "auxiliary")),
             ("auxiliary_target", ("mixed", "source")),
             ("weighting", ("per_image", "sum")),
         ):
-            if getattr(self, name) not in allowed:
-                raise ConfigurationError(f"{name} must be one of {allowed}, found {getattr(self, name)!r}.")
-        if not callable(self.uncertainty):
-            raise ConfigurationError(
-                f"uncertainty must be a function (logits, labels) -> scores, found {self.uncertainty!r}. Write "
-                "uncertainty=entprop_wrap.selection.entropy."
-            )
+            check_choice(name, getattr(self, name), allowed)
         if self.threshold is not None:
             check_number("threshold", self.threshold, lambda value: True, "in units of the score, or None")
+        check_flag("lagged", self.lagged)
+        check_flag("equal_budget", self.equal_budget)
+        if self.equal_budget and not self.lagged:
+            raise ConfigurationError("equal_budget=True is an option of the lagged step: write lagged=True, too.")
         if self.auxiliary is not None:
             check_name("auxiliary", self.auxiliary, ", or None for shared norms")
 
@@ -113,7 +128,8 @@ class EntProp:
         most of them hardly at all (``MixUp(0.1)``). The paper mixes the whole batch, for 100 epochs; in 4 to 20 that
         costs accuracy. Ours, by measurement: docs/finetuning.md has the evidence, and what did not work.
         """
-        return cls(**{"fraction": 0.3, "mix": MixUp(0.1), "mix_on": "auxiliary", **options})
+        mix = {} if "mix" in options else {"alpha": 0.1}
+        return cls(**{"fraction": 0.3, "mix_on": "auxiliary", **mix, **options})
 
     @property
     def auxiliaries(self) -> tuple[str, ...]:
@@ -128,19 +144,17 @@ class EntProp:
         return epsilon, epsilon / parts if self.step_size is None else self.step_size
 
     def step(self, step: Step) -> StepOutput:
-        """Run the step (Algorithm 1)."""
+        """Run the step (Algorithm 1), or with ``lagged`` its form in one pass."""
+        if self.lagged:
+            return self._lagged_step(step)
         batch = len(step.images)
         number = count(batch, self.fraction)
-
-        images, target = step.images, Target(step.labels)
-        if self.mix is not None and self.mix_on == "batch":
-            mix = self.mix.draw(images.shape, step.generator)
-            images, target = mix.apply(images), Target.mixed(step.labels, mix)
-        images = images.detach().requires_grad_(self.attack_steps > 0)
-        with step.only_local():
+        images, target = self._mixed(step, batch)
+        gradient = ImageGradient(step.model, images) if self.attack_steps > 0 else None
+        with step.only_local(), watching(gradient, images):
             logits = step.forward(images)
             main_loss = target.loss(step.loss, logits)
-            score = scores(self.uncertainty, logits.detach(), step.labels, step.generator)
+            score = scores(cast(Uncertainty, self.uncertainty), logits.detach(), step.labels, step.generator)
             selected = top(score, number)
             step.backward(main_loss)
         logits = logits.detach()
@@ -148,35 +162,90 @@ class EntProp:
             number = max(2, int((score[selected] > self.threshold).sum()))
             selected = selected[:number]
         step.warn_if_few(number)
-        gradient = input_gradient(images) if self.attack_steps > 0 else torch.zeros_like(images)
-
-        aux_images, aux_target = self._harden(step, images.detach(), gradient, target, selected)
+        aux_images, aux_target = self._harden(step, images, gradient, target, selected)
         with step.auxiliary(self.auxiliary):
             aux_logits = step.forward(aux_images)
             aux_loss = aux_target.loss(step.loss, aux_logits)
             weight = number / batch if self.weighting == "per_image" else 1.0
             step.backward(weight * aux_loss)
 
-        return StepOutput(
+        return step.output(
             loss=main_loss.detach() + weight * aux_loss.detach(),
-            main_loss=main_loss.detach(),
+            main_loss=main_loss,
             logits=logits,
-            entropy=entropy(logits),
             passes=(batch + number * max(self.attack_steps, 1)) / batch,
-            aux_loss=aux_loss.detach(),
-            aux_logits=aux_logits.detach(),
+            aux_loss=aux_loss,
+            aux_logits=aux_logits,
             aux_images=aux_images,
             selected=selected,
-            checker=step.checker,
         )
 
+    def _lagged_step(self, step: Step) -> StepOutput:
+        if step.loss.asked:
+            raise ConfigurationError(
+                f"lagged=True trains images of two batches in one pass; found a loss that asks for "
+                f"{', '.join(sorted(step.loss.asked))} of one. Write lagged=False, or loss(logits, labels)."
+            )
+        waiting = lagged.waiting_for(step.model, step.images, step.labels)
+        batch, back = len(step.images), 0 if waiting is None else len(waiting.images)
+        fresh = batch - back if self.equal_budget else batch
+        number = count(batch, self.fraction)
+        if fresh < number:
+            raise ConfigurationError(
+                f"equal_budget=True selects from the part of the batch that does not come back: {fresh} of {batch} "
+                f"images, fewer than the {number} to select. Expected a fraction of at most 0.5, found {self.fraction}."
+            )
+        images, target = self._mixed(step, fresh)
+        gradient = ImageGradient(step.model, images) if self.attack_steps > 0 else None
+        everything = images if waiting is None else torch.cat([images, waiting.images])
+        with step.rows_split(self.auxiliary, fresh, len(everything)), watching(gradient, everything):
+            logits = step.forward(everything)
+            main_loss = loss = target.loss(step.loss, logits[:fresh])
+            aux_loss = None
+            if waiting is not None:
+                aux_loss = waiting.target.loss(step.loss, logits[fresh:])
+                weight = back / batch if self.weighting == "per_image" else 1.0
+                loss = (fresh / batch if self.equal_budget else 1.0) * main_loss + weight * aux_loss
+            uncertainty = cast(Uncertainty, self.uncertainty)
+            score = scores(uncertainty, logits[:fresh].detach(), step.labels[:fresh], step.generator)
+            selected = top(score, number)
+            step.backward(loss)
+        logits = logits.detach()
+        if self.threshold is not None:
+            selected = selected[: max(2, int((score[selected] > self.threshold).sum()))]
+        step.warn_if_few(len(selected))
+        lagged.put(step.model, lagged.Waiting(*self._harden(step, images, gradient, target, selected)))
+        return step.output(
+            loss=loss,
+            main_loss=main_loss,
+            logits=logits[:fresh],
+            passes=(len(everything) + len(selected) * max(self.attack_steps - 1, 0)) / batch,
+            aux_loss=aux_loss,
+            aux_logits=None if waiting is None else logits[fresh:],
+            aux_images=None if waiting is None else waiting.images,
+            selected=selected,
+        )
+
+    def _mixed(self, step: Step, number: int) -> tuple[Tensor, Target]:
+        """Return the first ``number`` images, mixed if the batch is to be, as a leaf, and their target."""
+        if self.mix is not None:
+            step.warn_if_mixed()
+        images, target = step.images[:number], Target(step.labels[:number])
+        mixer = cast("Mixer | None", self.mix)
+        if mixer is not None and self.mix_on == "batch":
+            mix = mixer.draw(images.shape, step.generator)
+            images, target = mix.apply(images), Target.mixed(target.labels, mix)
+        return images.detach(), target
+
     def _harden(
-        self, step: Step, images: Tensor, gradient: Tensor, target: Target, selected: Tensor
+        self, step: Step, images: Tensor, source: ImageGradient | None, target: Target, selected: Tensor
     ) -> tuple[Tensor, Target]:
-        origin, target, gradient = take(images, selected), target.rows(selected), take(gradient, selected)
-        if self.mix is not None and self.mix_on == "auxiliary":
-            mix = self.mix.draw(origin.shape, step.generator)
-            origin, target = mix.apply(origin), Target.mixed(target.labels, mix)
+        origin, target = take(images.detach(), selected), target.rows(selected)
+        gradient = torch.zeros_like(origin) if source is None else source.rows(selected)
+        mixer = cast("Mixer | None", self.mix)
+        if mixer is not None and self.mix_on == "auxiliary":
+            mix = mixer.draw(origin.shape, step.generator)
+            origin, target = mix.apply(origin), Target.mixed(target.labels, mix, target.index)
             # The gradient of the mixed loss for a change that both parents share, to first order.
             gradient = mix.apply(gradient)
         if self.auxiliary_target == "source":

@@ -14,7 +14,7 @@ from entprop_wrap.containers import walk
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.features import features_of
 from entprop_wrap.losses import Loss, mean_entropy
-from entprop_wrap.options import check_integer, check_number
+from entprop_wrap.options import check_integer, check_number, shown, store_as_python
 from entprop_wrap.perturbation import PixelSpace
 
 __all__ = ["EntropyAscent", "check_ascent"]
@@ -56,12 +56,13 @@ class EntropyAscent:
     layer: str | None = None
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_number("eta", self.eta, lambda value: value >= 0, "at least 0")
         check_number("gamma", self.gamma, lambda value: value >= 0, "at least 0")
         check_number("step_size", self.step_size, lambda value: value > 0, "above 0")
         check_integer("steps", self.steps, 1)
         if self.layer is not None and not isinstance(self.layer, str):
-            raise ConfigurationError(f"layer must be the name of a layer, or None; found {self.layer!r}.")
+            raise ConfigurationError(f"layer must be the name of a layer, or None; found {shown(self.layer)}.")
 
     @classmethod
     def cifar(cls, **options: Any) -> EntropyAscent:
@@ -97,7 +98,7 @@ class EntropyAscent:
             ModelOutputError: No layer makes the logits, see ``features_of``.
             UnsupportedModelError: The model uses reentrant checkpointing in evaluation mode.
         """
-        lower, upper = space.bounds(images)
+        lower, upper = space.bounds_around(images)
         step_size = self.step_size * space.scale(images) ** 2  # of gradients with respect to normalised images
         moved, origin = images.detach(), None
         with evaluating(model), features_of(model, layer=self.layer) if self.gamma else nullcontext() as features:
@@ -148,4 +149,4 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def check_ascent(ascent: Any) -> None:
     """Raise :class:`ConfigurationError` unless ``ascent`` is an :class:`EntropyAscent`."""
     if not isinstance(ascent, EntropyAscent):
-        raise ConfigurationError(f"ascent must be an EntropyAscent(eta=10.0, steps=15, ...), found {ascent!r}.")
+        raise ConfigurationError(f"ascent must be an EntropyAscent(eta=10.0, steps=15, ...), found {shown(ascent)}.")

@@ -17,8 +17,7 @@ from entprop_wrap.containers import plain_model, walk
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.losses import mean_entropy
 from entprop_wrap.norms import is_norm
-from entprop_wrap.options import check_number
-from entprop_wrap.selection import entropy
+from entprop_wrap.options import check_number, shown, store_as_python
 from entprop_wrap.step import Step, StepOutput
 
 __all__ = ["EntropicRetraining", "activation_entropy"]
@@ -65,12 +64,15 @@ class EntropicRetraining:
     layers: str = "*"
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         for name in ("activation_weight", "output_weight"):
             check_number(name, getattr(self, name), lambda value: True, "of either sign")
         if not self.activation_weight and not self.output_weight:
             raise ConfigurationError("activation_weight and output_weight are both 0: write Vanilla() for that.")
         if not isinstance(self.layers, str) or not self.layers:
-            raise ConfigurationError(f"layers must be a glob over names such as 'layer4.*', found {self.layers!r}.")
+            raise ConfigurationError(
+                f"layers must be a glob over names such as 'layer4.*', found {shown(self.layers)}."
+            )
 
     @property
     def auxiliaries(self) -> tuple[str, ...]:
@@ -99,8 +101,7 @@ class EntropicRetraining:
             evenness = [activation_entropy(output, channels=channels).mean() for output, channels in recorded]
             loss = loss - self.activation_weight * torch.stack(evenness).mean()
         step.backward(loss)
-        logits = logits.detach()
-        return StepOutput(loss.detach(), main_loss.detach(), logits, entropy(logits), passes=1.0, checker=step.checker)
+        return step.output(loss=loss, main_loss=main_loss, logits=logits, passes=1.0)
 
     @contextmanager
     def _recorded(self, model: nn.Module) -> Iterator[list[tuple[Tensor, int]]]:

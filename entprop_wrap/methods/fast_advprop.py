@@ -11,9 +11,9 @@ from torch import Tensor
 from entprop_wrap.attacks import uniform_start
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
-from entprop_wrap.options import check_flag, check_name, check_number
+from entprop_wrap.options import check_flag, check_name, check_number, store_as_python
 from entprop_wrap.perturbation import ascend, check_magnitude
-from entprop_wrap.selection import count, entropy
+from entprop_wrap.selection import count
 from entprop_wrap.step import Step, StepOutput, input_gradient
 
 __all__ = ["FastAdvProp"]
@@ -50,6 +50,7 @@ class FastAdvProp:
     auxiliary: str = "aux"
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_magnitude("epsilon", self.epsilon)
         for name in ("fraction", "beta"):
             check_number(name, getattr(self, name), lambda value: 0 < value < 1, "in (0, 1)")
@@ -75,13 +76,20 @@ class FastAdvProp:
         number = count_adversarial(batch, self.fraction)
         clean, weight = batch - number, number / batch
         step.warn_if_few(number)
+        if self.shuffle and "rows" in step.loss.asked and processes() > 1:
+            raise ConfigurationError(
+                "loss asks for rows, which shuffling between processes mixes: write shuffle=False."
+            )
 
         with step.only_local(), step.norm_gradients_scaled(None, batch / clean):
             logits = step.forward(step.images[:clean])
             main_loss = Target(step.labels[:clean]).loss(step.loss, logits)
             step.backward((1 - weight) * main_loss)
 
-        origin, target = step.images[clean:], Target(step.labels[clean:])
+        origin, target = (
+            step.images[clean:],
+            Target(step.labels).rows(torch.arange(clean, batch, device=step.labels.device)),
+        )
         noisy = uniform_start(origin, self.epsilon, step.space, step.generator).requires_grad_()
         with step.auxiliary(self.auxiliary), step.norm_gradients_scaled(self.auxiliary, 1 / weight):
             with step.only_local():
@@ -97,23 +105,20 @@ class FastAdvProp:
             )
             if self.shuffle:
                 images, labels = shuffle_between_processes(images, target.labels, step.generator)
-                target = Target(labels)
+                target = Target(labels, index=target.index)
             aux_logits = step.forward(images)
             aux_loss = target.loss(step.loss, aux_logits)
             step.backward((1 - self.beta) * weight * aux_loss)
 
-        logits, main_loss = logits.detach(), main_loss.detach()
-        aux_loss = self.beta * noise_loss.detach() + (1 - self.beta) * aux_loss.detach()
-        return StepOutput(
+        aux_loss = self.beta * noise_loss + (1 - self.beta) * aux_loss
+        return step.output(
             loss=(1 - weight) * main_loss + weight * aux_loss,
             main_loss=main_loss,
             logits=logits,
-            entropy=entropy(logits),
             passes=1.0 + weight,
             aux_loss=aux_loss,
-            aux_logits=aux_logits.detach(),
+            aux_logits=aux_logits,
             aux_images=images,
-            checker=step.checker,
         )
 
 
@@ -142,12 +147,17 @@ def shuffle_between_processes(
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return images, labels
-    processes, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    everything = [gather(tensor, processes) for tensor in (images, labels)]
+    rank, everything = torch.distributed.get_rank(), [gather(tensor, processes()) for tensor in (images, labels)]
     order = torch.randperm(len(everything[0]), generator=generator).to(images.device)
     torch.distributed.broadcast(order, src=0)
     mine = order[rank * len(images) : (rank + 1) * len(images)]
     return everything[0][mine], everything[1][mine]
+
+
+def processes() -> int:
+    """Return the number of processes that train together."""
+    initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if initialised else 1
 
 
 def gather(tensor: Tensor, processes: int) -> Tensor:

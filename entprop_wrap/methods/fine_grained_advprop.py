@@ -13,7 +13,7 @@ from torch import Tensor
 from entprop_wrap.attacks import Attack
 from entprop_wrap.errors import ConfigurationError, ImageError
 from entprop_wrap.methods.advprop import attacked, check_statistics, check_targets, propagate
-from entprop_wrap.options import check_flag, check_name, check_number
+from entprop_wrap.options import as_python, check_flag, check_name, check_number, shown, store_as_python
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.step import Step, StepOutput
 
@@ -60,10 +60,11 @@ class FineGrainedAdvProp:
     attack_statistics: Literal["running", "batch"] = "running"
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         if not isinstance(self.branches, Mapping) or not self.branches:
             raise ConfigurationError(
                 "branches maps names of auxiliary domains to attacks or augmentations, such as {'weak': "
-                f"PGD(epsilon=1/255, steps=1), 'strong': PGD()}}; found {self.branches!r}."
+                f"PGD(epsilon=1/255, steps=1), 'strong': PGD()}}; found {shown(self.branches)}."
             )
         object.__setattr__(self, "branches", dict(self.branches))  # the caller's may change, these not
         check_flag("targeted", self.targeted)
@@ -77,7 +78,7 @@ class FineGrainedAdvProp:
         if self.targeted and not any(map(_is_attack, self.branches.values())):
             raise ConfigurationError("targeted=True has no effect without an attack: leave it out.")
         if isinstance(self.weight, Mapping):
-            object.__setattr__(self, "weight", dict(self.weight))
+            object.__setattr__(self, "weight", {name: as_python(weight) for name, weight in self.weight.items()})
             if set(self.weight) != set(self.branches):
                 raise ConfigurationError(
                     f"weight names {list(self.weight)}; expected one for each of {list(self.branches)}."

@@ -7,8 +7,8 @@ from typing import Any
 
 from entprop_wrap.losses import Target
 from entprop_wrap.methods.entropy_ascent import EntropyAscent, check_ascent
-from entprop_wrap.options import check_name, check_number
-from entprop_wrap.selection import count, entropy
+from entprop_wrap.options import check_name, check_number, store_as_python
+from entprop_wrap.selection import count
 from entprop_wrap.step import Step, StepOutput
 
 __all__ = ["MEADA"]
@@ -46,6 +46,7 @@ class MEADA:
     auxiliary: str = "aux"
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_ascent(self.ascent)
         check_number("fraction", self.fraction, lambda value: 0 < value <= 1, "in (0, 1]")
         check_number("weight", self.weight, lambda value: value > 0, "above 0")
@@ -82,15 +83,12 @@ class MEADA:
             aux_logits = step.forward(images)
             aux_loss = Target(labels).loss(step.loss, aux_logits)
             step.backward(weight * aux_loss)
-        logits, main_loss, aux_loss = logits.detach(), main_loss.detach(), aux_loss.detach()
-        return StepOutput(
+        return step.output(
             loss=main_loss + weight * aux_loss,
             main_loss=main_loss,
             logits=logits,
-            entropy=entropy(logits),
             passes=1 + number / len(logits) * (self.ascent.steps + 1),
             aux_loss=aux_loss,
-            aux_logits=aux_logits.detach(),
+            aux_logits=aux_logits,
             aux_images=images,
-            checker=step.checker,
         )

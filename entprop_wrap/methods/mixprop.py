@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import cast
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.losses import Target
-from entprop_wrap.mixing import Mixer, MixUp
-from entprop_wrap.options import check_name, check_number
-from entprop_wrap.selection import entropy
+from entprop_wrap.mixing import Mixer, find_mixer
+from entprop_wrap.options import check_name, check_number, store_as_python
 from entprop_wrap.step import Step, StepOutput
 
 __all__ = ["MixProp"]
@@ -25,21 +25,26 @@ class MixProp:
     Cost: 2 passes.
 
     Attributes:
-        mix: What mixes the auxiliary images; ``MixUp(0.2)`` on ImageNet, ``MixUp(1.0)`` elsewhere.
+        mix: What mixes the auxiliary images; ``MixUp(0.2)`` on ImageNet, ``MixUp(1.0)`` or "mixup" elsewhere.
         weight: Of the auxiliary loss, above 0. EntProp's authors align the scale of both losses with that of vanilla
             training, without a formula; 1 is the plain sum.
         auxiliary: Name of the auxiliary domain.
+        alpha: Of the mixer, where ``mix`` names it; the mixer then has it, and this is None.
     """
 
-    mix: Mixer = MixUp()  # noqa: RUF009 - frozen
+    mix: str | None | Mixer = "mixup"  # noqa: RUF036 - as in EntProp
     weight: float = 1.0
     auxiliary: str = "aux"
+    alpha: float | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_number("weight", self.weight, lambda value: value > 0, "above 0")
         check_name("auxiliary", self.auxiliary)
-        if isinstance(self.mix, type) or not hasattr(self.mix, "draw"):
-            raise ConfigurationError(f"mix must be a mixer such as MixUp(alpha=1.0), found {self.mix!r}.")
+        object.__setattr__(self, "mix", find_mixer(self.mix, self.alpha))
+        object.__setattr__(self, "alpha", None)
+        if self.mix is None:
+            raise ConfigurationError("mix must be a mixer such as MixUp(alpha=1.0), or 'mixup'; found None.")
 
     @property
     def auxiliaries(self) -> tuple[str, ...]:
@@ -48,25 +53,23 @@ class MixProp:
 
     def step(self, step: Step) -> StepOutput:
         """Run the step."""
+        step.warn_if_mixed()
         with step.only_local():
             logits = step.forward(step.images)
             main_loss = Target(step.labels).loss(step.loss, logits)
             step.backward(main_loss)
-        mix = self.mix.draw(step.images.shape, step.generator)
+        mix = cast(Mixer, self.mix).draw(step.images.shape, step.generator)
         images = mix.apply(step.images)
         with step.auxiliary(self.auxiliary):
             aux_logits = step.forward(images)
             aux_loss = Target.mixed(step.labels, mix).loss(step.loss, aux_logits)
             step.backward(self.weight * aux_loss)
-        logits, main_loss, aux_loss = logits.detach(), main_loss.detach(), aux_loss.detach()
-        return StepOutput(
+        return step.output(
             loss=main_loss + self.weight * aux_loss,
             main_loss=main_loss,
             logits=logits,
-            entropy=entropy(logits),
             passes=2.0,
             aux_loss=aux_loss,
-            aux_logits=aux_logits.detach(),
+            aux_logits=aux_logits,
             aux_images=images,
-            checker=step.checker,
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from entprop_wrap.losses import Regularised
-from entprop_wrap.selection import entropy
+from entprop_wrap.options import store_as_python
 from entprop_wrap.step import Step, StepOutput
 
 __all__ = ["Vanilla"]
@@ -32,6 +32,7 @@ class Vanilla:
     entropy_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         Regularised(F.cross_entropy, self.label_smoothing, self.entropy_weight)  # raises if out of range
 
     @property
@@ -44,5 +45,4 @@ class Vanilla:
         logits = step.forward(step.images)
         loss = Regularised(step.loss, self.label_smoothing, self.entropy_weight)(logits, step.labels)
         step.backward(loss)
-        logits, loss = logits.detach(), loss.detach()
-        return StepOutput(loss, loss, logits, entropy(logits), passes=1.0, checker=step.checker)
+        return step.output(main_loss=loss, logits=logits, passes=1.0)

@@ -1,4 +1,4 @@
-"""Robustness, measured: corruptions, attacks, shifts, the scores SA, RA and Hscore, and reports."""
+"""Robustness, measured: corruptions, attacks, shifts, and the scores SA, RA and Hscore."""
 
 from entprop_wrap.robustness.attacks import FGSM, PGD, Attack, Transfer
 from entprop_wrap.robustness.autoattack import AutoAttack
@@ -6,7 +6,6 @@ from entprop_wrap.robustness.comparison import Comparison, Estimate, compare
 from entprop_wrap.robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, SUITES, corrupt
 from entprop_wrap.robustness.curves import accuracy_against_epsilon
 from entprop_wrap.robustness.evaluation import evaluate_robustness
-from entprop_wrap.robustness.reporting import model_card, report
 from entprop_wrap.robustness.result import RobustnessResult
 from entprop_wrap.robustness.scores import Scores, hscore
 
@@ -28,6 +27,4 @@ __all__ = [
     "corrupt",
     "evaluate_robustness",
     "hscore",
-    "model_card",
-    "report",
 ]

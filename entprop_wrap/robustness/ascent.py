@@ -13,7 +13,7 @@ from entprop_wrap.containers import plain_model, walk
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.pixels import to_images
-from entprop_wrap.robustness.subjects import check_finite, check_labels_fit, logits
+from entprop_wrap.robustness.subjects import check_finite, check_labels_fit, check_module, logits
 
 __all__ = ["AttackLoss", "check_attackable", "losses", "pixel_gradient"]
 
@@ -25,8 +25,9 @@ def check_attackable(model: nn.Module) -> None:
 
     Raises:
         ConfigurationError: The model, or a part of it, is in training mode.
-        UnsupportedModelError: It is float16.
+        UnsupportedModelError: It is not a module, or float16.
     """
+    check_module(model, "The model")
     if any(module.training for module in walk(plain_model(model))):
         raise ConfigurationError("The model, or a part of it, is in training mode. Write model.eval() first.")
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):

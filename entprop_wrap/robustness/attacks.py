@@ -13,7 +13,6 @@ EntProp itself is no defence: its accuracy under PGD is near that of vanilla tra
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from entprop_wrap import attacks
 from entprop_wrap.attacks import Gradient, direction
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.options import check_integer
+from entprop_wrap.options import check_choice, check_generator, check_integer, check_mapping, shown, store_as_python
 from entprop_wrap.perturbation import PixelSpace, check_magnitude
 from entprop_wrap.robustness.ascent import AttackLoss, check_attackable, losses, pixel_gradient
 from entprop_wrap.robustness.corruptions.draws import Draws
@@ -62,6 +61,7 @@ class FGSM:
     epsilon: float = 4 / 255
 
     def __post_init__(self) -> None:
+        store_as_python(self)
         check_magnitude("epsilon", self.epsilon)
 
     def __call__(
@@ -109,8 +109,7 @@ class PGD(attacks.PGD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss not in ("cross_entropy", "margin"):
-            raise ConfigurationError(f"loss must be 'cross_entropy' or 'margin', found {self.loss!r}.")
+        check_choice("loss", self.loss, ("cross_entropy", "margin"))
         check_integer("restarts", self.restarts, 1)
         if self.restarts > 1 and not self.random_start:
             raise ConfigurationError("restarts > 1 without random_start would repeat the same attack. Leave one out.")
@@ -163,6 +162,7 @@ class PGD(attacks.PGD):
             UnsupportedModelError: The model is float16, in which gradients vanish, or gives no gradient.
         """
         check_attackable(model)
+        check_generator(generator)
         space = space_of(pixel_space)
         labels = check_batch(images, labels, space)
         origin = to_pixels(images.detach().to(device_of(model, images)), space)
@@ -217,7 +217,7 @@ class Transfer:
     def __post_init__(self) -> None:
         if not isinstance(self.source, nn.Module):
             raise ConfigurationError(
-                f"Transfer expects the model to attack first, found {self.source!r}. Write Transfer(model, PGD())."
+                f"Transfer expects the model to attack first, found {shown(self.source)}. Write Transfer(model, PGD())."
             )
         check_attack("attack", self.attack)
 
@@ -270,14 +270,10 @@ def check_attacks(attacks: Any) -> dict[str, Any]:
     Raises:
         ConfigurationError: They are no dict of attacks.
     """
-    if attacks is not None and not isinstance(attacks, Mapping):
-        raise ConfigurationError(
-            f"attacks must be a dict of attacks by name, found {type(attacks).__name__}. Write "
-            'attacks={"PGD-20": PGD(steps=20)}.'
-        )
-    for name, attack in (attacks or {}).items():
+    found = check_mapping("attacks", attacks, "attacks", 'attacks={"PGD-20": PGD(steps=20)}')
+    for name, attack in found.items():
         check_attack(f"attacks[{name!r}]", attack)
-    return {name: measuring(attack) for name, attack in (attacks or {}).items()}
+    return {name: measuring(attack) for name, attack in found.items()}
 
 
 def check_attack(name: str, attack: Any) -> None:
@@ -289,7 +285,7 @@ def check_attack(name: str, attack: Any) -> None:
     if not callable(measuring(attack)):
         raise ConfigurationError(
             f"{name} expects an attack such as PGD(), or a function (model, images, labels, pixel_space, generator) -> "
-            f"images; found {attack!r}."
+            f"images; found {shown(attack)}."
         )
 
 

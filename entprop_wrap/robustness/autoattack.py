@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.options import check_number
+from entprop_wrap.options import check_choice, check_generator, check_number, store_as_python
 from entprop_wrap.perturbation import PixelSpace, check_magnitude
 from entprop_wrap.robustness.ascent import check_attackable
 from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
@@ -58,8 +58,8 @@ class AutoAttack:
     norm: Literal["linf", "l2"] = "linf"
 
     def __post_init__(self) -> None:
-        if self.norm not in ("linf", "l2"):
-            raise ConfigurationError(f"norm must be one of ('linf', 'l2'), found {self.norm!r}.")
+        store_as_python(self)
+        check_choice("norm", self.norm, ("linf", "l2"))
         if self.norm == "linf":
             check_magnitude("epsilon", self.epsilon)
         else:
@@ -94,6 +94,7 @@ class AutoAttack:
             UnsupportedModelError: The model is float16, in which gradients vanish.
         """
         check_attackable(model)
+        check_generator(generator)
         space = space_of(pixel_space)
         labels = check_batch(images, labels, space)
         device = device_of(model, images)

@@ -9,7 +9,7 @@ from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.options import check_number
-from entprop_wrap.robustness.result import RobustnessResult, markdown_table
+from entprop_wrap.robustness.result import RobustnessResult, escaped, markdown_table
 
 __all__ = ["Comparison", "Estimate", "compare"]
 
@@ -64,10 +64,15 @@ class Comparison:
     def to_markdown(self) -> str:
         """Return a table of scores and a table of differences, in percent and percentage points, as Markdown."""
         keys = list(self.scores[self.baseline])
-        scores = [["method", *keys]]
-        scores += [[name, *(_percent(row[key], "{:.2f}") for key in keys)] for name, row in self.scores.items()]
-        changes = [[f"minus {self.baseline}", *keys]]
-        changes += [[name, *(_percent(row[key], "{:+.2f}") for key in keys)] for name, row in self.differences.items()]
+        heads = list(map(escaped, keys))
+        scores = [["method", *heads]]
+        scores += [
+            [escaped(name), *(_percent(row[key], "{:.2f}") for key in keys)] for name, row in self.scores.items()
+        ]
+        changes = [[f"minus {escaped(self.baseline)}", *heads]]
+        changes += [
+            [escaped(name), *(_percent(row[key], "{:+.2f}") for key in keys)] for name, row in self.differences.items()
+        ]
         if self.seeds > 1:
             note = (
                 f"Mean and {100 * self.confidence:g} % t-interval over {self.seeds} seeds; differences are paired by "
@@ -97,7 +102,7 @@ def compare(
     Raises:
         ConfigurationError: No results, something else, not as many for each method, or of different protocols.
     """
-    check_number("confidence", confidence, lambda value: 0 < value < 1, "in (0, 1), such as 0.95")
+    confidence = check_number("confidence", confidence, lambda value: 0 < value < 1, "in (0, 1), such as 0.95")
     rows = _rows(results)
     lengths = {name: len(row) for name, row in rows.items()}
     if not lengths or len(set(lengths.values())) > 1 or 0 in lengths.values():
@@ -195,6 +200,10 @@ def _values(result: RobustnessResult) -> dict[str, float]:
 
 def _measured(result: RobustnessResult) -> str:
     return f"{', '.join(_values(result))} over {result.protocol}"
+
+
+def _rows_of(estimates: Mapping[str, Mapping[str, Estimate]], keys: Sequence[str], form: str) -> list[list[str]]:
+    return [[escaped(name), *(_percent(row[key], form) for key in keys)] for name, row in estimates.items()]
 
 
 def _percent(estimate: Estimate, form: str) -> str:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from entprop_wrap import attacks
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.options import check_flag, check_number, check_seed, check_sequence, shown
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.attacks import FGSM, PGD, Transfer, attacked, measuring
 from entprop_wrap.robustness.pixels import space_of
@@ -52,13 +53,18 @@ def accuracy_against_epsilon(
         DataError, ImageError, LabelError, ModelOutputError: As :func:`~entprop_wrap.robustness.evaluate_robustness`.
     """
     check_state(model, "The model")
-    sizes = tuple(epsilons) if isinstance(epsilons, Iterable) and not isinstance(epsilons, str) else ()
-    if not sizes or len(set(sizes)) < len(sizes):
-        raise ConfigurationError(f"epsilons must be a sequence of different numbers, found {epsilons!r}.")
+    sizes = check_sequence("epsilons", epsilons, "different numbers", "epsilons=(0, 4 / 255)")
+    sizes = tuple(
+        check_number("An entry of epsilons", size, lambda value: value >= 0, "of at least 0") for size in sizes
+    )
+    if len(set(sizes)) < len(sizes):
+        raise ConfigurationError(f"epsilons must be different numbers, found {shown(epsilons)}.")
+    check_seed(seed)
+    check_flag("progress", progress)
     base = PGD() if attack is None else measuring(attack)
     if isinstance(base, type) or not hasattr(base, "at"):
         raise ConfigurationError(
-            f"attack must be FGSM(), PGD() or Transfer(source), which have at(epsilon); found {base!r}."
+            f"attack must be FGSM(), PGD() or Transfer(source), which have at(epsilon); found {shown(base)}."
         )
     sized = {epsilon: base.at(epsilon) if epsilon else None for epsilon in sizes}
     subject, space, streams = Subject("The model", model), space_of(pixel_space), Streams(seed)

@@ -9,7 +9,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.options import check_flag, check_mapping, check_seed
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.attacks import Attack, attacked, check_attacks
 from entprop_wrap.robustness.corruptions import corrupt
@@ -118,15 +118,13 @@ def evaluate_robustness(
 
     Source: EntProp (Enomoto, UAI 2024), section 4.1; protocol of Hendrycks & Dietterich (ICLR 2019).
     """
-    models = model if isinstance(model, Mapping) else {_ALONE: model}
+    several = isinstance(model, Mapping)
+    models = check_mapping("model", model if several else {_ALONE: model}, "models", '{"net": model}')
     conditions = conditions_of(corruptions, severities, suite)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ConfigurationError(f"seed must be an int, found {seed!r}.")
-    if shifts is not None and not isinstance(shifts, Mapping):
-        raise ConfigurationError(
-            f"shifts must be a dict of data by name, found {type(shifts).__name__}. Write "
-            'shifts={"sketch": sketch_loader}.'
-        )
+    seed = check_seed(seed)
+    for name, value in (("auxiliaries", auxiliaries), ("progress", progress)):
+        check_flag(name, value)
+    shifts = check_mapping("shifts", shifts, "data", 'shifts={"sketch": sketch_loader}')
     space = space_of(pixel_space)
     attacks = check_attacks(attacks)
     groups = subjects_of(models, auxiliaries)
@@ -134,7 +132,7 @@ def evaluate_robustness(
 
     share, streams = Share(data, space), Streams(seed)
     # Now, so that what is no data fails before the many passes, not after.
-    others = {name: Share(other, space, f"shifts[{name!r}]") for name, other in (shifts or {}).items()}
+    others = {name: Share(other, space, f"shifts[{name!r}]") for name, other in shifts.items()}
     passes = len(share) * len(subjects) * (1 + len(conditions) + len(attacks))
     hidden = not progress or share.process > 0
     with tqdm(total=passes or None, desc="Robustness", unit="pass", disable=hidden) as bar:
@@ -171,7 +169,7 @@ def evaluate_robustness(
     for name, (main, *domains) in groups.items():
         found = {subject.domain or "": _result(subject, conditions, seed, others, attacks) for subject in domains}
         results[name] = replace(_result(main, conditions, seed, others, attacks), auxiliaries=found)
-    return results if isinstance(model, Mapping) else results[_ALONE]
+    return results if several else results[_ALONE]
 
 
 def _corrupted(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from entprop_wrap.checks import Checker
 from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, PixelRangeError
+from entprop_wrap.options import shown
 from entprop_wrap.perturbation import PixelSpace
 
 __all__ = ["check_batch", "space_of", "to_images", "to_pixels"]
@@ -22,8 +23,8 @@ def space_of(pixel_space: PixelSpace | None) -> PixelSpace:
     """
     if pixel_space is not None and not isinstance(pixel_space, PixelSpace):
         raise ConfigurationError(
-            f"pixel_space must be a PixelSpace or None, found {pixel_space!r}. Write PixelSpace(mean, std), such as "
-            "PixelSpace((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
+            f"pixel_space must be a PixelSpace or None, found {shown(pixel_space)}. Write PixelSpace(mean, std), such "
+            "as PixelSpace((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
         )
     return PixelSpace() if pixel_space is None else pixel_space
 
@@ -59,6 +60,9 @@ def check_batch(images: Any, labels: Any, space: PixelSpace, *, first: bool = Fa
         raise ImageError(f"Expected images as a tensor (N, C, H, W), found {type(images).__name__}.")
     if not isinstance(labels, Tensor):
         raise LabelError(f"Expected labels as a tensor of class indices (N,), found {type(labels).__name__}.")
+    for name, tensor, error in (("images", images, ImageError), ("labels", labels, LabelError)):
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise error(f"Expected {name} as a dense tensor with data, found {tensor.layout} on {tensor.device}.")
     shape = tuple(images.shape)
     if not images.is_floating_point():
         raise ImageError(

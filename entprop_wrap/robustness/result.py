@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.options import shown
 from entprop_wrap.robustness.protocol import in_words, is_full
 from entprop_wrap.robustness.scores import Scores, hscore
 
-__all__ = ["RobustnessResult", "markdown_table"]
+__all__ = ["RobustnessResult", "escaped", "markdown_table"]
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ class RobustnessResult:
         """
         if not isinstance(baseline, RobustnessResult):
             raise ConfigurationError(
-                f"mCE needs the result of a baseline, found {baseline!r}. Write result.mce(evaluate_robustness(model, "
-                "data)), with the same corruptions and severities."
+                f"mCE needs the result of a baseline, found {shown(baseline)}. Write "
+                "result.mce(evaluate_robustness(model, data)), with the same corruptions and severities."
             )
         if set(baseline.corrupted) != set(self.corrupted) or baseline.images != self.images:
             raise ConfigurationError(
@@ -184,7 +186,7 @@ class RobustnessResult:
                 adversarial={name: Scores(**scores) for name, scores in data["adversarial"].items()},
                 auxiliaries={name: cls.from_dict(part) for name, part in data["auxiliaries"].items()},
             )
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
             raise ConfigurationError(
                 f"Expected what RobustnessResult.to_dict() returns, found {type(data).__name__} for which reading "
                 f"failed at {error}."
@@ -196,14 +198,23 @@ class RobustnessResult:
 
     @classmethod
     def from_json(cls, text: str) -> RobustnessResult:
-        """Return the result that :meth:`to_json` wrote."""
-        return cls.from_dict(json.loads(text))
+        """Return the result that :meth:`to_json` wrote.
+
+        Raises:
+            ConfigurationError: ``text`` is something else.
+        """
+        try:
+            return cls.from_dict(json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"Expected the text that RobustnessResult.to_json() returns, found {shown(text)}: {error}"
+            ) from error
 
     def to_markdown(self) -> str:
         """Return the scores and the table of accuracies in percent, as Markdown."""
         percent = partial("{:.2f}".format)
         domains = {"main": self, **self.auxiliaries}
-        head = [["domain", *domains]] if self.auxiliaries else [["score", "%"]]
+        head = [["domain", *map(escaped, domains)]] if self.auxiliaries else [["score", "%"]]
         rows = [
             [label, *(percent(100 * getattr(result, key)) for result in domains.values())]
             for label, key in (
@@ -215,9 +226,11 @@ class RobustnessResult:
             )
         ]
         for name in self.shifts:
-            rows.append([f"SA on {name}", *(percent(100 * r.shifts[name].accuracy) for r in domains.values())])
+            rows.append([f"SA on {escaped(name)}", *(percent(100 * r.shifts[name].accuracy) for r in domains.values())])
         for name in self.adversarial:
-            rows.append([f"under {name}", *(percent(100 * r.adversarial[name].accuracy) for r in domains.values())])
+            rows.append(
+                [f"under {escaped(name)}", *(percent(100 * r.adversarial[name].accuracy) for r in domains.values())]
+            )
         grid = [["accuracy, %", *map(str, self.severities), "mean"]]
         for name, mean in self.per_corruption.items():
             cells = (self.table[name, severity] for severity in self.severities)
@@ -231,6 +244,11 @@ def markdown_table(rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
     return "\n".join(lines)
+
+
+def escaped(name: str) -> str:
+    """Return a name on one line that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|~])", r"\\\1", " ".join(str(name).split()))
 
 
 def _mean(values: Iterable[float]) -> float:

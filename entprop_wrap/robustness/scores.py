@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError, DataError
-from entprop_wrap.options import is_number
+from entprop_wrap.options import as_python, is_number, shown
 
 __all__ = ["BINS", "Scores", "Tally", "hscore"]
 
@@ -33,13 +33,14 @@ def hscore(sa: float, ra: float) -> float:
     if not (is_number(sa) and is_number(ra) and 0 <= sa <= 100 and 0 <= ra <= 100):
         raise ConfigurationError(
             "Expected two accuracies as numbers of at least 0 and at most 1, or at most 100 in percent; found "
-            f"sa={sa!r} and ra={ra!r}."
+            f"sa={shown(sa)} and ra={shown(ra)}."
         )
     if 0 < min(sa, ra) <= 1 < max(sa, ra):
         raise ConfigurationError(
             f"Expected two accuracies in one unit, found sa={sa!r} and ra={ra!r}, which look like percent and a "
             "fraction of 1. Divide percent by 100, both of them if both are percent."
         )
+    sa, ra = as_python(sa), as_python(ra)
     return 2 * sa * ra / (sa + ra) if sa + ra else 0.0
 
 

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
@@ -25,7 +26,7 @@ from entprop_wrap.errors import DataError
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.pixels import check_batch
 
-__all__ = ["Batch", "Share", "gather"]
+__all__ = ["Batch", "Share", "check_batches", "gather"]
 
 
 class Batch(NamedTuple):
@@ -57,10 +58,7 @@ class Share:
     """
 
     def __init__(self, data: Iterable[Any], space: PixelSpace, name: str = "The data") -> None:
-        if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
-            raise DataError(
-                f"{name}: expected an iterable of batches, such as a DataLoader; found {type(data).__name__}."
-            )
+        check_batches(data, name)
         self.data, self.space, self.name = data, space, name
         alone = not (distributed.is_available() and distributed.is_initialized())
         self.process, self.processes = (0, 1) if alone else (distributed.get_rank(), distributed.get_world_size())
@@ -157,6 +155,12 @@ class Share:
                 yield batch_round[self.process]
             else:  # keeps processes in step where forward passes communicate
                 yield batch_round[0]._replace(own=0)
+
+
+def check_batches(data: Any, name: str) -> None:
+    """Raise :class:`DataError` unless ``data``, which messages call ``name``, can be gone through batch by batch."""
+    if isinstance(data, (str, bytes, Tensor, np.ndarray, type)) or not isinstance(data, Iterable):
+        raise DataError(f"{name}: expected an iterable of batches, such as a DataLoader; found {type(data).__name__}.")
 
 
 def gather(value: Any) -> list[Any]:

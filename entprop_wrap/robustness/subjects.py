@@ -28,6 +28,7 @@ __all__ = [
     "Subject",
     "check_finite",
     "check_labels_fit",
+    "check_module",
     "check_state",
     "describe",
     "device_of",
@@ -150,8 +151,7 @@ def check_state(model: nn.Module, name: str) -> None:
         ConfigurationError: It, or a part of it, is in training mode.
         UnsupportedModelError: It is no module, or inside an ``auxiliary()`` block of this thread.
     """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"{name}: expected a torch.nn.Module, found {type(model).__name__}.")
+    check_module(model, name)
     # What DDP and torch.compile put around a model has a mode of its own, which changes nothing.
     model = plain_model(model)
     if model.training:
@@ -166,6 +166,12 @@ def check_state(model: nn.Module, name: str) -> None:
             f"{name} is inside an auxiliary() block. Expected the main domain: call it after the with-block, or write "
             "auxiliaries=True to have the auxiliary domains evaluated as well."
         )
+
+
+def check_module(model: object, name: str) -> None:
+    """Raise :class:`UnsupportedModelError` unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"{name}: expected a torch.nn.Module, found {type(model).__name__}.")
 
 
 def check_finite(found: Tensor, name: str) -> None:

@@ -40,10 +40,12 @@ class Batches:
 
     Attributes:
         number: Batches of this process, not counting repetitions.
-        samples: Samples of the data set.
+        samples: Samples of the dataset.
+        fingerprint: Labels and mean pixels of a few samples, to tell the data from other data of the same size.
 
     Raises:
-        DataError: No map-style data, none at all, fewer than a batch, or without labels.
+        DataError: No map-style data, none at all, fewer than a batch, without labels, or evaluation data of which some
+            samples are left out or repeated.
     """
 
     def __init__(
@@ -82,11 +84,9 @@ class Batches:
             self.sampler = BatchSampler(order, batch_size, drop_last=training)
             self.options = {"num_workers": workers, "pin_memory": self.device.type == "cuda"}
         self.samples = len(self.dataset)
-        everything = self._plan(0)
-        self._check_plan(everything)
-        share, self.number = self._share(everything)
-        self._length = len(share)
-        self._check_form(everything[0])
+        everything = self._share_out()
+        chosen = [index for batch in everything for index in batch]
+        self.fingerprint = self._fingerprint(chosen[:: -(-len(chosen) // 8)])
 
     def __len__(self) -> int:
         """Return the number of batches that :meth:`epoch` yields, the same on every process."""
@@ -113,10 +113,7 @@ class Batches:
         other.dataset, other.samples = dataset, len(dataset)
         ordered = RandomSampler(dataset) if shuffled else SequentialSampler(dataset)
         other.sampler = BatchSampler(ordered, self.sampler.batch_size, self.sampler.drop_last)
-        everything = other._plan(0)
-        other._check_plan(everything)
-        share, other.number = other._share(everything)
-        other._length = len(share)
+        other._share_out()
         return other
 
     def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -128,15 +125,19 @@ class Batches:
                 "as many in each: schedules and resuming count on it."
             )
         loader = DataLoader(
-            ReproducibleBatches(self.dataset, self.collate, self.seed, epoch),
+            ReproducibleBatches(self.dataset, self.collate, self.seed, epoch, self.name),
             batch_sampler=batches[start:stop],
             collate_fn=as_it_is,
             generator=torch.Generator(),  # else torch draws from the generator that dropout draws from
             **self.options,
         )
+        number = start
         for batch in loader:
+            number += 1
             images, labels = images_and_labels(batch, self.name)
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        if number < len(batches[:stop]):
+            raise DataError(f"{self.name} ended after {number} of {len(batches[:stop])} batches: see its collate_fn.")
 
     def _plan(self, epoch: int) -> list[list[Hashable]]:
         seed = seed_of(self.seed, epoch, "order")
@@ -160,33 +161,53 @@ class Batches:
         longest = -(-len(batches) // self.processes)
         return own + batches[:1] * (longest - len(own)), len(own)
 
-    def _check_plan(self, batches: list[list[Hashable]]) -> None:
-        if not self.training:
-            if not batches:
+    def _share_out(self) -> list[list[Hashable]]:
+        """Set the numbers of batches, after checks, and return the first epoch's plan."""
+        # Asked before the plan is made: torch needs 16 bytes for each image of a batch, however few images there are.
+        if type(self.sampler) is BatchSampler and hasattr(self.sampler.sampler, "__len__"):
+            self._check_number(len(self.sampler))
+        everything = self._plan(0)
+        self._check_number(len(everything))
+        if self.training:
+            if (smallest := min(map(len, everything))) < 2:
                 raise DataError(
-                    f"{self.name} makes no batch. Expected at least one: write DataLoader(drop_last=False)."
+                    f"{self.name} has a batch of {smallest}. Expected at least 2 images: write "
+                    "DataLoader(..., drop_last=True)."
                 )
-            return
-        if len(batches) < self.processes:
+        elif not self.samples == len(chosen := [i for batch in everything for i in batch]) == len(set(chosen)):
             raise DataError(
-                f"{self.name} has {self.samples} samples and makes {len(batches)} complete batches; expected at least "
+                f"{self.name}: the DataLoader leaves out some of the {self.samples} samples, or repeats some. Expected "
+                "each one once: leave out drop_last and sampler. To evaluate on a part, pass "
+                "torch.utils.data.Subset(data, indices)."
+            )
+        share, self.number = self._share(everything)
+        self._length = len(share)
+        return everything
+
+    def _check_number(self, batches: int) -> None:
+        if self.training and batches < self.processes:
+            raise DataError(
+                f"{self.name} has {self.samples} samples and makes {batches} complete batches; expected at least "
                 f"one for each process ({self.processes}). Choose a smaller batch_size."
             )
-        if (smallest := min(map(len, batches))) < 2:
-            raise DataError(
-                f"{self.name} has a batch of {smallest}. Expected at least 2 images: write "
-                "DataLoader(..., drop_last=True)."
-            )
+        if not batches:
+            raise DataError(f"{self.name} makes no batch. Expected at least one: write DataLoader(drop_last=False).")
 
-    def _check_form(self, batch: Sequence[Hashable]) -> None:
-        try:
-            made = ReproducibleBatches(self.dataset, self.collate, self.seed, 0).__getitems__(batch[:2])
-        except (TypeError, RuntimeError) as error:
-            raise DataError(
-                f"{self.name}: the first samples do not make a batch ({error}). Expected images as tensors of one "
-                "size: give the data set a transform, or pass a DataLoader with a collate_fn."
-            ) from error
-        images_and_labels(made, self.name)
+    def _fingerprint(self, indices: Sequence[Hashable]) -> dict[str, Any]:
+        loader = ReproducibleBatches(self.dataset, self.collate, self.seed, 0, self.name)
+        found = []
+        for _ in range(2):
+            try:
+                images, labels = images_and_labels(loader.__getitems__(indices), self.name)
+            except (TypeError, RuntimeError) as error:
+                raise DataError(
+                    f"{self.name}: the first samples do not make a batch ({error}). Expected images as tensors of one "
+                    "size: give the dataset a transform, or pass a DataLoader with a collate_fn."
+                ) from error
+            means = [float(image.double().mean()) for image in images.cpu()]
+            found.append({"labels": labels.tolist(), "pixels": means})
+        # What a dataset draws from a random state of its own differs each time.
+        return {key: value if value == found[1][key] else "random" for key, value in found[0].items()}
 
 
 def as_it_is(batch: Any) -> Any:

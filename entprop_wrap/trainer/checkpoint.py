@@ -3,33 +3,36 @@
 checkpoints/step-00000123/
     model.safetensors          the model's own weights, under its own keys
     auxiliary.safetensors      the auxiliary copies, where there are any
-    ema.safetensors, ema_auxiliary.safetensors    the moving average, likewise
+    ema.safetensors, ema_auxiliary.safetensors    the same of the moving average
     optimizer.pt               states of optimizer, schedule and gradient scaler
     process-00000.pt           random states and running averages, for each process
-    state.json                 where the run stood, its last evaluation, and what it was run with
+    state.json                 where the run stood, its last evaluation, its options, and checksums of all files
 checkpoints/growth/
     phase-01.safetensors       what the data has grown, where it does; see growth.py
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+import warnings
 from pathlib import Path
-from typing import Any
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from entprop_wrap.errors import CheckpointError
+from entprop_wrap.trainer.files import flush, flush_folder, on_main, sha256, together, writing
 
-__all__ = ["CheckpointFolder", "better", "read_state"]
+if TYPE_CHECKING:
+    from entprop_wrap.trainer.run_state import RunState
+
+__all__ = ["CheckpointFolder", "better", "check_files", "read_state"]
 
 _NAME = re.compile(r"step-(\d{8,})")
-_PARTIAL = ".partial"
+_PARTIAL, _DAMAGED = ".partial", ".damaged"
 
 
 class CheckpointFolder:
@@ -43,6 +46,7 @@ class CheckpointFolder:
 
     def __init__(self, path: Path, keep_last: int | None, keep_best: str | None) -> None:
         self.path, self.keep_last, self.keep_best = path, keep_last, keep_best
+        self.proved = False  # that a checkpoint of this run can be read
 
     def all(self) -> list[Path]:
         """Return the complete checkpoints, oldest first. Renaming is atomic, so what bears the name is complete."""
@@ -58,84 +62,149 @@ class CheckpointFolder:
     def best(self) -> Path | None:
         """Return the checkpoint of the best evaluation, the earlier of equals; None without one."""
         best: tuple[Path, float] | None = None
-        if self.keep_best is not None:
-            for path in self.all():
+        for path in self.all() if self.keep_best is not None else []:
+            try:
                 value = (read_state(path)["evaluation"] or {}).get(self.keep_best)
-                if value is not None and better(self.keep_best, value, best and best[1]):
-                    best = path, value
+            except CheckpointError:
+                continue
+            if value is not None and better(str(self.keep_best), value, best and best[1]):
+                best = path, value
         return None if best is None else best[0]
 
     def to_resume(self, resume: bool | str | Path) -> Path | None:
-        """Return the checkpoint to go on from, or None to begin; nothing on disk is lost by what follows.
+        """Return the checkpoint to continue from, or None to begin; nothing on disk is lost by what follows.
 
         Raises:
-            CheckpointError: There is a run here and ``resume`` is False, or later checkpoints than that to resume.
+            CheckpointError: There is a run here and ``resume`` is False, or sound checkpoints after that to resume;
+                or the checkpoint, or every one there is, is damaged.
         """
-        latest = self.latest()
+        found = self.all()
         if not resume:
-            if latest is not None:
+            if found:
                 raise CheckpointError(
-                    f"{self.path} holds a run, up to {latest.name}. Write fit(resume=True) to go on with it, or choose "
-                    "a new output_dir."
+                    f"{self.path} holds a run, up to {found[-1].name}. Write fit(resume=True) to continue it, or "
+                    "choose a new output_dir."
                 )
             return None
         if resume is True:
-            return latest
+            for path in reversed(found):
+                try:
+                    check_files(path)
+                except CheckpointError as error:
+                    warnings.warn(f"Passing over a checkpoint. {error}", stacklevel=2)
+                else:
+                    return path
+            if found:
+                raise CheckpointError(f"All {len(found)} checkpoints in {self.path} are damaged.")
+            return None
         checkpoint = Path(resume)
-        read_state(checkpoint)
-        if latest is not None and checkpoint.resolve() != latest.resolve():
+        check_files(checkpoint)
+        names = [path.resolve() for path in found]
+        later = found[names.index(checkpoint.resolve()) + 1 :] if checkpoint.resolve() in names else found
+        for path in reversed(later):
+            try:
+                check_files(path)
+            except CheckpointError:
+                continue
             raise CheckpointError(
-                f"{self.path} holds {latest.name}, which a run from {checkpoint} would contradict. Resume from the "
+                f"{self.path} holds {path.name}, which a run from {checkpoint} would contradict. Resume from the "
                 "latest, or choose a new output_dir."
             )
         return checkpoint
 
-    def save(self, step: int, accelerator: Accelerator, write: Callable[[Path], None]) -> Path:
-        """Have every process ``write`` its part into a new folder, then make that the checkpoint of ``step``.
+    def save(self, state: RunState) -> Path:
+        """Make a checkpoint of ``state``, of which every process writes its part; call it on all.
 
-        Until the renaming at the very end, everything older is left as it is.
+        Until the renaming at the very end, everything older is left as it is. The first checkpoint is read back before
+        it counts.
+
+        Raises:
+            CheckpointError: It cannot be written, or not be read back.
         """
-        target = self.path / f"step-{step:08d}"
+        target = self.path / f"step-{state.position.step:08d}"
         partial = self.path / (target.name + _PARTIAL)
-        if accelerator.is_main_process:
+
+        def begin() -> None:
             if target.exists():
-                raise CheckpointError(
-                    f"{target} exists already. Expected a run that goes on from its latest checkpoint."
-                )
+                raise CheckpointError(f"{target} exists already. Expected a run that continues from its latest.")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        write(partial)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+
+        def finish() -> None:
+            files = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+            for phase, digest in enumerate(state.position.grown, start=1):
+                files[f"../growth/phase-{phase:02d}.safetensors"] = digest
+            self._write_state(partial, state, files)
+
+        def publish() -> None:
             for file in partial.iterdir():
-                _flush(file)
+                flush(file)
+            flush_folder(partial)
             os.rename(partial, target)
-            self._prune()
-        accelerator.wait_for_everyone()
+            flush_folder(self.path)
+
+        try:
+            with writing(target):
+                on_main(state.accelerator, begin)
+                together(lambda: state.write(partial))
+                on_main(state.accelerator, finish)
+                if not self.proved:
+                    together(lambda: state.read(partial))
+                on_main(state.accelerator, publish)
+        except Exception:
+            if state.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self.proved = True
         return target
 
-    def clean(self) -> None:
-        """Remove what an interrupted save has left."""
-        if self.path.is_dir():
-            for path in self.path.iterdir():
-                if path.name.endswith(_PARTIAL) and _NAME.fullmatch(path.name[: -len(_PARTIAL)]):
-                    shutil.rmtree(path)
+    def note(self, state: RunState) -> bool:
+        """Write the evaluation of ``state`` into its checkpoint, and return whether there is one."""
+        folder = self.path / f"step-{state.position.step:08d}"
+        if not folder.exists():
+            return False
+        with writing(folder):
+            self._write_state(folder, state, read_state(folder)["files"])
+            flush_folder(folder)
+        return True
 
-    def _prune(self) -> None:
+    def clean(self, step: int) -> None:
+        """Remove what an interrupted save has left; put aside checkpoints of later than ``step``, which are damaged."""
+        for path in list(self.path.iterdir()) if self.path.is_dir() else []:
+            if path.name.endswith(_PARTIAL) and _NAME.fullmatch(path.name[: -len(_PARTIAL)]):
+                shutil.rmtree(path)
+            elif (match := _NAME.fullmatch(path.name)) and int(match[1]) > step:
+                aside = path.with_name(path.name + _DAMAGED)
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(path, aside)
+
+    def prune(self) -> None:
+        """Remove checkpoints that are neither among the latest nor the best."""
         if self.keep_last is None:
             return
-        best = self.best() if self.keep_best else None
+        best = self.best()
         for path in self.all()[: -self.keep_last]:
             if path != best:
                 # A half-deleted folder must not look like a checkpoint.
                 doomed = path.with_name(path.name + _PARTIAL)
-                os.rename(path, doomed)
-                shutil.rmtree(doomed)
+                try:
+                    os.rename(path, doomed)
+                    shutil.rmtree(doomed)
+                except OSError as error:
+                    warnings.warn(f"An old checkpoint cannot be removed ({error}).", stacklevel=2)
+
+    @staticmethod
+    def _write_state(folder: Path, state: RunState, files: dict[str, str]) -> None:
+        content = {**state.description(), "files": files}
+        content["sha256"] = _digest(content)
+        partial = folder / f"state.json{_PARTIAL}"
+        partial.write_text(_text(content), encoding="utf-8")
+        flush(partial)
+        os.replace(partial, folder / "state.json")
 
 
 def better(metric: str, value: float, than: float | None) -> bool:
-    """Say whether ``value`` of an evaluation metric is better than another, or than none; NaN never is."""
+    """Return whether ``value`` of an evaluation metric is better than another, or than none; NaN never is."""
     if than is None:
         return math.isfinite(value)
     return value < than if metric == "loss" else value > than
@@ -145,22 +214,37 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return the ``state.json`` of a checkpoint.
 
     Raises:
-        CheckpointError: There is none, or it cannot be read.
+        CheckpointError: There is none, or it is damaged.
     """
     try:
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = (checkpoint / "state.json").read_text(encoding="utf-8")
+        state: dict[str, Any] = json.loads(text)
+        damaged = text != _text(state) or state.pop("sha256") != _digest(state)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(
-            f"{checkpoint} is no checkpoint: expected a folder with a readable state.json, such as "
+            f"{checkpoint} is not a checkpoint: expected a folder with a readable state.json, such as "
             f".../checkpoints/step-00000100 ({error})."
         ) from error
+    if damaged:
+        raise CheckpointError(f"{checkpoint / 'state.json'} is damaged: its content does not have its checksum.")
     return state
 
 
-def _flush(file: Path) -> None:
-    """Have the operating system write a file to disk."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def check_files(checkpoint: Path) -> None:
+    """Raise :class:`CheckpointError` unless all files of a checkpoint are as they were written."""
+    for name, digest in read_state(checkpoint)["files"].items():
+        file = checkpoint / name
+        try:
+            damaged = sha256(file) != digest
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: the checkpoint is incomplete ({error}).") from error
+        if damaged:
+            raise CheckpointError(f"{file} is damaged: its content does not have its checksum.")
+
+
+def _text(state: dict[str, Any]) -> str:
+    return json.dumps(state, indent=2) + "\n"
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(_text(state).encode()).hexdigest()

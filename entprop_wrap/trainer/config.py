@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.options import is_integer, is_number
 
 __all__ = ["TrainerConfig"]
 
@@ -45,7 +47,7 @@ class TrainerConfig:
         compile: Run the model through ``torch.compile``.
         ema_decay: Keep an exponential moving average of weights and statistics with this decay per step, in (0, 1), and
             evaluate and export it instead of the last weights. None: no average.
-        seed: Of everything random, at least 0; a process adds its index where processes should differ.
+        seed: Of everything random, in [0, 2^31]; a process adds its index where processes should differ.
         workers: Processes that load data, per training process, at least 0. Used where data is given as a data set.
         output_dir: Folder of metrics, checkpoints and the exported model; on several hosts, a shared one.
         log_every: Steps between two lines of training metrics, at least 1.
@@ -94,6 +96,9 @@ class TrainerConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            if isinstance(value := getattr(self, option.name), np.generic):
+                object.__setattr__(self, option.name, value.item())
         problems = [
             *(self._integer(name, least) for name, least in _INTEGERS.items()),
             self._number("learning_rate", lambda value: value > 0, "above 0"),
@@ -109,6 +114,8 @@ class TrainerConfig:
             self._choice("mixed_precision", ("no", "bf16", "fp16", None)),
             self._choice("keep_best", ("accuracy", "mean_class_accuracy", "loss", None)),
             *(self._flag(name) for name in ("channels_last", "compile", "progress")),
+            self._text("output_dir", (str, Path)),
+            self._text("project", str),
         ]
         if self.save_every is None and self.save_every_steps is not None:
             problems.append(
@@ -121,19 +128,22 @@ class TrainerConfig:
         value = getattr(self, name)
         if value is None and name in _OPTIONAL:
             return ""
-        good = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        return "" if good else f"{name} must be an integer of at least {least}, found {value!r}"
+        most = _MOST.get(name, math.inf)
+        range_ = f"of at least {least}" + (f" and at most {most}" if name in _MOST else "")
+        good = is_integer(value) and least <= value <= most
+        return "" if good else f"{name} must be an integer {range_}, found {value!r}"
 
     def _number(self, name: str, good: Callable[[float], bool], range_: str, optional: bool = False) -> str:
         value = getattr(self, name)
         if value is None and optional:
             return ""
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return "" if number and good(value) else f"{name} must be {range_}, found {value!r}"
+        return "" if is_number(value) and good(value) else f"{name} must be {range_}, found {value!r}"
 
     def _choice(self, name: str, allowed: Sequence[str | None], or_else: str = "") -> str:
         value = getattr(self, name)
-        if value in allowed or (or_else and callable(value)):
+        if (value is None or isinstance(value, str)) and value in allowed:
+            return ""
+        if or_else and callable(value):
             return ""
         hint = f" or {or_else}" if or_else else ""
         if isinstance(value, Optimizer):
@@ -143,6 +153,11 @@ class TrainerConfig:
     def _flag(self, name: str) -> str:
         value = getattr(self, name)
         return "" if isinstance(value, bool) else f"{name} must be True or False, found {value!r}"
+
+    def _text(self, name: str, types: Any) -> str:
+        value = getattr(self, name)
+        found = isinstance(value, types) and str(value)
+        return "" if found else f"{name} must be a non-empty string{' or a Path' * (types is not str)}, found {value!r}"
 
 
 #: Integer options and their least values.
@@ -159,4 +174,6 @@ _INTEGERS = {
     "save_every_steps": 1,
     "keep_last": 1,
 }
+#: NumPy's seeds end at 2^32, and each process adds its index.
+_MOST = {"seed": 2**31}
 _OPTIONAL = ("eval_batch_size", "save_every", "save_every_steps", "keep_last")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from entprop_wrap.checks import Checker, check_images, check_labels, checker_of, logits_of
@@ -50,7 +51,8 @@ def evaluate(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     checker, images_checker = checker_of(plain_model(model)), Checker()
-    totals: Tensor | None = None
+    losses: list[Tensor] = []
+    counts: Tensor | None = None
     try:
         with torch.no_grad():
             for number, (images, labels) in enumerate(batches.epoch(0)):
@@ -60,38 +62,31 @@ def evaluate(
                 images_checker.images(images, space)
                 labels = check_labels(labels, images)
                 logits = logits_of(model(images), len(images), differentiable=False)
+                if counts is None:
+                    counts = torch.zeros(2, logits.shape[1], dtype=torch.int64, device=logits.device)
                 if number >= batches.number:
                     continue  # a repetition, which keeps processes in step where forward passes communicate
                 checker.labels(labels, logits.shape[1])
-                batch = _count(logits, labels, loss)
-                if totals is not None and totals.shape != batch.shape:
+                if counts.shape[1] != logits.shape[1]:
                     raise ModelOutputError(
-                        f"Expected as many logits for every batch, found {totals.shape[1]} and then {batch.shape[1]}."
+                        f"Expected as many logits for every batch, found {counts.shape[1]} and then {logits.shape[1]}."
                     )
-                totals = batch if totals is None else totals + batch
-            if totals is None:  # fewer batches than processes
-                totals = torch.zeros_like(_count(logits, labels, loss))
+                losses.append(loss(logits, labels) * len(logits))
+                classes = labels.argmax(1) if labels.is_floating_point() else labels
+                counts[0].index_add_(0, classes, (logits.argmax(1) == classes).long())
+                counts[1].index_add_(0, classes, torch.ones_like(classes))
             checker.raise_pending()
             images_checker.raise_pending()
-            losses, right, seen = accelerator.reduce(totals, reduction="sum").cpu()  # type: ignore[union-attr]
     finally:
         for module, training in modes.items():
             module.training = training
+    assert counts is not None
+    # Summed in Python's double precision, which not every device has.
+    total = sum(gather_object([sum(torch.stack(losses).tolist()) if losses else 0.0]))
+    right, seen = accelerator.reduce(counts, reduction="sum").cpu().double()  # type: ignore[union-attr]
     present = seen > 0
     return {
-        "loss": float(losses.sum() / seen.sum()),
+        "loss": total / float(seen.sum()),
         "accuracy": float(right.sum() / seen.sum()),
         "mean_class_accuracy": float((right[present] / seen[present]).mean()),
     }
-
-
-def _count(logits: Tensor, labels: Tensor, loss: Loss) -> Tensor:
-    """Return ``(3, C)``: summed loss (in the first column), right answers and samples, by class."""
-    classes = labels.argmax(1) if labels.is_floating_point() else labels
-    # Counts stay exact up to 2^53; MPS has no float64.
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    counts = torch.zeros(3, logits.shape[1], device=logits.device, dtype=wide)
-    counts[0, 0] = loss(logits, labels) * len(logits)
-    counts[1].index_add_(0, classes, (logits.argmax(1) == classes).to(wide))
-    counts[2].index_add_(0, classes, torch.ones_like(classes, dtype=wide))
-    return counts

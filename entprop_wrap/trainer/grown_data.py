@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.trainer.batches import Batches, as_it_is
 from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.enlarged import Enlarged, to_bytes
+from entprop_wrap.trainer.files import flush, flush_folder, sha256
 from entprop_wrap.trainer.growth import MaximumEntropyGrowth
 from entprop_wrap.trainer.reproducible import ReproducibleBatches, random_states_kept
 
@@ -108,28 +108,29 @@ class GrowingBatches:
         while self.due(epoch):
             path = self._path(self.folder, len(self.parts) + 1)
             self._make(path, epoch)
-            checksums.append(self._take(path))
+            self._take(path)
+            checksums.append(sha256(path))
 
-    def restore(self, checksums: list[str], folder: Path) -> None:
+    def restore(self, phases: int, folder: Path) -> None:
         """Go back to where a checkpoint was written, with the images that it had. Call it on all processes.
 
         Args:
-            checksums: Of the phases that lie behind.
-            folder: Where they are; copied from there if that is another folder.
+            phases: How many lie behind.
+            folder: Where their images are; copied from there if that is another folder.
 
         Raises:
-            CheckpointError: Images are missing, damaged, or of another run.
+            CheckpointError: Images cannot be read, or are of another run; nothing has changed then.
         """
+        before = self.parts, self.current
         self.parts, self.current = [], self.first
-        elsewhere = folder.resolve() != self.folder.resolve()
-        for phase, expected in enumerate(checksums, start=1):
-            found = self._take(self._path(folder, phase))
-            if found != expected:
-                raise CheckpointError(
-                    f"{self._path(folder, phase)} holds other images than the checkpoint was trained on, or is "
-                    "damaged. Resume from an earlier checkpoint, from before this phase, which makes them again."
-                )
-            if elsewhere and self.accelerator.is_main_process:
+        try:
+            for phase in range(1, phases + 1):
+                self._take(self._path(folder, phase))
+        except CheckpointError:
+            self.parts, self.current = before
+            raise
+        if folder.resolve() != self.folder.resolve() and self.accelerator.is_main_process:
+            for phase in range(1, phases + 1):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 partial = self._path(self.folder, phase).with_suffix(".partial")
                 shutil.copyfile(self._path(folder, phase), partial)
@@ -167,7 +168,7 @@ class GrowingBatches:
 
     def _load(self, pairs: Dataset[Any], chunks: list[list[int]], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
-            ReproducibleBatches(pairs, default_collate, self.first.seed, epoch),
+            ReproducibleBatches(pairs, default_collate, self.first.seed, epoch, self.first.name),
             batch_sampler=chunks,
             collate_fn=as_it_is,
             generator=torch.Generator(),  # else torch draws from the generator that dropout draws from
@@ -181,12 +182,10 @@ class GrowingBatches:
         device = self.first.device
         return self.maximise(images.to(device), check_labels(labels, images).to(device))
 
-    def _take(self, path: Path) -> str:
-        """Make the images in ``path`` part of the data; return their checksum."""
+    def _take(self, path: Path) -> None:
+        """Make the images in ``path`` part of the data."""
         try:
             part = load_file(path)
-            with path.open("rb") as file:
-                checksum = _sha256(file)
         except Exception as error:  # safetensors has an error class of its own
             raise CheckpointError(
                 f"{path} cannot be read ({error}). It holds the images that this run has grown: a checkpoint from "
@@ -198,7 +197,6 @@ class GrowingBatches:
         self.parts.append(part)
         growth = self.growth
         self.current = self.first.of(Enlarged(self.first.dataset, self.parts, self.form, self.space, growth.augment))
-        return checksum
 
     def _check_source(self, source: Any, sample: Any) -> Any:
         refuse_dataset(source, "source")
@@ -274,13 +272,6 @@ def write(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file, whole or not at all."""
     partial = path.with_suffix(".partial")
     save_file(dict(tensors), partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    flush(partial)
     os.replace(partial, path)
-
-
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+    flush_folder(path.parent)

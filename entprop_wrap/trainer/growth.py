@@ -10,7 +10,7 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods.entropy_ascent import EntropyAscent, check_ascent
-from entprop_wrap.options import check_integer
+from entprop_wrap.options import check_choice, check_integer
 
 __all__ = ["MaximumEntropyGrowth", "Span"]
 
@@ -80,8 +80,7 @@ class MaximumEntropyGrowth:
         check_ascent(self.ascent)
         for name in ("phases", "every"):
             check_integer(name, getattr(self, name), 1)
-        if self.unit not in ("epochs", "steps"):
-            raise ConfigurationError(f"unit must be 'epochs' or 'steps', found {self.unit!r}.")
+        check_choice("unit", self.unit, ("epochs", "steps"))
         if self.augment is not None and not callable(self.augment):
             raise ConfigurationError(f"augment must be a function of one image, found {self.augment!r}.")
 

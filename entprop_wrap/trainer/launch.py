@@ -29,7 +29,8 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
     its own Accelerator, whose shared part is made anew where the precision changes.
 
     Raises:
-        ConfigurationError: ``accelerate launch`` was told something else than ``config``, or fp16 on the CPU.
+        ConfigurationError: ``accelerate launch`` was told something else than ``config``, fp16 on the CPU, or
+            processes that do not know of one another.
         UnsupportedModelError: DeepSpeed, FSDP1 or Megatron.
     """
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -53,6 +54,12 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
         log_with=config.log_with,
         project_dir=str(config.output_dir),
     )
+    if (started := os.environ.get("WORLD_SIZE", "1")) not in ("1", str(accelerator.num_processes)):
+        raise ConfigurationError(
+            f"{started} processes were started (WORLD_SIZE), and Accelerate sees {accelerator.num_processes}: each "
+            "would train alone, in one folder. On the CPU set ACCELERATE_USE_CPU=true, or write `accelerate launch "
+            "--cpu`."
+        )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigurationError("mixed_precision='fp16' needs an accelerator. On the CPU write 'bf16' or 'no'.")
     kind = accelerator.distributed_type

@@ -20,6 +20,7 @@ from entprop_wrap.trainer.batches import Batches
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, better
 from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.ema import share_buffers, update_average
+from entprop_wrap.trainer.files import on_main
 from entprop_wrap.trainer.grown_data import GrowingBatches
 from entprop_wrap.trainer.meters import Meter, MetricsFile
 from entprop_wrap.trainer.run_state import RunState
@@ -81,6 +82,8 @@ class Loop:
             self.state.prepared.optimizer.zero_grad()
             self.timer.start()
             self.untimed = self.state.meter.images  # of a window that began before the run was resumed
+            if position.epoch and not position.batch and position.evaluation is None:
+                self._evaluate()  # which was interrupted
             while position.epoch < self.config.epochs:
                 self._epoch()
 
@@ -119,7 +122,10 @@ class Loop:
         if self.config.max_grad_norm is not None:
             accelerator.clip_grad_norm_(state.prepared.model.parameters(), self.config.max_grad_norm)
         state.learning_rate = float(optimizer.param_groups[0]["lr"])
-        optimizer.step()
+        try:
+            optimizer.step()
+        except DivergedError as error:  # seen at once on the CPU; on an accelerator with the next log line
+            raise self._diverged(f"The loss was not finite up to step {state.position.step + 1}") from error
         if not accelerator.optimizer_step_was_skipped:  # fp16: gradients overflowed, the scaler adapts
             state.schedule.step()
             if state.average is not None:
@@ -137,31 +143,46 @@ class Loop:
         seconds = self.timer.lap()
         # Under fp16 single overflows are part of the method; a window of nothing else is not.
         if finite < batches and not (state.prepared.precision == "fp16" and finite > 0):
-            latest = self.checkpoints.latest()
-            raise DivergedError(
-                f"The loss was not finite in {batches - finite} of the {batches} batches up to step {position.step}. "
-                f"The last checkpoint: {latest or 'none'}. Try a smaller learning rate, a max_grad_norm, or "
-                "mixed_precision='bf16' for 'fp16'."
+            raise self._diverged(
+                f"The loss was not finite in {batches - finite} of the {batches} batches up to step {position.step}"
             )
         values["learning_rate"] = state.learning_rate
         values["images_per_second"] = images * self.accelerator.num_processes / seconds
         self._write("train", values)
         self.bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
 
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(
+            f"{what}. The last checkpoint: {self.checkpoints.latest() or 'none'}. Try a smaller learning rate, a "
+            "max_grad_norm, or mixed_precision='bf16' for 'fp16'."
+        )
+
     def _end_epoch(self, save_due: bool) -> None:
         position, config = self.state.position, self.config
         over = position.epoch == config.epochs
-        best = False
-        if self.evaluate is not None and (over or position.epoch % config.evaluate_every == 0):
-            with self.timer.paused():
-                position.evaluation = self.evaluate()
-            if self.monitor is not None:
-                self.monitor.evaluated(position.evaluation)
-            weights = "last" if self.state.average is None else "average"
-            self._write("eval", position.evaluation, weights=weights)
-            best = self._is_best(position.evaluation)
-        if config.save_every is not None and (best or over or save_due or position.epoch % config.save_every == 0):
+        if config.save_every is not None and (over or save_due or position.epoch % config.save_every == 0):
+            self._save()  # before the evaluation, which may fail
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        """Evaluate, if that is due at the end of this epoch."""
+        position, config = self.state.position, self.config
+        over = position.epoch == config.epochs
+        if self.evaluate is None or not (over or position.epoch % config.evaluate_every == 0):
+            return
+        with self.timer.paused():
+            position.evaluation = self.evaluate()
+        if self.monitor is not None:
+            self.monitor.evaluated(position.evaluation)
+        weights = "last" if self.state.average is None else "average"
+        self._write("eval", position.evaluation, weights=weights)
+        best = self._is_best(position.evaluation)
+        if config.save_every is None:
+            return
+        noted = on_main(self.accelerator, lambda: self.checkpoints.note(self.state))
+        if best and not noted:
             self._save()
+        on_main(self.accelerator, self.checkpoints.prune)
 
     def _grow(self, batches: GrowingBatches) -> None:
         position = self.state.position
@@ -182,7 +203,8 @@ class Loop:
 
     def _save(self) -> None:
         with self.timer.paused():
-            path = self.checkpoints.save(self.state.position.step, self.accelerator, self.state.save)
+            path = self.checkpoints.save(self.state)
+            on_main(self.accelerator, self.checkpoints.prune)
         if self.accelerator.is_main_process:
             logger.info("Saved %s.", path)
 

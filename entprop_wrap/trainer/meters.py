@@ -87,14 +87,20 @@ class MetricsFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def cut(self, step: int) -> None:
-        """Drop what was written after ``step``, which a resumed run writes again, and a line that a crash cut short."""
+    def cut(self, step: int, evaluated: bool) -> None:
+        """Drop what a run resumed at ``step`` writes again, and a line that a crash cut short.
+
+        Args:
+            step: Where it is resumed.
+            evaluated: Whether it was evaluated there, if it is to be.
+        """
         if not self.path.exists():
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                content = json.loads(line)
+                if (content["step"], content["kind"] == "eval" and not evaluated) <= (step, False):
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue

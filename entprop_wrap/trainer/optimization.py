@@ -10,11 +10,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError
+from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, UnsupportedModelError
 from entprop_wrap.optimizers import check_optimizer, parameter_groups
 from entprop_wrap.registry import find_registry
 from entprop_wrap.step import Method
 from entprop_wrap.trainer.config import TrainerConfig
+from entprop_wrap.trainer.run_state import to_python
 from entprop_wrap.wrapping import is_wrapped, unwrap, wrap
 
 __all__ = ["wrap_with_optimizer"]
@@ -30,6 +31,7 @@ def wrap_with_optimizer(
     Raises:
         AuxiliaryNameError: The model was wrapped with other auxiliaries.
         OptimizerMismatchError: The given optimizer does not train the auxiliary copies.
+        UnsupportedModelError: The optimizer steps within backward.
         ConfigurationError: See :func:`build_optimizer` and :func:`build_schedule`.
     """
     if given is not None and not isinstance(given, Optimizer):
@@ -44,11 +46,26 @@ def wrap_with_optimizer(
         optimizer = given or build_optimizer(model, config)
         if is_wrapped(model):
             check_optimizer(model, optimizer)
-        return optimizer, build_schedule(optimizer, config, total_steps)
+        _check_steps(model, optimizer)
+        schedule = build_schedule(optimizer, config, total_steps)
+        # A resumed run reads Python's numbers from its checkpoint: this one computes with them, too.
+        for options in (*optimizer.param_groups, vars(schedule)):
+            options.update({key: to_python(options[key]) for key in options.keys() - {"params", "optimizer"}})
+        return optimizer, schedule
     except Exception:
         if wrapped_here:
             unwrap(model)
         raise
+
+
+def _check_steps(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise where gradients are used within a backward, of which a step has several."""
+    if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"Parameters have hooks that run within backward, as layerwise optimizers such as GaLore's and APOLLO's do "
+            f"(found with {type(optimizer).__name__}). A step has several backwards: choose an optimizer that steps "
+            "after them."
+        )
 
 
 def _check_auxiliaries(model: nn.Module, method: Method) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from entprop_wrap.errors import DataError
+
 __all__ = ["ReproducibleBatches", "random_states_kept", "seed_everything", "seed_of"]
 
 
@@ -23,10 +25,16 @@ class ReproducibleBatches(Dataset[Any]):
         collate: Makes a batch of a list of samples.
         seed: Of the run.
         epoch: Counted from 0.
+        name: What messages call the data.
+
+    Raises:
+        DataError: A sample cannot be loaded; the message has its index.
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, epoch: int) -> None:
-        self.dataset, self.collate, self.seed, self.epoch = dataset, collate, seed, epoch
+    def __init__(
+        self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, epoch: int, name: str = "The data"
+    ) -> None:
+        self.dataset, self.collate, self.seed, self.epoch, self.name = dataset, collate, seed, epoch, name
 
     def __getitem__(self, index: Hashable) -> Any:
         return self.__getitems__([index])
@@ -36,7 +44,10 @@ class ReproducibleBatches(Dataset[Any]):
         with random_states_kept():
             for index in indices:
                 seed_everything(seed_of(self.seed, self.epoch, index))
-                samples.append(self.dataset[index])
+                try:
+                    samples.append(self.dataset[index])
+                except Exception as error:  # a StopIteration would end the epoch
+                    raise DataError(f"{self.name}[{index!r}] raised {type(error).__name__}: {error}") from error
             # Collating may be random as well: MixUp is often done there.
             seed_everything(seed_of(self.seed, self.epoch, "collate", indices[0]))
             return self.collate(samples)

@@ -1,7 +1,10 @@
-"""What makes a run this run: what may not change between a checkpoint and the run that goes on from it."""
+"""What makes a run this run: what may not change between a checkpoint and the run that continues from it."""
 
 from __future__ import annotations
 
+import hashlib
+import math
+import operator
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,15 +42,16 @@ def identity(
     noted = ("initial_lr", "momentum", "weight_decay")
     return {
         "model": type(model).__name__,
+        "modules": hashlib.sha256(describe(model).encode()).hexdigest()[:16],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "optimizer": type(optimizer).__name__,
-        "groups": [{key: group[key] for key in noted if key in group} for group in optimizer.param_groups],
+        "groups": [{key: _number(group[key]) for key in noted if key in group} for group in optimizer.param_groups],
         "schedule": describe(config.schedule),
         "warmup": config.warmup,
         # A constant rate does not know how long the run is, which may then be made longer.
         "steps": None if config.schedule == "constant" and config.warmup == 0 else total_steps,
         **{name: getattr(config, name) for name in options},
-        **{key: value if isinstance(value, (int, str)) else describe(value) for key, value in more.items()},
+        **{key: value if isinstance(value, (int, str, dict)) else describe(value) for key, value in more.items()},
     }
 
 
@@ -56,10 +60,25 @@ def check_same_run(checkpoint: Path, saved: Mapping[str, Any], current: Mapping[
     differences = [
         f"{key}: {saved.get(key)!r} there, {current.get(key)!r} here"
         for key in {**saved, **current}
-        if saved.get(key) != current.get(key)
+        if not (_alike if key == "data" else operator.eq)(saved.get(key), current.get(key))
     ]
     if differences:
         raise CheckpointError(
             f"{checkpoint} belongs to another run ({'; '.join(differences)}). Expected the same options to resume. To "
             "train on with others, load its model.safetensors into the model and start in a new output_dir."
         )
+
+
+def _number(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value  # a Tensor's or NumPy's
+
+
+def _alike(first: Any, second: Any) -> bool:
+    """Return whether two fingerprints of data are equal, up to what decoders of images differ in."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_alike(first[key], second[key]) for key in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(_alike, first, second))
+    if isinstance(first, float) and isinstance(second, float):
+        return math.isclose(first, second, rel_tol=1e-3, abs_tol=1e-3)
+    return bool(first == second)

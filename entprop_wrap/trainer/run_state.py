@@ -1,11 +1,9 @@
-"""Everything a run needs to go on exactly where it stood: what goes into a checkpoint, and back out of it."""
+"""Everything a run needs to continue exactly where it stood: what goes into a checkpoint, and back out of it."""
 
 from __future__ import annotations
 
-import json
-import pickle
 import random
-from collections.abc import Callable
+from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from entprop_wrap.errors import CheckpointError, DivergedError
-from entprop_wrap.state_dicts import auxiliary_state_dict, load_auxiliary_state_dict, main_state_dict
+from entprop_wrap.state_dicts import auxiliary_state_dict, main_state_dict
 from entprop_wrap.trainer.checkpoint import read_state
 from entprop_wrap.trainer.export import save_weights
 from entprop_wrap.trainer.launch import Prepared
 from entprop_wrap.trainer.meters import Meter
 
-__all__ = ["Position", "RunState"]
+__all__ = ["Position", "RunState", "to_python"]
 
 
 @dataclass
@@ -79,15 +77,18 @@ class RunState:
     total_steps: int
     learning_rate: float = 0.0
 
-    def save(self, folder: Path) -> None:
+    def description(self) -> dict[str, Any]:
+        """Return where the run stands and what it is, as JSON."""
+        return {**asdict(self.position), "run": self.identity}
+
+    def write(self, folder: Path) -> None:
         """Write this process's part of a checkpoint; the main process writes what all share."""
         own = {"random": _random_states(self.generator, self.accelerator.device), "meter": self.meter.state_dict()}
-        torch.save(own, folder / f"process-{self.accelerator.process_index:05d}.pt")
+        torch.save(to_python(own), folder / f"process-{self.accelerator.process_index:05d}.pt")
         if not self.accelerator.is_main_process:
             return
-        _save_model(self.model, folder, "model", "auxiliary")
-        if self.average is not None:
-            _save_model(self.average.module, folder, "ema", "ema_auxiliary")
+        for model, names in self._models():
+            _write_model(model, folder, *names)
         scaler = self.accelerator.scaler
         shared = {
             "optimizer": self.prepared.optimizer.state_dict(),
@@ -95,37 +96,59 @@ class RunState:
             "scaler": None if scaler is None else scaler.state_dict(),
             "averaged": None if self.average is None else int(self.average.n_averaged),
         }
-        torch.save(shared, folder / "optimizer.pt")
-        state = {**asdict(self.position), "run": self.identity}
-        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        torch.save(to_python(shared), folder / "optimizer.pt")
 
-    def load(self, folder: Path) -> None:
-        """Go back to where the checkpoint in ``folder`` was written.
+    def read(self, folder: Path) -> dict[str, Any]:
+        """Return what the checkpoint in ``folder`` holds for this process; nothing changes.
 
         Raises:
-            CheckpointError: Files are missing, damaged, or do not fit.
+            CheckpointError: Files are missing or unreadable, or do not fit.
         """
-        device = self.accelerator.device
-        state = {"grown": [], **read_state(folder)}  # checkpoints of before data could grow do not have it
-        shared = _read(folder / "optimizer.pt", _read_pickle)
-        own = _read(folder / f"process-{self.accelerator.process_index:05d}.pt", _read_pickle)
-        _load_model(self.model, folder, "model", "auxiliary")
-        if self.average is not None:
-            _load_model(self.average.module, folder, "ema", "ema_auxiliary")
-            self.average.n_averaged.fill_(shared["averaged"])
+        return {
+            "position": Position(**{entry.name: read_state(folder)[entry.name] for entry in fields(Position)}),
+            "shared": _read(folder / "optimizer.pt"),
+            "own": _read(folder / f"process-{self.accelerator.process_index:05d}.pt"),
+            "weights": [_read_model(model, folder, *names) for model, names in self._models()],
+        }
+
+    def apply(self, read: dict[str, Any]) -> None:
+        """Go back to where a checkpoint was written.
+
+        Raises:
+            CheckpointError: The optimizer's state does not fit; the model is not changed then.
+        """
+        device, shared, own = self.accelerator.device, read["shared"], read["own"]
         try:
             self.prepared.optimizer.load_state_dict(shared["optimizer"])
             self.schedule.load_state_dict(shared["schedule"])
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"The optimizer in {folder} does not fit the one given ({error}).") from error
+            raise CheckpointError(f"The checkpoint's optimizer does not fit the one given ({error}).") from error
         if self.accelerator.scaler is not None and shared["scaler"]:
             self.accelerator.scaler.load_state_dict(shared["scaler"])
+        for (model, _), weights in zip(self._models(), read["weights"], strict=True):
+            model.load_state_dict(weights)
+        if self.average is not None:
+            self.average.n_averaged.fill_(shared["averaged"])
         self.meter.load_state_dict(own["meter"], device)
-        self.position = Position(**{entry.name: state[entry.name] for entry in fields(Position)})
+        self.position = read["position"]
         _set_random_states(own["random"], self.generator, device)
 
+    def _models(self) -> list[tuple[nn.Module, tuple[str, str]]]:
+        average = [] if self.average is None else [(self.average.module, ("ema", "ema_auxiliary"))]
+        return [(self.model, ("model", "auxiliary")), *average]
 
-def _save_model(model: nn.Module, folder: Path, main: str, copies: str) -> None:
+
+def to_python(value: Any) -> Any:
+    """Return ``value`` with Python's numbers for NumPy's, in dicts, lists and tuples: checkpoints hold no others."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        kind = type(value) if isinstance(value, (Counter, OrderedDict)) else dict
+        return kind({to_python(key): to_python(item) for key, item in value.items()})
+    return type(value)(map(to_python, value)) if type(value) in (list, tuple) else value
+
+
+def _write_model(model: nn.Module, folder: Path, main: str, copies: str) -> None:
     weights, auxiliary = main_state_dict(model), auxiliary_state_dict(model)
     everything = {**weights, **auxiliary}
     if broken := [key for key, value in everything.items() if value.is_floating_point() and not value.isfinite().all()]:
@@ -138,27 +161,30 @@ def _save_model(model: nn.Module, folder: Path, main: str, copies: str) -> None:
         save_weights(auxiliary, folder / f"{copies}.safetensors")
 
 
-def _load_model(model: nn.Module, folder: Path, main: str, copies: str) -> None:
-    weights = _read(folder / f"{main}.safetensors", load_file)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {error}") from error
+def _read_model(model: nn.Module, folder: Path, main: str, copies: str) -> dict[str, Tensor]:
+    weights = _read(folder / f"{main}.safetensors")
     if auxiliary_state_dict(model):
-        load_auxiliary_state_dict(model, _read(folder / f"{copies}.safetensors", load_file))
+        weights |= _read(folder / f"{copies}.safetensors")
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in weights.items()}
+    if differing := [key for key in {**expected, **found} if expected.get(key) != found.get(key)]:
+        key = differing[0]
+        raise CheckpointError(
+            f"{folder} does not fit {type(model).__name__}: {len(differing)} weights differ, such as {key!r}: "
+            f"{found.get(key)} there, {expected.get(key)} here."
+        )
+    return dict(weights)
 
 
-def _read_pickle(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _read(path: Path, load: Callable[[Path], Any]) -> Any:
+def _read(path: Path) -> Any:
     try:
-        return load(path)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read: the checkpoint is incomplete or damaged ({error}).") from error
-    except Exception as error:  # safetensors has an error class of its own
-        raise CheckpointError(f"{path} is damaged ({error}).") from error
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors each have their own
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].split(". Please")[0]
+        raise CheckpointError(
+            f"{path} cannot be read ({reason}). A checkpoint can hold tensors, numbers, text, and lists and dicts of "
+            "these; if optimizer and schedule keep nothing else, the file is incomplete or damaged."
+        ) from error
 
 
 def _random_states(generator: torch.Generator, device: torch.device) -> dict[str, Any]:

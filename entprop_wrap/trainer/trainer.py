@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from entprop_wrap.containers import plain_model
-from entprop_wrap.errors import CheckpointError, DataError, UnsupportedModelError
+from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, UnsupportedModelError
 from entprop_wrap.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.perturbation import PixelSpace
@@ -26,6 +27,7 @@ from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.ema import make_average, share_statistics
 from entprop_wrap.trainer.evaluation import evaluate
 from entprop_wrap.trainer.export import export_model
+from entprop_wrap.trainer.files import check_writable, locked, on_main, together, writing
 from entprop_wrap.trainer.grown_data import growing_batches
 from entprop_wrap.trainer.growth import MaximumEntropyGrowth, steps_of
 from entprop_wrap.trainer.launch import Prepared, make_accelerator, trackers
@@ -104,6 +106,8 @@ class Trainer:
         growth: MaximumEntropyGrowth | None = None,
     ) -> None:
         method = EntProp() if method is None else check_method(method)
+        if not isinstance(model, nn.Module):
+            raise UnsupportedModelError(f"model expects a torch.nn.Module, found {model!r}.")
         if plain_model(model) is not model:
             raise UnsupportedModelError(
                 f"Trainer expects a plain model, found a {type(model).__name__}: it distributes and compiles the model "
@@ -129,6 +133,7 @@ class Trainer:
         self._growing = None if growth is None else growing_batches(growth, self.train_batches, *rest)
         batches, accumulation = self._growing or self.train_batches, self.config.gradient_accumulation_steps
         total_steps = sum(steps_of(batches.length(epoch), accumulation) for epoch in range(self.config.epochs))
+        on_main(self.accelerator, lambda: check_writable(output))
         # Data and options are sound; from here on the model changes.
         optimizer, schedule = wrap_with_optimizer(model, self.method, optimizer, self.config, total_steps)
         if self.config.channels_last:
@@ -156,6 +161,7 @@ class Trainer:
                 loss=self.loss,
                 precision=self.accelerator.mixed_precision,
                 samples=self.train_batches.samples,
+                data=self.train_batches.fingerprint,
                 batches=len(self.train_batches),
                 processes=self.accelerator.num_processes,
                 **({} if growth is None else {"growth": growth}),
@@ -172,23 +178,31 @@ class Trainer:
     def fit(self, *, resume: bool | str | Path = False) -> dict[str, float]:
         """Train to the end of the last epoch, and export the model to ``output_dir/model``.
 
-        Resumed, a run goes on bit for bit as if it had not stopped (on the CPU; elsewhere as far as kernels are
+        Resumed, a run continues bit for bit as if it had not stopped (on the CPU; elsewhere as far as kernels are
         deterministic), also in the middle of an epoch.
 
         Args:
-            resume: True goes on from the latest checkpoint in ``output_dir``, or begins where there is none; a path
-                goes on from that checkpoint.
+            resume: True continues from the latest checkpoint in ``output_dir``, or begins where there is none; a path
+                continues from that checkpoint. A damaged latest one is passed over, with a warning; an earlier path may
+                be given where all later ones are damaged.
 
         Returns:
             The last evaluation, see :meth:`evaluate`; empty without evaluation data.
 
         Raises:
-            CheckpointError: The checkpoint belongs to another run or is damaged; or ``output_dir`` holds a run and
-                ``resume`` is False: nothing is overwritten.
+            CheckpointError: The checkpoint belongs to another run or is damaged; another process trains in
+                ``output_dir``; it holds a run and ``resume`` is False: nothing is overwritten; or the disk is full.
             DivergedError: The loss is not finite.
         """
+        if not isinstance(resume, (bool, str, Path)):
+            raise ConfigurationError(f"resume must be True, False or the path of a checkpoint, found {resume!r}.")
+        with ExitStack() as stack:
+            on_main(self.accelerator, lambda: stack.enter_context(locked(Path(self.config.output_dir))) and None)
+            self._fit(on_main(self.accelerator, lambda: self._to_resume(resume)), bool(resume))
+        return self.position.evaluation or {}
+
+    def _fit(self, checkpoint: Path | None, resume: bool) -> None:
         state, config = self._state, self.config
-        checkpoint = self._to_resume(resume)
         if self.model.training:
             self._evaluating = evaluating_parts(self.model)
         if self._evaluating and self.accelerator.is_main_process:
@@ -196,29 +210,29 @@ class Trainer:
                 f"{len(self._evaluating)} modules are in evaluation mode and stay so while training, such as a "
                 f"{type(self._evaluating[0]).__name__}. If that is not meant, write model.train() before "
                 "Trainer(model, ...).",
-                stacklevel=2,
+                stacklevel=3,
             )
-        set_seed(config.seed, device_specific=True)
-        state.generator.manual_seed(seed_of(config.seed, "step", self.accelerator.process_index))
         with state.prepared.running():
-            if checkpoint is not None:
+            # Everything is read before anything changes.
+            read = together(lambda: checkpoint and state.read(checkpoint))
+            set_seed(config.seed, device_specific=True)
+            state.generator.manual_seed(seed_of(config.seed, "step", self.accelerator.process_index))
+            if checkpoint is not None and read is not None:
                 if self._growing is not None:
-                    self._growing.restore(read_state(checkpoint).get("grown", []), checkpoint.parent / "growth")
-                state.load(checkpoint)
+                    self._growing.restore(len(read["position"].grown), checkpoint.parent / "growth")
+                state.apply(read)
                 self._say(f"Resumed from {checkpoint}: step {self.position.step} of {state.total_steps}.")
             elif resume:
                 self._say(f"No checkpoint in {self.checkpoints.path}: training begins.")
             if self.accelerator.is_main_process:
-                self.checkpoints.clean()
-                self._metrics.cut(self.position.step)
-            evaluate = None if self.eval_batches is None else self.evaluate
-            batches = self._growing or self.train_batches
+                self.checkpoints.clean(self.position.step)
+                self._metrics.cut(self.position.step, self.position.evaluation is not None)
             loop = Loop(
                 config,
                 state,
-                batches,
+                self._growing or self.train_batches,
                 self._train,
-                evaluate,
+                None if self.eval_batches is None else self.evaluate,
                 self.checkpoints,
                 self._metrics,
                 self.monitor,
@@ -227,7 +241,6 @@ class Trainer:
             with trackers(self.accelerator, config, method=self.method):
                 loop.run()
         self.export(Path(config.output_dir) / "model")
-        return self.position.evaluation or {}
 
     def evaluate(self, data: Data | None = None) -> dict[str, float]:
         """Evaluate the model in its main domain, or its moving average if there is one. Call it on all processes.
@@ -266,10 +279,13 @@ class Trainer:
             weights = {key: value for key, value in full.items() if key in main_state_dict(self.model)}
         else:
             weights = main_state_dict(self.model if average is None else average.module)
-        if self.accelerator.is_main_process:
-            export_model(self.model, weights, Path(folder))
+
+        def write() -> None:
+            with writing(Path(folder)):
+                export_model(self.model, weights, Path(folder))
+
+        on_main(self.accelerator, write)
         self._say(f"Exported the {'last' if average is None else 'averaged'} weights to {folder}.")
-        self.accelerator.wait_for_everyone()
 
     def _batches(self, data: Data, *, training: bool) -> Batches:
         size = self.config.batch_size

@@ -1,4 +1,4 @@
-"""examples/ablate.py on tiny settings: each sweep, killed and resumed, and what it says of bad input."""
+"""benchmarks/ablate.py on tiny settings: each sweep, killed and resumed, and what it says of bad input."""
 
 import json
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 
 @pytest.fixture
 def ablate(monkeypatch):
-    return load("examples/ablate.py", monkeypatch)
+    return load("benchmarks/ablate.py", monkeypatch)
 
 
 def rows(output):
@@ -34,7 +34,7 @@ def keys(output):
 def test_a_sweep_that_was_killed_goes_on_where_it_was(ablate, monkeypatch, tmp_path, capfd):
     output = tmp_path / "out"
     arguments = ["k", "--values", 0.2, 0.4, 0.6, 0.8, *TINY, "--output", output]
-    command = [sys.executable, str(ROOT / "examples" / "ablate.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "ablate.py"), *map(str, arguments)]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -76,7 +76,7 @@ def test_smaller_data_is_a_part_of_the_larger_and_takes_as_many_steps(ablate, mo
     trained = [row for row in rows(output) if set(row["settings"]) == {"train"}]
     assert {row["settings"]["train"]["recipe"]["share"] for row in trained} == {0.25, 1.0}
 
-    from parts.sweep import part_of
+    from settings import part_of
 
     whole = torch.utils.data.TensorDataset(torch.rand(100, 1), torch.arange(100) % 4)
     for share, number in ((0.05, 4), (0.2, 20), (1.0, 100)):

@@ -1,4 +1,4 @@
-"""examples/parts/run_table.py: rows by settings and seed, in a file that survives a crash."""
+"""benchmarks/run_table.py: rows by settings and seed, in a file that survives a crash."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +12,7 @@ from tests.examples.in_process import load
 
 @pytest.fixture
 def run_table(monkeypatch):
-    load("examples/ablate.py", monkeypatch)
-    import parts.run_table
-
-    return parts.run_table
+    return load("benchmarks/run_table.py", monkeypatch)
 
 
 @pytest.fixture

@@ -105,5 +105,5 @@ def test_other_losses_pass(loss):
 
 
 def test_the_loss_of_the_hugging_face_trainer_is_not_called_for_this():
-    module = pytest.importorskip("entprop_wrap.integrations.hf_trainer_loss")
+    module = pytest.importorskip("entprop_wrap.integrations.hf_trainer.loss")
     assert module.TrainerLoss.mean.entprop_mean

@@ -503,7 +503,11 @@ BAD_OPTIONS = {
     "weighting": ({"weighting": "mean"}, "per_image.*sum"),
     "mix a number": ({"mix": 0.2}, "MixUp"),
     "mix a class": ({"mix": entprop.MixUp}, "MixUp"),
-    "uncertainty a string": ({"uncertainty": "entropy"}, "entropy"),
+    "uncertainty of another name": ({"uncertainty": "entrop"}, "entropy"),
+    "uncertainty a number": ({"uncertainty": 1}, "function"),
+    "mix of another name": ({"mix": "mixdown"}, "mixup.*mixdown"),
+    "alpha without a mixer": ({"mix": None, "alpha": 0.2}, "MixUp and CutMix"),
+    "alpha negative": ({"alpha": -1.0}, "alpha must be"),
 }
 
 

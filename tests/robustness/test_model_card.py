@@ -8,7 +8,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.robustness import RobustnessResult, model_card
+from entprop_wrap.reporting import model_card
+from entprop_wrap.robustness import RobustnessResult
 from entprop_wrap.robustness.scores import Scores
 
 SEVERITIES = (1, 5)
@@ -26,14 +27,14 @@ def result(attack="PGD-20 4/255", shift="sketch", clean=0.9125):
             for severity in SEVERITIES
         },
         seed=3,
-        shifts={shift: scores(0.6125)},
+        shifts={shift: scores(0.613)},
         adversarial={attack: scores(0.00001)},
     )
 
 
 def card(found=None, **options):
     names = {"model": "pets-entprop", "dataset": "Oxford-IIIT Pet", "dataset_id": "timm/oxford-iiit-pet"}
-    return model_card(found or result(), **{**names, **options})
+    return str(model_card(found or result(), **{**names, **options}))
 
 
 def evaluated(text):
@@ -52,7 +53,7 @@ def test_the_hub_reads_every_score_exactly():
         ("Oxford-IIIT Pet", "mean_class_accuracy"): found.mean_class_accuracy,
         ("Oxford-IIIT Pet", "expected_calibration_error"): found.calibration_error,
         ("Oxford-IIIT Pet", "adversarial_accuracy"): 0.00001,
-        ("sketch", "accuracy"): 0.6125,
+        ("sketch", "accuracy"): 0.613,
     }
     assert {key: one.metric_value for key, one in entries.items()} == expected
     assert all(isinstance(one.metric_value, float) for one in entries.values())
@@ -94,13 +95,13 @@ def test_the_section_holds_every_number():
     cells = {row[0]: row[1:] for row in rows}
 
     def percent(value):
-        return f"{100 * value:.2f}"
+        return f"{100 * value:.1f}"
 
     assert cells["clean accuracy (SA)"] == [percent(found.sa)]
     assert cells["accuracy under corruptions (RA)"] == [percent(found.ra)]
     assert cells["Hscore"] == [percent(found.hscore)]
-    assert cells["accuracy on sketch"] == ["61.25"]
-    assert cells["accuracy under PGD-20 4/255"] == ["0.00"]
+    assert cells["accuracy on sketch"] == ["61.3"]
+    assert cells["accuracy under PGD-20 4/255"] == ["0.0"]
     assert cells["expected calibration error"] == [percent(found.calibration_error)]
     for name in ("fog", "jpeg_compression"):
         values = [found.table[name, severity] for severity in SEVERITIES]
@@ -145,10 +146,33 @@ def test_a_command_with_a_fence_stays_one_block():
     assert "````\necho ```\n````" in text
 
 
-def test_bad_input_is_refused():
+def test_it_saves_itself(tmp_path):
+    found = model_card(result(), model="m", dataset="d", dataset_id="d")
+    found.save(tmp_path / "README.md")
+    assert ModelCard.load(tmp_path / "README.md").data.to_dict() == found.data.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": " "}, "dataset must be text, found ' '"),
+        ({"model": None}, "model must be text, found None"),
+        ({"dataset_id": 3}, "dataset_id must be text, found 3"),
+        ({"license": ["mit"]}, "license must be text"),
+        ({"base_model": ""}, "base_model must be text"),
+        ({"dataset_split": 3}, "dataset_split must be text"),
+        ({"command": ["train"]}, "command must be text"),
+        ({"training": 3}, "training must be text"),
+        ({"tags": "abc"}, r"tags must be a list of texts such as \['pets'\], found 'abc'"),
+        ({"tags": None}, "tags must be a list"),
+        ({"tags": [3]}, "A tag must be text, found 3"),
+    ],
+)
+def test_bad_input_is_refused(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        card(**options)
+
+
+def test_what_is_not_a_result_is_refused():
     with pytest.raises(ConfigurationError, match="RobustnessResult, found dict"):
         card({"sa": 1})
-    with pytest.raises(ConfigurationError, match="dataset must be a name"):
-        card(dataset=" ")
-    with pytest.raises(ConfigurationError, match="model must be a name, found None"):
-        card(model=None)

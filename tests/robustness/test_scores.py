@@ -126,6 +126,26 @@ def test_results_survive_json_and_pickle():
             RobustnessResult.from_dict(wrong)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", None, b"\xff", 5])
+def test_text_that_is_not_a_result(text):
+    with pytest.raises(ConfigurationError, match=r"Expected (the text|what)"):
+        RobustnessResult.from_json(text)
+
+
+def test_markdown_shows_names_as_they_are():
+    name = "a|b\n<i>*c*[d](e)"
+    shown = r"a\|b \<i\>\*c\*\[d\]\(e\)"
+    found = result([0.5] * 4, shifts={name: Scores(5, 0.2, 0.2, 1, 0)}, adversarial={name: Scores(5, 0.2, 0.2, 1, 0)})
+    text = replace(found, auxiliaries={name: found}).to_markdown()
+    assert f"| SA on {shown} | 20.00 | 20.00 |" in text
+    assert f"| under {shown} | 20.00 | 20.00 |" in text
+    assert f"| domain | main | {shown} |" in text
+    compared = compare({name: found, f"{name}2": found}).to_markdown()
+    assert f"| {shown}2 |" in compared
+    assert f"| minus {shown} |" in compared
+    assert name not in text + compared
+
+
 def test_markdown_holds_every_number():
     found = result([0.7, 0.5, 0.6, 0.2], shifts={"sketch": Scores(5, 0.25, 0.2, 1, 0)})
     text = replace(found, clean=replace(found.clean, mean_class_accuracy=0.7)).to_markdown()

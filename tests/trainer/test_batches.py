@@ -1,5 +1,7 @@
 """Batches depend on seed, epoch and data; data of another form is refused with what to write instead."""
 
+import tracemalloc
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, WeightedRandomSampler
@@ -139,7 +141,7 @@ class Sizes(Images):
         (lambda: Triples(16), "of 3 items"),
         (lambda: NoPixels(16), "a dict with 'text', 'labels'"),
         (lambda: Sizes(16), "tensors of one size"),
-        (lambda: [(object(), 1)] * 16, "give the data set a transform"),
+        (lambda: [(object(), 1)] * 16, "give the dataset a transform"),
         (lambda: DataLoader(Images(9), 4, sampler=DistributedSampler(Images(9), 2, 0)), "DistributedSampler"),
     ],
 )
@@ -162,3 +164,85 @@ def test_epochs_of_changing_length_are_refused():
     assert len(content(made.epoch(0))) == 2
     with pytest.raises(DataError, match="3 batches in epoch 1, and 2 in the first"):
         content(made.epoch(1))
+
+
+class Broken(Images):
+    def __init__(self, number, error, index=5):
+        super().__init__(number)
+        self.error, self.index = error, index
+
+    def __getitem__(self, index):
+        if index == self.index:
+            raise self.error
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [StopIteration(), KeyError("label"), OSError("truncated")], ids=repr)
+def test_a_sample_that_fails_is_named(error, workers):
+    data = Broken(32, error, index=None)
+    made = batches(data, workers=workers)
+    data.index = 5
+    with pytest.raises(DataError, match=rf"train_data\[5\] raised {type(error).__name__}"):
+        content(made.epoch(0))
+    with pytest.raises(DataError, match=r"train_data\[5\]"):
+        batches(Broken(8, error))
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_an_epoch_that_ends_early_is_no_epoch(start):
+    def collate(samples):
+        if ended:
+            raise StopIteration
+        return torch.stack([image for image, _ in samples]), torch.zeros(len(samples)).long()
+
+    ended = False
+    made = batches(DataLoader(Images(32), 8, collate_fn=collate))
+    epoch = made.epoch(0, start)
+    next(epoch)
+    ended = True
+    with pytest.raises(DataError, match=rf"ended after {start + 1} of 4 batches"):
+        list(epoch)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda data: DataLoader(data, 4, drop_last=True),
+        lambda data: DataLoader(data, 4, sampler=WeightedRandomSampler(torch.rand(10), 10)),
+        lambda data: DataLoader(data, batch_sampler=[[0, 1, 2], [3, 4, 5]]),
+    ],
+)
+def test_evaluating_a_part_is_refused(loader):
+    with pytest.raises(DataError, match=r"leaves out some of the 10 samples.*Subset"):
+        batches(loader(Images(10)), training=False)
+    batches(DataLoader(Images(10), 4, shuffle=True), training=False)
+
+
+def test_too_large_a_batch_costs_nothing():
+    tracemalloc.start()
+    batches(Images(9), batch_size=10**6, training=False)
+    with pytest.raises(DataError, match="Choose a smaller batch_size"):
+        batches(Images(9), batch_size=10**6)
+    with pytest.raises(DataError, match="Choose a smaller batch_size"):
+        batches(DataLoader(Images(9), 10**6, drop_last=True))
+    with pytest.raises(DataError, match="makes no batch"):
+        batches(DataLoader(Images(9), 10**6, drop_last=True), training=False)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+def test_fingerprints_tell_data_apart():
+    found = batches(Images(16)).fingerprint
+    assert found == batches(Images(16)).fingerprint
+    assert found["labels"] == batches(Images(16, seed=1)).fingerprint["labels"]
+    assert found["pixels"] != batches(Images(16, seed=1)).fingerprint["pixels"]
+
+    class OwnState(Images):
+        generator = torch.Generator()
+
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image + 0.01 * torch.rand(1, generator=self.generator), label
+
+    assert batches(OwnState(16)).fingerprint == {**found, "pixels": "random"}

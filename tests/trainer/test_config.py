@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,13 +35,41 @@ BAD = {
     "keep_last": 0,
     "keep_best": "acc",
     "progress": None,
+    "output_dir": None,
+    "project": "",
 }
+
+#: Of the wrong type altogether, for every option but those that take functions or objects.
+NONSENSE = ["", "abc", float("nan"), float("inf"), 1j, [], np.ones(2), torch.ones(2), object(), b"1", np.float32("nan")]
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_each_range(name):
     with pytest.raises(ConfigurationError, match=name):
         TrainerConfig(**{name: BAD[name]})
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_nonsense(name):
+    for value in NONSENSE:
+        if not (isinstance(value, str) and name in ("output_dir", "project") and value):
+            with pytest.raises(ConfigurationError, match=f"{name} must be"):
+                TrainerConfig(**{name: value})
+
+
+def test_numbers_of_numpy_become_python_s():
+    config = TrainerConfig(
+        epochs=np.int64(3), learning_rate=np.float32(0.1), weight_decay=np.logspace(-3, -1, 3)[1], compile=np.bool_(0)
+    )
+    assert type(config.epochs) is int
+    assert type(config.learning_rate) is type(config.weight_decay) is float
+    assert config.compile is False
+
+
+@pytest.mark.parametrize("seed", [2**31 + 1, 2**32, 10**30])
+def test_seeds_that_numpy_does_not_take(seed):
+    with pytest.raises(ConfigurationError, match="at most 2147483648"):
+        TrainerConfig(seed=seed)
 
 
 def test_all_problems_at_once():

@@ -54,7 +54,7 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     assert result["accuracy"] > 0.9
     assert result == run.position.evaluation
     assert result == run.evaluate()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl", "model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoints", "metrics.jsonl", "model"]
     train, evaluated = lines(tmp_path, "train"), lines(tmp_path, "eval")
     assert [line["step"] for line in train] == list(range(1, 25))
     assert [line["epoch"] for line in evaluated] == [1, 2, 3, 4, 5, 6]
@@ -458,6 +458,10 @@ def test_models_that_do_not_fit(tmp_path):
     refused(UnsupportedModelError, "compile=True", tmp_path, compiled)
     frozen = make(BatchNormNet).requires_grad_(False)
     refused(ConfigurationError, "nothing to train", tmp_path, frozen)
+    for nothing in (3, "resnet18", BatchNormNet):
+        refused(UnsupportedModelError, "model expects a torch.nn.Module", tmp_path, nothing)
+    with pytest.raises(ConfigurationError, match="resume must be True, False or the path"):
+        trainer(tmp_path).fit(resume=3)
     with pytest.raises(TypeError, match=r"method=EntProp\(\)"):
         trainer(tmp_path, method=EntProp)
     with pytest.raises(TypeError, match=r"TrainerConfig\(optimizer='sgd'\)"):

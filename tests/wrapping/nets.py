@@ -47,6 +47,20 @@ class Toy(nn.Module):
         return self.head(self.last(x))
 
 
+class Named(nn.Module):
+    """A net whose own parts have names like those of copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.entprop_backbone = nn.Linear(8, 8)
+        self.entprop_norm = nn.BatchNorm1d(8)
+        self.entprop_scale = nn.Parameter(torch.ones(8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, rows):
+        return self.head(self.entprop_norm(self.entprop_backbone(rows)) * self.entprop_scale)
+
+
 def toy(norm: str = "layer", mode: str = "none", seed: int = 0, **options) -> Toy:
     """Return a toy with the weights that ``seed`` gives."""
     torch.manual_seed(seed)

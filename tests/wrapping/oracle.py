@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from entprop_wrap.state_dicts import is_auxiliary_key, original_name
+from entprop_wrap.state_dicts import auxiliary_names
 from tests.models import CLASSES, logits_of
 
 
@@ -28,21 +28,21 @@ class Pass:
 
 def perturb(model: nn.Module, seed: int = 7) -> None:
     """Move every auxiliary copy away from the main norms, and the main norms from their initial values."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, copies = torch.Generator().manual_seed(seed), auxiliary_names(model)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if is_auxiliary_key(name) and tensor.is_floating_point():
+            if name in copies and tensor.is_floating_point():
                 noise = torch.rand(tensor.shape, generator=generator).to(tensor)
                 tensor.mul_(1 + 0.3 * noise).add_(0.2 * noise)
 
 
 def auxiliary_tensors(model: nn.Module, auxiliary: str = "aux") -> dict[str, Tensor]:
     """Return clones of one auxiliary's tensors, under the names of what they are copies of."""
-    tensors = {}
+    tensors, originals = {}, auxiliary_names(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if f"entprop_{auxiliary}" in name.split("."):
+        if name in originals and f"entprop_{auxiliary}" in name.split("."):
             clone = tensor.detach().clone()
-            tensors[original_name(name)] = clone.requires_grad_(tensor.requires_grad)
+            tensors[originals[name]] = clone.requires_grad_(tensor.requires_grad)
     return tensors
 
 
@@ -70,14 +70,14 @@ def expected_pass(plain: nn.Module, images: Tensor, tensors: dict[str, Tensor] |
 
 def observed_pass(model: nn.Module, output: object, auxiliary: str | None = "aux") -> Pass:
     """Read off a wrapped model what a pass in ``auxiliary`` that gave ``output`` has left behind."""
-    prefix = f"entprop_{auxiliary}"
+    prefix, originals = f"entprop_{auxiliary}", auxiliary_names(model)
     mine: dict[str, dict[str, Tensor | None]] = {"gradients": {}, "buffers": {}}
     for kind, named in (("gradients", model.named_parameters()), ("buffers", model.named_buffers())):
         for name, tensor in named:
-            if not is_auxiliary_key(name):
+            if name not in originals:
                 mine[kind].setdefault(name, tensor)
             elif prefix in name.split("."):
-                mine[kind][original_name(name)] = tensor
+                mine[kind][originals[name]] = tensor
     gradients = {name: tensor.grad for name, tensor in mine["gradients"].items()}
     return Pass(logits_of(output).detach(), gradients, mine["buffers"])
 

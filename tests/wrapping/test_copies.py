@@ -9,13 +9,14 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import AlreadyWrappedError, CheckpointError, NotWrappedError, UnsupportedModelError
-from entprop_wrap.state_dicts import is_auxiliary_key
+from entprop_wrap.state_dicts import auxiliary_names, is_auxiliary_key, without_copies
 from entprop_wrap.switch import SwitchedNorm
-from tests.wrapping.nets import rows, toy
+from tests.wrapping.nets import Named, rows, toy
 from tests.wrapping.oracle import (
     assert_same,
     auxiliary_tensors,
@@ -251,6 +252,78 @@ def test_a_safetensors_file_round_trips(tmp_path):
     save_file(entprop.main_state_dict(model), tmp_path / "model.safetensors")
     plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert torch.equal(plain.eval()(rows()), model.eval()(rows()))
+
+
+def test_parts_named_like_copies_are_the_models_own():
+    plain = Named()
+    model = entprop.wrap(copy.deepcopy(plain))
+    main, copies = entprop.main_state_dict(model), entprop.auxiliary_state_dict(model)
+    assert list(main) == list(plain.state_dict())
+    assert len(copies) == 5
+    assert all(key.startswith("entprop_norm.entprop_aux.") for key in copies)
+    decayed, undecayed = entprop.parameter_groups(model, 0.1)
+    assert sum(map(torch.numel, decayed["params"])) == 8 * 8 + 8 + 8 * 5
+    assert len(undecayed["params"]) == 4 + 2
+    entprop.load_auxiliary_state_dict(model, copies)
+    with without_copies(model):
+        assert list(model.state_dict()) == list(main)
+
+
+def test_names_are_those_of_the_model_that_is_asked():
+    model = nn.Sequential(_wrapped())
+    names = auxiliary_names(model)
+    assert names["0.last.entprop_aux.weight"] == "0.last.weight"
+    assert set(names) == {key for key in model.state_dict() if ".entprop_aux." in key}
+    checkpointed = checkpoint_wrapper(_wrapped())
+    assert set(auxiliary_names(checkpointed)) >= {key for key in checkpointed.state_dict() if ".entprop_aux." in key}
+    assert list(entprop.main_state_dict(checkpointed)) == list(toy("batch").state_dict())
+
+
+# Copies that were loaded, and a plain checkpoint after them
+
+
+def _loaded(model):
+    entprop.load_auxiliary_state_dict(model, entprop.auxiliary_state_dict(_wrapped()))
+    return model, {key: value.clone() for key, value in entprop.auxiliary_state_dict(model).items()}
+
+
+def _unchanged(model, copies):
+    return all(torch.equal(value, copies[key]) for key, value in entprop.auxiliary_state_dict(model).items())
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_copies_that_were_loaded_stay(assign):
+    model, copies = _loaded(entprop.wrap(toy("batch", seed=5)))
+    plain = toy("batch", seed=6).state_dict()
+    for _ in range(2):
+        model.load_state_dict(plain, strict=True, assign=assign)
+        assert _unchanged(model, copies)
+    assert all(torch.equal(value, plain[key]) for key, value in entprop.main_state_dict(model).items())
+    _exact(model)
+
+
+@pytest.mark.parametrize("train", ["parameters", "statistics"])
+def test_copies_that_were_trained_start_again(train):
+    model, copies = _loaded(entprop.wrap(toy("batch", seed=5)))
+    if train == "statistics":
+        with entprop.auxiliary(model):
+            model(rows())
+    else:
+        with torch.no_grad():
+            for parameter in entprop.parameter_groups(model, 0.1)[1]["params"]:
+                parameter.mul_(1.5)
+    model.load_state_dict(toy("batch", seed=6).state_dict())
+    norm = model.blocks[0].inner
+    assert torch.equal(norm.entprop_aux.running_mean, norm.running_mean)
+    assert not _unchanged(model, copies)
+
+
+def test_a_wrapped_checkpoint_replaces_copies_that_were_loaded():
+    model, copies = _loaded(entprop.wrap(toy("batch", seed=5)))
+    other = entprop.wrap(toy("batch", seed=6))
+    model.load_state_dict(other.state_dict())
+    assert _unchanged(model, entprop.auxiliary_state_dict(other))
+    assert not _unchanged(model, copies)
 
 
 # Moving and averaging

@@ -309,6 +309,51 @@ def test_a_norm_with_image_shaped_weights_stays_a_norm_once_wrapped():
     assert (plain, wrapped) == ([1, 2], [1, 3])
 
 
+class NormedLinear(nn.Linear):
+    """A cosine classifier."""
+
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight))
+
+
+class NormedConv2d(nn.Conv2d):
+    """A convolution with standardised weights."""
+
+    def forward(self, x):
+        return self._conv_forward(x, nn.functional.normalize(self.weight), self.bias)
+
+
+class NormedPrototypes(nn.Module):
+    """A cosine classifier that is no linear layer."""
+
+    def __init__(self, features, classes):
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.randn(classes, features))
+
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.prototypes))
+
+
+def test_layers_with_normalised_weights_are_no_norms_unless_included():
+    layers = [
+        NormedLinear(8, 5),
+        NormedLinear(8, 1, bias=False),
+        NormedConv2d(3, 8, 3),
+        NormedConv2d(8, 8, 1, groups=8, bias=False),
+        NormedPrototypes(8, 5),
+    ]
+    assert not any(is_norm(layer) for layer in layers)
+    net = nn.Sequential(nn.LayerNorm(8), *layers)
+    assert list(find_norms(net)) == ["0"]
+    assert list(find_norms(net, include=[NormedLinear, NormedPrototypes])) == ["0", "1", "2", "5"]
+    model = entprop.wrap(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), NormedLinear(8, 5, bias=False)))
+    with entprop.auxiliary(model):
+        model(torch.randn(4, 8)).square().mean().backward()
+    assert model[2].weight.grad is not None
+    decayed, _ = entprop.parameter_groups(model, 0.1)
+    assert any(parameter is model[2].weight for parameter in decayed["params"])
+
+
 def _three():
     return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4))
 
@@ -319,12 +364,13 @@ def _three():
         ({}, ["1", "3", "4"]),
         ({"exclude": nn.LayerNorm}, ["4"]),
         ({"exclude": "1"}, ["3", "4"]),
+        ({"exclude": []}, ["1", "3", "4"]),
         ({"exclude": ["1", nn.BatchNorm1d]}, ["3"]),
         ({"exclude": lambda name, module: int(name or 0) > 2}, ["1"]),
         ({"include": "2"}, ["1", "2", "3", "4"]),
         ({"include": nn.Linear, "exclude": "2"}, ["0", "1", "3", "4"]),
     ],
-    ids=["default", "class", "name", "list", "predicate", "include", "both"],
+    ids=["default", "class", "name", "none", "list", "predicate", "include", "both"],
 )
 def test_selectors(options, expected):
     assert list(find_norms(_three(), **options)) == expected
@@ -339,6 +385,11 @@ def test_selectors(options, expected):
         ({"exclude": nn.Conv2d}, "exclude=.*Conv2d.* matches no module"),
         ({"exclude": lambda name, module: False}, "matches no module"),
         ({"include": nn.Sequential}, "own parameters or buffers; these own none: ''"),
+        ({"include": []}, "include= is empty"),
+        ({"include": 5}, "include= holds 5, which selects nothing. Give a module class"),
+        ({"exclude": ["1", None]}, "exclude= holds None"),
+        ({"exclude": nn.LayerNorm(4)}, "exclude= holds LayerNorm"),
+        ({"include": int}, "matches no module"),
     ],
 )
 def test_selectors_that_cannot_be_meant(options, message):

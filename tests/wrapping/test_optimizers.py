@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import entprop_wrap as entprop
-from entprop_wrap.errors import ConfigurationError, OptimizerMismatchError
+from entprop_wrap.errors import ConfigurationError, OptimizerMismatchError, UnsupportedModelError
 from entprop_wrap.state_dicts import is_auxiliary_key, original_name
 from tests.wrapping.nets import rows, toy
 from tests.wrapping.oracle import changed, loss_of, snapshot
@@ -38,6 +38,30 @@ def test_an_optimizer_from_before_wrap_under_accelerate():
     _backward(model)
     with pytest.raises(OptimizerMismatchError):
         optimizer.step()
+
+
+@pytest.mark.parametrize("auxiliary", [None, "aux"])
+def test_an_optimizer_that_steps_inside_the_backward(auxiliary):
+    model = entprop.wrap(toy())
+    before = snapshot(model)
+    for parameter in model.parameters():  # as GaLore and APOLLO do, layer by layer
+        optimizer = torch.optim.SGD([parameter], lr=0.1)
+        parameter.register_post_accumulate_grad_hook(lambda parameter, optimizer=optimizer: optimizer.step())
+    with entprop.auxiliary(model, auxiliary):
+        loss = loss_of(model(rows()), rows())
+    with pytest.raises(UnsupportedModelError, match=r"inside a backward.*without layer-wise updates"):
+        loss.backward()
+    assert not changed(model, before)
+
+
+def test_other_models_may_step_inside_their_backward():
+    entprop_model, model = entprop.wrap(toy()), toy(seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = snapshot(model)
+    model.stem.weight.register_post_accumulate_grad_hook(lambda parameter: optimizer.step())
+    loss_of(model(rows()), rows()).backward()
+    assert changed(model, before)
+    assert entprop_model._entprop_registry.switch.pins == {}
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.LBFGS], ids=lambda cls: cls.__name__)
@@ -176,6 +200,17 @@ def test_frozen_parameters_are_in_no_group_and_empty_groups_are_left_out():
 def test_negative_decay():
     with pytest.raises(ConfigurationError, match="at least 0, found -1"):
         entprop.parameter_groups(toy(), -1)
+
+
+@pytest.mark.parametrize("decay", [float("nan"), float("inf"), "0.1", None, True])
+def test_decay_that_is_no_number(decay):
+    with pytest.raises(ConfigurationError, match="weight_decay must be a number of at least 0"):
+        entprop.parameter_groups(toy(), decay)
+
+
+def test_a_rule_that_is_no_function():
+    with pytest.raises(ConfigurationError, match="no_decay expects a function"):
+        entprop.parameter_groups(toy(), 0.1, no_decay=["bias"])
 
 
 def test_groups_that_come_later_are_checked_too():

@@ -14,6 +14,7 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import (
     AlreadyWrappedError,
     AuxiliaryNameError,
+    ConfigurationError,
     EntPropError,
     NotWrappedError,
     UnsupportedModelError,
@@ -143,6 +144,44 @@ def test_a_step_inside_an_auxiliary_block():
         with entprop.auxiliary(model), pytest.raises(UnsupportedModelError, match="Leave the with-block"):
             entprop.training_step(model, images, labels, method=method)
     assert int(model[1].num_batches_tracked) == 0
+
+
+def test_a_step_inside_an_auxiliary_block_of_a_part():
+    part = entprop.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)))
+    model = nn.Sequential(nn.Identity(), part)
+    images, labels = torch.rand(8, 3, 8, 8), torch.arange(8) % 3
+    for block, step in ((part, model), (model, part)):
+        with entprop.auxiliary(block), pytest.raises(UnsupportedModelError, match="Leave the with-block"):
+            entprop.training_step(step, images, labels, method=entprop.Vanilla())
+    assert int(part[1].num_batches_tracked) == 0
+
+
+def test_a_static_graph_is_refused():
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        model = entprop.wrap(_conv_net())
+        static = nn.parallel.DistributedDataParallel(model, static_graph=True)
+        images, labels = torch.rand(8, 3, 8, 8), torch.arange(8) % 5
+        for call in (
+            lambda: entprop.auxiliary(static).__enter__(),
+            lambda: entprop.training_step(static, images, labels, method=entprop.EntProp()),
+        ):
+            with pytest.raises(UnsupportedModelError, match="Leave out static_graph=True"):
+                call()
+        assert int(model[1].num_batches_tracked) == 0
+        assert all(parameter.grad is None for parameter in model.parameters())
+        with entprop.auxiliary(nn.parallel.DistributedDataParallel(model)):
+            pass
+    finally:
+        destroy_process_group()
+
+
+def test_a_conversion_of_the_copies_alone_is_noticed():
+    model = entprop.wrap(_conv_net())
+    model[1].entprop_aux = nn.BatchNorm2d(4)
+    _refuses_to_switch(model, "the copy in '1' was replaced")
 
 
 def test_replicating_for_data_parallel():
@@ -337,6 +376,10 @@ def test_computing_with_an_auxiliary_copy_directly():
         (("my_norm",), "cannot name"),
         (("unBiased",), "cannot name"),
         ((3,), "cannot name"),
+        ((["aux"],), "cannot name"),
+        (5, "a tuple of names"),
+        (None, "a tuple of names"),
+        ({"aux": 1}, "a tuple of names"),
     ],
 )
 def test_bad_names(auxiliaries, message):
@@ -344,6 +387,39 @@ def test_bad_names(auxiliaries, message):
     with pytest.raises(AuxiliaryNameError, match=message):
         entprop.wrap(model, auxiliaries=auxiliaries)
     assert _is_untouched(model)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        entprop.wrap,
+        entprop.unwrap,
+        entprop.summary,
+        entprop.main_state_dict,
+        entprop.auxiliary_state_dict,
+        lambda model: entprop.load_auxiliary_state_dict(model, {}),
+        lambda model: entprop.parameter_groups(model, 0.1),
+        lambda model: entprop.check_optimizer(model, torch.optim.SGD(toy().parameters())),
+        lambda model: entprop.auxiliary(model).__enter__(),
+    ],
+)
+@pytest.mark.parametrize("model", [None, "model", {}, toy], ids=repr)
+def test_what_is_not_a_module(call, model):
+    with pytest.raises(TypeError, match=r"expects a torch\.nn\.Module, found"):
+        call(model)
+
+
+def test_arguments_of_the_wrong_kind():
+    model = entprop.wrap(toy(), auxiliaries=["weak", "strong"])
+    assert entprop.summary(model).auxiliaries == ("weak", "strong")
+    with pytest.raises(AuxiliaryNameError, match="No auxiliary named 3"):
+        entprop.auxiliary(model, 3).__enter__()
+    with pytest.raises(ConfigurationError, match="record_statistics must be True or False"):
+        entprop.auxiliary(model, "weak", record_statistics="no").__enter__()
+    with pytest.raises(TypeError, match="expects a torch optimizer"):
+        entprop.check_optimizer(model, "SGD")
+    with pytest.raises(TypeError, match="expects a state dict, found int"):
+        entprop.load_auxiliary_state_dict(model, 5)
 
 
 def test_a_name_that_is_taken():

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.options import check_generator
 
 __all__ = ["Draws"]
 
@@ -36,15 +36,11 @@ class Draws:
             torch's default CPU generator.
 
     Raises:
-        ConfigurationError: ``generator`` lives on another device than the CPU.
+        ConfigurationError: ``generator`` is not one, or is on another device than the CPU.
     """
 
     def __init__(self, pixels: Tensor, generator: torch.Generator | None) -> None:
-        if generator is not None and generator.device.type != "cpu":
-            raise ConfigurationError(
-                f"generator must live on the CPU, found one on {generator.device}; write torch.Generator() "
-                "(what it seeds is drawn on the device of the images all the same)."
-            )
+        check_generator(generator)
         seeds = torch.randint(-(2**63), 2**63 - 1, (len(pixels),), generator=generator)
         # The high half first, by an arithmetic shift; the low half re-centred into the range of int32.
         keys = torch.stack([seeds >> 32, (seeds & 0xFFFFFFFF) - 2**31]).to(torch.int32)

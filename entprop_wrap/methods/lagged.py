@@ -1,0 +1,97 @@
+"""The images that wait between two lagged steps: hardened in one, trained in the next.
+
+They belong to a model and to one process, as the batches of processes do. A trainer that resumes bit for bit saves
+:func:`lagged_state` beside the model, and gives it to :func:`load_lagged_state`.
+
+Source: training on adversarial images of earlier weights is ConAdv's (arXiv 2106.00221); that the gradient of one step
+may serve the next is also what AsyncSAM (arXiv 2503.11147) finds.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from entprop_wrap.containers import plain_model
+from entprop_wrap.errors import CheckpointError
+from entprop_wrap.losses import Target
+
+__all__ = ["Waiting", "lagged_state", "load_lagged_state", "put", "waiting_for"]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Hardened images and their targets.
+
+    Attributes:
+        images: ``(m, C, H, W)`` in the pixel space of the step that made them, detached.
+        target: Of the ``m`` images.
+    """
+
+    images: Tensor
+    target: Target
+
+    def fits(self, images: Tensor, labels: Tensor) -> bool:
+        """Return whether these images can be trained in one batch with ``images`` and ``labels``."""
+        mine, theirs = (self.images, self.target.labels), (images, labels)
+        return all(
+            a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and a.device == b.device
+            for a, b in zip(mine, theirs, strict=True)
+        )
+
+
+_waiting: weakref.WeakKeyDictionary[nn.Module, Waiting] = weakref.WeakKeyDictionary()
+
+
+def waiting_for(model: nn.Module, images: Tensor, labels: Tensor) -> Waiting | None:
+    """Return what waits for ``model``; None where nothing does, or nothing that fits the batch.
+
+    Images of another size, as progressive resizing brings them, cannot be trained together: those that wait are lost.
+    """
+    waiting = _waiting.get(plain_model(model))
+    return waiting if waiting is not None and waiting.fits(images, labels) else None
+
+
+def put(model: nn.Module, waiting: Waiting) -> None:
+    """Let ``waiting`` wait for the next step of ``model``, in the place of what waited before."""
+    target = waiting.target  # without the places in its batch, which the next step does not have
+    _waiting[plain_model(model)] = Waiting(waiting.images, Target(target.labels, target.partners, target.share))
+
+
+def lagged_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return what waits for the next step of ``model``, as tensors to save; empty where nothing does."""
+    waiting = _waiting.get(plain_model(model))
+    if waiting is None:
+        return {}
+    target = waiting.target
+    state = {
+        "images": waiting.images,
+        "labels": target.labels,
+        "share": torch.tensor(target.share, dtype=torch.float64),
+    }
+    return state if target.partners is None else {**state, "partners": target.partners}
+
+
+def load_lagged_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Let what :func:`lagged_state` returned wait for the next step of ``model``, on the model's device.
+
+    Raises:
+        CheckpointError: ``state`` is not what :func:`lagged_state` returned.
+    """
+    root = plain_model(model)
+    _waiting.pop(root, None)
+    if not state:
+        return
+    if not {"images", "labels", "share"} <= set(state) <= {"images", "labels", "share", "partners"}:
+        raise CheckpointError(
+            f"Expected the images, labels and share that lagged_state() returned, found {sorted(state)}. Load the file "
+            "that was saved with the model."
+        )
+    device = next((tensor.device for tensor in root.parameters()), state["images"].device)
+    partners = state["partners"].to(device) if "partners" in state else None
+    target = Target(state["labels"].to(device), partners, float(state["share"]))
+    _waiting[root] = Waiting(state["images"].to(device), target)

@@ -1,0 +1,56 @@
+"""Example images under each corruption, as PNG inside the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from entprop_wrap.errors import ImageError
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.reporting.formatting import corruption_name
+from entprop_wrap.robustness import RobustnessResult, corrupt
+from entprop_wrap.robustness.pixels import check_batch, to_pixels
+
+__all__ = ["gallery_of"]
+
+#: Larger images are shrunk to this side, so that a page with 60 of them stays a few megabytes.
+_LARGEST = 128
+
+
+def gallery_of(images: Any, space: PixelSpace, result: RobustnessResult) -> tuple[list[dict[str, Any]], str]:
+    """Return each corruption's pictures, of up to three severities, and at what size they were made."""
+    if not isinstance(images, Tensor):
+        raise ImageError(f"images must be a tensor (N, 3, H, W), found {type(images).__name__}.")
+    check_batch(images, torch.zeros(len(images) if images.ndim else 0, dtype=torch.int64), space, first=True)
+    if images.shape[1] != 3:
+        raise ImageError(f"images must have 3 channels to be shown, found {images.shape[1]}.")
+    pixels = to_pixels(images.detach().cpu(), space)
+    severities = result.severities
+    if len(severities) > 3:
+        severities = (severities[0], severities[len(severities) // 2], severities[-1])
+    rows = []
+    for number, name in enumerate(result.corruptions):
+        example, shown = pixels[number % len(pixels)][None], corruption_name(name)
+        pictures = [{**_picture(example), "alt": f"Example without {shown}", "words": "as it is"}]
+        for severity in severities:
+            changed = corrupt(example, name, severity, torch.Generator().manual_seed(result.seed))
+            pictures.append({**_picture(changed), "alt": f"{shown}, severity {severity}", "words": str(severity)})
+        rows.append({"name": shown, "pictures": pictures})
+    height, width = pixels.shape[-2:]
+    shrunk = f", shown at {_LARGEST} px" if max(height, width) > _LARGEST else ""
+    return rows, f"{width} x {height} px{shrunk}"
+
+
+def _picture(pixels: Tensor) -> dict[str, Any]:
+    image = Image.fromarray(pixels[0].mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy())
+    small = max(image.size) < 64
+    image.thumbnail((_LARGEST, _LARGEST))
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"source": source, "width": image.width, "height": image.height, "small": small}

@@ -1,0 +1,192 @@
+"""``report``: results as one HTML page, filled into the template ``report.html``."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+from torch import Tensor
+
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.options import is_number
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.reporting.diagnostic_panels import panels
+from entprop_wrap.reporting.formatting import check_text, versions
+from entprop_wrap.reporting.gallery import gallery_of
+from entprop_wrap.reporting.heat_maps import heat_maps
+from entprop_wrap.reporting.study import Results, Study, cards, score_rows, study_of, verdict
+from entprop_wrap.reporting.study_charts import study_charts
+from entprop_wrap.robustness.pixels import space_of
+
+__all__ = ["report"]
+
+
+def report(
+    results: Results,
+    path: str | Path,
+    *,
+    title: str = "Robustness",
+    images: Tensor | None = None,
+    pixel_space: PixelSpace | None = None,
+    costs: Mapping[str, float] | None = None,
+    cost_name: str = "passes per step",
+    curves: Mapping[str, Mapping[float, float]] | None = None,
+    diagnostics: Mapping[str, object] | None = None,
+    warnings: Mapping[str, str] | None = None,
+    command: str | None = None,
+    facts: Mapping[str, object] | None = None,
+    confidence: float = 0.95,
+) -> Path:
+    """Write results as one HTML file that needs no other file and no network.
+
+        report({"vanilla": [v0, v1, v2], "EntProp": [e0, e1, e2]}, "report.html", costs={"vanilla": 1, "EntProp": 1.2})
+
+    Args:
+        results: The result of one model; or by name a result, or a list with one for each seed. The first model is the
+            baseline of all differences. All must be of one protocol, and results at the same place belong together.
+        path: File to write; an existing one is replaced, whole or not at all. Folders are made.
+        title: Heading of the page.
+        images: Examples ``(N, 3, H, W)`` in ``pixel_space``, shown under each corruption.
+        pixel_space: Normalisation of ``images``; None: none.
+        costs: Cost of training each model, as a number: passes, seconds, ...
+        cost_name: Name of that number.
+        curves: By model, what :func:`~entprop_wrap.robustness.accuracy_against_epsilon` returns.
+        diagnostics: Results of ``entprop_wrap.diagnostics``, by title.
+        warnings: Texts by name, such as ``Monitor.warnings``, shown above the diagnostics.
+        command: Command line that led here.
+        facts: More to be told, by name: dataset, commit, hardware, ...
+        confidence: Level of the intervals over seeds, in (0, 1).
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigurationError: Results of different protocols or of other types; costs or curves of unknown models; a
+            diagnostic of another type; an option of another type; a path that cannot be written, or is not .html.
+        ImageError: Examples of a wrong type or shape, or too small.
+        PixelRangeError: Examples outside ``pixel_space``.
+    """
+    _check(path, title, cost_name, command, costs=costs, curves=curves, diagnostics=diagnostics, warnings=warnings,
+           facts=facts)  # fmt: skip
+    study = study_of(results, confidence)
+    _check_costs(study, costs or {})
+    _check_curves(study, curves or {})
+    space = space_of(pixel_space)
+    gallery, shown_at = ([], "") if images is None else gallery_of(images, space, study.first)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    page = _template().render(
+        title=title,
+        study=study,
+        verdict=verdict(study),
+        cards=cards(study),
+        columns=study.columns,
+        rows=score_rows(study, costs or {}),
+        cost_name=cost_name if costs else None,
+        charts=study_charts(study, costs or {}, cost_name, curves or {}),
+        maps=heat_maps(study),
+        gallery=gallery,
+        shown_at=shown_at,
+        panels=panels(diagnostics or {}),
+        warnings=warnings or {},
+        command=command,
+        facts={**(facts or {}), "Written": f"{now:%Y-%m-%d %H:%M} UTC", **versions()},
+    )
+    return _write(Path(path), page)
+
+
+def _check(path: Any, title: Any, cost_name: Any, command: Any, **mappings: Any) -> None:
+    if not isinstance(path, (str, Path)):
+        raise ConfigurationError(f"path must be a path such as 'report.html', found {path!r}.")
+    file = Path(path)
+    if file.is_dir():
+        raise ConfigurationError(f"{path} is a folder. Write the file, such as {str(file / 'report.html')!r}.")
+    if file.suffix.lower() not in (".html", ".htm"):
+        more = "; for Markdown use model_card()" if file.suffix.lower() == ".md" else ""
+        raise ConfigurationError(f"path must end in .html, found {str(file)!r}. Write {file.stem + '.html'!r}{more}.")
+    check_text("title", title)
+    check_text("cost_name", cost_name)
+    if command is not None:
+        check_text("command", command)
+    for name, value in mappings.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigurationError(f"{name} must be a dict, found {type(value).__name__}.")
+        for key in value or {}:
+            check_text(f"A name in {name}", key)
+    for key, value in (mappings["warnings"] or {}).items():
+        check_text(f"warnings[{key!r}]", value)
+
+
+def _check_models(study: Study, argument: str, names: Mapping[str, Any]) -> None:
+    if unknown := [name for name in names if name not in study.results]:
+        known = ", ".join(map(repr, study.results))
+        raise ConfigurationError(f"{argument} names {unknown[0]!r}, which has no result. Results are of {known}.")
+
+
+def _check_costs(study: Study, costs: Mapping[str, float]) -> None:
+    _check_models(study, "costs", costs)
+    for name, cost in costs.items():
+        if not is_number(cost):
+            raise ConfigurationError(f"costs[{name!r}] must be a finite number, found {cost!r}.")
+
+
+def _check_curves(study: Study, curves: Mapping[str, Mapping[float, float]]) -> None:
+    _check_models(study, "curves", curves)
+    for name, curve in curves.items():
+        good = isinstance(curve, Mapping) and curve and all(is_number(e) and e >= 0 for e in curve)
+        if not good or not all(is_number(value) and 0 <= value <= 1 for value in curve.values()):
+            raise ConfigurationError(
+                f"curves[{name!r}] must be accuracies in [0, 1] by epsilon, as accuracy_against_epsilon() returns; "
+                f"found {curve!r:.200}."
+            )
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["breakable"] = _breakable
+    environment.globals["spans"] = _spans
+    return environment.from_string(resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+
+
+def _breakable(name: str) -> Markup:
+    """Return a name that may break after its separators, and nowhere else."""
+    return Markup("<wbr>").join(Markup(escape(part)) for part in re.split(r"(?<=[_/.\-])", name))
+
+
+def _spans(number: int) -> list[str]:
+    """Return how wide each of a number of boxes is, so that every row is full: of two, or of three."""
+    if number % 3 == 0:
+        return ["third"] * number
+    if number % 2 == 0 or number == 1:
+        return ["half" if number > 1 else "whole"] * number
+    return ["half"] * (number - 3) + ["third"] * 3
+
+
+def _write(path: Path, text: str) -> Path:
+    """Write a file so that readers find the old one or the new one, and never a part."""
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
+            partial = Path(file.name)
+            file.write(text)
+        # as open to others as any new file, which temporary files are not
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)
+        partial.replace(path)
+    except (OSError, ValueError) as error:  # a path that no file can have, or text that no file can hold
+        raise ConfigurationError(f"{str(path)!r} cannot be written: {error}.") from error
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+    return path

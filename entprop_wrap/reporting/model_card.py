@@ -1,0 +1,147 @@
+"""``model_card``: front matter that the Hub reads scores from, and a section that people read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.reporting.formatting import check_text, corruption_name, decimals_of, percent, versions
+from entprop_wrap.robustness.result import RobustnessResult, markdown_table
+
+__all__ = ["model_card"]
+
+
+def model_card(
+    result: RobustnessResult,
+    *,
+    model: str,
+    dataset: str,
+    dataset_id: str,
+    dataset_config: str | None = None,
+    dataset_split: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    training: str | None = None,
+    command: str | None = None,
+) -> ModelCard:
+    """Return a model card: YAML front matter with ``model-index``, and a section on robustness.
+
+        card = model_card(result, model="pets-entprop", dataset="Oxford-IIIT Pet",
+                          dataset_id="timm/oxford-iiit-pet", dataset_split="test")
+        card.save("README.md")  # or card.push_to_hub("you/pets-entprop")
+
+    It is a whole ``README.md``; add what only you know: what the model is for, and what it must not be used for. Scores
+    in the front matter are in [0, 1], as Hub metrics are; the section shows percent.
+
+    Args:
+        result: Of the main domain, which is what the published model has.
+        model: Name of the model.
+        dataset: Name of the evaluation dataset, for people.
+        dataset_id: Its id on the Hub; for other data any short word.
+        dataset_config: Its configuration.
+        dataset_split: The split that was evaluated on.
+        base_model: Hub id of the model that was fine-tuned.
+        license: Identifier of a licence, as the Hub lists them: "apache-2.0".
+        tags: Further tags, a list.
+        training: A sentence on how it was trained.
+        command: Command line that led here.
+
+    Raises:
+        ConfigurationError: ``result`` is not a RobustnessResult; a text is empty or of another type; ``tags`` is not a
+            list of texts.
+    """
+    if not isinstance(result, RobustnessResult):
+        raise ConfigurationError(f"result must be a RobustnessResult, found {type(result).__name__}.")
+    for name, value in (("model", model), ("dataset", dataset), ("dataset_id", dataset_id)):
+        check_text(name, value)
+    options = {"dataset_config": dataset_config, "dataset_split": dataset_split, "base_model": base_model}
+    for name, option in (options | {"license": license, "training": training, "command": command}).items():
+        if option is not None:
+            check_text(name, option)
+    if isinstance(tags, str) or not isinstance(tags, Sequence):
+        raise ConfigurationError(f"tags must be a list of texts such as ['pets'], found {tags!r}.")
+    for tag in tags:
+        check_text("A tag", tag)
+    data = ModelCardData(
+        license=license,
+        base_model=base_model,
+        pipeline_tag="image-classification",
+        tags=["image-classification", "robustness", "entprop", *tags],
+        datasets=[dataset_id] if "/" in dataset_id else None,
+        metrics=["accuracy"],
+        model_name=model,
+        eval_results=_eval_results(result, dataset, dataset_id, dataset_config, dataset_split),
+    )
+    body = f"# {_text(model)}\n\n{_section(result, dataset, training, command)}"
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _eval_results(
+    result: RobustnessResult, dataset: str, dataset_id: str, config: str | None, split: str | None
+) -> list[EvalResult]:
+    """Return the scores on the dataset, and accuracy on each shift."""
+
+    def entry(kind: str, name: str, value: float, **place: Any) -> EvalResult:
+        place |= {"task_type": "image-classification", "task_name": "Image classification"}
+        return EvalResult(metric_type=kind, metric_name=name, metric_value=value, **place)
+
+    place = {"dataset_name": dataset, "dataset_type": dataset_id, "dataset_config": config, "dataset_split": split}
+    found = [
+        entry("accuracy", "Accuracy (SA)", result.sa, **place),
+        entry("robust_accuracy", f"Mean accuracy under corruptions (RA): {result.protocol}", result.ra, **place),
+        entry("hscore", "Hscore, harmonic mean of SA and RA", result.hscore, **place),
+        entry("mean_class_accuracy", "Mean class accuracy", result.mean_class_accuracy, **place),
+        entry("expected_calibration_error", "Expected calibration error, 15 bins", result.calibration_error, **place),
+    ]
+    for name, scores in result.adversarial.items():
+        found.append(entry("adversarial_accuracy", f"Accuracy under {name}", scores.accuracy, **place))
+    for name, scores in result.shifts.items():
+        kind = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "shift"
+        while kind in [one.dataset_type for one in found]:  # the Hub joins entries of one dataset type
+            kind += "-shift"
+        found.append(entry("accuracy", "Accuracy", scores.accuracy, dataset_name=name, dataset_type=kind))
+    return found
+
+
+def _section(result: RobustnessResult, dataset: str, training: str | None, command: str | None) -> str:
+    def write(value: float) -> str:
+        return percent(value, decimals_of(result))
+
+    scores = {"clean accuracy (SA)": result.sa, "accuracy under corruptions (RA)": result.ra, "Hscore": result.hscore}
+    scores |= {f"accuracy under {_text(name)}": one.accuracy for name, one in result.adversarial.items()}
+    scores |= {f"accuracy on {_text(name)}": one.accuracy for name, one in result.shifts.items()}
+    scores |= {
+        "mean class accuracy": result.mean_class_accuracy,
+        "expected calibration error": result.calibration_error,
+        "expected calibration error, corrupted": result.corrupted_calibration_error,
+    }
+    grid = [["accuracy, %", *(f"severity {one}" for one in result.severities), "mean"]]
+    for name, mean in result.per_corruption.items():
+        cells = [write(result.table[name, severity]) for severity in result.severities]
+        grid.append([corruption_name(name), *cells, write(mean)])
+    grid.append(["mean", *map(write, result.per_severity.values()), write(result.ra)])
+    parts = [
+        "## Robustness",
+        f"Evaluated on {_text(dataset)}: {result.protocol}.",
+        markdown_table([["score", "%"], *([name, write(value)] for name, value in scores.items())]),
+        "SA is accuracy on images as they are, RA the plain mean over all corruptions and severities (not the mean "
+        "corruption error), Hscore their harmonic mean (EntProp, Enomoto, UAI 2024).",
+        markdown_table(grid),
+    ]
+    if training:
+        parts.append(_text(training))
+    if command:
+        fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", command)), default=0))
+        parts.append(f"{fence}\n{command}\n{fence}")
+    said = ", ".join(f"{key} {value}" for key, value in versions().items())
+    return "\n\n".join([*parts, f"Measured with {said}."]) + "\n"
+
+
+def _text(words: str) -> str:
+    """Return words on one line that Markdown shows as they are."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|~])", r"\\\1", " ".join(words.split()))

@@ -1,0 +1,122 @@
+"""The charts of a report: differences, accuracy and calibration by severity, cost, and accuracy against epsilon."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from entprop_wrap.reporting import charts
+from entprop_wrap.reporting.charts import Chart, Line
+from entprop_wrap.reporting.study import Study
+from entprop_wrap.robustness import Estimate, RobustnessResult
+
+__all__ = ["study_charts"]
+
+
+def study_charts(
+    study: Study, costs: Mapping[str, float], cost_name: str, curves: Mapping[str, Mapping[float, float]]
+) -> list[Chart]:
+    """Return the charts that there are numbers for."""
+    found = [_by_severity(study, "accuracy", "accuracy"), _by_severity(study, "calibration_error", "calibration error")]
+    if len(study.results) > 1:
+        if study.seeds > 1:
+            found.insert(0, _differences(study))
+        if costs:
+            found.append(_against_cost(study, costs, cost_name))
+    if curves:
+        found.append(_against_epsilon(study, curves))
+    return found
+
+
+def _differences(study: Study) -> Chart:
+    # attacks move by tens of points, which would hide the others
+    own = ("SA", "RA", "Hscore", "Calibration error", "Calibration error, corrupted")
+    columns = [column for column in study.columns if column.name in own]
+    lines = [
+        _line(name, range(len(columns)), [study.difference(name, column.get) for column in columns], colour)
+        for colour, name in enumerate(study.results)
+        if name != study.baseline
+    ]
+    headings = [f"{column.name}{' ↓' if column.lower_is_better else ''}" for column in columns]
+    title = f"Differences to {study.baseline}"
+    return charts.interval_chart(title, lines, headings, "percentage points", f"{_note(study)} ↓: lower is better.")
+
+
+def _by_severity(study: Study, score: str, words: str) -> Chart:
+    labels: dict[float, str] = {0: "clean", **{one: str(one) for one in sorted(study.first.severities)}}
+    lines = [
+        _line(name, list(labels), [study.score(name, partial(_mean_at, severity=at, score=score)) for at in labels], n)
+        for n, name in enumerate(study.results)
+    ]
+    error = score == "calibration_error"
+    said = "Lower is better: how far confidence is from accuracy. " if error else ""
+    return charts.line_chart(
+        f"{words.capitalize()} by severity",
+        lines,
+        "severity",
+        f"{words}, %",
+        write=partial(_write, study),
+        x_labels=labels,
+        from_zero="y" if error else "",
+        note=said + _note(study),
+    )
+
+
+def _against_cost(study: Study, costs: Mapping[str, float], cost_name: str) -> Chart:
+    lines = [
+        _line(name, [float(costs[name])], [study.score(name, lambda result: result.hscore)], colour)
+        for colour, name in enumerate(study.results)
+        if name in costs
+    ]
+    return charts.line_chart(
+        f"Hscore against {cost_name}",
+        lines,
+        cost_name,
+        "Hscore, %",
+        write=partial(_write, study),
+        joined=False,
+        from_zero="x",
+        note=_note(study),
+    )
+
+
+def _against_epsilon(study: Study, curves: Mapping[str, Mapping[float, float]]) -> Chart:
+    lines = []
+    for colour, name in enumerate(study.results):
+        if curve := curves.get(name):
+            sizes = sorted(curve)
+            accuracies = [100 * float(curve[size]) for size in sizes]
+            lines.append(Line(name, [round(255 * float(size), 6) for size in sizes], accuracies, colour=colour))
+    places = sorted({x for line in lines for x in line.x})
+    powers = [x for x in places if not x or math.log2(x).is_integer()]
+    return charts.line_chart(
+        "Accuracy against epsilon",
+        lines,
+        "epsilon, in 255ths of the pixel range",
+        "accuracy, %",
+        write=partial(_write, study),
+        x_labels={x: f"{x:.3g}" for x in (powers if len(powers) > 1 else places)},
+        x_scale="log1p",
+        note="A curve that does not come down to 0 tells of an attack that fails. Axis: log(1 + epsilon).",
+    )
+
+
+def _line(name: str, x: Sequence[float], estimates: Sequence[Estimate], colour: int) -> Line:
+    spread = [None if one.half_width is None else 100 * one.half_width for one in estimates]
+    return Line(name, x, [100 * one.mean for one in estimates], spread, colour)
+
+
+def _mean_at(result: RobustnessResult, severity: float, score: str) -> Any:
+    """Return a score averaged over the corruptions of a severity; 0 is the images as they are."""
+    found = [scores for (_, at), scores in result.corrupted.items() if at == severity] if severity else [result.clean]
+    return sum(getattr(scores, score) for scores in found) / len(found)
+
+
+def _note(study: Study) -> str:
+    return f"Bars: {study.confidence} t-intervals over {study.seeds} seeds." if study.seeds > 1 else ""
+
+
+def _write(study: Study, value: float) -> str:
+    return f"{value:.{study.decimals}f}"

@@ -1,0 +1,133 @@
+"""One pass for two domains: the first rows of a batch run in the main domain, the rest in an auxiliary one.
+
+Norm layers split their input along dimension 0, so that is right only where the rows of an image lie together there, in
+the order of the batch. Nothing in a model says so; :func:`prove_rows` tries it out.
+
+Source: the joint batch of split batch norms (Xie et al., CVPR 2020; timm's ``SplitBatchNorm2d``), for any norm.
+"""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+
+from entprop_wrap.checks import raw_logits
+from entprop_wrap.containers import plain_model, walk
+from entprop_wrap.domains import Key, Rows
+from entprop_wrap.errors import UnsupportedModelError
+from entprop_wrap.registry import Registry, find_registry
+
+__all__ = ["prove_rows", "rows_split"]
+
+#: Registries whose model has been tried out, with the auxiliaries it was tried with.
+_proven: weakref.WeakKeyDictionary[Registry, set[str]] = weakref.WeakKeyDictionary()
+
+#: How far the joint pass may be from two separate ones, relative to the largest logit: kernels differ by batch size.
+_TOLERANCE = 1e-3
+
+
+@contextmanager
+def rows_split(model: nn.Module, auxiliary: str, main: int, total: int) -> Iterator[None]:
+    """Run the first ``main`` of ``total`` images through the main norms and the rest through ``auxiliary``.
+
+    Args:
+        model: The wrapped model, in any container; :func:`prove_rows` has accepted it.
+        auxiliary: Name of the auxiliary domain.
+        main: Number of images of the main domain, above 0 and below ``total``.
+        total: Number of images of every pass inside the with-block.
+    """
+    with find_registry(model).switch.block(Rows(auxiliary, main, total)):
+        yield
+
+
+def prove_rows(model: nn.Module, images: Tensor, auxiliary: str) -> None:
+    """Raise unless one pass over split rows equals two separate passes; tried once per model, then remembered.
+
+    Copies are moved away from the norms for the trial, as equal ones would hide every error, and put back. The passes
+    run in evaluation mode, so that nothing is drawn and no statistic moves.
+
+    Args:
+        model: The wrapped model, in any container.
+        images: ``(N, C, H, W)``, N at least 2; up to 5 of them are used.
+        auxiliary: Name of the auxiliary domain.
+
+    Raises:
+        UnsupportedModelError: The rows of some layer are not those of the images, in their order. Names the first.
+    """
+    registry = find_registry(model)
+    if auxiliary in _proven.setdefault(registry, set()):
+        return
+    root = plain_model(model)
+    images = images[:5].detach()  # an odd number, split unevenly, so that no symmetry hides a permutation
+    main = max(1, len(images) // 2)
+    parts: list[dict[str, Tensor]] = [{}, {}]
+    joint: dict[str, Tensor] = {}
+    with _trial(root, registry, auxiliary):
+        _record(root, registry, None, images[:main], parts[0])
+        _record(root, registry, auxiliary, images[main:], parts[1])
+        with suppress(UnsupportedModelError):  # of a norm whose rows are no multiple: it is named below
+            _record(root, registry, Rows(auxiliary, main, len(images)), images, joint)
+    for name in parts[0]:
+        if name not in joint or not _equal(joint[name], [part[name] for part in parts if name in part]):
+            layer = f"the norm layer {name!r}" if name else "a layer after the last norm"
+            raise UnsupportedModelError(
+                f"lagged=True runs two domains in one pass, for which the rows of an image must lie together along "
+                f"dimension 0; in {type(root).__name__} they do not at {layer}. Write lagged=False."
+            )
+    _proven[registry].add(auxiliary)
+
+
+def _record(root: nn.Module, registry: Registry, key: Key, images: Tensor, found: dict[str, Tensor]) -> None:
+    """Put what each norm that runs gives into ``found``, by its name and in its order, and the logits under ""."""
+    handles = []
+    for name, norm in registry.norms.items():
+
+        def note(module: nn.Module, args: object, output: Tensor, name: str = name) -> None:
+            found[name] = output.detach()
+
+        handles.append(norm.register_forward_hook(note))
+    try:
+        with registry.switch.block(key):
+            found[""] = raw_logits(root(images)).detach()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _equal(joint: Tensor, parts: list[Tensor]) -> bool:
+    if any(part.ndim != joint.ndim or part.shape[1:] != joint.shape[1:] for part in parts):
+        return False
+    separate = torch.cat(parts)
+    if separate.shape != joint.shape or not bool(separate.isfinite().all()):
+        return False
+    return float((joint - separate).abs().max()) <= _TOLERANCE * max(float(separate.abs().max()), 1e-12)
+
+
+@contextmanager
+def _trial(root: nn.Module, registry: Registry, auxiliary: str) -> Iterator[None]:
+    """Make the copies differ from the norms, and the model deterministic, inside the with-block."""
+    parameters = [p for copy in registry.copies(auxiliary) for p in copy.parameters(recurse=False)]
+    buffers = [b for copy in registry.copies(auxiliary) for b in copy.buffers(recurse=False) if b.is_floating_point()]
+    before = [tensor.detach().clone() for tensor in (*parameters, *buffers)]
+    modes = [(module, module.training) for module in walk(root)]
+    dice = random.Random(0)
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for tensor in parameters:  # by numbers, which sharded tensors take too; also where a weight starts at 0
+                tensor.mul_(dice.uniform(0.5, 0.8)).add_(dice.uniform(0.1, 0.3))
+            for tensor in buffers:  # variances stay positive
+                tensor.mul_(dice.uniform(1.5, 2.5))
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip((*parameters, *buffers), before, strict=True):
+                tensor.copy_(value)
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,5 @@
+"""``python -m entprop_wrap.train``."""
+
+from entprop_wrap.train import main
+
+main()

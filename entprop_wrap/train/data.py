@@ -1,0 +1,172 @@
+"""The data: scikit-learn's digits, an image folder, or an image dataset of the Hub."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from entprop_wrap.errors import DataError
+from entprop_wrap.integrations.hub_datasets import eval_transform, in_memory, load_images, train_transform
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.train.options import DIGITS, Options, did_you_mean
+
+__all__ = ["Data", "load", "say"]
+
+
+@dataclass
+class Data:
+    """A dataset, ready for any model.
+
+    Attributes:
+        name: What to call it in the table.
+        classes: Class names, in the order of the labels.
+        train: Images to train on: float ``(3, H, W)``, normalised to ``space``, and an integer label.
+        test: Images that everything is measured on, while training and after.
+        space: What the images were normalised with.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Any
+    test: Any
+    space: PixelSpace
+
+    def loader(self, batch_size: int, workers: int) -> DataLoader[Any]:
+        """Return the test images in a fixed order."""
+        return DataLoader(self.test, batch_size=batch_size, num_workers=workers)
+
+
+def load(options: Options, space: PixelSpace, size: int) -> Data:
+    """Load ``options.dataset`` for a model that takes images of ``size`` pixels in ``space``.
+
+    Raises:
+        DataError: There are no such images, or none with labels.
+    """
+    data = digits(options, space) if options.dataset == DIGITS else images(options, space, size)
+    number = len(data.test)
+    if options.robustness_images and options.robustness_images < number:
+        chosen = torch.randperm(number, generator=torch.Generator().manual_seed(0))
+        data.test = Subset(data.test, chosen[: options.robustness_images].tolist())
+    return data
+
+
+def say(note: str) -> None:
+    """Print a note, once, however many processes there are."""
+    if accelerate.PartialState().is_main_process:
+        print(f"note: {note}", flush=True)
+
+
+def digits(options: Options, space: PixelSpace) -> Data:
+    """Return 8x8 digits as 32 px RGB: a few hundred to train on (small data is the paper's claim), the rest tests."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    raw, labels = load_digits(return_X_y=True)
+    pixels = torch.tensor(raw, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    pixels = torch.nn.functional.interpolate(pixels, size=32, mode="bilinear").clamp(0, 1).expand(-1, 3, -1, -1)
+    normalised = (pixels - torch.tensor(space.mean).view(-1, 1, 1)) / torch.tensor(space.std).view(-1, 1, 1)
+    size = options.max_train or 300
+    if not 10 <= size <= len(labels) - 10:
+        raise DataError(f"--max-train of digits: expected 10 to {len(labels) - 10:,} images, found {size:,}.")
+    train, test = train_test_split(range(len(labels)), train_size=size, stratify=labels, random_state=0)
+    targets = torch.tensor(labels)
+    images, tests = (TensorDataset(normalised[rows].contiguous(), targets[rows]) for rows in (train, test))
+    return Data("digits", tuple("0123456789"), images, tests, space)
+
+
+def images(options: Options, space: PixelSpace, size: int) -> Data:
+    """Return a local folder or a dataset of the Hub."""
+    find(options.dataset)
+    train: Callable[[Any], Any] = train_transform(size, normalize=space)
+    evaluate: Callable[[Any], Any] = eval_transform(size, normalize=space)
+    logging.getLogger(load_images.__module__).setLevel(logging.ERROR)  # its notes are printed here
+    try:
+        data = load_images(
+            options.dataset,
+            train_split=options.train_split,
+            eval_split=options.eval_split,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            train_transform=train,
+            eval_transform=evaluate,
+            max_train=options.max_train,
+            max_eval=options.max_eval,
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, DataError):
+            raise
+        there = Path(options.dataset).expanduser().is_dir()
+        start = f"--dataset {options.dataset}:" if there else f"{_no_folder(options.dataset)} and not found:"
+        raise DataError(f"{start} {str(error).strip() or type(error).__name__}") from error
+    for note in (*data.notes, *empty(Path(options.dataset)), *untested(data)):
+        say(note)
+    found = Data(options.dataset.rstrip("/").rsplit("/", 1)[-1], data.classes, data.train, data.eval, space)
+    if options.in_memory:
+        # A little larger than the model's input, so that random crops still have something to choose from.
+        larger = round(size * 8 / 7)
+        found.train, found.test = in_memory(data.train, larger, train), in_memory(data.eval, larger, evaluate)
+    return found
+
+
+def find(name: str) -> None:
+    """Raise at once where there is neither a folder with files nor a dataset of the Hub: the Hub would be asked often.
+
+    Raises:
+        DataError: There is no such data; the message says where it was looked for.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any(child.is_file() for child in path.rglob("*")):
+            raise DataError(f"--dataset {name}: the folder is empty. Expected class folders of images, or a table.")
+        return
+    if path.exists():
+        raise DataError(f"--dataset {name}: expected a folder, found a file.")
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    if datasets.config.HF_HUB_OFFLINE or any(cache.glob(name.replace("/", "___"))):
+        return
+    try:
+        HfApi().dataset_info(name, timeout=20)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise DataError(f"{_no_folder(name)} and the Hub has no public dataset of that name.") from error
+    except Exception as error:  # of whatever library connects
+        raise DataError(f"{_no_folder(name)} and the Hub was not reached ({type(error).__name__}: {error}).") from error
+
+
+def _no_folder(name: str) -> str:
+    path = Path(name).expanduser()
+    near = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
+    guess = did_you_mean(path.name, [*near, DIGITS])
+    return f"--dataset {name}: there is no such folder ({path.absolute()}).{guess} It was taken for a Hub id,"
+
+
+def empty(folder: Path) -> list[str]:
+    """Return a note where folders that look like classes hold no files."""
+    if not folder.is_dir():
+        return []
+    found = [
+        str(one.relative_to(folder))
+        for one in sorted(folder.rglob("*"))
+        if one.is_dir() and not one.name.startswith(".") and not any(child.is_file() for child in one.rglob("*"))
+    ]
+    return [f"empty and left out: {_some(found)}"] if found else []
+
+
+def untested(data: Any) -> list[str]:
+    """Return a note where classes have no test images."""
+    there = set(data.eval.labels.tolist())
+    missing = [name for index, name in enumerate(data.classes) if index not in there]
+    return [f"classes without test images, so that nothing is known of them: {_some(missing)}"] if missing else []
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

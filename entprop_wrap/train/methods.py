@@ -1,0 +1,217 @@
+"""Every method by name, made from the command line: options are the fields of its dataclass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any, get_args, get_type_hints
+
+from entprop_wrap.attacks import PGD
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.methods import (
+    MEADA,
+    AdversarialTraining,
+    AdvProp,
+    EntProp,
+    FastAdvProp,
+    FineGrainedAdvProp,
+    MixProp,
+    Vanilla,
+)
+from entprop_wrap.methods.experimental import EntropicRetraining
+from entprop_wrap.mixing import CutMix, MixUp
+from entprop_wrap.selection import cross_entropy, entropy, least_confidence, logit_margin, random
+from entprop_wrap.train.options import DIGITS, MethodOptions, Options, did_you_mean, flag
+from entprop_wrap.train.options import fraction as read_fraction
+from entprop_wrap.trainer import MaximumEntropyGrowth
+
+
+def weak_and_strong(strong: PGD) -> FineGrainedAdvProp:
+    """Return AdvProp with two attacks: a quarter of epsilon in one step, and all of it."""
+    weak = PGD(strong.epsilon / 4, steps=1, step_size=strong.epsilon / 4, random_start=False)
+    return FineGrainedAdvProp({"weak": weak, "strong": strong})
+
+
+#: To add a method, add a line, and its name in options.METHODS.
+METHODS: dict[str, Callable[[], Any]] = {
+    "vanilla": Vanilla,
+    "label_smoothing": partial(Vanilla, label_smoothing=0.1),
+    "entropy_maximisation": partial(Vanilla, entropy_weight=0.1),
+    "entprop": EntProp,
+    "entprop_finetuning": EntProp.finetuning,
+    "random_selection": partial(EntProp, uncertainty=random),
+    "shared_norms": partial(EntProp, auxiliary=None),
+    "mixprop": MixProp,
+    "advprop": AdvProp,
+    "fine_grained_advprop": lambda: weak_and_strong(PGD()),
+    "fast_advprop": FastAdvProp,
+    "me_ada": partial(MEADA, fraction=0.2),
+    "me_ada_growth": Vanilla,  # and growth(), below
+    "pgd_at": AdversarialTraining,
+    "trades": partial(AdversarialTraining, kind="trades"),
+    "entropic_retraining": EntropicRetraining,
+}
+#: What a name stands for: not to be changed under this name.
+FIXED = {
+    "vanilla": ("label_smoothing", "entropy_weight"),
+    "label_smoothing": ("entropy_weight",),
+    "entropy_maximisation": ("label_smoothing",),
+    "entprop_finetuning": ("fraction", "mix", "mix.alpha", "mix_on"),
+    "random_selection": ("uncertainty", "threshold"),
+    "me_ada_growth": ("label_smoothing", "entropy_weight"),
+    "pgd_at": ("kind",),
+    "trades": ("kind",),
+}
+NAMED: dict[str, dict[str, Any]] = {
+    "uncertainty": {
+        "entropy": entropy,
+        "cross-entropy": cross_entropy,
+        "confidence": least_confidence,
+        "margin": logit_margin,
+        "random": random,
+    },
+    "mix": {"mixup": MixUp(), "cutmix": CutMix(), "none": None},
+}
+WORDS = {"true": True, "false": False, "none": None}
+
+
+def build(options: Options) -> dict[str, Any]:
+    """Return the methods to compare, by name.
+
+    Raises:
+        ConfigurationError: An option that none of the methods takes, or a value that a method refuses.
+    """
+    methods = {name: METHODS[name]() for name in options.methods}
+    changes: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    if options.epsilon is None and options.dataset == DIGITS:
+        for name, method in methods.items():
+            if taken := field_for(name, method, "epsilon"):
+                changes[name][taken] = 0.1
+    for shown, field, value in _flags(options):
+        takers = {name: taken for name, method in methods.items() if (taken := field_for(name, method, field))}
+        if not takers:
+            raise ConfigurationError(
+                f"{shown}: taken by none of the methods {', '.join(methods)}. Leave it out, or name a method in "
+                "--methods that takes it."
+            )
+        for name, taken in takers.items():
+            changes[name][taken] = value
+    for assignment in options.set:
+        for name, (taken, value) in _assigned(assignment, methods).items():
+            changes[name][taken] = value
+    return {name: changed(method, changes[name]) for name, method in methods.items()}
+
+
+def epochs(method: Any, options: Options) -> int:
+    """Return for how many epochs to train: fewer where a method has a published budget and it is asked for."""
+    assert options.epochs is not None
+    if options.equal_cost and isinstance(method, FastAdvProp):
+        return method.equal_cost_epochs(options.epochs)
+    return options.epochs
+
+
+def growth(name: str, options: Options) -> MaximumEntropyGrowth | None:
+    """Return how the training data grows, as published for CIFAR: twice, after each tenth of the epochs."""
+    if name != "me_ada_growth":
+        return None
+    assert options.epochs is not None
+    return MaximumEntropyGrowth.cifar(every=max(1, options.epochs // 10))
+
+
+def _flags(options: Options) -> Iterator[tuple[str, str, Any]]:
+    """Yield what the command line gives: the flag, the name of the field, and its value."""
+    for one in fields(MethodOptions):
+        value = getattr(options, one.name)
+        if one.name in ("methods", "set", "equal_cost") or value is None:
+            continue
+        if one.name == "mix":
+            value = NAMED["mix"][value]
+        yield flag(one.name), one.name.replace("mix_alpha", "mix.alpha"), value
+
+
+def _assigned(assignment: str, methods: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Return the field and the value that ``--set`` gives to each method: of one, or of all that have the field."""
+    field, equals, text = (part.strip() for part in assignment.partition("="))
+    if not equals:
+        raise ConfigurationError(f"--set {assignment}: expected NAME=VALUE, such as targeted=true.")
+    owner, _, rest = field.partition(".")
+    chosen, field = ([owner], rest) if owner in methods else (list(methods), field)
+    takers = {name: taken for name in chosen if (taken := field_for(name, methods[name], field))}
+    if not takers:
+        known = {name: settable(name, methods[name]) for name in chosen}
+        there = "; ".join(f"{name}: {', '.join(names) or 'nothing'}" for name, names in known.items())
+        guess = did_you_mean(field, [one for names in known.values() for one in names])
+        raise ConfigurationError(f"--set {assignment}: there is no {field!r} to set in {there}.{guess}")
+    return {name: (taken, read(taken, text, methods[name])) for name, taken in takers.items()}
+
+
+def settable(name: str, method: Any) -> list[str]:
+    """Return the fields of the method ``name`` that can be changed; of those in a field, ``outer.inner``."""
+    return [field for field in plain_fields(method) if field not in ("auxiliary", *FIXED.get(name, ()))]
+
+
+def field_for(name: str, method: Any, field: str) -> str | None:
+    """Return the field of a method that an option means: ``attack.steps`` for attack_steps; None: it has none."""
+    known = settable(name, method)
+    names = (field, field.replace("attack_", "attack.", 1), f"attack.{field}")
+    return next((one for one in names if one in known), None)
+
+
+def plain_fields(value: Any) -> list[str]:
+    """Return the names of all fields that can be written on a command line."""
+    if isinstance(value, FineGrainedAdvProp):  # whose attacks are made from the strong one
+        own = [one.name for one in fields(value) if one.name not in ("branches", "weight")]
+        return [*own, *(f"attack.{name}" for name in ("epsilon", "steps", "step_size"))]
+    found = []
+    for field in fields(value):
+        inner = getattr(value, field.name)
+        if is_dataclass(inner):
+            found += [f"{field.name}.{name}" for name in plain_fields(inner)]
+        if field.name in NAMED or inner is None or isinstance(inner, (bool, int, float, str)):
+            found.append(field.name)
+    return found
+
+
+def changed(value: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a dataclass with all ``changes`` made at once: its own checks see them together."""
+    if isinstance(value, FineGrainedAdvProp):
+        own = {name: new for name, new in changes.items() if "." not in name}
+        attack = {name.partition(".")[2]: new for name, new in changes.items() if "." in name}
+        return replace(weak_and_strong(changed(value.branches["strong"], attack)), **own)
+    parts: dict[str, dict[str, Any]] = {}
+    for name, new in changes.items():
+        outer, _, inner = name.partition(".")
+        parts.setdefault(outer, {})[inner] = new
+    if isinstance(value, PGD) and "epsilon" in parts:  # steps keep their share of epsilon
+        value = value.at(parts.pop("epsilon")[""])
+    made = {}
+    for name, part in parts.items():
+        inner = part.pop("", getattr(value, name))
+        made[name] = changed(inner, part) if part else inner
+    return replace(value, **made)
+
+
+def read(field: str, text: str, method: Any) -> Any:
+    """Return what a value means: a name, true, false, none, a number such as 4/255, or the text.
+
+    Whether it fits is for the method to say.
+    """
+    if field in NAMED:
+        if text not in NAMED[field]:
+            raise ConfigurationError(f"--set {field}={text}: expected one of {', '.join(NAMED[field])}.")
+        return NAMED[field][text]
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    *outer, last = field.split(".")
+    for name in outer:
+        method = getattr(method, name, PGD())
+    hint = get_type_hints(type(method))[last]
+    if str in (hint, *get_args(hint)):  # such as the name of a layer, which may look like a number
+        return text
+    for kind in (int, read_fraction):
+        try:
+            return kind(text)
+        except Exception:
+            continue
+    return text

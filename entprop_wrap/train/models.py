@@ -1,0 +1,180 @@
+"""The models: a small built-in CNN, or any image classifier of torchvision, timm or the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from entprop_wrap.errors import CheckpointError, ConfigurationError
+from entprop_wrap.integrations.hub_datasets import image_format
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.train.data import say
+from entprop_wrap.train.options import SMALL, Options, did_you_mean
+
+IMAGENET = PixelSpace((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass
+class Blueprint:
+    """How to build a model, and what it takes.
+
+    Attributes:
+        build: ``class names -> model``, fresh each time.
+        space: What its images are normalised with.
+        size: Height and width of its images, pixels.
+        load: Three lines of Python that load what training writes, with ``{folder}`` and ``{classes}``.
+    """
+
+    build: Callable[[tuple[str, ...]], nn.Module]
+    space: PixelSpace
+    size: int
+    load: str
+
+
+def find(options: Options) -> Blueprint:
+    """Find ``options.model``: the built-in CNN, a folder or Hub id, or a name of torchvision or timm, in this order.
+
+    Raises:
+        ConfigurationError: There is no such model.
+    """
+    name = options.model
+    if name == SMALL:
+        load = _load("from entprop_wrap.train.models import small_cnn", "small_cnn({classes})")
+        return Blueprint(
+            lambda classes: small_cnn(len(classes)), PixelSpace((0.5,), (0.5,)), options.image_size or 32, load
+        )
+    if Path(name).is_dir() or "/" in name:
+        return hub(name, options)
+    import torchvision
+
+    if name in torchvision.models.list_models(module=torchvision.models):
+        weights = "DEFAULT" if options.pretrained else None
+
+        def build(classes: tuple[str, ...]) -> nn.Module:
+            model: nn.Module = torchvision.models.get_model(name, weights=weights)
+            replace_last_linear(model, len(classes))
+            return model
+
+        load = _load("import torchvision", f'torchvision.models.get_model("{name}", num_classes={{classes}})')
+        return Blueprint(build, IMAGENET, options.image_size or 224, load)
+    import timm
+
+    if not timm.is_model(name):
+        known = [SMALL, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
+        raise ConfigurationError(
+            f"--model {name}: expected {SMALL}, a local folder, a Hub id such as microsoft/resnet-50, or a name that "
+            f"torchvision.models.list_models() or timm.list_models() knows.{did_you_mean(name, known)}"
+        )
+    config: Any = timm.get_pretrained_cfg(name)
+    size = options.image_size or config.input_size[-1]
+    return Blueprint(
+        lambda classes: timm.create_model(name, pretrained=options.pretrained, num_classes=len(classes)),
+        PixelSpace.from_timm(config),
+        size,
+        _load("import timm", f'timm.create_model("{name}", num_classes={{classes}})'),
+    )
+
+
+def _load(library: str, model: str) -> str:
+    weights = 'model.load_state_dict(load_file("{folder}/model.safetensors"))'
+    return f"{library}; from safetensors.torch import load_file\nmodel = {model}\n{weights}"
+
+
+def start_from(model: nn.Module, path: Path | None) -> nn.Module:
+    """Give a model trained weights: of a safetensors file, or of the model.safetensors in a folder; None: as it is.
+
+    Raises:
+        CheckpointError: There are none, or those of another model.
+    """
+    if path is None:
+        return model
+    file = path / "model.safetensors" if path.is_dir() else path
+    try:
+        model.load_state_dict(load_file(file))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"--weights {path}: expected the weights of this very model, in a safetensors file or in a folder such as "
+            f"outputs/train/vanilla-seed0/model, which train.py wrote. {str(error)[:500]}"
+        ) from error
+    return model
+
+
+def hub(name: str, options: Options) -> Blueprint:
+    """Return a Hugging Face image classifier, by Hub id or from a local folder.
+
+    Raises:
+        ConfigurationError: There is none, or none with an image processor.
+    """
+    import transformers
+
+    auto: Any = transformers
+    try:
+        processor = auto.AutoImageProcessor.from_pretrained(name)
+        auto.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        where = "a folder" if Path(name).is_dir() else "no local folder; as a Hub id"
+        why = str(error).strip().splitlines()[0]
+        raise ConfigurationError(f"--model {name} is {where}, it has no image classifier to load: {why}") from error
+
+    def build(classes: tuple[str, ...]) -> nn.Module:
+        labels = {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
+        if options.pretrained:
+            model: nn.Module = auto.AutoModelForImageClassification.from_pretrained(
+                name, ignore_mismatched_sizes=True, **labels
+            )
+        else:
+            model = auto.AutoModelForImageClassification.from_config(auto.AutoConfig.from_pretrained(name, **labels))
+        repair_keep_probabilities(model)
+        return model
+
+    size = options.image_size or image_format(processor).size[0]
+    load = (
+        "from transformers import AutoModelForImageClassification\n"
+        'model = AutoModelForImageClassification.from_pretrained("{folder}")\n'
+        "model.eval()"
+    )
+    return Blueprint(build, PixelSpace.from_processor(processor), size, load)
+
+
+def repair_keep_probabilities(model: nn.Module) -> None:
+    """Undo two conventions of TensorFlow that some converted models carry into PyTorch, where they mean the opposite.
+
+    MobileNetV1 in transformers drops 99.9 % of its features in training (TensorFlow *keeps* so many) and forgets its
+    running statistics at every batch (momentum 0.9997, where TensorFlow keeps that share).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p >= 0.9:
+            say(f"{name} drops {module.p:.1%} of its input, surely a keep probability; set to {1 - module.p:.1%}")
+            module.p = 1 - module.p
+        if isinstance(module, nn.BatchNorm2d) and module.momentum is not None and module.momentum > 0.9:
+            module.momentum = 0.1
+
+
+def replace_last_linear(model: nn.Module, classes: int) -> None:
+    """Give a torchvision classifier another number of classes."""
+    name, last = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    parent = model.get_submodule(name.rpartition(".")[0])
+    setattr(parent, name.rpartition(".")[2], nn.Linear(last.in_features, classes))
+
+
+def small_cnn(classes: int, width: int = 16) -> nn.Module:
+    """Return four convolutions with batch norm, for 32 px images: 60,000 parameters."""
+
+    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(3, width, 1),
+        *block(width, 2 * width, 2),
+        *block(2 * width, 4 * width, 2),
+        *block(4 * width, 4 * width, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, classes),
+    )

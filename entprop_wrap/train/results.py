@@ -1,0 +1,178 @@
+"""The results: a table, results.json, a page to look at, and a figure of the learning curves."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from entprop_wrap import diagnostics
+from entprop_wrap.methods import EntProp
+from entprop_wrap.reporting import report
+from entprop_wrap.train.data import Data, say
+from entprop_wrap.train.options import Options
+
+
+@dataclass
+class Run:
+    """One training run.
+
+    Attributes:
+        method: Name of the method.
+        seed: Its seed.
+        seconds: Wall time of training, with its evaluations on the way, over all resumptions.
+        history: The records of metrics.jsonl.
+        scores: Result of ``evaluate_robustness``.
+        diagnostics: Results of ``entprop_wrap.diagnostics`` by title, of the first seed.
+        warnings: What the monitor said, by signature.
+    """
+
+    method: str
+    seed: int
+    seconds: float
+    history: list[dict[str, Any]] = field(default_factory=list)
+    scores: Any = None
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+    warnings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passes(self) -> float:
+        """Mean passes per step."""
+        return statistics.fmean(record["passes"] for record in self.history if "passes" in record)
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Read the records of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(runs: Sequence[Run], data: Data) -> str:
+    """Return one row per method: means over seeds, with sample standard deviations; then what monitors said."""
+    attacks = list(runs[0].scores.adversarial)
+    head = ["method", "seeds", "SA", "RA", "Hscore", *attacks, "seconds", "passes per step"]
+    lines = [
+        f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes. "
+        f"SA: clean accuracy on {runs[0].scores.images:,} test images. RA: {runs[0].scores.protocol}.",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+    ]
+    for method in dict.fromkeys(run.method for run in runs):
+        mine = [run for run in runs if run.method == method]
+        cells = [_spread([getattr(run.scores, score) for run in mine]) for score in ("sa", "ra", "hscore")]
+        cells += [_spread([run.scores.adversarial[name].accuracy for run in mine]) for name in attacks]
+        seconds = statistics.fmean(run.seconds for run in mine)
+        passes = statistics.fmean(run.passes for run in mine)
+        lines.append(f"| {method} | {len(mine)} | {' | '.join(cells)} | {seconds:.0f} | {passes:.2f} |")
+    said = [f"{run.method}, seed {run.seed}: {text}" for run in runs for text in run.warnings.values()]
+    lines += ["", *said] if said else []
+    return "\n".join(lines)
+
+
+def save(runs: Sequence[Run], data: Data, options: Options) -> None:
+    """Write results.json, report.html and curves.png into the output folder."""
+    output = options.output
+    results = {
+        "data": data.name,
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "runs": [
+            {
+                **run.scores.to_dict(),
+                "method": run.method,
+                "seed": run.seed,  # of the training; that of the corruptions is in "protocol"
+                "seconds": round(run.seconds, 2),
+                "passes_per_step": round(run.passes, 4),
+                "warnings": run.warnings,
+            }
+            for run in runs
+        ],
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    page(runs, data, options, output / "report.html")
+    curves(runs, output / "curves.png")
+    print(f"\nResults: {output / 'results.json'}   to look at: {output / 'report.html'}, {output / 'curves.png'}")
+
+
+def diagnose(name: str, method: Any, model: nn.Module, data: Data, options: Options) -> dict[str, Any]:
+    """Look at a trained model before its copies go: how far they are, and what the method does to test images."""
+    found: dict[str, Any] = {f"{name}: auxiliary against main norms": diagnostics.domain_gap(model)}
+    if isinstance(method, EntProp):
+        loader = data.loader(options.batch_size, options.workers)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            stages = diagnostics.entropy_stages(model, loader, method=method, pixel_space=data.space, progress=False)
+        for warning in caught:
+            say(f"a diagnosis of {name} after training, on which the table does not depend: {warning.message}")
+        found[f"{name}: entropy of test images"] = stages
+    return found
+
+
+def page(runs: Sequence[Run], data: Data, options: Options, path: Path) -> Path:
+    """Write the report: scores over the seeds, what they cost, and some of the test images under each corruption."""
+    methods = {
+        method: [run for run in runs if run.method == method] for method in dict.fromkeys(r.method for r in runs)
+    }
+    seeds = sorted({run.seed for run in runs})
+    examples = [data.test[index][0] for index in range(min(4, len(data.test)))]
+    facts = {
+        "Data": f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes",
+        "Training": f"{options.epochs} epochs; seeds {', '.join(map(str, seeds))}",
+        "Seconds of training": ", ".join(
+            f"{method} {statistics.fmean(run.seconds for run in mine):.0f}" for method, mine in methods.items()
+        ),
+    }
+    return report(
+        {method: [run.scores for run in mine] for method, mine in methods.items()},
+        path,
+        title=f"{data.name}, {options.model}",
+        images=torch.stack(examples),
+        pixel_space=data.space,
+        costs={method: round(statistics.fmean(run.passes for run in mine), 2) for method, mine in methods.items()},
+        diagnostics={title: found for run in runs for title, found in run.diagnostics.items()},
+        warnings={
+            f"{run.method}, seed {run.seed}, {signature}": text
+            for run in runs
+            for signature, text in run.warnings.items()
+        },
+        command=shlex.join(["python", *sys.argv]),
+        facts=facts,
+    )
+
+
+def curves(runs: Sequence[Run], path: Path) -> None:
+    """Draw training loss and accuracy on the test images of the table over epochs, one colour per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    methods = list(dict.fromkeys(run.method for run in runs))
+    for run in runs:
+        style = {"color": f"C{methods.index(run.method)}", "alpha": 0.8}
+        label = run.method if run.seed == runs[0].seed else None
+        for axis, key, line in ((axes[0], "main_loss", "-"), (axes[0], "aux_loss", ":"), (axes[1], "accuracy", "-")):
+            points = [(record["epoch"], record[key]) for record in run.history if key in record]
+            if points:
+                axis.plot(*zip(*points, strict=True), line, label=label if line == "-" else None, **style)
+    axes[0].set(xlabel="epoch", ylabel="training loss (dotted: auxiliary)", yscale="log")
+    axes[1].set(xlabel="epoch", ylabel=f"SA on the {runs[0].scores.images:,} test images")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{100 * statistics.fmean(values):.1f} %"
+    return mean if len(values) < 2 else f"{mean} ± {100 * statistics.stdev(values):.1f}"

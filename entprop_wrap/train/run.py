@@ -1,0 +1,153 @@
+"""The whole comparison: each method with each seed, then scores of all of them on the same images."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import accelerate
+from torch import nn
+
+from entprop_wrap.data.augmentation import AugmentedImages
+from entprop_wrap.diagnostics import Monitor
+from entprop_wrap.robustness import PGD, evaluate_robustness
+from entprop_wrap.train import methods as method_parts
+from entprop_wrap.train import models as model_parts
+from entprop_wrap.train import results
+from entprop_wrap.train.data import Data, load
+from entprop_wrap.train.options import Options
+from entprop_wrap.trainer import Trainer, TrainerConfig
+from entprop_wrap.wrapping import unwrap, wrap
+
+__all__ = ["attacks", "run"]
+
+
+def run(options: Options) -> None:
+    """Train, evaluate, and write down. What does not fit raises before anything is trained."""
+    attacked = attacks(options.attack)
+    methods = method_parts.build(options)
+    settings = config(options)
+    for name, method in methods.items():
+        if growth := method_parts.growth(name, options):
+            growth.plan(lambda phases: 1, method_parts.epochs(method, options), 1)
+    blueprint = model_parts.find(options)
+    data = load(options, blueprint.space, blueprint.size)
+    if options.augment != "none":
+        data.train = AugmentedImages(data.train, options.augment, data.space)
+
+    def build() -> nn.Module:
+        return model_parts.start_from(blueprint.build(data.classes), options.weights)
+
+    model = build()  # weights that do not fit, and a model without norm layers, raise here
+    if any(method.auxiliaries for method in methods.values()):
+        wrap(model)
+    runs: list[results.Run] = []
+    for seed in range(options.seed, options.seed + options.seeds):
+        trained = {}
+        for name, method in methods.items():
+            accelerate.utils.set_seed(seed)
+            own = replace(
+                settings,
+                epochs=method_parts.epochs(method, options),
+                seed=seed,
+                output_dir=options.run_folder(name, seed),
+            )
+            one, trained[name] = train(name, method, build(), data, own, options)
+            runs.append(one)
+        scores = evaluate_robustness(
+            trained,
+            data.loader(options.eval_batch_size, options.workers),
+            pixel_space=data.space,
+            severities=tuple(options.severities),
+            attacks=attacked,
+        )
+        for one in runs[-len(trained) :]:
+            one.scores = scores[one.method]
+    if accelerate.PartialState().is_main_process:
+        print("\n" + results.table(runs, data))
+        results.save(runs, data, options)
+        folder = options.run_folder(runs[-1].method, runs[-1].seed) / "model"
+        lines = blueprint.load.replace("{folder}", folder.as_posix()).replace("{classes}", str(len(data.classes)))
+        print(f"\nThe plain model of {runs[-1].method}, in Python:\n\n{lines}")
+
+
+def config(options: Options) -> TrainerConfig:
+    """Return what all runs have in common."""
+    assert options.epochs is not None
+    assert options.learning_rate is not None
+    assert options.weight_decay is not None
+    return TrainerConfig(
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        eval_batch_size=options.eval_batch_size,
+        optimizer=options.optimizer or "adamw",
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        schedule=options.schedule,
+        warmup=options.warmup,
+        mixed_precision=options.mixed_precision,
+        max_grad_norm=options.max_grad_norm,
+        channels_last=options.channels_last,
+        evaluate_every=max(1, options.epochs // 10),
+        workers=options.workers,
+    )
+
+
+def train(
+    name: str, method: Any, model: nn.Module, data: Data, settings: TrainerConfig, options: Options
+) -> tuple[results.Run, nn.Module]:
+    """Train one model; return the record of the run, and the plain model in evaluation mode."""
+    monitor = Monitor() if options.monitor else None
+    trainer = Trainer(
+        model,
+        data.train,
+        data.test,
+        method=method,
+        pixel_space=data.space,
+        monitor=monitor,
+        growth=method_parts.growth(name, options),
+        config=settings,
+    )
+    folder = Path(settings.output_dir)
+    seconds = seconds_before(folder, settings.batch_size)
+    start = time.perf_counter()
+    trainer.fit(resume=options.resume)
+    seconds += time.perf_counter() - start
+    found = {}
+    if accelerate.PartialState().is_main_process:
+        (folder / "seconds.json").write_text(json.dumps({"seconds": seconds}) + "\n")
+    if method.auxiliaries:
+        if settings.seed == options.seed and accelerate.PartialState().num_processes == 1:
+            found = results.diagnose(name, method, trainer.model.eval(), data, options)
+        unwrap(trainer.model)
+    history = results.read_history(folder / "metrics.jsonl")
+    warnings = monitor.warnings if monitor else {}
+    one = results.Run(name, settings.seed, seconds, history, diagnostics=found, warnings=warnings)
+    return one, trainer.model.eval()
+
+
+def seconds_before(folder: Path, batch_size: int) -> float:
+    """Return how long a run has been trained before it is resumed; of one that was killed, its logged steps alone."""
+    if (folder / "seconds.json").exists():
+        return float(json.loads((folder / "seconds.json").read_text())["seconds"])
+    if not (folder / "metrics.jsonl").exists():
+        return 0.0
+    seconds, last = 0.0, 0
+    for record in results.read_history(folder / "metrics.jsonl"):
+        if "images_per_second" in record:
+            images = (record["step"] - last) * batch_size * accelerate.PartialState().num_processes
+            seconds, last = seconds + images / record["images_per_second"], record["step"]
+    return seconds
+
+
+def attacks(epsilon: float | None) -> dict[str, Any]:
+    """Return what ``evaluate_robustness`` is to attack with, by name: PGD-20; None: nothing."""
+    return {} if epsilon is None else {f"PGD-20 {in_255ths(epsilon)}": PGD(epsilon, steps=20)}
+
+
+def in_255ths(epsilon: float) -> str:
+    """Return an epsilon as people write it: 8/255, or 0.1."""
+    return f"{255 * epsilon:.0f}/255" if abs(255 * epsilon - round(255 * epsilon)) < 1e-9 else f"{epsilon:g}"

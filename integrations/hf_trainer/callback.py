@@ -1,0 +1,351 @@
+"""The callback, and the Trainer that it makes of a Trainer.
+
+No event of the Trainer lies between the backward and the clipping of gradients, so a callback alone cannot add a pass.
+``EntPropCallback`` therefore gives the Trainer a class of its own: its former class, with ``EntPropTrainerMixin``
+before it. What the mixin overrides is all that differs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, IterableDataset
+from transformers import Trainer, TrainerCallback
+
+from entprop_wrap.checks import check_takes_images
+from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, UnsupportedModelError
+from entprop_wrap.integrations.hf_trainer.checkpoints import PlainCheckpoints
+from entprop_wrap.integrations.hf_trainer.loss import TrainerLoss, images_name_of
+from entprop_wrap.methods import EntProp, FastAdvProp
+from entprop_wrap.norms import Selector
+from entprop_wrap.optimizers import check_optimizer
+from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.registry import find_registry
+from entprop_wrap.step import Method, StepOutput, check_method
+from entprop_wrap.training import training_step
+from entprop_wrap.wrapping import is_wrapped, unwrap, wrap
+
+__all__ = ["EntPropCallback", "EntPropTrainerMixin"]
+
+
+class EntPropCallback(TrainerCallback):
+    """Makes a Trainer train with a method of this library.
+
+    It wraps the model when the Trainer has been built, before there is an optimizer, and takes the place of the
+    Trainer's training step from the beginning to the end of ``train()``. The training loss that the Trainer logs is
+    what is minimised; beside it come ``main_loss``, ``aux_loss``, ``main_entropy`` and ``aux_entropy``. A last training
+    batch that is too small to train on, of one image for most methods, is left out of each epoch, with a warning.
+
+    Args:
+        method: An instance of a training method; ``EntProp()`` by default.
+        pixel_space: How the images are normalised; None: as the Trainer's ``processing_class`` does it.
+        include: As in ``entprop.wrap``.
+        exclude: As in ``entprop.wrap``.
+
+    Raises:
+        ConfigurationError: When the Trainer is built: there is no ``processing_class`` to read the pixel space from.
+            When training begins: the callback was added too late, or the columns with the images were removed.
+        OptimizerMismatchError: The Trainer was given an optimizer that does not train the copies.
+        UnsupportedModelError: DeepSpeed, FSDP, DataParallel, an optimizer that steps inside the backward; or a loss
+            that is not a function of logits and labels.
+    """
+
+    def __init__(
+        self,
+        method: Method | None = None,
+        *,
+        pixel_space: PixelSpace | None = None,
+        include: Selector | Iterable[Selector] | None = None,
+        exclude: Selector | Iterable[Selector] | None = None,
+    ) -> None:
+        self.method: Method = EntProp() if method is None else check_method(method)
+        self.pixel_space = pixel_space
+        self.selectors = {"include": include, "exclude": exclude}
+        self.trainer: Any = None
+        self.space: PixelSpace | None = None
+        self.loss: TrainerLoss | None = None
+        self.means = _RunningMeans()
+
+    def set_trainer(self, trainer: Any) -> None:
+        """Prepare ``trainer``, before its ``train()``: what ``Trainer(callbacks=[...])`` does by itself."""
+        if trainer is self.trainer:
+            return
+        _refuse(trainer)
+        if any(
+            isinstance(other, EntPropCallback) and other is not self for other in trainer.callback_handler.callbacks
+        ):
+            raise ConfigurationError("The Trainer has two EntPropCallbacks. Expected one, with one method.")
+        self.space = self.pixel_space or _pixel_space_of(trainer)
+        self.wrap(trainer.model, trainer.optimizer)
+        _warn_of_dropout(trainer.model)
+        self.trainer, trainer.entprop = trainer, self
+        if not isinstance(trainer, EntPropTrainerMixin):
+            former = type(trainer)
+            own = {"__module__": former.__module__, "__qualname__": former.__qualname__, "__doc__": former.__doc__}
+            trainer.__class__ = type(former.__name__, (EntPropTrainerMixin, former), own)
+
+    def wrap(self, model: nn.Module, optimizer: Any = None) -> nn.Module:
+        """Wrap a model of the Trainer if the method needs it; an ``optimizer`` must train its copies."""
+        names = tuple(self.method.auxiliaries)
+        if not names:
+            return model
+        if is_wrapped(model):  # by the user, who has options or an optimizer of their own
+            if missing := set(names) - set(find_registry(model).auxiliaries):
+                raise AuxiliaryNameError(
+                    f"The model was wrapped without the auxiliary {sorted(missing)[0]!r} that "
+                    f"{type(self.method).__name__} needs. Write wrap(model, auxiliaries={names!r})."
+                )
+            return model
+        wrap(model, auxiliaries=names, **self.selectors)
+        if optimizer is not None:
+            try:
+                check_optimizer(model, optimizer)
+            except Exception:
+                unwrap(model)
+                raise
+        return model
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Find the Trainer that is being built, and prepare it."""
+        self.set_trainer(_trainer_being_built(self))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check what there is only now, and begin to take the place of the training step."""
+        trainer = self.trainer
+        if trainer is None or self not in trainer.callback_handler.callbacks:
+            raise ConfigurationError(
+                "EntPropCallback was added after the Trainer was built: the optimizer knows nothing of the auxiliary "
+                "copies. Write Trainer(..., callbacks=[EntPropCallback(...)]), or callback.set_trainer(trainer) "
+                "between trainer.add_callback(callback) and trainer.train()."
+            )
+        if kwargs.get("model") is not trainer.model:
+            raise ConfigurationError(
+                "This EntPropCallback belongs to another Trainer. Make one for each: Trainer(..., "
+                "callbacks=[EntPropCallback(...)])."
+            )
+        if "training_step" in vars(trainer):
+            raise ConfigurationError(
+                "The Trainer was given another training_step as an attribute, past which EntPropCallback cannot see. "
+                "Override training_step in a subclass of Trainer instead."
+            )
+        _check_columns(trainer)
+        _refuse_steps_in_backward(trainer.model)
+        if self.method.auxiliaries:
+            check_optimizer(trainer.model, trainer.optimizer)
+        self.loss = TrainerLoss(trainer, super(EntPropTrainerMixin, trainer).training_step)
+        self.means = _RunningMeans()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the Trainer its training step back."""
+        self.loss = None
+
+
+class EntPropTrainerMixin(PlainCheckpoints):
+    """The same as a part of your own Trainer: ``class MyTrainer(EntPropTrainerMixin, Trainer)``.
+
+        trainer = MyTrainer(..., entprop=EntPropCallback(EntProp(fraction=0.2)))
+
+    Args:
+        entprop: The callback with its options; None: ``EntPropCallback()``.
+        args: As the Trainer takes them.
+        kwargs: As the Trainer takes them.
+    """
+
+    entprop: EntPropCallback
+
+    def __init__(self, *args: Any, entprop: EntPropCallback | None = None, **kwargs: Any) -> None:
+        self.entprop = EntPropCallback() if entprop is None else entprop
+        super().__init__(*args, **kwargs)
+        self.entprop.set_trainer(self)
+        self.add_callback(self.entprop)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Return a new model, wrapped."""
+        return self.entprop.wrap(super().call_model_init(trial))
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Return what decays; a copy decays if what it is a copy of does."""
+        names = set(super().get_decay_parameter_names(model))
+        if is_wrapped(model):
+            of = {id(copy): id(parameter) for _, parameter, copy in find_registry(model).mirrors()}
+            decayed = {id(parameter) for name, parameter in model.named_parameters() if name in names}
+            names -= {name for name, parameter in model.named_parameters() if id(parameter) in of}
+            names |= {name for name, parameter in model.named_parameters() if of.get(id(parameter)) in decayed}
+        return [name for name, _ in model.named_parameters() if name in names]
+
+    def get_train_dataloader(self) -> Any:
+        """Return the Trainer's loader without a last batch that is too small to train on.
+
+        ``TrainingArguments(dataloader_drop_last=True)`` would leave out every incomplete last batch, of evaluation too.
+        """
+        loader = super().get_train_dataloader()
+        # FastAdvProp trains two parts of a batch, each of at least two images; all others need two images.
+        least = 4 if isinstance(self.entprop.method, FastAdvProp) else 2
+        sampler = _sampler_of(loader)
+        if sampler is None or sampler.drop_last or sampler.batch_size < least:
+            return loader
+        number = len(sampler.sampler)  # type: ignore[arg-type]
+        rest = number % sampler.batch_size
+        if 0 < rest < least and rest != number:
+            sampler.drop_last = True  # the loader's length follows, and all that the Trainer computes from it
+            if self.is_local_process_zero():
+                warnings.warn(
+                    f"{number} training images in batches of {sampler.batch_size} leave a last batch of {rest}, too "
+                    f"small for {type(self.entprop.method).__name__}: it is left out of every epoch, which has "
+                    f"{len(sampler)} batches then. Another per_device_train_batch_size leaves no such rest.",
+                    stacklevel=2,
+                )
+        return loader
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run the passes of the method on a micro-batch, each with the Trainer's own loss and backward."""
+        loss = self.entprop.loss
+        if loss is None:  # the callback was removed
+            return super().training_step(model, inputs, num_items_in_batch)
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        model, images, labels = loss.begin(model, self._prepare_inputs(inputs), num_items_in_batch)
+        output = training_step(
+            model,
+            images,
+            labels,
+            method=self.entprop.method,
+            pixel_space=self.entprop.space,
+            loss=loss.mean,
+            backward=loss.backward,
+        )
+        self.entprop.means.add(output)
+        minimised: Tensor = output.loss * loss.weight()
+        return minimised
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log both losses and entropies beside the training loss."""
+        if "loss" in logs:
+            logs = {**logs, **self.entprop.means.pop(self.accelerator)}
+        super().log(logs, *args, **kwargs)
+
+
+class _RunningMeans:
+    """Means over the steps since the last log, gathered on the device in float32 (MPS has no float64)."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.steps = 0
+        self.output: StepOutput | None = None
+
+    def add(self, output: StepOutput) -> None:
+        values = {"main_loss": output.main_loss, "main_entropy": output.entropy.mean()}
+        if output.aux_loss is not None and output.aux_logits is not None:
+            values["aux_loss"] = output.aux_loss
+            values["aux_entropy"] = torch.special.entr(output.aux_logits.float().softmax(-1)).sum(-1).mean()
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0) + value.float()
+        self.steps, self.output = self.steps + 1, output
+
+    def pop(self, accelerator: Any) -> dict[str, float]:
+        """Return the means over all processes, and begin anew; raise what the device has found in the batches."""
+        totals, steps, output = self.totals, self.steps, self.output
+        self.__init__()  # type: ignore[misc]
+        if output is None:
+            return {}
+        if output.checker is not None:
+            output.checker.raise_pending()
+        means = accelerator.gather(torch.stack(list(totals.values()))[None] / steps).mean(0)
+        return dict(zip(totals, means.tolist(), strict=True))
+
+
+def _trainer_being_built(callback: EntPropCallback) -> Any:
+    """Return the Trainer that calls ``callback``.
+
+    An event is given the model, the optimizer and the loaders, but neither the Trainer nor anything that leads to it
+    (transformers hands its own ``JITCheckpointCallback`` the Trainer by ``set_trainer``). The caller's frame has it.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, Trainer) and callback in found.callback_handler.callbacks:
+            return found
+        frame = frame.f_back
+    raise ConfigurationError("No Trainer found. Write callback.set_trainer(trainer) before trainer.train().")
+
+
+def _pixel_space_of(trainer: Any) -> PixelSpace:
+    if trainer.processing_class is None:
+        raise ConfigurationError(
+            "How are the images normalised? The Trainer has no processing_class to say. Write Trainer(..., "
+            "processing_class=image_processor) or EntPropCallback(..., pixel_space=PixelSpace(mean, std))."
+        )
+    return PixelSpace.from_processor(trainer.processing_class)
+
+
+def _refuse(trainer: Any) -> None:
+    """Raise :class:`UnsupportedModelError` for models without images, and for what cannot be right."""
+    check_takes_images(trainer.model)
+    found = {
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "FSDP": trainer.is_fsdp_enabled,
+        "DataParallel over several GPUs": trainer.args.n_gpu > 1,
+    }
+    for name, present in found.items():
+        if present:
+            raise UnsupportedModelError(
+                f"EntPropCallback does not work with {name} in the Hugging Face Trainer. Expected one process per GPU "
+                "(torchrun, DDP); entprop.Trainer also trains under FSDP2."
+            )
+    if "layerwise" in trainer.args.optim or "lomo" in trainer.args.optim:
+        _refuse_optimizer(f"optim={str(getattr(trainer.args.optim, 'value', trainer.args.optim))!r}")
+
+
+def _refuse_steps_in_backward(model: nn.Module) -> None:
+    if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in model.parameters()):
+        _refuse_optimizer("A hook on the parameters' gradients")
+
+
+def _refuse_optimizer(what: str) -> None:
+    raise UnsupportedModelError(
+        f"{what} updates weights inside the backward, and a step has several backwards. Expected an optimizer that "
+        "steps after them: optim='adamw_torch', or 'galore_adamw' and 'apollo_adamw' without '_layerwise'."
+    )
+
+
+def _warn_of_dropout(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0.9:  # MobileNetV1's 0.999: keep for drop
+            warnings.warn(
+                f"{name!r} drops {module.p:.1%} of its input in training, so that the loss starts near 16 instead of "
+                f"log(classes). Write model.get_submodule({name!r}).p = 0.2, for example.",
+                stacklevel=2,
+            )
+
+
+def _check_columns(trainer: Any) -> None:
+    """Raise :class:`ConfigurationError` if the Trainer removes the columns that the images are made of."""
+    # The Trainer drops columns by the model's signature before a lazy transform has made pixel_values of them.
+    dataset = trainer.train_dataset
+    columns: list[str] = getattr(dataset, "column_names", None) or []
+    name = images_name_of(trainer.model)
+    lazy = (getattr(dataset, "format", None) or {}).get("type") == "custom" if columns else False
+    if trainer.args.remove_unused_columns and lazy and name not in columns:
+        raise ConfigurationError(
+            f"The dataset's transform makes {name!r} of its columns {', '.join(map(repr, columns))}, but the Trainer "
+            "removes columns that the model does not take. Write TrainingArguments(..., remove_unused_columns=False)."
+        )
+
+
+def _sampler_of(loader: Any) -> BatchSampler | None:
+    """Return what makes the batches of ``loader``, where its last batch is the rest.
+
+    None for streams, for batch samplers of other kinds, and in several processes: they fill the last batches up from
+    the first ones (accelerate's ``even_batches``; without it, one batch less would leave a process waiting).
+    """
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+        return None
+    sampler = getattr(loader, "batch_sampler", None)
+    if type(sampler) is not BatchSampler or not hasattr(sampler.sampler, "__len__"):
+        return None
+    return sampler

@@ -1,0 +1,341 @@
+"""The Hugging Face Trainer's own loss as a function of logits and labels, and the weight with which it trains on it.
+
+Between a batch and a backward the Trainer has a loss (the model's own, a label smoother, ``compute_loss_func`` or
+``compute_loss``) and factors for accumulation and processes, which differ between models and versions. None of them is
+repeated here: the Trainer's own code runs on a stand-in for the model, which returns the logits that the training
+method has computed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from entprop_wrap.containers import plain_model
+from entprop_wrap.errors import ConfigurationError, EntPropError, LabelError, UnsupportedModelError
+from entprop_wrap.losses import mean_by_construction
+
+__all__ = ["TrainerLoss", "images_name_of"]
+
+_FIX = (
+    "Pass the loss to the Trainer, as a function of logits: compute_loss_func=lambda outputs, labels, "
+    "num_items_in_batch=None: torch.nn.functional.cross_entropy(outputs.logits, labels), for example."
+)
+
+
+class TrainerLoss:
+    """The loss of one training run: :meth:`begin` for each micro-batch, then ``mean`` and ``backward`` serve a step.
+
+    Args:
+        trainer: The Trainer.
+        own_step: Its training step, as it would be without us: ``(model, inputs, num_items_in_batch) -> loss``.
+    """
+
+    def __init__(self, trainer: Any, own_step: Callable[..., Tensor]) -> None:
+        self.trainer, self.own_step = trainer, own_step
+        self.images_name = images_name_of(trainer.model)
+        self.labels_name = (trainer.label_names or ["labels"])[0]
+        self.checked = False
+        self.own_loss: _ModelsOwnLoss | None = None
+        if trainer.label_smoother is None and trainer.compute_loss_func is None:
+            self.own_loss = _ModelsOwnLoss(trainer, self.labels_name)
+
+    def begin(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> tuple[nn.Module, Tensor, Tensor]:
+        """Take a micro-batch; return the model to train on it, images in and output out, the images and the labels."""
+        images, self.labels, constants = _split(inputs, self.images_name, self.labels_name)
+        self.inputs, self.items, self.factor = inputs, items, None
+        own = self.own_loss
+        if own is not None:
+            takes_labels = _takes(plain_model(model), self.labels_name) and not self.labels.is_floating_point()
+            own.labels = self.labels.long() if takes_labels and self.labels.ndim == 1 and not own.known else None
+            own.items = items
+        self.model = _ModelOnImages(model, self.images_name, constants, own)
+        return self.model.train(), images, self.labels
+
+    @mean_by_construction  # and may keep count of its calls
+    def mean(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the Trainer's loss as a mean over the given rows."""
+        if not self.checked or (self.own_loss is not None and self.own_loss.found is not None):
+            self._check(logits)
+        return self._mean(logits, labels)[0]
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the Trainer's backward on a mean, with the weight that this micro-batch has in its group."""
+        self.trainer.accelerator.backward(loss * self.weight(), **self.options)
+
+    def weight(self) -> Tensor:
+        """Return by how much the Trainer multiplies the mean loss of this micro-batch before the backward."""
+        if self.factor is None:
+            # The same for all logits. Equal ones serve: their loss is far from zero and nothing is lost in dividing.
+            logits = torch.zeros(len(self.labels), self.classes, device=self.labels.device)
+            calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+            def backward(loss: Tensor, **options: Any) -> None:
+                calls.append((loss, options))
+
+            with torch.no_grad():
+                with _replaced(self.trainer.accelerator, "backward", backward):
+                    self.own_step(self._stand_in(logits), self._inputs(self.labels), self.items)
+                if len(calls) != 1:
+                    raise UnsupportedModelError(
+                        f"The Trainer's training step called accelerator.backward {len(calls)} times; expected once."
+                    )
+                self.factor = calls[0][0].detach() / self._mean(logits, self.labels)[0]
+            self.options = calls[0][1]
+        return self.factor
+
+    def _mean(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, _Logits]:
+        # As if these rows were all there is, in one process.
+        trainer, stand_in = self.trainer, self._stand_in(logits)
+        items = None if self.items is None else torch.tensor(len(logits), device=logits.device)
+        with _replaced(trainer.args, "average_tokens_across_devices", False), trainer.compute_loss_context_manager():
+            loss: Tensor = trainer.compute_loss(stand_in, self._inputs(labels), num_items_in_batch=items)
+        return loss, stand_in
+
+    def _stand_in(self, logits: Tensor) -> _Logits:
+        self.classes = logits.shape[1]
+        by_items = self.own_loss is not None and self.own_loss.by_items
+        return _Logits(self.model._orig_mod, logits, self.labels_name, by_items)
+
+    def _inputs(self, labels: Tensor) -> dict[str, Any]:
+        images = self.inputs[self.images_name]
+        # The rows of a pass are not those of the batch: they are mixed, selected, or sorted by entropy.
+        hidden = images.new_zeros(()).expand(len(labels), *images.shape[1:]).as_subclass(_ForTheModelOnly)
+        return {**self.inputs, self.images_name: hidden, self.labels_name: labels}
+
+    def _check(self, logits: Tensor) -> None:
+        """Raise unless the Trainer's loss is a function of logits and labels that this step can use."""
+        logits = logits.detach()[:1].new_zeros(len(self.labels), logits.shape[1]).requires_grad_()
+        try:
+            with torch.enable_grad():
+                loss, stand_in = self._mean(logits, self.labels)
+                own = [] if stand_in.own_loss is None else [stand_in.own_loss]
+                through, *through_own = torch.autograd.grad(loss, [logits, *own], allow_unused=True)
+        except EntPropError:
+            raise
+        except Exception as error:
+            self._check_label_type(error)
+            raise UnsupportedModelError(
+                "The Trainer's loss could not be computed from logits and labels alone "
+                f"({type(error).__name__}: {error}). Expected compute_loss() or compute_loss_func to use nothing else "
+                "of the model's output."
+            ) from error
+        if through is None or stand_in.calls != 1:
+            raise UnsupportedModelError(
+                f"compute_loss() called the model it was given {stand_in.calls} times, or did not use its logits. "
+                "Expected one call of model(**inputs) and a loss of its logits."
+            )
+        if loss.ndim == 0 and not 0 < loss.item() < math.inf:
+            raise UnsupportedModelError(
+                f"The Trainer's loss is {loss.item():g} where all logits are equal; expected a finite positive number, "
+                "as of cross-entropy, by which to measure how the Trainer weighs it."
+            )
+        if all(gradient is None for gradient in through_own):
+            self.own_loss = None  # it plays no part
+        elif self.own_loss is not None:
+            self.own_loss.check(type(plain_model(self.model._orig_mod)).__name__, self.labels)
+        self.checked = True
+
+    def _check_label_type(self, error: Exception) -> None:
+        """Raise :class:`LabelError` if the labels are of a kind on which the Trainer's loss fails."""
+        found = f"The batch's {self.labels_name!r} are {self.labels.dtype} of shape {tuple(self.labels.shape)}"
+        if self.labels.is_floating_point() and self.trainer.label_smoother is not None:
+            raise LabelError(
+                f"{found}: soft labels, while the Trainer's label smoothing takes class indices only (int64). Write "
+                f"TrainingArguments(label_smoothing_factor=0). {_FIX}"
+            ) from error
+        if not self.labels.is_floating_point() and self.labels.dtype != torch.int64:
+            raise LabelError(
+                f"{found}, on which the Trainer's loss fails ({error}). Expected class indices as int64: write "
+                f"batch[{self.labels_name!r}].long() in the data collator."
+            ) from error
+
+
+class _ModelsOwnLoss:
+    """Compares the loss that a model computes itself with cross-entropy, on the first batches.
+
+    Attributes:
+        labels: Class indices to give to the model in its next pass; None: do not look.
+        items: ``num_items_in_batch`` of the micro-batch.
+        by_items: The model divides the sum of its losses by ``num_items_in_batch``, rather than averaging.
+        found: Loss and cross-entropy of the last batch, if they did not fit together.
+        known: Enough was seen to tell the loss from its relatives.
+    """
+
+    def __init__(self, trainer: Any, labels_name: str) -> None:
+        self.labels_name, self.items = labels_name, None
+        self.labels: Tensor | None = None
+        self.passes_items: bool = trainer.model_accepts_loss_kwargs
+        # Without accumulation, and in one process, both ways to divide are the same.
+        processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+        self.groups: bool = trainer.args.gradient_accumulation_steps * processes > 1
+        self.tolerance = 1e-4 if trainer.accelerator.mixed_precision == "no" else 1e-2
+        self.by_items = self.known = self.seen = False
+        self.found: tuple[float, float] | None = None
+
+    def inputs(self, number: int) -> dict[str, Any]:
+        """Return what the model needs to compute a loss on ``number`` images; which images does not matter."""
+        assert self.labels is not None
+        items = {"num_items_in_batch": self.items} if self.passes_items and self.items is not None else {}
+        return {self.labels_name: self.labels[:number], **items}
+
+    def see(self, output: Any) -> None:
+        """Compare the loss in the output of a pass that was given :meth:`inputs` with cross-entropy of its logits."""
+        loss, logits = (output.get("loss"), output.get("logits")) if isinstance(output, dict) else (None, None)
+        if loss is None or logits is None or self.labels is None or logits.ndim != 2:
+            return
+        logits = logits.detach().float()
+        value, expected = loss.item(), F.cross_entropy(logits, self.labels[: len(logits)]).item()
+        tolerance = self.tolerance if loss.dtype in (torch.float32, torch.float64) else 1e-2
+        share = len(logits) / int(self.items) if self.passes_items and self.items is not None else 1.0
+        ways = [math.isclose(value, expected * factor, rel_tol=tolerance, abs_tol=1e-6) for factor in (1.0, share)]
+        self.seen, self.found = True, None if any(ways) else (value, expected)
+        self.by_items = not ways[0] and ways[1]
+        told_apart = share != 1.0 or not (self.passes_items and self.groups)
+        self.known = told_apart and logits.std(dim=1).mean().item() > 0.1  # equal logits hide other terms
+
+    def check(self, name: str, labels: Tensor) -> None:
+        """Raise unless the loss of the model ``name`` was seen to be cross-entropy."""
+        if labels.is_floating_point():
+            raise LabelError(
+                f"Labels are {labels.dtype}, on which Hugging Face models compute a binary or a regression loss. "
+                f"Expected class indices (int64). For soft labels: {_FIX}"
+            )
+        if not self.seen:
+            raise UnsupportedModelError(f"{name} returned no loss for its labels. {_FIX}")
+        if self.found is not None:
+            loss, expected = self.found
+            raise UnsupportedModelError(
+                f"The loss of {name} is {loss:.5g} on a batch with cross-entropy {expected:.5g}: another loss cannot "
+                f"be computed for mixed or selected images. {_FIX}"
+            )
+
+
+class _ModelOnImages(nn.Module):
+    """The Trainer's (prepared) model as the step calls it: images in, output with logits out.
+
+    It holds the model under the name that compiled modules use, so that everything that looks for the plain model or
+    for DDP inside a container finds it.
+    """
+
+    def __init__(
+        self, model: nn.Module, images_name: str, constants: dict[str, Any], own_loss: _ModelsOwnLoss | None
+    ) -> None:
+        super().__init__()
+        self._orig_mod = model
+        self.images_name, self.constants, self.own_loss = images_name, constants, own_loss
+
+    def forward(self, images: Tensor) -> Any:
+        """Return the model's output for ``images``; the first pass also shows the model's own loss."""
+        inputs = {self.images_name: images, **self.constants}
+        own, self.own_loss = self.own_loss, None
+        if own is None or own.labels is None:
+            return self._orig_mod(**inputs)
+        try:
+            output = self._orig_mod(**inputs, **own.inputs(len(images)))
+        except IndexError:  # of a loss on labels that do not fit; the step finds the logits, and says so
+            return self._orig_mod(**inputs)
+        own.see(output)
+        return output
+
+
+class _Logits(nn.Module):
+    """Stands in for the model while the Trainer computes a loss: it returns ``logits``, whatever goes in.
+
+    Attributes:
+        calls: How often it was called.
+        own_loss: The loss that the model would have computed itself, if it was given labels.
+    """
+
+    def __init__(self, model: nn.Module, logits: Tensor, labels_name: str, by_items: bool) -> None:
+        super().__init__()
+        self.__dict__["stands_for"] = model
+        self.logits, self.labels_name, self.by_items = logits, labels_name, by_items
+        self.calls = 0
+        self.own_loss: Tensor | None = None
+
+    def forward(self, *args: Any, **inputs: Any) -> ImageClassifierOutput:
+        """Return the logits, and the model's own kind of loss if there are labels."""
+        self.calls += 1
+        labels, items = inputs.get(self.labels_name), inputs.get("num_items_in_batch")
+        if labels is not None:
+            self.own_loss = F.cross_entropy(self.logits, labels)
+            if self.by_items and items is not None:
+                self.own_loss = self.own_loss * (len(self.logits) / items)
+        return ImageClassifierOutput(loss=self.own_loss, logits=self.logits)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["stands_for"], name)
+
+    def _get_name(self) -> str:
+        return type(plain_model(self.__dict__["stands_for"])).__name__
+
+
+class _ForTheModelOnly(Tensor):
+    """Images in the inputs of ``compute_loss``: they may be passed on to the model, have a shape, and nothing else."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in ("to", "cuda", "contiguous", "detach"):  # from place to place
+            return args[0]
+        if name in ("size", "dim", "__len__") or name == "__get__":  # shape, device, dtype, ...
+            return super().__torch_function__(function, types, args, kwargs or {})
+        raise UnsupportedModelError(
+            f"compute_loss() reads the images itself ({name}), as a teacher's loss does. The images of a pass are "
+            "mixed, selected or sorted, so a loss may read the model's logits and the labels only. Write a training "
+            "loop of your own with entprop.training_step, or distil into soft labels in the dataset."
+        )
+
+
+def images_name_of(model: nn.Module) -> str:
+    """Return the name under which ``model`` takes images."""
+    if _takes(model, "pixel_values", by_name=True):
+        return "pixel_values"  # what image processors make; Perceiver takes it beside its main input
+    return getattr(model, "main_input_name", "pixel_values")
+
+
+def _split(inputs: dict[str, Any], images_name: str, labels_name: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return the images, the labels and what else is in a batch."""
+    if missing := [name for name in (images_name, labels_name) if inputs.get(name) is None]:
+        raise ConfigurationError(
+            f"The batch has no {' and no '.join(map(repr, missing))}; found {', '.join(map(repr, inputs))}. Let the "
+            "data collator name them so; if the columns exist, write TrainingArguments(..., "
+            "remove_unused_columns=False)."
+        )
+    others = {name: value for name, value in inputs.items() if name not in (images_name, labels_name)}
+    if tensors := [name for name, value in others.items() if isinstance(value, Tensor) and value.ndim]:
+        raise ConfigurationError(
+            f"The batch has {tensors[0]!r} beside images and labels. Images are mixed and selected, and it cannot "
+            "follow: leave it out of the batch."
+        )
+    return inputs[images_name], inputs[labels_name], others
+
+
+def _takes(model: nn.Module, name: str, *, by_name: bool = False) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    any_name = not by_name and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return name in parameters or any_name
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an object another attribute inside the with-block."""
+    before = {key: found for key, found in vars(owner).items() if key == name}
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        vars(owner).update(before)

@@ -1,0 +1,80 @@
+"""The command line before anything heavy is imported: what is refused, in how many lines, and how fast."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from entprop_wrap.train.options import parse
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--severities", "7"], "--severities: expected an integer from 1 to 5, found '7'"),
+        (["--seeds", "0"], "--seeds: expected an integer of at least 1, found '0'"),
+        (["--robustness-images", "0"], "--robustness-images: expected an integer of at least 1, found '0'"),
+        (["--epochs", "ten"], "--epochs: expected an integer of at least 1, found 'ten'"),
+        (["--epsilon", "4/0"], "--epsilon: expected a number such as 4/255 or 0.016, found '4/0'"),
+        (["--methods", "vanilla", "entrop"], "found 'entrop'. Did you mean 'entprop'?"),
+        (["--optimizer", "sdg"], "expected one of adamw, adam, sgd; found 'sdg'. Did you mean 'sgd'?"),
+        (["--learning_rate", "0.1"], "unknown option --learning_rate. Did you mean '--learning-rate'?"),
+        (["--datset=here"], "unknown option --datset=here. Did you mean '--dataset'?"),
+        (["--pretrained"], "--pretrained: small_cnn has no pretrained weights"),
+        (["--equal-cost"], "--equal-cost is for fast_advprop"),
+        (["--mix", "none", "--mix-alpha", "1"], "--mix-alpha: there is no mixing"),
+        (["--in-memory", "--max-eval", "3"], "--in-memory, --max-eval: not for digits"),
+        (["--methods", "vanilla", "entropic_retraining"], "entropic_retraining continues from a trained model"),
+        (["--output", f"{__file__}/out"], "cannot write to"),
+    ],
+)
+def test_what_is_refused(arguments, found, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse("", arguments)
+    usage, error = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2
+    assert usage.endswith("[options]   (--help lists them)")
+    assert found in error
+
+
+def test_a_run_is_not_trained_over(tmp_path, capsys):
+    (tmp_path / "entprop-seed1").mkdir()
+    (tmp_path / "entprop-seed1" / "metrics.jsonl").touch()
+    arguments = ["--output", str(tmp_path), "--seeds", "2"]
+    with pytest.raises(SystemExit):
+        parse("", arguments)
+    assert "entprop-seed1 holds a run. Continue it with --resume" in capsys.readouterr().err
+    assert parse("", [*arguments, "--resume"]).resume
+    assert parse("", arguments[:2]).seeds == 1
+
+
+def test_defaults_depend_on_the_data():
+    digits, folder = parse("", ["--epsilon", "4 / 255"]), parse("", ["--dataset", "somewhere", "--epochs", "3"])
+    assert (digits.epochs, digits.optimizer, digits.robustness_images, digits.epsilon) == (60, "sgd", 500, 4 / 255)
+    assert (folder.epochs, folder.optimizer, folder.robustness_images, folder.epsilon) == (3, "adamw", None, None)
+
+
+@pytest.mark.parametrize("command", [["examples/train.py"], ["-m", "entprop_wrap.train"]])
+def test_help_imports_nothing_heavy(command):
+    run = f"runpy.run_{'path' if len(command) == 1 else 'module'}({command[-1]!r}, run_name='__main__')"
+    code = (
+        f"import runpy, sys; sys.argv = ['x', '--help']\ntry: {run}\n"
+        "except SystemExit: print([x for x in ('torch', 'numpy', 'accelerate', 'transformers') if x in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "--robustness-images" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_public_name_is_there_though_none_is_imported_before_it_is_asked_for():
+    code = (
+        "import sys, entprop_wrap; early = 'torch' in sys.modules\n"
+        "assert all(hasattr(entprop_wrap, name) for name in entprop_wrap.__all__)\n"
+        "assert set(entprop_wrap.__all__) <= set(dir(entprop_wrap)) and not hasattr(entprop_wrap, 'AdvProp')\n"
+        "print(early, entprop_wrap.errors.EntPropError.__name__, sorted(entprop_wrap.__all__) == entprop_wrap.__all__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "False EntPropError True\n"

@@ -1,0 +1,259 @@
+"""What users call, with arguments that work: found by signature, so that a new function is fuzzed without more ado."""
+
+import copy
+import functools
+import inspect
+import tempfile
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+import entprop_wrap as entprop
+from entprop_wrap import attacks, diagnostics, features, losses, methods, mixing, robustness, selection, trainer
+from entprop_wrap.diagnostics import plots
+from entprop_wrap.methods import experimental
+from entprop_wrap.robustness import corruptions
+
+#: Where users import from. The modules of parts (losses, mixing, ...) count where README and docstrings name them.
+ROOMS = (
+    entprop,
+    methods,
+    experimental,
+    attacks,
+    selection,
+    features,
+    robustness,
+    corruptions,
+    diagnostics,
+    plots,
+    trainer,
+)
+
+#: Public names that are not called with arguments of users.
+NOT_CALLED = {
+    *("Method", "Step", "StepOutput", "Summary", "Attack", "Gradient", "Uncertainty", "Corruption", "Features"),
+    *("CORRUPTIONS", "EXTRA_CORRUPTIONS", "Comparison", "Estimate", "RobustnessResult", "Scores"),
+    *("DomainGap", "EntropyStages", "FeatureDistance", "FeaturePicture", "InputJacobian", "Interval", "LayerGap"),
+    *("OODScore", "SelectionOOD"),
+    # Parts of methods, whose arguments were checked by then.
+    *("check_attack", "direction", "length", "uniform_start", "count", "scores", "top", "activation_entropy"),
+    *("cross_entropy", "entropy", "least_confidence", "logit_margin", "random"),
+}
+
+CLASSES = 5
+
+
+class Net(nn.Module):
+    """As small as a classifier with a norm layer and features can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3, 4), nn.BatchNorm2d(4), nn.Linear(4, CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.bn(self.conv(images)).tanh().mean((2, 3)))
+
+
+@functools.cache
+def _model(wrapped: bool, training: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = Net()
+    if wrapped:
+        entprop.wrap(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return model.train(training)
+
+
+def model(*, wrapped: bool = True, training: bool = False) -> nn.Module:
+    """Return a new model, with gradients; a copy of a wrapped one is wrapped."""
+    made = copy.deepcopy(_model(wrapped, training))
+    for parameter in made.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return made
+
+
+def batch(count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images ``(N, 3, 32, 32)`` in [0, 1] and labels."""
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(count) % CLASSES
+
+
+def _data() -> list[Any]:
+    return [batch(), batch()]
+
+
+@functools.cache
+def _result() -> robustness.RobustnessResult:
+    options: dict[str, Any] = {"corruptions": ("brightness",), "severities": (1,), "progress": False}
+    return robustness.evaluate_robustness(model(), _data(), **options)
+
+
+@functools.cache
+def _found(name: str) -> Any:
+    options = {"progress": False}
+    made = {
+        "plot_entropies": lambda: diagnostics.entropy_stages(model(), _data(), **options),
+        "plot_features": lambda: diagnostics.feature_picture(model(), _data(), **options),
+        "plot_gap": lambda: diagnostics.domain_gap(model()),
+        "plot_jacobians": lambda: {"a": diagnostics.input_jacobian(model(), _data(), **options)},
+    }
+    return made[name]()
+
+
+def _dataset() -> list[Any]:
+    return [(image, int(label)) for image, label in zip(*batch(8), strict=True)]
+
+
+def _optimizer(model: nn.Module) -> Any:
+    return torch.optim.SGD(model.parameters(), 0.1)
+
+
+@functools.cache
+def folder() -> Path:
+    """Return a folder of this process, which is gone with it."""
+    _keep.append(tempfile.TemporaryDirectory())
+    return Path(_keep[-1].name)
+
+
+def _config() -> entprop.TrainerConfig:
+    return entprop.TrainerConfig(batch_size=4, output_dir=str(folder() / "run"), progress=False)
+
+
+_keep: list[Any] = []
+
+#: Arguments that work, by parameter, or by function and parameter; called with the arguments made before.
+GOOD: dict[Any, Callable[..., Any]] = {
+    "model": lambda **_: model(),
+    "images": lambda **_: batch()[0],
+    "labels": lambda **_: batch()[1],
+    "data": lambda **_: _data(),
+    "progress": lambda **_: False,
+    "corruptions": lambda **_: ("brightness",),
+    "severities": lambda **_: (1,),
+    "severity": lambda **_: 1,
+    "max_images": lambda **_: 8,
+    "weight_decay": lambda **_: 0.1,
+    "optimizer": lambda model, **_: _optimizer(model),
+    "branches": lambda **_: {"aux": attacks.PGD(steps=1)},
+    "source": lambda **_: model(),
+    "sa": lambda **_: 0.5,
+    "ra": lambda **_: 0.5,
+    "path": lambda **_: str(folder() / "report.html"),
+    "results": lambda **_: {"a": [_result()], "b": [_result()]},
+    "dataset": lambda **_: "pets",
+    "dataset_id": lambda **_: "pets",
+    "train_data": lambda **_: _dataset(),
+    "state": lambda model, **_: entprop.auxiliary_state_dict(model),
+    "epsilons": lambda **_: (0, 1 / 255),
+    "negative": lambda **_: torch.rand(5),
+    "positive": lambda **_: torch.rand(5),
+    "inside": lambda **_: torch.rand(5),
+    "outside": lambda **_: torch.rand(5),
+    "a": lambda **_: torch.rand(5, 3),
+    "b": lambda **_: torch.rand(5, 3),
+    "name": lambda **_: "fog",
+    ("wrap", "model"): lambda **_: model(wrapped=False),
+    ("auxiliary", "name"): lambda **_: "aux",
+    ("training_step", "model"): lambda **_: model(training=True),
+    ("Trainer", "model"): lambda **_: model(wrapped=False),
+    ("Trainer", "config"): lambda **_: entprop.TrainerConfig(
+        batch_size=4, output_dir=str(folder() / "run"), progress=False
+    ),
+    ("Trainer", "optimizer"): lambda **_: None,
+    ("TrainerConfig", "optimizer"): lambda **_: "adamw",
+    ("MaximumEntropyGrowth", "source"): lambda **_: None,
+    ("model_card", "model"): lambda **_: "net",
+    ("model_card", "result"): lambda **_: _result(),
+    **{(name, "result"): functools.partial(lambda name, **_: _found(name), name) for name in plots.__all__},
+    ("plot_jacobians", "results"): lambda **_: _found("plot_jacobians"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One public function or class."""
+
+    name: str
+    function: Callable[..., Any]
+    parameters: tuple[str, ...]
+
+    def hint(self, parameter: str) -> Any:
+        """Return the type of a parameter; Any where it cannot be read."""
+        described = self.function.__init__ if inspect.isclass(self.function) else self.function
+        try:
+            return typing.get_type_hints(described).get(parameter, Any)
+        except (NameError, TypeError):
+            return Any
+
+    def good(self) -> dict[str, Any]:
+        """Return arguments that work."""
+        made: dict[str, Any] = {}
+        for name, parameter in inspect.signature(self.function).parameters.items():
+            how = GOOD.get((self.name, name)) or GOOD.get(name)
+            if how is not None and name in self.parameters:
+                made[name] = how(**{key: value for key, value in made.items() if key == "model"} or {"model": None})
+            elif parameter.default is parameter.empty and name in self.parameters:
+                raise LookupError(f"GOOD has no {name!r}, which {self.name} needs.")
+        return made
+
+    def default(self, parameter: str) -> Any:
+        """Return the default of a parameter."""
+        return inspect.signature(self.function).parameters[parameter].default
+
+
+def _target(name: str, function: Callable[..., Any]) -> Target:
+    parameters = inspect.signature(function).parameters.values()
+    names = tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return Target(name, function, names)
+
+
+def _all() -> dict[str, Target]:
+    found: dict[str, Target] = {}
+    seen: set[int] = set()
+    for room in ROOMS:
+        for name in room.__all__:
+            function = getattr(room, name)
+            if name in NOT_CALLED or id(function) in seen:
+                continue
+            seen.add(id(function))
+            unique = name if name not in found else f"{room.__name__.rsplit('.')[-1]}.{name}"
+            found[unique] = _target(unique, function)
+    more = {
+        "PixelSpace.from_processor": entprop.PixelSpace.from_processor,
+        "PixelSpace.from_timm": entprop.PixelSpace.from_timm,
+        "RobustnessResult.from_dict": robustness.RobustnessResult.from_dict,
+        "RobustnessResult.from_json": robustness.RobustnessResult.from_json,
+        "RobustnessResult.mce": _result().mce,
+        "Monitor.update": lambda step: diagnostics.Monitor(every=1).update(step),
+        "Monitor.evaluated": lambda metrics: diagnostics.Monitor().evaluated(metrics),
+        "PGD.at": robustness.PGD().at,
+        "PGD()": robustness.PGD(steps=1),
+        "FGSM()": robustness.FGSM(),
+        "losses.Regularised": losses.Regularised,
+        "CutMix.draw": lambda generator: mixing.CutMix().draw(torch.Size((4, 3, 8, 8)), generator),
+    }
+    return found | {name: _target(name, function) for name, function in more.items()}
+
+
+GOOD |= {
+    ("PixelSpace.from_processor", "processor"): lambda **_: SimpleNamespace(do_rescale=True),
+    ("PixelSpace.from_timm", "model"): lambda **_: {"mean": (0.5,), "std": (0.5,)},
+    ("RobustnessResult.from_dict", "data"): lambda **_: _result().to_dict(),
+    ("RobustnessResult.from_json", "text"): lambda **_: _result().to_json(),
+    ("RobustnessResult.mce", "baseline"): lambda **_: _result(),
+    "step": lambda **_: entprop.training_step(model(training=True), *batch()),
+    "metrics": lambda **_: {"loss": 1.0},
+    "epsilon": lambda **_: 2 / 255,
+    "loss": lambda **_: torch.nn.functional.cross_entropy,
+    "generator": lambda **_: None,
+    ("robustness.PGD", "loss"): lambda **_: "margin",
+    ("PGD", "loss"): lambda **_: "margin",
+}
+
+TARGETS = _all()

@@ -1,0 +1,179 @@
+"""A training step that fails leaves no trace, and what one returns is safe to handle."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import entprop_wrap as entprop
+from entprop_wrap.attacks import PGD
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.methods import AdvProp, FastAdvProp
+from tests.every_method import METHODS, named
+from tests.trainer.toys import BatchNormNet, make
+
+pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
+
+IMAGES, LABELS = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
+
+
+def ready(method):
+    return entprop.wrap(make(BatchNormNet), auxiliaries=method.auxiliaries or ("aux",)).train()
+
+
+def state(model):
+    gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters()}
+    return {name: None if x is None else x.clone() for name, x in (model.state_dict() | gradients).items()}
+
+
+def same(model, before):
+    return all(
+        (value is None) == (before[name] is None) and (value is None or torch.equal(value, before[name]))
+        for name, value in state(model).items()
+    )
+
+
+def failing(calls):
+    """A loss that fails after so many ``calls``."""
+    left = [calls]
+
+    def loss(logits, labels):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("a loss of one's own")
+        return F.cross_entropy(logits, labels)
+
+    return loss
+
+
+BAD = {
+    "loss": {"loss": failing(1)},
+    "loss_later": {"loss": failing(2)},
+    "loss_none": {"loss": lambda logits, labels: None},
+    "loss_detached": {"loss": lambda logits, labels: F.cross_entropy(logits.detach(), labels)},
+    "backward_fails": {"backward": lambda loss: 1 / 0},
+    "backward_idle": {"backward": lambda loss: None},
+    "backward_twice": {"backward": lambda loss: (loss.backward(), loss.backward())},
+    "backward_arguments": {"backward": lambda: None},
+}
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("method", [entprop.EntProp(fraction=0.5), AdvProp(PGD(steps=1)), FastAdvProp(fraction=0.5)])
+def test_a_bad_loss_or_backward_leaves_no_trace(method, bad, later):
+    if bad == "backward_idle" and isinstance(method, AdvProp):
+        pytest.skip("nothing shows that it did not run")
+    model = ready(method)
+    if later:
+        entprop.training_step(model, IMAGES, LABELS, method=method)
+        model.zero_grad()
+    before = state(model)
+    options = {"loss": failing(1 if bad == "loss" else 2)} if bad in ("loss", "loss_later") else BAD[bad]
+    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever it raises
+        entprop.training_step(model, IMAGES, LABELS, method=method, **options)
+    assert same(model, before)
+    entprop.training_step(model, IMAGES, LABELS, method=method)
+
+
+def test_a_first_step_that_fails_keeps_gradients_that_were_there():
+    model = ready(entprop.EntProp())
+    model(IMAGES).sum().backward()
+    before = state(model)
+    with pytest.raises(ZeroDivisionError):
+        entprop.training_step(model, IMAGES, LABELS, backward=lambda loss: (loss.backward(), 1 / 0))
+    assert same(model, before)
+
+
+class Replacing(nn.Module):
+    """Records by a new tensor, rather than in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, pixels):
+        self.seen = self.seen + 1
+        return self.fc(pixels.mean((2, 3)))
+
+
+def test_buffers_that_are_replaced_are_put_back():
+    model = Replacing()
+    with pytest.raises(ConfigurationError):
+        entprop.training_step(
+            model, IMAGES, LABELS, method=entprop.Vanilla(), loss=nn.CrossEntropyLoss(reduction="sum")
+        )
+    assert model.seen == 0
+
+
+def test_a_method_that_ends_twice_is_refused_where_backward_asks_for_the_last():
+    class Twice:
+        auxiliaries = ()
+
+        def step(self, step):
+            for _ in range(2):
+                logits = step.forward(step.images)
+                loss = step.loss(logits, step.labels)
+                step.backward(loss)
+            return step.output(main_loss=loss, logits=logits, passes=2.0)
+
+    model = ready(entprop.Vanilla())
+    entprop.training_step(model, IMAGES, LABELS, method=Twice())
+    with pytest.raises(ConfigurationError, match=r"step.only_local\(\)"):
+        entprop.training_step(model, IMAGES, LABELS, method=Twice(), backward=lambda loss, last: loss.backward())
+
+
+# What comes back ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS, ids=named)
+def test_the_output_is_detached_short_in_print_and_has_its_numbers(method):
+    model = ready(method)
+    out = entprop.training_step(model, IMAGES, LABELS, method=method)
+    tensors = [value for value in vars(out).values() if isinstance(value, torch.Tensor)]
+    assert not any(tensor.requires_grad for tensor in tensors)
+    text = repr(out)
+    assert len(text) < 200
+    assert "tensor" not in text
+    assert f"main_loss={float(out.main_loss):.4g}" in text
+    assert out.metrics()["loss"] == pytest.approx(float(out.loss))
+
+
+def test_a_backward_after_the_step_says_that_it_is_done():
+    out = entprop.training_step(ready(entprop.EntProp()), IMAGES, LABELS)
+    for loss in (out.loss, out.main_loss, out.aux_loss):
+        with pytest.raises(ConfigurationError, match=r"has run the backward of this loss: leave out loss.backward\(\)"):
+            loss.backward()
+    assert type(out.loss + 1) is type(out.loss.detach()) is type(copy.deepcopy(out.loss)) is torch.Tensor
+    file = io.BytesIO()
+    torch.save({"loss": out.loss}, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["loss"] == out.loss
+
+
+class NoFloat64(TorchDispatchMode):
+    """As MPS, which has no float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in torch.utils._pytree.tree_leaves(result)
+        ):
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
+        return result
+
+
+@pytest.mark.parametrize("method", METHODS, ids=named)
+def test_steps_and_metrics_need_no_float64_on_the_device(method):
+    model = ready(method)
+    space = entprop.PixelSpace()
+    space.bounds(IMAGES)  # constants are made in float64 on the CPU, also for other devices
+    with NoFloat64():
+        entprop.training_step(model, IMAGES, LABELS, method=method, pixel_space=space).metrics()
