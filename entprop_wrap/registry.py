@@ -100,7 +100,7 @@ class _LeaveForward:
     def _idle(self, running: set[str | None]) -> list[nn.Parameter]:
         domains = [domain for domain in (None, *self.registry.auxiliaries) if domain not in running]
         parameters = (parameter for domain in domains for parameter in self.registry.tensors(domain))
-        used = {id(parameter) for parameter in self.registry.tensors(running)}  # domains may share some
+        used = {id(parameter) for domain in running for parameter in self.registry.tensors(domain)}  # some are shared
         # FSDP shards parameters into tensor subclasses, and does not mind idle ones.
         return [p for p in parameters if p.requires_grad and type(p) is nn.Parameter and id(p) not in used]
 

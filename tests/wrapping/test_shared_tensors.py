@@ -113,6 +113,7 @@ def test_state_dicts_and_unwrapping(copies):
     entprop.load_auxiliary_state_dict(other, auxiliary)
     _check(other, plain, copies, "aux", rows().double())
 
+    other = entprop.wrap(toy("batch", seed=5).double(), copies=copies)
     other.load_state_dict(toy("batch", seed=6).double().state_dict())  # of the plain model: copies start from it
     for norm in (other.blocks[0].inner, other.blocks[1].inner):
         for name, tensor in norm.entprop_aux.state_dict().items():

@@ -403,7 +403,7 @@ def test_bad_names(auxiliaries, message):
         lambda model: entprop.auxiliary(model).__enter__(),
     ],
 )
-@pytest.mark.parametrize("model", [None, "model", {}, toy], ids=repr)
+@pytest.mark.parametrize("model", [None, "model", {}, toy], ids=["None", "text", "dict", "function"])
 def test_what_is_not_a_module(call, model):
     with pytest.raises(TypeError, match=r"expects a torch\.nn\.Module, found"):
         call(model)
