@@ -3,12 +3,11 @@
 import datasets
 
 from entprop_wrap.errors import DataError
-
-from .columns import find_image_column, find_label_column
-from .image_datasets import LabelledImages, StreamedImages
-from .labels import LabelMap, build_label_map, label_value, read_labels
-from .load_options import LoadOptions
-from .splits import split_names, stratified_sample, stratified_split, take_splits
+from entprop_wrap.integrations.image_data.columns import find_image_column, find_label_column
+from entprop_wrap.integrations.image_data.image_datasets import LabelledImages, StreamedImages
+from entprop_wrap.integrations.image_data.labels import LabelMap, build_label_map, label_value, read_labels
+from entprop_wrap.integrations.image_data.load_options import LoadOptions
+from entprop_wrap.integrations.image_data.splits import split_names, stratified_sample, stratified_split, take_splits
 
 __all__ = ["stored_images", "streamed_images"]
 

@@ -20,9 +20,8 @@ from entprop_wrap.errors import (
 from entprop_wrap.robustness import CORRUPTIONS, FGSM, PGD, SUITES, Transfer, evaluate_robustness, evaluation
 from entprop_wrap.robustness.corruptions.draws import Draws
 from entprop_wrap.robustness.streams import Streams
-
-from ..models import ARCHITECTURES
-from .small import CLASSES, SPACE, classifier, dataset, loader, pixels
+from tests.models import ARCHITECTURES
+from tests.robustness.small import CLASSES, SPACE, classifier, dataset, loader, pixels
 
 ONE = {"corruptions": ("gaussian_noise",), "severities": (3,), "progress": False}
 
