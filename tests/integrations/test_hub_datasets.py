@@ -9,8 +9,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from entprop_wrap.errors import ConfigurationError, DataError, LabelError
-from entprop_wrap.integrations.hub_datasets import collate, eval_transform, in_memory, load_images, train_transform
-from entprop_wrap.integrations.image_data import sources
+from entprop_wrap.integrations.hub_datasets import (
+    collate,
+    eval_transform,
+    in_memory,
+    load_images,
+    sources,
+    train_transform,
+)
 from tests.integrations.image_samples import encoded, folder, picture, shades, table, truncated
 
 PETS = Path(__file__).parents[2].parent / "shared" / "data" / "pets"

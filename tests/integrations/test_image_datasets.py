@@ -69,7 +69,7 @@ def test_evaluation_never_falls_back_on_a_stand_in(monkeypatch):
     def fail(value):
         raise BrokenImageError("gone since the scan")
 
-    monkeypatch.setattr("entprop_wrap.integrations.image_data.image_datasets.read_image", fail)
+    monkeypatch.setattr("entprop_wrap.integrations.hub_datasets.image_datasets.read_image", fail)
     with pytest.raises(BrokenImageError, match="Image 3 of split 'test'"):
         data.eval[3]
 

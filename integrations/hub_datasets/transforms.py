@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms import v2
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.integrations.image_data.formats import ImageFormat
+from entprop_wrap.integrations.hub_datasets.formats import ImageFormat
 
 __all__ = ["eval_transform", "train_transform"]
 

@@ -13,9 +13,9 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from entprop_wrap.errors import DataError, ImageError
-from entprop_wrap.integrations.image_data.decoding import BrokenImageError, read_image, to_rgb
-from entprop_wrap.integrations.image_data.labels import LabelMap, label_value
-from entprop_wrap.integrations.image_data.load_options import OnBroken, check_on_broken
+from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError, read_image, to_rgb
+from entprop_wrap.integrations.hub_datasets.labels import LabelMap, label_value
+from entprop_wrap.integrations.hub_datasets.load_options import OnBroken, check_on_broken
 
 __all__ = ["LabelledImages", "StreamedImages"]
 

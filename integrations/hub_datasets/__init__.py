@@ -15,16 +15,16 @@ from typing import Any
 
 import datasets
 
-from entprop_wrap.integrations.image_data.collating import MixedCollate, collate, hf_collate
-from entprop_wrap.integrations.image_data.decoding import BrokenImageError, to_rgb
-from entprop_wrap.integrations.image_data.formats import ImageFormat, image_format
-from entprop_wrap.integrations.image_data.image_datasets import LabelledImages, StreamedImages
-from entprop_wrap.integrations.image_data.in_memory import InMemoryImages, in_memory, random_crop_flip
-from entprop_wrap.integrations.image_data.labels import LabelMap
-from entprop_wrap.integrations.image_data.load_options import LoadOptions, OnBroken
-from entprop_wrap.integrations.image_data.parts import stored_images, streamed_images
-from entprop_wrap.integrations.image_data.sources import open_splits
-from entprop_wrap.integrations.image_data.transforms import eval_transform, train_transform
+from entprop_wrap.integrations.hub_datasets.collating import MixedCollate, collate, hf_collate
+from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError, to_rgb
+from entprop_wrap.integrations.hub_datasets.formats import ImageFormat, image_format
+from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages, StreamedImages
+from entprop_wrap.integrations.hub_datasets.in_memory import InMemoryImages, in_memory, random_crop_flip
+from entprop_wrap.integrations.hub_datasets.labels import LabelMap
+from entprop_wrap.integrations.hub_datasets.load_options import LoadOptions, OnBroken
+from entprop_wrap.integrations.hub_datasets.parts import stored_images, streamed_images
+from entprop_wrap.integrations.hub_datasets.sources import open_splits
+from entprop_wrap.integrations.hub_datasets.transforms import eval_transform, train_transform
 
 __all__ = [
     "BrokenImageError",

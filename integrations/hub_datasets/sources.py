@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import datasets
 
 from entprop_wrap.errors import ConfigurationError, DataError
-from entprop_wrap.integrations.image_data.class_folders import class_folders, how_read
+from entprop_wrap.integrations.hub_datasets.class_folders import class_folders, how_read
 
 __all__ = ["open_splits"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from entprop_wrap.errors import DataError
-from entprop_wrap.integrations.image_data.splits import EVAL_NAMES, TRAIN_NAMES
+from entprop_wrap.integrations.hub_datasets.splits import EVAL_NAMES, TRAIN_NAMES
 
 __all__ = ["class_folders", "how_read"]
 

@@ -3,11 +3,11 @@
 import datasets
 
 from entprop_wrap.errors import DataError
-from entprop_wrap.integrations.image_data.columns import find_image_column, find_label_column
-from entprop_wrap.integrations.image_data.image_datasets import LabelledImages, StreamedImages
-from entprop_wrap.integrations.image_data.labels import LabelMap, build_label_map, label_value, read_labels
-from entprop_wrap.integrations.image_data.load_options import LoadOptions
-from entprop_wrap.integrations.image_data.splits import split_names, stratified_sample, stratified_split, take_splits
+from entprop_wrap.integrations.hub_datasets.columns import find_image_column, find_label_column
+from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages, StreamedImages
+from entprop_wrap.integrations.hub_datasets.labels import LabelMap, build_label_map, label_value, read_labels
+from entprop_wrap.integrations.hub_datasets.load_options import LoadOptions
+from entprop_wrap.integrations.hub_datasets.splits import split_names, stratified_sample, stratified_split, take_splits
 
 __all__ = ["stored_images", "streamed_images"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from entprop_wrap.errors import ConfigurationError, DataError, ImageError, LabelError
-from entprop_wrap.integrations.image_data.decoding import BrokenImageError
-from entprop_wrap.integrations.image_data.image_datasets import LabelledImages
+from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError
+from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages
 
 __all__ = ["InMemoryImages", "in_memory", "random_crop_flip"]
 
