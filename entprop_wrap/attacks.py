@@ -11,8 +11,8 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.mixing import sent
-from entprop_wrap.options import check_choice, check_flag, check_integer, check_number, shown, store_as_python
 from entprop_wrap.perturbation import PixelSpace, ascend, check_magnitude
+from entprop_wrap.utils.options import check_choice, check_flag, check_integer, check_number, shown, store_as_python
 
 __all__ = ["PGD", "Attack", "Gradient", "check_attack", "direction", "length", "uniform_start"]
 

@@ -19,8 +19,8 @@ from entprop_wrap.errors import (
     PixelRangeError,
     UnsupportedModelError,
 )
-from entprop_wrap.optimizer_steps import Watch
 from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.utils.optimizer_steps import Watch
 
 __all__ = [
     "Checker",

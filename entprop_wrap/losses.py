@@ -16,8 +16,8 @@ from torch.func import functional_call
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.mixing import Mix, sent, take
-from entprop_wrap.options import check_number, store_as_python
 from entprop_wrap.selection import two_classes
+from entprop_wrap.utils.options import check_number, store_as_python
 
 __all__ = [
     "Loss",

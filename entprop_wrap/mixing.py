@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.options import check_generator, check_number, store_as_python
+from entprop_wrap.utils.options import check_generator, check_number, store_as_python
 
 __all__ = ["CutMix", "Mix", "MixUp", "Mixer", "find_mixer", "sent", "take"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError, PixelRangeError
-from entprop_wrap.options import as_python, check_number, check_sequence, is_number, shown
+from entprop_wrap.utils.options import as_python, check_number, check_sequence, is_number, shown
 
 __all__ = ["PixelSpace", "ascend", "check_magnitude"]
 

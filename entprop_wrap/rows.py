@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.checks import raw_logits
-from entprop_wrap.containers import plain_model, walk
 from entprop_wrap.domains import Key, Rows
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.registry import Registry, find_registry
+from entprop_wrap.utils.modules import plain_model, walk
 
 __all__ = ["prove_rows", "rows_split"]
 

@@ -20,7 +20,6 @@ from typing import TypeVar
 
 from torch import nn
 
-from entprop_wrap.containers import check_module, refuse_wrapping, walk
 from entprop_wrap.domains import key_of
 from entprop_wrap.errors import (
     AlreadyWrappedError,
@@ -31,7 +30,6 @@ from entprop_wrap.errors import (
 )
 from entprop_wrap.norms import Selector, find_norms
 from entprop_wrap.optimizers import guard_first_step
-from entprop_wrap.options import check_flag
 from entprop_wrap.registry import Registry, attach, detach, find_registry, find_wrapped, registry_on
 from entprop_wrap.switch import (
     HOLDER_PREFIX,
@@ -43,6 +41,8 @@ from entprop_wrap.switch import (
     install,
     remove,
 )
+from entprop_wrap.utils.modules import check_module, refuse_wrapping, walk
+from entprop_wrap.utils.options import check_flag
 
 __all__ = ["Summary", "auxiliary", "is_wrapped", "summary", "unwrap", "wrap"]
 

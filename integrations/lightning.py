@@ -27,7 +27,6 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
-from entprop_wrap.containers import plain_model
 from entprop_wrap.errors import AuxiliaryNameError, CheckpointError, ConfigurationError, UnsupportedModelError
 from entprop_wrap.losses import Loss
 from entprop_wrap.methods import EntProp
@@ -38,6 +37,7 @@ from entprop_wrap.registry import find_registry
 from entprop_wrap.state_dicts import auxiliary_state_dict, load_auxiliary_state_dict
 from entprop_wrap.step import Method, StepOutput, check_method
 from entprop_wrap.training import training_step
+from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.wrapping import is_wrapped, unwrap, wrap
 
 __all__ = ["AUXILIARY_KEY", "EntPropLightningCallback"]

@@ -23,10 +23,10 @@ from entprop_wrap.methods import (
     Vanilla,
 )
 from entprop_wrap.methods.experimental import EntropicRetraining
-from entprop_wrap.options import as_python, check_seed
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.attacks import PGD as MeasuringPGD
 from entprop_wrap.trainer.growth import MaximumEntropyGrowth
+from entprop_wrap.utils.options import as_python, check_seed
 from tests.trainer.toys import BatchNormNet, Images, make
 
 NUMBERS = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.options import check_choice, shown
+from entprop_wrap.utils.options import check_choice, shown
 
 __all__ = ["Covariance", "check_covariance", "frechet_distance"]
 

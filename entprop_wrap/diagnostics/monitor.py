@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.options import check_integer
 from entprop_wrap.step import StepOutput
+from entprop_wrap.utils.options import check_integer
 
 __all__ = ["Monitor"]
 

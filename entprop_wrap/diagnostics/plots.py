@@ -11,7 +11,7 @@ from entprop_wrap.diagnostics.feature_sets import FeaturePicture
 from entprop_wrap.diagnostics.gap import DomainGap
 from entprop_wrap.diagnostics.jacobian import InputJacobian
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.options import check_mapping, shown
+from entprop_wrap.utils.options import check_mapping, shown
 
 __all__ = ["plot_entropies", "plot_features", "plot_gap", "plot_jacobians"]
 

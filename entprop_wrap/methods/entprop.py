@@ -13,10 +13,17 @@ from entprop_wrap.losses import Target
 from entprop_wrap.methods import lagged
 from entprop_wrap.methods.input_gradient import ImageGradient, watching
 from entprop_wrap.mixing import Mixer, find_mixer, take
-from entprop_wrap.options import check_choice, check_flag, check_integer, check_name, check_number, store_as_python
 from entprop_wrap.perturbation import ascend, check_magnitude
 from entprop_wrap.selection import Uncertainty, count, find_uncertainty, scores, top
 from entprop_wrap.step import Step, StepOutput
+from entprop_wrap.utils.options import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_name,
+    check_number,
+    store_as_python,
+)
 
 __all__ = ["EntProp"]
 

@@ -15,10 +15,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.containers import plain_model, walk
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.mixing import take
 from entprop_wrap.step import input_gradient
+from entprop_wrap.utils.modules import plain_model, walk
 
 __all__ = ["ImageGradient", "watching"]
 

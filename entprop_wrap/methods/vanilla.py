@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from entprop_wrap.losses import Regularised
-from entprop_wrap.options import store_as_python
 from entprop_wrap.step import Step, StepOutput
+from entprop_wrap.utils.options import store_as_python
 
 __all__ = ["Vanilla"]
 

@@ -16,7 +16,6 @@ from markupsafe import Markup, escape
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.options import is_number
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.reporting.diagnostic_panels import panels
 from entprop_wrap.reporting.formatting import check_text, versions
@@ -25,6 +24,7 @@ from entprop_wrap.reporting.heat_maps import heat_maps
 from entprop_wrap.reporting.study import Results, Study, cards, score_rows, study_of, verdict
 from entprop_wrap.reporting.study_charts import study_charts
 from entprop_wrap.robustness.pixels import space_of
+from entprop_wrap.utils.options import is_number
 
 __all__ = ["report"]
 

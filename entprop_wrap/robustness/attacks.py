@@ -22,12 +22,19 @@ from torch import Tensor, nn
 from entprop_wrap import attacks
 from entprop_wrap.attacks import Gradient, direction
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.options import check_choice, check_generator, check_integer, check_mapping, shown, store_as_python
 from entprop_wrap.perturbation import PixelSpace, check_magnitude
 from entprop_wrap.robustness.ascent import AttackLoss, check_attackable, losses, pixel_gradient
 from entprop_wrap.robustness.corruptions.draws import Draws
 from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
 from entprop_wrap.robustness.subjects import check_finite, device_of, logits
+from entprop_wrap.utils.options import (
+    check_choice,
+    check_generator,
+    check_integer,
+    check_mapping,
+    shown,
+    store_as_python,
+)
 
 __all__ = ["FGSM", "PGD", "Attack", "Transfer", "attacked", "check_attacks"]
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.options import check_number
 from entprop_wrap.robustness.result import RobustnessResult, escaped, markdown_table
+from entprop_wrap.utils.options import check_number
 
 __all__ = ["Comparison", "Estimate", "compare"]
 

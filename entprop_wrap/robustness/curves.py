@@ -10,7 +10,6 @@ from tqdm.auto import tqdm
 
 from entprop_wrap import attacks
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.options import check_flag, check_number, check_seed, check_sequence, shown
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.attacks import FGSM, PGD, Transfer, attacked, measuring
 from entprop_wrap.robustness.pixels import space_of
@@ -18,6 +17,7 @@ from entprop_wrap.robustness.scores import Tally
 from entprop_wrap.robustness.sharing import Share, gather
 from entprop_wrap.robustness.streams import Streams
 from entprop_wrap.robustness.subjects import Subject, check_state
+from entprop_wrap.utils.options import check_flag, check_number, check_seed, check_sequence, shown
 
 __all__ = ["accuracy_against_epsilon"]
 

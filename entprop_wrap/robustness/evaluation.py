@@ -9,7 +9,6 @@ from typing import Any, overload
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from entprop_wrap.options import check_flag, check_mapping, check_seed
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.attacks import Attack, attacked, check_attacks
 from entprop_wrap.robustness.corruptions import corrupt
@@ -20,6 +19,7 @@ from entprop_wrap.robustness.scores import Scores, Tally
 from entprop_wrap.robustness.sharing import Batch, Share, gather
 from entprop_wrap.robustness.streams import Streams
 from entprop_wrap.robustness.subjects import Condition, Subject, describe, device_of, subjects_of
+from entprop_wrap.utils.options import check_flag, check_mapping, check_seed
 
 __all__ = ["evaluate_robustness"]
 

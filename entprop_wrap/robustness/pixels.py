@@ -9,8 +9,8 @@ from torch import Tensor
 
 from entprop_wrap.checks import Checker
 from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, PixelRangeError
-from entprop_wrap.options import shown
 from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.utils.options import shown
 
 __all__ = ["check_batch", "space_of", "to_images", "to_pixels"]
 

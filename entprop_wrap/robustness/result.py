@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.options import shown
 from entprop_wrap.robustness.protocol import in_words, is_full
 from entprop_wrap.robustness.scores import Scores, hscore
+from entprop_wrap.utils.options import shown
 
 __all__ = ["RobustnessResult", "escaped", "markdown_table"]
 

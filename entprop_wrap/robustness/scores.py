@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError, DataError
-from entprop_wrap.options import as_python, is_number, shown
+from entprop_wrap.utils.options import as_python, is_number, shown
 
 __all__ = ["BINS", "Scores", "Tally", "hscore"]
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.checks import logits_of
-from entprop_wrap.containers import plain_model, walk
 from entprop_wrap.errors import (
     ConfigurationError,
     LabelError,
@@ -21,6 +20,7 @@ from entprop_wrap.errors import (
 )
 from entprop_wrap.registry import find_registry, find_wrapped
 from entprop_wrap.robustness.scores import Tally
+from entprop_wrap.utils.modules import plain_model, walk
 from entprop_wrap.wrapping import auxiliary, is_wrapped
 
 __all__ = [

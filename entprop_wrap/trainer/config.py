@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.options import is_integer, is_number
+from entprop_wrap.utils.options import is_integer, is_number
 
 __all__ = ["TrainerConfig"]
 

@@ -8,11 +8,11 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from entprop_wrap.checks import Checker, check_images, check_labels, checker_of, logits_of
-from entprop_wrap.containers import plain_model
 from entprop_wrap.errors import ModelOutputError
 from entprop_wrap.losses import Loss
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.trainer.batches import Batches
+from entprop_wrap.utils.modules import plain_model
 
 __all__ = ["evaluate"]
 

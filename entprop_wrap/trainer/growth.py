@@ -10,7 +10,7 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods.entropy_ascent import EntropyAscent, check_ascent
-from entprop_wrap.options import check_choice, check_integer
+from entprop_wrap.utils.options import check_choice, check_integer
 
 __all__ = ["MaximumEntropyGrowth", "Span"]
 

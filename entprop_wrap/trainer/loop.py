@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from entprop_wrap.containers import walk
 from entprop_wrap.errors import DivergedError
 from entprop_wrap.step import StepOutput
 from entprop_wrap.switch import Copy
@@ -24,6 +23,7 @@ from entprop_wrap.trainer.files import on_main
 from entprop_wrap.trainer.grown_data import GrowingBatches
 from entprop_wrap.trainer.meters import Meter, MetricsFile
 from entprop_wrap.trainer.run_state import RunState
+from entprop_wrap.utils.modules import walk
 
 if TYPE_CHECKING:
     from entprop_wrap.diagnostics import Monitor

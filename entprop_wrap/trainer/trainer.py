@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from entprop_wrap.containers import plain_model
 from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, UnsupportedModelError
 from entprop_wrap.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
@@ -38,6 +37,7 @@ from entprop_wrap.trainer.reproducible import seed_of
 from entprop_wrap.trainer.run_identity import check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import check_loss, check_pixel_space, training_step
+from entprop_wrap.utils.modules import plain_model
 
 if TYPE_CHECKING:
     from entprop_wrap.diagnostics import Monitor

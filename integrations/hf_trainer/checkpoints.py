@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 
-from entprop_wrap.containers import plain_model
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.registry import find_registry
 from entprop_wrap.state_dicts import (
@@ -25,6 +24,7 @@ from entprop_wrap.state_dicts import (
     main_state_dict,
     without_copies,
 )
+from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.wrapping import is_wrapped
 
 __all__ = ["AUXILIARY_FILE", "PlainCheckpoints", "last_complete_checkpoint"]

@@ -6,7 +6,7 @@ from torch import nn
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
-from entprop_wrap.features import features_of
+from entprop_wrap.utils.features import features_of
 from tests.diagnostics.subjects import images, make
 from tests.models import ARCHITECTURES, CLASSES, logits_of
 

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 import entprop_wrap as entprop
-from entprop_wrap import attacks, diagnostics, features, losses, methods, mixing, robustness, selection, trainer
+from entprop_wrap import attacks, diagnostics, losses, methods, mixing, robustness, selection, trainer
 from entprop_wrap.diagnostics import plots
 from entprop_wrap.methods import experimental
 from entprop_wrap.robustness import corruptions
+from entprop_wrap.utils import features
 
 #: Where users import from. The modules of parts (losses, mixing, ...) count where README and docstrings name them.
 ROOMS = (

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from entprop_wrap.options import check_generator
+from entprop_wrap.utils.options import check_generator
 
 __all__ = ["Draws"]
 

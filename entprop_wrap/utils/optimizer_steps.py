@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from entprop_wrap.containers import plain_model
 from entprop_wrap.errors import ConfigurationError, DivergedError
+from entprop_wrap.utils.modules import plain_model
 
 __all__ = ["Watch"]
 

@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from entprop_wrap.checks import logits_of, raw_logits
-from entprop_wrap.containers import plain_model, walk
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
-from entprop_wrap.options import shown
+from entprop_wrap.utils.modules import plain_model, walk
+from entprop_wrap.utils.options import shown
 
 __all__ = ["Features", "features_of"]
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.containers import plain_model, walk
+from entprop_wrap.utils.modules import plain_model, walk
 
 __all__ = ["Snapshot"]
 

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of the method: options, module trees, model outputs, features, statistics, tensors."""
