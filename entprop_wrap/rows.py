@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.checks import raw_logits
+from entprop_wrap.data.validation import raw_logits
 from entprop_wrap.domains import Key, Rows
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.registry import Registry, find_registry

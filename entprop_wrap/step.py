@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from entprop_wrap import checks
+from entprop_wrap.data import validation
 from entprop_wrap.errors import ConfigurationError, DivergedError, LabelError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.losses import Loss, Target, asked
 from entprop_wrap.norms import is_norm
@@ -53,7 +53,7 @@ class StepOutput:
     aux_logits: Tensor | None = None
     aux_images: Tensor | None = None
     selected: Tensor | None = None
-    checker: checks.Checker | None = None
+    checker: validation.Checker | None = None
 
     @property
     def aux_entropy(self) -> Tensor | None:
@@ -144,19 +144,19 @@ class Step:
         refuse_container(model)
         if not torch.is_grad_enabled():
             raise ConfigurationError("Gradients are switched off. Leave out torch.no_grad() around the training step.")
-        checks.check_images(images, space)
-        checks.check_batch_size(images)
-        self.checker = checks.checker_of(plain_model(model))
+        validation.check_images(images, space)
+        validation.check_batch_size(images)
+        self.checker = validation.checker_of(plain_model(model))
         self.checker.images(images, space)
         self.model, self.images, self.space, self.generator = model, images.detach(), space, generator
         self.loss = StepLoss(loss, self.checker, len(images))
-        self.labels = checks.check_labels(labels, images)
+        self.labels = validation.check_labels(labels, images)
         self._backward = backward
         self._tells_last = backward is not None and bool(asked(backward, ("last",), 1))
         self._local = 0  # depth of only_local blocks
         self._ended = False  # whether the last backward has run
         if self.checker.classes is None:
-            checks.check_takes_images(plain_model(model))
+            validation.check_takes_images(plain_model(model))
         else:
             try:
                 self._check_labels(self.checker.classes)
@@ -169,7 +169,7 @@ class Step:
             self.checker.check_takes_parts(self.model)
         output = self.model(images)
         differentiable, least = torch.is_grad_enabled(), 1 if self.loss.takes_any_targets else 2
-        logits = checks.logits_of(output, len(images), differentiable=differentiable, least=least)
+        logits = validation.logits_of(output, len(images), differentiable=differentiable, least=least)
         if logits.shape[1] != self.checker.classes:  # the first pass, or the model was given another head
             self._check_labels(logits.shape[1])
             if differentiable and "outputs" not in self.loss.asked:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entprop_wrap.checks import Checker, raw_logits
+from entprop_wrap.data.validation import Checker, raw_logits
 from entprop_wrap.errors import ConfigurationError, EntPropError, ModelOutputError
 from entprop_wrap.losses import Loss, Pass, asked, is_mean, takes_any_targets
 

@@ -1,1 +1,0 @@
-"""Images and labels before the step."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from entprop_wrap.data_forms import images_and_labels
+from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataError, ModelOutputError
 from entprop_wrap.losses import cross_entropy
 from entprop_wrap.methods import EntProp

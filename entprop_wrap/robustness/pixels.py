@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entprop_wrap.checks import Checker
+from entprop_wrap.data.validation import Checker
 from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, PixelRangeError
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.utils.options import shown

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
-from entprop_wrap.data_forms import images_and_labels
+from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.errors import DataError
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.pixels import check_batch

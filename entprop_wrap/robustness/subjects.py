@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.checks import logits_of
+from entprop_wrap.data.validation import logits_of
 from entprop_wrap.errors import (
     ConfigurationError,
     LabelError,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
 
-from entprop_wrap.data_forms import images_and_labels, refuse_dataset, refuse_loader
+from entprop_wrap.data.batches import images_and_labels, refuse_dataset, refuse_loader
 from entprop_wrap.errors import DataError
 from entprop_wrap.trainer.reproducible import ReproducibleBatches, random_states_kept, seed_everything, seed_of
 

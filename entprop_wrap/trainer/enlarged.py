@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from entprop_wrap.data_forms import Form, form_of
+from entprop_wrap.data.batches import Form, form_of
 from entprop_wrap.perturbation import PixelSpace
 
 __all__ = ["Enlarged", "from_bytes", "to_bytes"]

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from entprop_wrap.checks import Checker, check_images, check_labels, checker_of, logits_of
+from entprop_wrap.data.validation import Checker, check_images, check_labels, checker_of, logits_of
 from entprop_wrap.errors import ModelOutputError
 from entprop_wrap.losses import Loss
 from entprop_wrap.perturbation import PixelSpace

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
-from entprop_wrap.checks import Checker, check_images, check_labels, logits_of
-from entprop_wrap.data_forms import form_of, refuse_dataset
+from entprop_wrap.data.batches import form_of, refuse_dataset
+from entprop_wrap.data.validation import Checker, check_images, check_labels, logits_of
 from entprop_wrap.errors import CheckpointError, DataError, UnsupportedModelError
 from entprop_wrap.losses import Loss
 from entprop_wrap.perturbation import PixelSpace

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from entprop_wrap.checks import check_takes_images
+from entprop_wrap.data.validation import check_takes_images
 from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer.checkpoints import PlainCheckpoints
 from entprop_wrap.integrations.hf_trainer.loss import TrainerLoss, images_name_of

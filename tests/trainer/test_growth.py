@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 import entprop_wrap as entprop
-from entprop_wrap.data_forms import form_of
+from entprop_wrap.data.batches import form_of
 from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError
 from entprop_wrap.methods import EntropyAscent
 from entprop_wrap.trainer import MaximumEntropyGrowth
