@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from entprop_wrap import EntProp, Method, Vanilla, selection
+from entprop_wrap import EntProp, Method, Vanilla
+from entprop_wrap.functional import uncertainty
 from entprop_wrap.methods import MEADA, EntropyAscent
 from entprop_wrap.methods.experimental import EntropicRetraining
 from entprop_wrap.train import methods as method_parts
@@ -90,11 +91,11 @@ def components(epsilon: float | None, epochs: int) -> Entries:
 def metrics(epsilon: float | None, epochs: int) -> Entries:
     """Return table 8, and random selection."""
     scores = {
-        "entropy": selection.entropy,
-        "cross-entropy": selection.cross_entropy,
-        "confidence": selection.least_confidence,
-        "logit margin": selection.logit_margin,
-        "random": selection.random,
+        "entropy": uncertainty.entropy,
+        "cross-entropy": uncertainty.cross_entropy,
+        "confidence": uncertainty.least_confidence,
+        "logit margin": uncertainty.logit_margin,
+        "random": uncertainty.random,
     }
     return {name: {"method": EntProp(epsilon=epsilon, uncertainty=score)} for name, score in scores.items()}
 

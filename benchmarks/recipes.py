@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import entprop_wrap as entprop
-from entprop_wrap import EntProp, PixelSpace, Vanilla, selection
+from entprop_wrap import EntProp, PixelSpace, Vanilla
 from entprop_wrap.data.augmentation import AUGMENTATIONS, augmentation
+from entprop_wrap.functional import uncertainty
 from entprop_wrap.methods import FastAdvProp
 from entprop_wrap.robustness import Estimate, evaluate_robustness
 from entprop_wrap.robustness.scores import hscore
@@ -92,9 +93,9 @@ ROWS = {
     "EntProp, statistics": Row(lambda epsilon: EntProp(epsilon=epsilon), "statistics"),
     "EntProp, affine": Row(lambda epsilon: EntProp(epsilon=epsilon), "affine"),
     "EntProp, shared": Row(lambda epsilon: EntProp(epsilon=epsilon, auxiliary=None)),
-    "random selection": Row(lambda epsilon: EntProp(epsilon=epsilon, uncertainty=selection.random)),
-    "random selection, statistics": Row(
-        lambda epsilon: EntProp(epsilon=epsilon, uncertainty=selection.random), "statistics"
+    "random selection": Row(lambda epsilon: EntProp(epsilon=epsilon, uncertainty=uncertainty.random)),
+    "random uncertainty, statistics": Row(
+        lambda epsilon: EntProp(epsilon=epsilon, uncertainty=uncertainty.random), "statistics"
     ),
     "finetuning": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon)),
     "finetuning, statistics": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon), "statistics"),

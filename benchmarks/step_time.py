@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import entprop_wrap as entprop
 from entprop_wrap import EntProp, Vanilla
-from entprop_wrap.selection import count
+from entprop_wrap.functional.uncertainty import count
 
 SETTINGS = [(0.2, 1), (0.6, 1), (0.2, 5), (0.6, 5)]
 

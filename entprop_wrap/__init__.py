@@ -4,11 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from entprop_wrap.functional.mixing import CutMix, MixUp
+    from entprop_wrap.functional.uncertainty import entropy
     from entprop_wrap.methods import EntProp, Vanilla
-    from entprop_wrap.mixing import CutMix, MixUp
     from entprop_wrap.optimizers import check_optimizer, parameter_groups
     from entprop_wrap.perturbation import PixelSpace
-    from entprop_wrap.selection import entropy
     from entprop_wrap.state_dicts import auxiliary_state_dict, load_auxiliary_state_dict, main_state_dict
     from entprop_wrap.step import Method, Step, StepOutput
     from entprop_wrap.trainer import Trainer, TrainerConfig
@@ -43,10 +43,10 @@ __all__ = [
 #: Modules are imported when a name of theirs is asked for: a command line that only prints help needs no torch.
 _MODULES = {
     "methods": "EntProp Vanilla",
-    "mixing": "CutMix MixUp",
+    "functional.mixing": "CutMix MixUp",
     "optimizers": "check_optimizer parameter_groups",
     "perturbation": "PixelSpace",
-    "selection": "entropy",
+    "functional.uncertainty": "entropy",
     "state_dicts": "auxiliary_state_dict load_auxiliary_state_dict main_state_dict",
     "step": "Method Step StepOutput",
     "trainer": "Trainer TrainerConfig",

@@ -14,12 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from entprop_wrap.data import validation
 from entprop_wrap.errors import ConfigurationError, DivergedError, LabelError, ModelOutputError, UnsupportedModelError
-from entprop_wrap.losses import Loss, Target, asked
+from entprop_wrap.functional.losses import Loss, Target, asked
+from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.norms import is_norm
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.registry import find_registry
 from entprop_wrap.rows import prove_rows, rows_split
-from entprop_wrap.selection import entropy
 from entprop_wrap.step_loss import StepLoss, check_scalar, refuse_idle_heads
 from entprop_wrap.utils.modules import no_gradient_sync, plain_model, refuse_container, walk
 from entprop_wrap.utils.snapshot import Snapshot

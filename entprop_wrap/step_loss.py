@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entprop_wrap.data.validation import Checker, raw_logits
 from entprop_wrap.errors import ConfigurationError, EntPropError, ModelOutputError
-from entprop_wrap.losses import Loss, Pass, asked, is_mean, takes_any_targets
+from entprop_wrap.functional.losses import Loss, Pass, asked, is_mean, takes_any_targets
 
 __all__ = ["StepLoss", "check_scalar", "refuse_idle_heads"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.losses import Loss, cross_entropy
+from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.registry import find_registry, refuse_idle_copies, refuse_inside_block
@@ -48,7 +48,7 @@ def training_step(
         method: What to do in the step; ``EntProp()`` by default.
         pixel_space: How the images were normalised; None: they are in [0, 1].
         loss: ``(logits, labels) -> scalar mean``; None: ``torch.nn.functional.cross_entropy``. It may declare more
-            parameters, see :class:`entprop_wrap.losses.Pass`: the model's outputs, the images, the rows.
+            parameters, see :class:`entprop_wrap.functional.losses.Pass`: the model's outputs, the images, the rows.
         backward: What runs the backward of a loss: ``accelerator.backward``, or with a gradient scaler
             ``lambda loss: scaler.scale(loss).backward()``; None: ``loss.backward()``. It is called once per training
             pass, twice in EntProp. With a second parameter named ``last`` it is told the last call, in which it may

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from entprop_wrap.errors import AuxiliaryNameError, CheckpointError, ConfigurationError, UnsupportedModelError
-from entprop_wrap.losses import Loss
+from entprop_wrap.functional.losses import Loss
 from entprop_wrap.methods import EntProp
 from entprop_wrap.norms import Selector
 from entprop_wrap.optimizers import check_optimizer

@@ -1,7 +1,7 @@
 """Every method of the package, at small cost: what each way to train is shown to train."""
 
 from entprop_wrap import EntProp, MixUp, Vanilla, methods
-from entprop_wrap.attacks import PGD
+from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import (
     MEADA,
     AdversarialTraining,

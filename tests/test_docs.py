@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import entprop_wrap as entprop
-from entprop_wrap.attacks import PGD
+from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import AdvProp
 
 ROOT = Path(__file__).parent.parent

@@ -5,8 +5,8 @@ import torch
 
 from entprop_wrap import CutMix, MixUp
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.losses import Target, cross_entropy
-from entprop_wrap.mixing import take
+from entprop_wrap.functional.losses import Target, cross_entropy
+from entprop_wrap.functional.mixing import take
 
 
 def images(count=6, height=10, width=14):

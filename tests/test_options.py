@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import entprop_wrap as entprop
-from entprop_wrap.attacks import PGD
 from entprop_wrap.diagnostics import Monitor
 from entprop_wrap.errors import ConfigurationError, PixelRangeError
+from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import (
     MEADA,
     AdversarialTraining,

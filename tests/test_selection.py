@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from entprop_wrap import selection
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.functional import uncertainty
 
 LOGITS = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
 LABELS = torch.randint(5, (9,), generator=torch.Generator().manual_seed(1))
@@ -28,13 +28,13 @@ def by_definition(name, logits, label):
 def test_scores_are_their_definitions(name, soft):
     labels = torch.nn.functional.one_hot(LABELS, 5).double() if soft else LABELS
     expected = [by_definition(name, row.tolist(), int(label)) for row, label in zip(LOGITS, LABELS, strict=True)]
-    assert getattr(selection, name)(LOGITS, labels).tolist() == pytest.approx(expected, abs=1e-12)
+    assert getattr(uncertainty, name)(LOGITS, labels).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_entropy_of_certainty_and_of_ignorance():
     logits = torch.tensor([[1e4, 0.0, 0.0], [0.0, 0.0, 0.0], [-math.inf, 0.0, 0.0]])
-    assert selection.entropy(logits).tolist() == pytest.approx([0, math.log(3), math.log(2)])
-    assert selection.entropy(logits.to(torch.bfloat16)).dtype == torch.float32
+    assert uncertainty.entropy(logits).tolist() == pytest.approx([0, math.log(3), math.log(2)])
+    assert uncertainty.entropy(logits.to(torch.bfloat16)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ def test_entropy_of_certainty_and_of_ignorance():
     [(64, 0.2, 13), (10, 0.25, 3), (7, 0.4, 3), (3, 0.01, 2), (2, 1.0, 2), (5, 1.0, 5)],
 )
 def test_counts_round_half_up_and_are_at_least_two(batch, fraction, expected):
-    assert selection.count(batch, fraction) == expected
+    assert uncertainty.count(batch, fraction) == expected
 
 
 def test_a_batch_of_one_cannot_be_selected_from():
     with pytest.raises(ConfigurationError, match="drop_last"):
-        selection.count(1, 0.5)
+        uncertainty.count(1, 0.5)
 
 
 def test_top_gives_the_highest_first():
-    assert selection.top(torch.tensor([0.1, 0.9, 0.5, 0.7]), 3).tolist() == [1, 3, 2]
+    assert uncertainty.top(torch.tensor([0.1, 0.9, 0.5, 0.7]), 3).tolist() == [1, 3, 2]

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataError, ModelOutputError
-from entprop_wrap.losses import cross_entropy
+from entprop_wrap.functional.losses import cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.registry import find_registry

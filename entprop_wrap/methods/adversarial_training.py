@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entprop_wrap.attacks import PGD, Attack, check_attack
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.losses import Regularised, mean_entropy
-from entprop_wrap.selection import two_classes
+from entprop_wrap.functional.attacks import PGD, Attack, check_attack
+from entprop_wrap.functional.losses import Regularised, mean_entropy
+from entprop_wrap.functional.uncertainty import two_classes
 from entprop_wrap.step import Step, StepOutput
 from entprop_wrap.utils.options import check_choice, check_number, store_as_python
 

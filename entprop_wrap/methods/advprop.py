@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from entprop_wrap.attacks import PGD, Attack, check_attack
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.losses import Target
-from entprop_wrap.mixing import sent
+from entprop_wrap.functional.attacks import PGD, Attack, check_attack
+from entprop_wrap.functional.losses import Target
+from entprop_wrap.functional.mixing import sent
 from entprop_wrap.step import Step, StepOutput
 from entprop_wrap.utils.options import check_choice, check_flag, check_name, check_number, store_as_python
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.losses import Target
+from entprop_wrap.functional.losses import Target
+from entprop_wrap.functional.mixing import Mixer, find_mixer, take
+from entprop_wrap.functional.uncertainty import Uncertainty, count, find_uncertainty, scores, top
 from entprop_wrap.methods import lagged
 from entprop_wrap.methods.input_gradient import ImageGradient, watching
-from entprop_wrap.mixing import Mixer, find_mixer, take
 from entprop_wrap.perturbation import ascend, check_magnitude
-from entprop_wrap.selection import Uncertainty, count, find_uncertainty, scores, top
 from entprop_wrap.step import Step, StepOutput
 from entprop_wrap.utils.options import (
     check_choice,
@@ -62,7 +62,7 @@ class EntProp:
         auxiliary_target: Of mixed images in the auxiliary pass: "mixed" has both labels, as in the main pass; "source"
             only the first, which is the wrong one where ``share < 1/2`` (Algorithm 1 to the letter).
         uncertainty: Score to select by, ``(logits, labels) -> (N,)``, or the name of one; see
-            ``entprop_wrap.selection``. The labels are
+            ``entprop_wrap.functional.uncertainty``. The labels are
             those of the images themselves, also where the batch is mixed. ``selection.random`` is the control.
         threshold: Select only samples that score above it, in units of the score (nats, for entropy), and ``fraction``
             of the batch at the most; but 2 also where fewer are above it, because batch statistics need as many. The

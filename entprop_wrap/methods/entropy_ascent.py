@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
-from entprop_wrap.losses import Loss, mean_entropy
+from entprop_wrap.functional.losses import Loss, mean_entropy
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.utils.features import features_of
 from entprop_wrap.utils.modules import walk

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
-from entprop_wrap.losses import mean_entropy
+from entprop_wrap.functional.losses import mean_entropy
 from entprop_wrap.norms import is_norm
 from entprop_wrap.step import Step, StepOutput
 from entprop_wrap.utils.modules import plain_model, walk

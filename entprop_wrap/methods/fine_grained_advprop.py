@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeGuard, cast
 import torch
 from torch import Tensor
 
-from entprop_wrap.attacks import Attack
 from entprop_wrap.errors import ConfigurationError, ImageError
+from entprop_wrap.functional.attacks import Attack
 from entprop_wrap.methods.advprop import attacked, check_statistics, check_targets, propagate
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.step import Step, StepOutput

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.errors import UnsupportedModelError
-from entprop_wrap.mixing import take
+from entprop_wrap.functional.mixing import take
 from entprop_wrap.step import input_gradient
 from entprop_wrap.utils.modules import plain_model, walk
 

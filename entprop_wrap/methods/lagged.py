@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.errors import CheckpointError
-from entprop_wrap.losses import Target
+from entprop_wrap.functional.losses import Target
 from entprop_wrap.utils.modules import plain_model
 
 __all__ = ["Waiting", "lagged_state", "load_lagged_state", "put", "waiting_for"]

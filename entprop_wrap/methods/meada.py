@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from entprop_wrap.losses import Target
+from entprop_wrap.functional.losses import Target
+from entprop_wrap.functional.uncertainty import count
 from entprop_wrap.methods.entropy_ascent import EntropyAscent, check_ascent
-from entprop_wrap.selection import count
 from entprop_wrap.step import Step, StepOutput
 from entprop_wrap.utils.options import check_name, check_number, store_as_python
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.losses import Target
-from entprop_wrap.mixing import Mixer, find_mixer
+from entprop_wrap.functional.losses import Target
+from entprop_wrap.functional.mixing import Mixer, find_mixer
 from entprop_wrap.step import Step, StepOutput
 from entprop_wrap.utils.options import check_name, check_number, store_as_python
 

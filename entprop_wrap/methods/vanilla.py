@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from entprop_wrap.losses import Regularised
+from entprop_wrap.functional.losses import Regularised
 from entprop_wrap.step import Step, StepOutput
 from entprop_wrap.utils.options import store_as_python
 

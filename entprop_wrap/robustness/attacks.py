@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap import attacks
-from entprop_wrap.attacks import Gradient, direction
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.functional import attacks
+from entprop_wrap.functional.attacks import Gradient, direction
 from entprop_wrap.perturbation import PixelSpace, check_magnitude
 from entprop_wrap.robustness.ascent import AttackLoss, check_attackable, losses, pixel_gradient
 from entprop_wrap.robustness.corruptions.draws import Draws
@@ -92,7 +92,7 @@ class FGSM:
 class PGD(attacks.PGD):
     """Projected gradient ascent on the loss, within a ball around the image and within valid pixels.
 
-    The ascent is that of :class:`entprop_wrap.attacks.PGD`, which methods train with; this one knows what to increase
+    The ascent is that of :class:`entprop_wrap.functional.attacks.PGD`, which methods train with; this one knows what to increase
     and may try again. The last iterate counts; of several restarts, for each image the one that is misclassified, and
     with the highest loss among those.
 
@@ -135,7 +135,7 @@ class PGD(attacks.PGD):
         if self.restarts > 1 or self.loss != "cross_entropy":
             raise ConfigurationError(
                 "A training method attacks once and has an objective of its own: leave out restarts and loss, or write "
-                "entprop_wrap.attacks.PGD(...)."
+                "entprop_wrap.functional.attacks.PGD(...)."
             )
         return super().run(images, gradient, space, generator)
 
@@ -210,7 +210,7 @@ class Transfer:
 
     Attributes:
         source: The model that is attacked, in evaluation mode; better one that was trained on its own.
-        attack: How; one of :mod:`entprop_wrap.attacks` too.
+        attack: How; one of :mod:`entprop_wrap.functional.attacks` too.
 
     Raises:
         ConfigurationError: ``source`` is no model, or ``attack`` no attack.

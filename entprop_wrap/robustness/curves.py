@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from entprop_wrap import attacks
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.functional import attacks
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.attacks import FGSM, PGD, Transfer, attacked, measuring
 from entprop_wrap.robustness.pixels import space_of

@@ -7,8 +7,10 @@ from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any, get_args, get_type_hints
 
-from entprop_wrap.attacks import PGD
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.functional.attacks import PGD
+from entprop_wrap.functional.mixing import CutMix, MixUp
+from entprop_wrap.functional.uncertainty import cross_entropy, entropy, least_confidence, logit_margin, random
 from entprop_wrap.methods import (
     MEADA,
     AdversarialTraining,
@@ -20,8 +22,6 @@ from entprop_wrap.methods import (
     Vanilla,
 )
 from entprop_wrap.methods.experimental import EntropicRetraining
-from entprop_wrap.mixing import CutMix, MixUp
-from entprop_wrap.selection import cross_entropy, entropy, least_confidence, logit_margin, random
 from entprop_wrap.train.options import DIGITS, MethodOptions, Options, did_you_mean, flag
 from entprop_wrap.train.options import fraction as read_fraction
 from entprop_wrap.trainer import MaximumEntropyGrowth

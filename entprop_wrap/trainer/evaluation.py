@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from entprop_wrap.data.validation import Checker, check_images, check_labels, checker_of, logits_of
 from entprop_wrap.errors import ModelOutputError
-from entprop_wrap.losses import Loss
+from entprop_wrap.functional.losses import Loss
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.trainer.batches import Batches
 from entprop_wrap.utils.modules import plain_model

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from entprop_wrap.data.batches import form_of, refuse_dataset
 from entprop_wrap.data.validation import Checker, check_images, check_labels, logits_of
 from entprop_wrap.errors import CheckpointError, DataError, UnsupportedModelError
-from entprop_wrap.losses import Loss
+from entprop_wrap.functional.losses import Loss
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.trainer.batches import Batches, as_it_is
 from entprop_wrap.trainer.config import TrainerConfig

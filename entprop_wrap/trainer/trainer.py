@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, UnsupportedModelError
-from entprop_wrap.losses import Loss, cross_entropy
+from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.state_dicts import main_state_dict

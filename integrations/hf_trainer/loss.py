@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from entprop_wrap.errors import ConfigurationError, EntPropError, LabelError, UnsupportedModelError
-from entprop_wrap.losses import mean_by_construction
+from entprop_wrap.functional.losses import mean_by_construction
 from entprop_wrap.utils.modules import plain_model
 
 __all__ = ["TrainerLoss", "images_name_of"]

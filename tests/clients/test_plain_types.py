@@ -4,19 +4,20 @@ from dataclasses import replace
 
 import pytest
 
-from entprop_wrap import CutMix, EntProp, MixUp, selection
-from entprop_wrap.attacks import PGD
+from entprop_wrap import CutMix, EntProp, MixUp
+from entprop_wrap.functional import uncertainty
+from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import AdvProp, FastAdvProp, MixProp, Vanilla
 from entprop_wrap.step import Method
 
 
 def test_names_stand_for_objects():
     assert EntProp(mix="mixup", alpha=0.2, uncertainty="logit_margin") == EntProp(
-        mix=MixUp(0.2), uncertainty=selection.logit_margin
+        mix=MixUp(0.2), uncertainty=uncertainty.logit_margin
     )
     assert EntProp(alpha=0.2).mix == MixUp(0.2)
     assert EntProp().mix == MixUp()
-    assert EntProp().uncertainty is selection.entropy
+    assert EntProp().uncertainty is uncertainty.entropy
     assert EntProp(mix="CutMix").mix == CutMix()
     assert EntProp(mix="none").mix is None
     assert replace(EntProp(mix="cutmix", alpha=0.3), fraction=0.5).mix == CutMix(0.3)
@@ -32,7 +33,7 @@ def test_names_stand_for_objects():
     [
         (["entprop_wrap.EntProp", "--m.mix=cutmix", "--m.alpha=0.2"], EntProp(mix=CutMix(0.2))),
         (["entprop_wrap.EntProp", "--m.mix=null", "--m.fraction=0.3"], EntProp(fraction=0.3, mix=None)),
-        (["entprop_wrap.EntProp", "--m.uncertainty=random"], EntProp(uncertainty=selection.random)),
+        (["entprop_wrap.EntProp", "--m.uncertainty=random"], EntProp(uncertainty=uncertainty.random)),
         (["entprop_wrap.methods.MixProp", "--m.alpha=0.2"], MixProp(MixUp(0.2))),
         (["entprop_wrap.methods.FastAdvProp", "--m.fraction=0.3"], FastAdvProp(fraction=0.3)),
         (["entprop_wrap.Vanilla", "--m.label_smoothing=0.1"], Vanilla(label_smoothing=0.1)),
@@ -56,6 +57,6 @@ def test_hugging_faces_parser_builds_entprop():
     parser = transformers.HfArgumentParser(EntProp)
     assert parser.parse_args_into_dataclasses([]) == (EntProp(),)
     arguments = ["--mix", "cutmix", "--alpha", "0.3", "--uncertainty", "logit_margin", "--epsilon", "0.01"]
-    expected = EntProp(mix=CutMix(0.3), uncertainty=selection.logit_margin, epsilon=0.01)
+    expected = EntProp(mix=CutMix(0.3), uncertainty=uncertainty.logit_margin, epsilon=0.01)
     assert parser.parse_args_into_dataclasses(arguments) == (expected,)
     assert parser.parse_args_into_dataclasses(["--mix", "none", "--mix_on", "auxiliary"])[0].mix is None

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import entprop_wrap as entprop
-from entprop_wrap.attacks import PGD, uniform_start
 from entprop_wrap.errors import PixelRangeError
+from entprop_wrap.functional.attacks import PGD, uniform_start
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntropyAscent, FastAdvProp, MixProp, Vanilla
 from entprop_wrap.perturbation import ascend
 from tests.trainer.toys import BatchNormNet, make

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import entprop_wrap as entprop
-from entprop_wrap.attacks import PGD
 from entprop_wrap.errors import ConfigurationError, LabelError, ModelOutputError, UnsupportedModelError
+from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntropyAscent, FastAdvProp, MixProp, Vanilla
 from tests.trainer.toys import BatchNormNet, make
 
@@ -215,14 +215,19 @@ def test_one_logit_with_a_binary_loss(name):
 
 
 def test_one_logit_equals_two_of_which_one_is_zero():
-    from entprop_wrap import selection
+    from entprop_wrap.functional import uncertainty
 
     logits, labels = torch.randn(6, 1).double(), torch.rand(6, 1).double()
     two, soft = torch.cat([torch.zeros_like(logits), logits], 1), torch.cat([1 - labels, labels], 1)
-    for score in (selection.entropy, selection.least_confidence, selection.logit_margin, selection.cross_entropy):
+    for score in (
+        uncertainty.entropy,
+        uncertainty.least_confidence,
+        uncertainty.logit_margin,
+        uncertainty.cross_entropy,
+    ):
         torch.testing.assert_close(score(logits, labels), score(two, soft))
     torch.testing.assert_close(
-        selection.cross_entropy(logits, labels),
+        uncertainty.cross_entropy(logits, labels),
         F.binary_cross_entropy_with_logits(logits, labels, reduction="none")[:, 0],
     )
 

@@ -15,9 +15,9 @@ from entprop_wrap.diagnostics import Monitor
 from entprop_wrap.diagnostics.monitor import _energy_auroc
 from entprop_wrap.diagnostics.ood import auroc
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.functional.uncertainty import entropy
+from entprop_wrap.functional.uncertainty import random as random_score
 from entprop_wrap.methods import MixProp
-from entprop_wrap.selection import entropy
-from entprop_wrap.selection import random as random_score
 from entprop_wrap.step import StepOutput
 from tests.trainer.toys import BatchNormNet, Images, make
 

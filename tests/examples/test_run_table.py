@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from entprop_wrap import EntProp, MixUp, selection
+from entprop_wrap import EntProp, MixUp
+from entprop_wrap.functional import uncertainty
 from tests.examples.in_process import load
 
 
@@ -36,7 +37,7 @@ def test_rows_are_found_again_by_another_process(run_table, table):
         EntProp(fraction=0.3),
         EntProp(mix=MixUp(0.2)),
         EntProp(mix=None),
-        EntProp(uncertainty=selection.random),
+        EntProp(uncertainty=uncertainty.random),
         EntProp(epsilon=0.1),
     ],
 )
@@ -60,8 +61,8 @@ def test_two_classes_with_equal_fields_are_two_settings(run_table):
 
 
 def test_functions_are_told_apart_by_name_and_not_by_address(run_table):
-    described = run_table.plain({"uncertainty": selection.entropy})
-    assert described == {"uncertainty": "entprop_wrap.selection.entropy"}
+    described = run_table.plain({"uncertainty": uncertainty.entropy})
+    assert described == {"uncertainty": "entprop_wrap.functional.uncertainty.entropy"}
 
 
 @pytest.mark.parametrize("cut", [1, 10, 60])

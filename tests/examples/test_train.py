@@ -18,8 +18,9 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from entprop_wrap import EntProp, Vanilla, selection
+from entprop_wrap import EntProp, Vanilla
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.functional import uncertainty
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntropyAscent, FastAdvProp, MixProp
 from entprop_wrap.methods.experimental import EntropicRetraining
 from entprop_wrap.train import command, main
@@ -350,10 +351,10 @@ HARD = AdversarialTraining().attack.at(0.1)
             {"advprop": AdvProp(STRONG, weight=0.5), "mixprop": MixProp(weight=0.5), "vanilla": Vanilla()},
         ),
         (["advprop.weight=0.5"], {"advprop": AdvProp(STRONG, weight=0.5), "mixprop": MixProp()}),
-        (["uncertainty=margin"], {"entprop": EntProp(epsilon=0.1, uncertainty=selection.logit_margin)}),
+        (["uncertainty=margin"], {"entprop": EntProp(epsilon=0.1, uncertainty=uncertainty.logit_margin)}),
         (
             ["auxiliary_target=source"],
-            {"random_selection": EntProp(epsilon=0.1, uncertainty=selection.random, auxiliary_target="source")},
+            {"random_selection": EntProp(epsilon=0.1, uncertainty=uncertainty.random, auxiliary_target="source")},
         ),
         (["ascent.steps=3", "ascent.layer=none"], {"me_ada": MEADA(EntropyAscent(steps=3), fraction=0.2)}),
         (["shuffle=False", "beta=0.25"], {"fast_advprop": FastAdvProp(epsilon=0.1, shuffle=False, beta=0.25)}),

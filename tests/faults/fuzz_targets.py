@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 import entprop_wrap as entprop
-from entprop_wrap import attacks, diagnostics, losses, methods, mixing, robustness, selection, trainer
+from entprop_wrap import diagnostics, methods, robustness, trainer
 from entprop_wrap.diagnostics import plots
+from entprop_wrap.functional import attacks, losses, mixing, uncertainty
 from entprop_wrap.methods import experimental
 from entprop_wrap.robustness import corruptions
 from entprop_wrap.utils import features
@@ -27,7 +28,7 @@ ROOMS = (
     methods,
     experimental,
     attacks,
-    selection,
+    uncertainty,
     features,
     robustness,
     corruptions,

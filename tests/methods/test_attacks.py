@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import entprop_wrap as entprop
-from entprop_wrap.attacks import PGD, ball_start
 from entprop_wrap.errors import ConfigurationError, PixelRangeError
+from entprop_wrap.functional.attacks import PGD, ball_start
 from entprop_wrap.methods import AdvProp
 from entprop_wrap.robustness import PGD as MeasuringPGD
 from entprop_wrap.robustness import Transfer, accuracy_against_epsilon, evaluate_robustness

@@ -4,7 +4,8 @@ import pytest
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from entprop_wrap import CutMix, EntProp, MixUp, selection
+from entprop_wrap import CutMix, EntProp, MixUp
+from entprop_wrap.functional import uncertainty
 from tests.distributed import run_processes
 from tests.methods.test_methods_distributed import differences, gradients, mean_of_both, step
 from tests.methods.test_step_loops import wrapped
@@ -18,7 +19,7 @@ METHODS = {
     "n=1, mixed, sum": EntProp(fraction=0.4, weighting="sum"),
     "n=3, mixed": EntProp(fraction=0.4, attack_steps=3),
     "n=2, cut, auxiliary": EntProp(fraction=0.4, attack_steps=2, mix=CutMix(), mix_on="auxiliary"),
-    "n=2, random": EntProp(fraction=0.4, attack_steps=2, uncertainty=selection.random),
+    "n=2, random": EntProp(fraction=0.4, attack_steps=2, uncertainty=uncertainty.random),
     "threshold": EntProp(fraction=0.8, threshold=0.9, mix=None),
     "n=3, shared": EntProp(fraction=0.4, attack_steps=3, auxiliary=None),
 }

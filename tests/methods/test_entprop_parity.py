@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import entprop_wrap as entprop
-from entprop_wrap import selection
+from entprop_wrap.functional import uncertainty
 from tests.reference import entprop as reference
 from tests.reference.models import CLASSES, MODELS, build, random_batch, shift_statistics
 
@@ -334,7 +334,7 @@ def test_how_many_samples_are_selected(size, fraction, selected):
 def test_uncertainty_scores(ours, theirs, soft):
     pair = Pair("batch_norm")
     images, labels = random_batch(BATCH, soft=soft)
-    score = getattr(selection, ours)
+    score = getattr(uncertainty, ours)
     out = entprop.training_step(
         pair.model, images, labels, method=entprop.EntProp(fraction=FRACTION, mix=None, uncertainty=score)
     )

@@ -1,4 +1,4 @@
-"""Variations of EntProp's step against the same reference: random selection, a threshold, and shared norms."""
+"""Variations of EntProp's step against the same reference: random uncertainty, a threshold, and shared norms."""
 
 import warnings
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import entprop_wrap as entprop
-from entprop_wrap import EntProp, selection
+from entprop_wrap import EntProp
 from entprop_wrap.errors import ConfigurationError, NotWrappedError
+from entprop_wrap.functional import uncertainty
 from tests.methods.covering import covering, name_of
 from tests.methods.test_entprop_parity import (
     BLENDS,
@@ -43,7 +44,7 @@ def test_random_selection(case):
     case = dict(case)
     kind, soft = case.pop("kind"), case.pop("soft")
     pair, (images, labels) = Pair(kind), random_batch(BATCH, soft=soft)
-    out = step(pair.model, (images, labels), uncertainty=selection.random, mix=None, **case)
+    out = step(pair.model, (images, labels), uncertainty=uncertainty.random, mix=None, **case)
     drawn = iter(torch.rand(BATCH, generator=seeded(), dtype=torch.float64).tolist())
     expected = pair.reference(images, labels, uncertainty=lambda logits, label: next(drawn), **case)
     assert_step_matches(pair, out, expected)
@@ -51,11 +52,11 @@ def test_random_selection(case):
 
 def test_random_scores_follow_the_generator_and_else_torchs_seed():
     logits = torch.zeros(500, 3)
-    first, again = (selection.random(logits, generator=seeded()) for _ in range(2))
+    first, again = (uncertainty.random(logits, generator=seeded()) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, selection.random(logits, generator=seeded(6)))
+    assert not torch.equal(first, uncertainty.random(logits, generator=seeded(6)))
     torch.manual_seed(5)
-    assert torch.equal(first, selection.random(logits))
+    assert torch.equal(first, uncertainty.random(logits))
     assert first.shape == (500,)
     assert 0 <= first.min() < 0.02
     assert 0.98 < first.max() < 1
@@ -65,8 +66,8 @@ def test_random_scores_follow_the_generator_and_else_torchs_seed():
 def test_every_sample_is_as_likely_to_be_selected():
     generator, counts = seeded(), torch.zeros(10)
     for _ in range(2000):
-        scores = selection.scores(selection.random, torch.zeros(10, 3), torch.zeros(10), generator)
-        counts[selection.top(scores, 3)] += 1
+        scores = uncertainty.scores(uncertainty.random, torch.zeros(10, 3), torch.zeros(10), generator)
+        counts[uncertainty.top(scores, 3)] += 1
     assert (counts / 2000 - 0.3).abs().max() < 0.05
 
 
@@ -74,10 +75,10 @@ class Noisy:
     """A score of one's own, as an object, that draws."""
 
     def __call__(self, logits, labels, *, generator=None):
-        return selection.entropy(logits) + torch.rand(len(logits), generator=generator)
+        return uncertainty.entropy(logits) + torch.rand(len(logits), generator=generator)
 
 
-@pytest.mark.parametrize("score", [Noisy(), selection.random])
+@pytest.mark.parametrize("score", [Noisy(), uncertainty.random])
 def test_scores_that_draw_are_given_the_steps_generator(score):
     images, labels = random_batch(BATCH)
     chosen = []
@@ -89,7 +90,7 @@ def test_scores_that_draw_are_given_the_steps_generator(score):
 
 def test_scores_without_a_signature_are_called_with_two_arguments():
     built_in = torch.Tensor.sum  # written in C: inspect cannot say what it takes
-    assert selection.scores(built_in, torch.ones(4, 3), -1).tolist() == [3.0] * 4
+    assert uncertainty.scores(built_in, torch.ones(4, 3), -1).tolist() == [3.0] * 4
 
 
 # A threshold ----------------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def test_a_threshold(case):
 
     out = step(pair.model, (images, labels), threshold=threshold, mix=blend and FixedMixer(blend), **case)
 
-    assert len(out.selected) == max(2, min(above, selection.count(BATCH, case["fraction"])))
+    assert len(out.selected) == max(2, min(above, uncertainty.count(BATCH, case["fraction"])))
     assert out.passes == pytest.approx(1 + len(out.selected) * max(case["attack_steps"], 1) / BATCH)
     expected = pair.reference(
         images, labels, threshold=threshold, batch_blend=blend, order=out.selected.tolist(), **case

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import entprop_wrap as entprop
-from entprop_wrap.attacks import PGD, uniform_start
 from entprop_wrap.errors import ConfigurationError, ImageError, NotWrappedError
+from entprop_wrap.functional.attacks import PGD, uniform_start
 from entprop_wrap.methods import AdvProp, FineGrainedAdvProp
 from entprop_wrap.methods.advprop import wrong_labels
 from entprop_wrap.robustness import PGD as MeasuringPGD

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import entprop_wrap as entprop
-from entprop_wrap.attacks import PGD
 from entprop_wrap.errors import ConfigurationError, ImageError
+from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import AdversarialTraining, AdvProp, FineGrainedAdvProp
 from entprop_wrap.robustness import accuracy_against_epsilon
 from tests.trainer.toys import BatchNormNet, make

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import entprop_wrap as entprop
-from entprop_wrap.attacks import PGD
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.losses import mean_by_construction
+from entprop_wrap.functional.attacks import PGD
+from entprop_wrap.functional.losses import mean_by_construction
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntProp, EntropyAscent, FastAdvProp, Vanilla
 from tests.trainer.toys import BatchNormNet, make
 

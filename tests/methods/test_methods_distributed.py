@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import entprop_wrap as entprop
-from entprop_wrap.attacks import PGD
 from entprop_wrap.errors import UnsupportedModelError
+from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import (
     MEADA,
     AdversarialTraining,

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import entprop_wrap as entprop
-from entprop_wrap import EntProp, selection
-from entprop_wrap.attacks import PGD
+from entprop_wrap import EntProp
+from entprop_wrap.functional import uncertainty
+from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import (
     MEADA,
     AdversarialTraining,
@@ -61,7 +62,7 @@ METHODS = {
         3,
         1 + 3 + 2,
     ),
-    "random selection": (EntProp(uncertainty=selection.random, attack_steps=3), [10, 2, 2, 2], 2, 1 + 0.2 * 3),
+    "random selection": (EntProp(uncertainty=uncertainty.random, attack_steps=3), [10, 2, 2, 2], 2, 1 + 0.2 * 3),
     "no score above": (EntProp(fraction=0.5, threshold=10.0), [10, 2], 2, 1 + 0.2),
     "every score above": (EntProp(fraction=0.5, threshold=-1.0), [10, 5], 2, 1 + 0.5),
     "shared norms": (EntProp(auxiliary=None, attack_steps=3), [10, 2, 2, 2], 2, 1 + 0.2 * 3),
@@ -175,7 +176,7 @@ HALF = {
     "advprop": AdvProp(fixed_start()),
     "advprop, batch": AdvProp(fixed_start(), attack_statistics="batch"),
     "fine-grained": FineGrainedAdvProp({"attacked": fixed_start(), "dark": BRANCHES["dark"]}),
-    "shared norms": EntProp(auxiliary=None, uncertainty=selection.random, attack_steps=2, mix=None),
+    "shared norms": EntProp(auxiliary=None, uncertainty=uncertainty.random, attack_steps=2, mix=None),
     "fast advprop": FastAdvProp(fraction=0.4),
     "me-ada": MEADA(EntropyAscent(steps=2), weight=0.5),
     "entropic retraining": EntropicRetraining(),

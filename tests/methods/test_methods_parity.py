@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import entprop_wrap as entprop
-from entprop_wrap.attacks import PGD, uniform_start
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.losses import Regularised, smooth
+from entprop_wrap.functional.attacks import PGD, uniform_start
+from entprop_wrap.functional.losses import Regularised, smooth
 from entprop_wrap.methods import AdversarialTraining, AdvProp, FastAdvProp, MixProp, Vanilla
 from entprop_wrap.methods.advprop import wrong_labels
 from tests.methods.covering import covering, name_of

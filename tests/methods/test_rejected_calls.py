@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import entprop_wrap as entprop
-from entprop_wrap.attacks import PGD
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import AdvProp, FastAdvProp
 from tests.every_method import METHODS, named
 from tests.trainer.toys import BatchNormNet, make

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import entprop_wrap as entprop
-from entprop_wrap import PixelSpace, attacks
+from entprop_wrap import PixelSpace
 from entprop_wrap.errors import (
     ConfigurationError,
     DataError,
@@ -17,6 +17,7 @@ from entprop_wrap.errors import (
     PixelRangeError,
     UnsupportedModelError,
 )
+from entprop_wrap.functional import attacks
 from entprop_wrap.robustness import CORRUPTIONS, FGSM, PGD, SUITES, Transfer, evaluate_robustness, evaluation
 from entprop_wrap.robustness.corruptions.draws import Draws
 from entprop_wrap.robustness.streams import Streams

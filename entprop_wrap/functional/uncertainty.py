@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.mixing import sent
+from entprop_wrap.functional.mixing import sent
 
 __all__ = [
     "Uncertainty",

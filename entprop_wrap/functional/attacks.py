@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.mixing import sent
+from entprop_wrap.functional.mixing import sent
 from entprop_wrap.perturbation import PixelSpace, ascend, check_magnitude
 from entprop_wrap.utils.options import check_choice, check_flag, check_integer, check_number, shown, store_as_python
 

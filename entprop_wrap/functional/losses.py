@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.mixing import Mix, sent, take
-from entprop_wrap.selection import two_classes
+from entprop_wrap.functional.mixing import Mix, sent, take
+from entprop_wrap.functional.uncertainty import two_classes
 from entprop_wrap.utils.options import check_number, store_as_python
 
 __all__ = [
