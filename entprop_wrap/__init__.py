@@ -7,13 +7,13 @@ if TYPE_CHECKING:
     from entprop_wrap.functional.mixing import CutMix, MixUp
     from entprop_wrap.functional.uncertainty import entropy
     from entprop_wrap.methods import EntProp, Vanilla
-    from entprop_wrap.optimizers import check_optimizer, parameter_groups
     from entprop_wrap.perturbation import PixelSpace
-    from entprop_wrap.state_dicts import auxiliary_state_dict, load_auxiliary_state_dict, main_state_dict
     from entprop_wrap.step import Method, Step, StepOutput
     from entprop_wrap.trainer import Trainer, TrainerConfig
     from entprop_wrap.training import training_step
-    from entprop_wrap.wrapping import Summary, auxiliary, summary, unwrap, wrap
+    from entprop_wrap.wrapping.model import Summary, auxiliary, summary, unwrap, wrap
+    from entprop_wrap.wrapping.optimizer import check_optimizer, parameter_groups
+    from entprop_wrap.wrapping.state_dict import auxiliary_state_dict, load_auxiliary_state_dict, main_state_dict
 
 __all__ = [
     "CutMix",
@@ -44,14 +44,14 @@ __all__ = [
 _MODULES = {
     "methods": "EntProp Vanilla",
     "functional.mixing": "CutMix MixUp",
-    "optimizers": "check_optimizer parameter_groups",
+    "wrapping.optimizer": "check_optimizer parameter_groups",
     "perturbation": "PixelSpace",
     "functional.uncertainty": "entropy",
-    "state_dicts": "auxiliary_state_dict load_auxiliary_state_dict main_state_dict",
+    "wrapping.state_dict": "auxiliary_state_dict load_auxiliary_state_dict main_state_dict",
     "step": "Method Step StepOutput",
     "trainer": "Trainer TrainerConfig",
     "training": "training_step",
-    "wrapping": "Summary auxiliary summary unwrap wrap",
+    "wrapping.model": "Summary auxiliary summary unwrap wrap",
 }
 
 

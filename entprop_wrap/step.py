@@ -16,14 +16,14 @@ from entprop_wrap.data import validation
 from entprop_wrap.errors import ConfigurationError, DivergedError, LabelError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, Target, asked
 from entprop_wrap.functional.uncertainty import entropy
-from entprop_wrap.norms import is_norm
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.registry import find_registry
-from entprop_wrap.rows import prove_rows, rows_split
 from entprop_wrap.step_loss import StepLoss, check_scalar, refuse_idle_heads
 from entprop_wrap.utils.modules import no_gradient_sync, plain_model, refuse_container, walk
 from entprop_wrap.utils.snapshot import Snapshot
-from entprop_wrap.wrapping import auxiliary, is_wrapped
+from entprop_wrap.wrapping.model import auxiliary, is_wrapped
+from entprop_wrap.wrapping.norm_layers import is_norm
+from entprop_wrap.wrapping.registry import find_registry
+from entprop_wrap.wrapping.rows import prove_rows, rows_split
 
 __all__ = ["Method", "Step", "StepOutput"]
 
@@ -258,7 +258,7 @@ class Step:
         """Return a context in which the first ``main`` of ``total`` images run through the model's own norms.
 
         The rest run through the auxiliary norms; with None, all of them share the model's own. Tries out first whether
-        the model allows it, see :func:`entprop_wrap.rows.prove_rows`.
+        the model allows it, see :func:`entprop_wrap.wrapping.rows.prove_rows`.
         """
         if auxiliary is None:
             return nullcontext()

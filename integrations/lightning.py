@@ -30,15 +30,15 @@ from torch.optim import LBFGS
 from entprop_wrap.errors import AuxiliaryNameError, CheckpointError, ConfigurationError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss
 from entprop_wrap.methods import EntProp
-from entprop_wrap.norms import Selector
-from entprop_wrap.optimizers import check_optimizer
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.registry import find_registry
-from entprop_wrap.state_dicts import auxiliary_state_dict, load_auxiliary_state_dict
 from entprop_wrap.step import Method, StepOutput, check_method
 from entprop_wrap.training import training_step
 from entprop_wrap.utils.modules import plain_model
-from entprop_wrap.wrapping import is_wrapped, unwrap, wrap
+from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap
+from entprop_wrap.wrapping.norm_layers import Selector
+from entprop_wrap.wrapping.optimizer import check_optimizer
+from entprop_wrap.wrapping.registry import find_registry
+from entprop_wrap.wrapping.state_dict import auxiliary_state_dict, load_auxiliary_state_dict
 
 __all__ = ["AUXILIARY_KEY", "EntPropLightningCallback"]
 

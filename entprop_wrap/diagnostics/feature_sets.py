@@ -19,7 +19,7 @@ from entprop_wrap.robustness.result import escaped, markdown_table
 from entprop_wrap.step import Method
 from entprop_wrap.utils.features import features_of
 from entprop_wrap.utils.options import check_seed
-from entprop_wrap.wrapping import is_wrapped
+from entprop_wrap.wrapping.model import is_wrapped
 
 __all__ = ["FeatureDistance", "FeaturePicture", "feature_distance", "feature_picture"]
 

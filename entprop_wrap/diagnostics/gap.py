@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.diagnostics.intervals import plain
-from entprop_wrap.registry import find_registry
 from entprop_wrap.robustness.result import escaped, markdown_table
 from entprop_wrap.robustness.subjects import check_module
-from entprop_wrap.switch import HOLDER_PREFIX
+from entprop_wrap.wrapping.registry import find_registry
+from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX
 
 __all__ = ["DomainGap", "LayerGap", "domain_gap"]
 

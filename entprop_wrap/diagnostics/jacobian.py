@@ -18,7 +18,7 @@ from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.subjects import check_finite, logits
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.options import check_name, check_seed
-from entprop_wrap.wrapping import auxiliary as auxiliary_domain
+from entprop_wrap.wrapping.model import auxiliary as auxiliary_domain
 
 __all__ = ["InputJacobian", "input_jacobian"]
 

@@ -18,10 +18,10 @@ from entprop_wrap.errors import (
     NotWrappedError,
     UnsupportedModelError,
 )
-from entprop_wrap.registry import find_registry, find_wrapped
 from entprop_wrap.robustness.scores import Tally
 from entprop_wrap.utils.modules import plain_model, walk
-from entprop_wrap.wrapping import auxiliary, is_wrapped
+from entprop_wrap.wrapping.model import auxiliary, is_wrapped
+from entprop_wrap.wrapping.registry import find_registry, find_wrapped
 
 __all__ = [
     "Condition",

@@ -20,7 +20,7 @@ from entprop_wrap.train import results
 from entprop_wrap.train.data import Data, load
 from entprop_wrap.train.options import Options
 from entprop_wrap.trainer import Trainer, TrainerConfig
-from entprop_wrap.wrapping import unwrap, wrap
+from entprop_wrap.wrapping.model import unwrap, wrap
 
 __all__ = ["attacks", "run"]
 

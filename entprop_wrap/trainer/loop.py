@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from entprop_wrap.errors import DivergedError
 from entprop_wrap.step import StepOutput
-from entprop_wrap.switch import Copy
 from entprop_wrap.trainer.batches import Batches
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, better
 from entprop_wrap.trainer.config import TrainerConfig
@@ -24,6 +23,7 @@ from entprop_wrap.trainer.grown_data import GrowingBatches
 from entprop_wrap.trainer.meters import Meter, MetricsFile
 from entprop_wrap.trainer.run_state import RunState
 from entprop_wrap.utils.modules import walk
+from entprop_wrap.wrapping.switched_norm import Copy
 
 if TYPE_CHECKING:
     from entprop_wrap.diagnostics import Monitor

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, UnsupportedModelError
-from entprop_wrap.optimizers import check_optimizer, parameter_groups
-from entprop_wrap.registry import find_registry
 from entprop_wrap.step import Method
 from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.run_state import to_python
-from entprop_wrap.wrapping import is_wrapped, unwrap, wrap
+from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap
+from entprop_wrap.wrapping.optimizer import check_optimizer, parameter_groups
+from entprop_wrap.wrapping.registry import find_registry
 
 __all__ = ["wrap_with_optimizer"]
 

@@ -18,7 +18,6 @@ from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, 
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.state_dicts import main_state_dict
 from entprop_wrap.step import Method, StepOutput, check_method
 from entprop_wrap.trainer.batches import Batches
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, read_state
@@ -38,6 +37,7 @@ from entprop_wrap.trainer.run_identity import check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import check_loss, check_pixel_space, training_step
 from entprop_wrap.utils.modules import plain_model
+from entprop_wrap.wrapping.state_dict import main_state_dict
 
 if TYPE_CHECKING:
     from entprop_wrap.diagnostics import Monitor

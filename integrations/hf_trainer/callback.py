@@ -22,13 +22,13 @@ from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, Unsuppor
 from entprop_wrap.integrations.hf_trainer.checkpoints import PlainCheckpoints
 from entprop_wrap.integrations.hf_trainer.loss import TrainerLoss, images_name_of
 from entprop_wrap.methods import EntProp, FastAdvProp
-from entprop_wrap.norms import Selector
-from entprop_wrap.optimizers import check_optimizer
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.registry import find_registry
 from entprop_wrap.step import Method, StepOutput, check_method
 from entprop_wrap.training import training_step
-from entprop_wrap.wrapping import is_wrapped, unwrap, wrap
+from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap
+from entprop_wrap.wrapping.norm_layers import Selector
+from entprop_wrap.wrapping.optimizer import check_optimizer
+from entprop_wrap.wrapping.registry import find_registry
 
 __all__ = ["EntPropCallback", "EntPropTrainerMixin"]
 

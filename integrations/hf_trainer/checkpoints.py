@@ -17,15 +17,15 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 
 from entprop_wrap.errors import CheckpointError
-from entprop_wrap.registry import find_registry
-from entprop_wrap.state_dicts import (
+from entprop_wrap.utils.modules import plain_model
+from entprop_wrap.wrapping.model import is_wrapped
+from entprop_wrap.wrapping.registry import find_registry
+from entprop_wrap.wrapping.state_dict import (
     auxiliary_state_dict,
     load_auxiliary_state_dict,
     main_state_dict,
     without_copies,
 )
-from entprop_wrap.utils.modules import plain_model
-from entprop_wrap.wrapping import is_wrapped
 
 __all__ = ["AUXILIARY_FILE", "PlainCheckpoints", "last_complete_checkpoint"]
 

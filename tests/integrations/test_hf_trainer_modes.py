@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from entprop_wrap import EntProp
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
-from entprop_wrap.switch import Switch
+from entprop_wrap.wrapping.switched_norm import Switch
 from tests.distributed import run_processes
 from tests.integrations.hf_trainer_reference import (
     SPACE,

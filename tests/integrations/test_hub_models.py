@@ -13,7 +13,7 @@ from transformers import Trainer
 import entprop_wrap as entprop
 from entprop_wrap.errors import EntPropError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
-from entprop_wrap.state_dicts import is_auxiliary_key, original_name
+from entprop_wrap.wrapping.state_dict import is_auxiliary_key, original_name
 from tests.integrations.hf_trainer_reference import OLD, RecordGradients, arguments, worst
 from tests.integrations.hub_models import (
     BROKEN,

@@ -18,7 +18,7 @@ from entprop_wrap import EntProp
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.integrations.lightning import EntPropLightningCallback
 from entprop_wrap.robustness import PGD
-from entprop_wrap.wrapping import is_wrapped
+from entprop_wrap.wrapping.model import is_wrapped
 from tests.integrations.lightning_reference import SPACE, Classifier, by_hand, loader, net, trainer, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")

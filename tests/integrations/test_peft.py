@@ -14,7 +14,7 @@ import entprop_wrap as entprop
 from entprop_wrap import EntProp
 from entprop_wrap.errors import ConfigurationError, NotWrappedError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
-from entprop_wrap.state_dicts import is_auxiliary_key, original_name, without_copies
+from entprop_wrap.wrapping.state_dict import is_auxiliary_key, original_name, without_copies
 from tests.integrations.hf_trainer_reference import SPACE, RecordBatches, RecordGradients, arguments, build, samples
 from tests.integrations.hf_trainer_reference import worst as difference
 from tests.wrapping.oracle import auxiliary_tensors, perturb

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from entprop_wrap.state_dicts import auxiliary_names
+from entprop_wrap.wrapping.state_dict import auxiliary_names
 from tests.models import CLASSES, logits_of
 
 

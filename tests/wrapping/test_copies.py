@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import AlreadyWrappedError, CheckpointError, NotWrappedError, UnsupportedModelError
-from entprop_wrap.state_dicts import auxiliary_names, is_auxiliary_key, without_copies
-from entprop_wrap.switch import SwitchedNorm
+from entprop_wrap.wrapping.state_dict import auxiliary_names, is_auxiliary_key, without_copies
+from entprop_wrap.wrapping.switched_norm import SwitchedNorm
 from tests.wrapping.nets import Named, rows, toy
 from tests.wrapping.oracle import (
     assert_same,

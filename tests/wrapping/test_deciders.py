@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import entprop_wrap as entprop
-from entprop_wrap.state_dicts import auxiliary_names
+from entprop_wrap.wrapping.state_dict import auxiliary_names
 
 
 def _timm(name, **options):

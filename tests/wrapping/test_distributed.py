@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import UnsupportedModelError
-from entprop_wrap.state_dicts import is_auxiliary_key
 from entprop_wrap.utils.modules import no_gradient_sync
+from entprop_wrap.wrapping.state_dict import is_auxiliary_key
 from tests.distributed import run_processes
 from tests.versions import needs_recent_torch
 from tests.wrapping.nets import rows, toy

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrizations, prune
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, NoNormLayersError, UnsupportedModelError
-from entprop_wrap.norms import find_norms, is_norm
-from entprop_wrap.switch import SwitchedNorm
+from entprop_wrap.wrapping.norm_layers import find_norms, is_norm
+from entprop_wrap.wrapping.switched_norm import SwitchedNorm
 from tests.wrapping.oracle import (
     assert_same,
     auxiliary_tensors,

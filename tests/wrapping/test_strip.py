@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import entprop_wrap as entprop
 from entprop_wrap.__main__ import main
-from entprop_wrap.state_dicts import strip_copies
+from entprop_wrap.wrapping.state_dict import strip_copies
 from tests.wrapping.nets import Named, toy
 from tests.wrapping.oracle import perturb
 

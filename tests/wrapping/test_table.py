@@ -8,8 +8,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 import entprop_wrap as entprop
-from entprop_wrap.state_dicts import is_auxiliary_key
-from entprop_wrap.switch import SwitchedNorm
+from entprop_wrap.wrapping.state_dict import is_auxiliary_key
+from entprop_wrap.wrapping.switched_norm import SwitchedNorm
 from tests.models import ARCHITECTURES, Architecture, logits_of
 from tests.wrapping.oracle import (
     assert_same,

@@ -8,7 +8,7 @@ import torch
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import UnsupportedModelError
-from entprop_wrap.state_dicts import is_auxiliary_key, original_name
+from entprop_wrap.wrapping.state_dict import is_auxiliary_key, original_name
 from tests.wrapping.nets import rows, toy
 from tests.wrapping.oracle import auxiliary_tensors, changed, expected_pass, loss_of, perturb, snapshot
 

@@ -19,8 +19,8 @@ from entprop_wrap.errors import (
     NotWrappedError,
     UnsupportedModelError,
 )
-from entprop_wrap.state_dicts import is_auxiliary_key
-from entprop_wrap.switch import SwitchedNorm
+from entprop_wrap.wrapping.state_dict import is_auxiliary_key
+from entprop_wrap.wrapping.switched_norm import SwitchedNorm
 from tests.wrapping.nets import Toy, rows, toy
 from tests.wrapping.oracle import (
     assert_same,

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 from torch.nn.utils import parametrize
 
 from entprop_wrap.errors import ConfigurationError, NoNormLayersError, UnsupportedModelError
-from entprop_wrap.switch import Copy
+from entprop_wrap.wrapping.switched_norm import Copy
 
 __all__ = ["Selector", "find_norms", "is_norm"]
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.data.validation import raw_logits
-from entprop_wrap.domains import Key, Rows
 from entprop_wrap.errors import UnsupportedModelError
-from entprop_wrap.registry import Registry, find_registry
 from entprop_wrap.utils.modules import plain_model, walk
+from entprop_wrap.wrapping.active_domain import Key, Rows
+from entprop_wrap.wrapping.registry import Registry, find_registry
 
 __all__ = ["prove_rows", "rows_split"]
 

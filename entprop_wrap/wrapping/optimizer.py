@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from entprop_wrap.errors import ConfigurationError, OptimizerMismatchError, UnsupportedModelError
-from entprop_wrap.norms import is_norm
-from entprop_wrap.registry import Registry, find_registry
-from entprop_wrap.state_dicts import auxiliary_names
 from entprop_wrap.utils.modules import check_module, plain_model
 from entprop_wrap.utils.options import check_number
+from entprop_wrap.wrapping.norm_layers import is_norm
+from entprop_wrap.wrapping.registry import Registry, find_registry
+from entprop_wrap.wrapping.state_dict import auxiliary_names
 
 __all__ = ["check_optimizer", "guard_first_step", "parameter_groups"]
 

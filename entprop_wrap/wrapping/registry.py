@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from entprop_wrap.domains import Key, Switch, domains_of
 from entprop_wrap.errors import ConfigurationError, NotWrappedError, UnsupportedModelError
-from entprop_wrap.switch import HOLDER_PREFIX, Copy, SwitchedNorm, block_fast_path
 from entprop_wrap.utils.modules import refuse_container, refuse_static_graph, walk
+from entprop_wrap.wrapping.active_domain import Key, Switch, domains_of
+from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX, Copy, SwitchedNorm, block_fast_path
 
 __all__ = ["Registry", "attach", "detach", "find_registry", "find_wrapped", "refuse_idle_copies", "refuse_inside_block"]
 

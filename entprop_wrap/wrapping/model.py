@@ -20,7 +20,6 @@ from typing import TypeVar
 
 from torch import nn
 
-from entprop_wrap.domains import key_of
 from entprop_wrap.errors import (
     AlreadyWrappedError,
     AuxiliaryNameError,
@@ -28,10 +27,13 @@ from entprop_wrap.errors import (
     NotWrappedError,
     UnsupportedModelError,
 )
-from entprop_wrap.norms import Selector, find_norms
-from entprop_wrap.optimizers import guard_first_step
-from entprop_wrap.registry import Registry, attach, detach, find_registry, find_wrapped, registry_on
-from entprop_wrap.switch import (
+from entprop_wrap.utils.modules import check_module, refuse_wrapping, walk
+from entprop_wrap.utils.options import check_flag
+from entprop_wrap.wrapping.active_domain import key_of
+from entprop_wrap.wrapping.norm_layers import Selector, find_norms
+from entprop_wrap.wrapping.optimizer import guard_first_step
+from entprop_wrap.wrapping.registry import Registry, attach, detach, find_registry, find_wrapped, registry_on
+from entprop_wrap.wrapping.switched_norm import (
     HOLDER_PREFIX,
     Copies,
     SwitchedNorm,
@@ -41,8 +43,6 @@ from entprop_wrap.switch import (
     install,
     remove,
 )
-from entprop_wrap.utils.modules import check_module, refuse_wrapping, walk
-from entprop_wrap.utils.options import check_flag
 
 __all__ = ["Summary", "auxiliary", "is_wrapped", "summary", "unwrap", "wrap"]
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from entprop_wrap.errors import CheckpointError
-from entprop_wrap.switch import HOLDER_PREFIX, Copy, SwitchedNorm
 from entprop_wrap.utils.modules import check_module, plain_model, walk
+from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX, Copy, SwitchedNorm
 
 __all__ = [
     "auxiliary_names",

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from entprop_wrap.domains import UNRECORDED, Rows, Switch
 from entprop_wrap.errors import UnsupportedModelError
+from entprop_wrap.wrapping.active_domain import UNRECORDED, Rows, Switch
 
 __all__ = [
     "HOLDER_PREFIX",
