@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from entprop_wrap.functional.mixing import CutMix, MixUp
     from entprop_wrap.functional.uncertainty import entropy
     from entprop_wrap.methods import EntProp, Vanilla
+    from entprop_wrap.methods.base import Method, Step, StepOutput
     from entprop_wrap.perturbation import PixelSpace
-    from entprop_wrap.step import Method, Step, StepOutput
     from entprop_wrap.trainer import Trainer, TrainerConfig
     from entprop_wrap.training import training_step
     from entprop_wrap.wrapping.model import Summary, auxiliary, summary, unwrap, wrap
@@ -48,7 +48,7 @@ _MODULES = {
     "perturbation": "PixelSpace",
     "functional.uncertainty": "entropy",
     "wrapping.state_dict": "auxiliary_state_dict load_auxiliary_state_dict main_state_dict",
-    "step": "Method Step StepOutput",
+    "methods.base": "Method Step StepOutput",
     "trainer": "Trainer TrainerConfig",
     "training": "training_step",
     "wrapping.model": "Summary auxiliary summary unwrap wrap",

@@ -30,8 +30,8 @@ from torch.optim import LBFGS
 from entprop_wrap.errors import AuxiliaryNameError, CheckpointError, ConfigurationError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss
 from entprop_wrap.methods import EntProp
+from entprop_wrap.methods.base import Method, StepOutput, check_method
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.step import Method, StepOutput, check_method
 from entprop_wrap.training import training_step
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap

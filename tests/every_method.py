@@ -10,9 +10,9 @@ from entprop_wrap.methods import (
     FastAdvProp,
     FineGrainedAdvProp,
     MixProp,
-    experimental,
+    entropic_retraining,
 )
-from entprop_wrap.methods.experimental import EntropicRetraining
+from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 
 METHODS = (
     Vanilla(label_smoothing=0.1, entropy_weight=0.1),
@@ -40,5 +40,5 @@ def classes_of(module):
 
 
 def check_none_is_missing():
-    missing = (classes_of(methods) | classes_of(experimental)) - set(map(type, METHODS))
+    missing = (classes_of(methods) | classes_of(entropic_retraining)) - set(map(type, METHODS))
     assert not missing, f"add {missing} to METHODS"

@@ -22,7 +22,7 @@ from entprop_wrap.methods import (
     MixProp,
     Vanilla,
 )
-from entprop_wrap.methods.experimental import EntropicRetraining
+from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.attacks import PGD as MeasuringPGD
 from entprop_wrap.trainer.growth import MaximumEntropyGrowth

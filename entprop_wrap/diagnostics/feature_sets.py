@@ -13,10 +13,10 @@ from entprop_wrap.diagnostics.frechet import Covariance, check_covariance, frech
 from entprop_wrap.diagnostics.intervals import plain
 from entprop_wrap.diagnostics.observation import Observer, batches_of, isolated, logits_in
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.methods.base import Method
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import escaped, markdown_table
-from entprop_wrap.step import Method
 from entprop_wrap.utils.features import features_of
 from entprop_wrap.utils.options import check_seed
 from entprop_wrap.wrapping.model import is_wrapped

@@ -13,7 +13,7 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD, Attack, check_attack
 from entprop_wrap.functional.losses import Regularised, mean_entropy
 from entprop_wrap.functional.uncertainty import two_classes
-from entprop_wrap.step import Step, StepOutput
+from entprop_wrap.methods.base import Step, StepOutput
 from entprop_wrap.utils.options import check_choice, check_number, store_as_python
 
 __all__ = ["AdversarialTraining"]

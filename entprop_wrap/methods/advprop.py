@@ -14,7 +14,7 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD, Attack, check_attack
 from entprop_wrap.functional.losses import Target
 from entprop_wrap.functional.mixing import sent
-from entprop_wrap.step import Step, StepOutput
+from entprop_wrap.methods.base import Step, StepOutput
 from entprop_wrap.utils.options import check_choice, check_flag, check_name, check_number, store_as_python
 
 __all__ = ["AdvProp"]

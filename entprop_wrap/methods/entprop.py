@@ -13,9 +13,9 @@ from entprop_wrap.functional.losses import Target
 from entprop_wrap.functional.mixing import Mixer, find_mixer, take
 from entprop_wrap.functional.uncertainty import Uncertainty, count, find_uncertainty, scores, top
 from entprop_wrap.methods import lagged
+from entprop_wrap.methods.base import Step, StepOutput
 from entprop_wrap.methods.input_gradient import ImageGradient, watching
 from entprop_wrap.perturbation import ascend, check_magnitude
-from entprop_wrap.step import Step, StepOutput
 from entprop_wrap.utils.options import (
     check_choice,
     check_flag,

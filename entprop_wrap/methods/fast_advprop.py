@@ -12,8 +12,8 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import uniform_start
 from entprop_wrap.functional.losses import Target
 from entprop_wrap.functional.uncertainty import count
+from entprop_wrap.methods.base import Step, StepOutput, input_gradient
 from entprop_wrap.perturbation import ascend, check_magnitude
-from entprop_wrap.step import Step, StepOutput, input_gradient
 from entprop_wrap.utils.options import check_flag, check_name, check_number, store_as_python
 
 __all__ = ["FastAdvProp"]

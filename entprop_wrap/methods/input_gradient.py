@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.functional.mixing import take
-from entprop_wrap.step import input_gradient
+from entprop_wrap.methods.base import input_gradient
 from entprop_wrap.utils.modules import plain_model, walk
 
 __all__ = ["ImageGradient", "watching"]

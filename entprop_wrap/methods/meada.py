@@ -7,8 +7,8 @@ from typing import Any
 
 from entprop_wrap.functional.losses import Target
 from entprop_wrap.functional.uncertainty import count
+from entprop_wrap.methods.base import Step, StepOutput
 from entprop_wrap.methods.entropy_ascent import EntropyAscent, check_ascent
-from entprop_wrap.step import Step, StepOutput
 from entprop_wrap.utils.options import check_name, check_number, store_as_python
 
 __all__ = ["MEADA"]

@@ -8,7 +8,7 @@ from typing import cast
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.losses import Target
 from entprop_wrap.functional.mixing import Mixer, find_mixer
-from entprop_wrap.step import Step, StepOutput
+from entprop_wrap.methods.base import Step, StepOutput
 from entprop_wrap.utils.options import check_name, check_number, store_as_python
 
 __all__ = ["MixProp"]

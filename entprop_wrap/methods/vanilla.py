@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from entprop_wrap.functional.losses import Regularised
-from entprop_wrap.step import Step, StepOutput
+from entprop_wrap.methods.base import Step, StepOutput
 from entprop_wrap.utils.options import store_as_python
 
 __all__ = ["Vanilla"]

@@ -21,7 +21,7 @@ from entprop_wrap.methods import (
     MixProp,
     Vanilla,
 )
-from entprop_wrap.methods.experimental import EntropicRetraining
+from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 from entprop_wrap.train.options import DIGITS, MethodOptions, Options, did_you_mean, flag
 from entprop_wrap.train.options import fraction as read_fraction
 from entprop_wrap.trainer import MaximumEntropyGrowth

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from entprop_wrap.step import StepOutput
+from entprop_wrap.methods.base import StepOutput
 
 __all__ = ["Meter", "MetricsFile"]
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, UnsupportedModelError
-from entprop_wrap.step import Method
+from entprop_wrap.methods.base import Method
 from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.run_state import to_python
 from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
+from entprop_wrap.methods.base import Method, StepOutput, check_method
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.step import Method, StepOutput, check_method
 from entprop_wrap.trainer.batches import Batches
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, read_state
 from entprop_wrap.trainer.config import TrainerConfig

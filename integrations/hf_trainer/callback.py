@@ -22,8 +22,8 @@ from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, Unsuppor
 from entprop_wrap.integrations.hf_trainer.checkpoints import PlainCheckpoints
 from entprop_wrap.integrations.hf_trainer.loss import TrainerLoss, images_name_of
 from entprop_wrap.methods import EntProp, FastAdvProp
+from entprop_wrap.methods.base import Method, StepOutput, check_method
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.step import Method, StepOutput, check_method
 from entprop_wrap.training import training_step
 from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap
 from entprop_wrap.wrapping.norm_layers import Selector

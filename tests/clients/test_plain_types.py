@@ -8,7 +8,7 @@ from entprop_wrap import CutMix, EntProp, MixUp
 from entprop_wrap.functional import uncertainty
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import AdvProp, FastAdvProp, MixProp, Vanilla
-from entprop_wrap.step import Method
+from entprop_wrap.methods.base import Method
 
 
 def test_names_stand_for_objects():

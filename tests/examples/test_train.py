@@ -22,7 +22,7 @@ from entprop_wrap import EntProp, Vanilla
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import uncertainty
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntropyAscent, FastAdvProp, MixProp
-from entprop_wrap.methods.experimental import EntropicRetraining
+from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 from entprop_wrap.train import command, main
 from entprop_wrap.train import methods as method_parts
 from entprop_wrap.train import run as run_parts

@@ -18,7 +18,7 @@ import entprop_wrap as entprop
 from entprop_wrap import diagnostics, methods, robustness, trainer
 from entprop_wrap.diagnostics import plots
 from entprop_wrap.functional import attacks, losses, mixing, uncertainty
-from entprop_wrap.methods import experimental
+from entprop_wrap.methods import entropic_retraining
 from entprop_wrap.robustness import corruptions
 from entprop_wrap.utils import features
 
@@ -26,7 +26,7 @@ from entprop_wrap.utils import features
 ROOMS = (
     entprop,
     methods,
-    experimental,
+    entropic_retraining,
     attacks,
     uncertainty,
     features,

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
-from entprop_wrap.methods.experimental import EntropicRetraining, activation_entropy, channel_dimension
+from entprop_wrap.methods.entropic_retraining import EntropicRetraining, activation_entropy, channel_dimension
 from tests.methods.covering import covering, name_of
 from tests.methods.test_entprop_parity import Pair
 from tests.methods.test_methods_parity import BATCH, assert_matches, run

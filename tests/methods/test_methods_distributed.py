@@ -22,7 +22,7 @@ from entprop_wrap.methods import (
     MixProp,
     Vanilla,
 )
-from entprop_wrap.methods.experimental import EntropicRetraining
+from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 from entprop_wrap.methods.fast_advprop import shuffle_between_processes
 from tests.distributed import run_processes
 from tests.methods.test_step_loops import wrapped

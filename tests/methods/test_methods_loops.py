@@ -17,7 +17,7 @@ from entprop_wrap.methods import (
     MixProp,
     Vanilla,
 )
-from entprop_wrap.methods.experimental import EntropicRetraining
+from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 from tests.methods.test_step_loops import (
     Counter,
     assert_close,

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.functional.losses import mean_entropy
-from entprop_wrap.step import Step, StepOutput
+from entprop_wrap.methods.base import Step, StepOutput
 from entprop_wrap.utils.modules import plain_model, walk
 from entprop_wrap.utils.options import check_number, shown, store_as_python
 from entprop_wrap.wrapping.norm_layers import is_norm
