@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entprop_wrap.errors import CheckpointError
-from entprop_wrap.trainer.files import flush, flush_folder, on_main, sha256, together, writing
+from entprop_wrap.utils.files import flush, flush_folder, on_main, sha256, together, writing
 
 if TYPE_CHECKING:
     from entprop_wrap.trainer.run_state import RunState

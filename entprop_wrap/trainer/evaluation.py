@@ -11,7 +11,7 @@ from entprop_wrap.data.validation import Checker, check_images, check_labels, ch
 from entprop_wrap.errors import ModelOutputError
 from entprop_wrap.functional.losses import Loss
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.trainer.batches import Batches
+from entprop_wrap.trainer.data_loader import Batches
 from entprop_wrap.utils.modules import plain_model
 
 __all__ = ["evaluate"]

@@ -21,12 +21,12 @@ from entprop_wrap.data.validation import Checker, check_images, check_labels, lo
 from entprop_wrap.errors import CheckpointError, DataError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.trainer.batches import Batches, as_it_is
 from entprop_wrap.trainer.config import TrainerConfig
+from entprop_wrap.trainer.data_loader import Batches, as_it_is
 from entprop_wrap.trainer.enlarged import Enlarged, to_bytes
-from entprop_wrap.trainer.files import flush, flush_folder, sha256
 from entprop_wrap.trainer.growth import MaximumEntropyGrowth
 from entprop_wrap.trainer.reproducible import ReproducibleBatches, random_states_kept
+from entprop_wrap.utils.files import flush, flush_folder, sha256
 
 __all__ = ["GrowingBatches", "growing_batches"]
 

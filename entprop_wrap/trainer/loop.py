@@ -14,14 +14,14 @@ from tqdm.auto import tqdm
 
 from entprop_wrap.errors import DivergedError
 from entprop_wrap.methods.base import StepOutput
-from entprop_wrap.trainer.batches import Batches
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, better
 from entprop_wrap.trainer.config import TrainerConfig
+from entprop_wrap.trainer.data_loader import Batches
 from entprop_wrap.trainer.ema import share_buffers, update_average
-from entprop_wrap.trainer.files import on_main
 from entprop_wrap.trainer.grown_data import GrowingBatches
-from entprop_wrap.trainer.meters import Meter, MetricsFile
+from entprop_wrap.trainer.metrics import Meter, MetricsFile
 from entprop_wrap.trainer.run_state import RunState
+from entprop_wrap.utils.files import on_main
 from entprop_wrap.utils.modules import walk
 from entprop_wrap.wrapping.switched_norm import Copy
 

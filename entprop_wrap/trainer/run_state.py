@@ -17,10 +17,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from entprop_wrap.errors import CheckpointError, DivergedError
+from entprop_wrap.trainer.accelerator import Prepared
 from entprop_wrap.trainer.checkpoint import read_state
 from entprop_wrap.trainer.export import save_weights
-from entprop_wrap.trainer.launch import Prepared
-from entprop_wrap.trainer.meters import Meter
+from entprop_wrap.trainer.metrics import Meter
 from entprop_wrap.wrapping.state_dict import auxiliary_state_dict, main_state_dict
 
 __all__ = ["Position", "RunState", "to_python"]

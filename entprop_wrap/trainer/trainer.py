@@ -19,23 +19,23 @@ from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, StepOutput, check_method
 from entprop_wrap.perturbation import PixelSpace
-from entprop_wrap.trainer.batches import Batches
+from entprop_wrap.trainer.accelerator import Prepared, make_accelerator, trackers
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, read_state
 from entprop_wrap.trainer.config import TrainerConfig
+from entprop_wrap.trainer.data_loader import Batches
 from entprop_wrap.trainer.ema import make_average, share_statistics
 from entprop_wrap.trainer.evaluation import evaluate
 from entprop_wrap.trainer.export import export_model
-from entprop_wrap.trainer.files import check_writable, locked, on_main, together, writing
 from entprop_wrap.trainer.grown_data import growing_batches
 from entprop_wrap.trainer.growth import MaximumEntropyGrowth, steps_of
-from entprop_wrap.trainer.launch import Prepared, make_accelerator, trackers
 from entprop_wrap.trainer.loop import Loop, evaluating_parts
-from entprop_wrap.trainer.meters import Meter, MetricsFile
-from entprop_wrap.trainer.optimization import wrap_with_optimizer
+from entprop_wrap.trainer.metrics import Meter, MetricsFile
+from entprop_wrap.trainer.optimizer import wrap_with_optimizer
 from entprop_wrap.trainer.reproducible import seed_of
 from entprop_wrap.trainer.run_identity import check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import check_loss, check_pixel_space, training_step
+from entprop_wrap.utils.files import check_writable, locked, on_main, together, writing
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.wrapping.state_dict import main_state_dict
 
@@ -68,7 +68,7 @@ class Trainer:
         model: The model on any device, wrapped or plain. It is wrapped here if the method has auxiliaries.
         train_data: Map-style data set, or DataLoader over one, of ``(image (C, H, W), label)`` or of dicts with
             "pixel_values", "images" or "image" and "labels" or "label". Order and augmentation depend on
-            ``config.seed``, epoch and sample alone, see ``entprop_wrap.trainer.batches``.
+            ``config.seed``, epoch and sample alone, see ``entprop_wrap.trainer.data_loader``.
         eval_data: Likewise; None: no evaluation.
         method: What to do in a step; ``EntProp()`` by default.
         pixel_space: How the images were normalised; None: they are in [0, 1].

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, WeightedRandomSampler
 
 from entprop_wrap.errors import DataError
-from entprop_wrap.trainer.batches import Batches
+from entprop_wrap.trainer.data_loader import Batches
 from tests.trainer.toys import Images
 
 

@@ -6,7 +6,7 @@ import resource
 import pytest
 
 from entprop_wrap.errors import CheckpointError, ConfigurationError
-from entprop_wrap.trainer import files
+from entprop_wrap.utils import files
 from tests.trainer import programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here

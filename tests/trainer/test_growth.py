@@ -13,7 +13,7 @@ from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError
 from entprop_wrap.methods import EntropyAscent
 from entprop_wrap.trainer import MaximumEntropyGrowth
 from entprop_wrap.trainer.enlarged import Enlarged, from_bytes, to_bytes
-from entprop_wrap.trainer.optimization import _factor
+from entprop_wrap.trainer.optimizer import _factor
 from tests.reference import meada as reference
 from tests.trainer.growth_programs import ASCENT, darker, growing
 from tests.trainer.launch import python, torchrun
