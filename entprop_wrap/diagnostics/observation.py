@@ -20,9 +20,9 @@ from entprop_wrap.functional.losses import cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, Step, StepOutput, check_method
 from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.robustness.distributed import check_batches
+from entprop_wrap.robustness.evaluated_model import check_state, device_of, logits
 from entprop_wrap.robustness.pixels import check_batch
-from entprop_wrap.robustness.sharing import check_batches
-from entprop_wrap.robustness.subjects import check_state, device_of, logits
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.options import check_flag, check_integer
 from entprop_wrap.wrapping.model import auxiliary, is_wrapped, wrap

@@ -24,9 +24,9 @@ from entprop_wrap.functional import attacks
 from entprop_wrap.functional.attacks import Gradient, direction
 from entprop_wrap.perturbation import PixelSpace, check_magnitude
 from entprop_wrap.robustness.ascent import AttackLoss, check_attackable, losses, pixel_gradient
-from entprop_wrap.robustness.corruptions.draws import Draws
+from entprop_wrap.robustness.corruptions.random import Draws
+from entprop_wrap.robustness.evaluated_model import check_finite, device_of, logits
 from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
-from entprop_wrap.robustness.subjects import check_finite, device_of, logits
 from entprop_wrap.utils.options import (
     check_choice,
     check_generator,

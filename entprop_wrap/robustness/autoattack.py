@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.perturbation import PixelSpace, check_magnitude
 from entprop_wrap.robustness.ascent import check_attackable
+from entprop_wrap.robustness.evaluated_model import check_finite, check_labels_fit, device_of, logits
 from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
-from entprop_wrap.robustness.subjects import check_finite, check_labels_fit, device_of, logits
 from entprop_wrap.utils.options import check_choice, check_generator, check_number, store_as_python
 
 __all__ = ["AutoAttack"]

@@ -12,11 +12,11 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import attacks
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.attacks import FGSM, PGD, Transfer, attacked, measuring
+from entprop_wrap.robustness.distributed import Share, gather
+from entprop_wrap.robustness.evaluated_model import Subject, check_state
 from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.scores import Tally
-from entprop_wrap.robustness.sharing import Share, gather
 from entprop_wrap.robustness.streams import Streams
-from entprop_wrap.robustness.subjects import Subject, check_state
 from entprop_wrap.utils.options import check_flag, check_number, check_seed, check_sequence, shown
 
 __all__ = ["accuracy_against_epsilon"]

@@ -12,13 +12,13 @@ from tqdm.auto import tqdm
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.attacks import Attack, attacked, check_attacks
 from entprop_wrap.robustness.corruptions import corrupt
+from entprop_wrap.robustness.distributed import Batch, Share, gather
+from entprop_wrap.robustness.evaluated_model import Condition, Subject, describe, device_of, subjects_of
 from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
 from entprop_wrap.robustness.protocol import conditions_of
 from entprop_wrap.robustness.result import RobustnessResult
 from entprop_wrap.robustness.scores import Scores, Tally
-from entprop_wrap.robustness.sharing import Batch, Share, gather
 from entprop_wrap.robustness.streams import Streams
-from entprop_wrap.robustness.subjects import Condition, Subject, describe, device_of, subjects_of
 from entprop_wrap.utils.options import check_flag, check_mapping, check_seed
 
 __all__ = ["evaluate_robustness"]

@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from entprop_wrap.robustness.corruptions.draws import Draws
+from entprop_wrap.robustness.corruptions.random import Draws
 
 __all__ = ["Streams"]
 

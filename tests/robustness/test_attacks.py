@@ -13,7 +13,7 @@ from entprop_wrap.errors import (
     UnsupportedModelError,
 )
 from entprop_wrap.robustness import FGSM, PGD, Transfer, accuracy_against_epsilon
-from entprop_wrap.robustness.corruptions.draws import Draws
+from entprop_wrap.robustness.corruptions.random import Draws
 from tests.robustness.small import CLASSES, SPACE, classifier, dataset, loader, pixels
 
 

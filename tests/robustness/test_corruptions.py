@@ -10,17 +10,10 @@ from scipy import stats
 from sklearn.datasets import load_sample_images
 
 from entprop_wrap.errors import ConfigurationError, ImageError, PixelRangeError
-from entprop_wrap.robustness.corruptions import (
-    C_BAR_CORRUPTIONS,
-    CORRUPTIONS,
-    EXTRA_CORRUPTIONS,
-    SUITES,
-    corrupt,
-    inputs,
-)
-from entprop_wrap.robustness.corruptions.draws import Draws
+from entprop_wrap.robustness.corruptions import C_BAR_CORRUPTIONS, CORRUPTIONS, EXTRA_CORRUPTIONS, SUITES, base, corrupt
 from entprop_wrap.robustness.corruptions.filters import shrink_and_enlarge
 from entprop_wrap.robustness.corruptions.noise import shot_noise
+from entprop_wrap.robustness.corruptions.random import Draws
 from entprop_wrap.robustness.corruptions.textures import panes
 from tests.reference import corruptions_c_bar
 from tests.reference.corruptions import REFERENCES
@@ -261,7 +254,7 @@ def test_a_batch_equals_its_parts(name, size):
 def test_slices_change_nothing(name, monkeypatch):
     images = photos(32, 32)
     expected = corrupt(images, name, 4, seeded())
-    monkeypatch.setattr(inputs, "_SLICE", 4 * images[0].numel())
+    monkeypatch.setattr(base, "_SLICE", 4 * images[0].numel())
     torch.testing.assert_close(corrupt(images, name, 4, seeded()), expected, rtol=0, atol=1e-6)
 
 
@@ -391,7 +384,7 @@ def test_refuses_a_generator_on_a_gpu():
 
 
 def test_a_wrong_image_late_in_the_batch_draws_nothing(monkeypatch):
-    monkeypatch.setattr(inputs, "_SLICE", GOOD[0].numel())
+    monkeypatch.setattr(base, "_SLICE", GOOD[0].numel())
     images = torch.cat([GOOD, torch.full((1, 3, 32, 32), float("nan"))])
     generator = seeded()
     before = generator.get_state()

@@ -19,7 +19,7 @@ from entprop_wrap.errors import (
 )
 from entprop_wrap.functional import attacks
 from entprop_wrap.robustness import CORRUPTIONS, FGSM, PGD, SUITES, Transfer, evaluate_robustness, evaluation
-from entprop_wrap.robustness.corruptions.draws import Draws
+from entprop_wrap.robustness.corruptions.random import Draws
 from entprop_wrap.robustness.streams import Streams
 from tests.models import ARCHITECTURES
 from tests.robustness.small import CLASSES, SPACE, classifier, dataset, loader, pixels

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.robustness.corruptions.base import Corruption
 from entprop_wrap.robustness.corruptions.blur import (
     defocus_blur,
     gaussian_blur,
@@ -34,7 +35,6 @@ from entprop_wrap.robustness.corruptions.digital import (
     pixelate,
     saturate,
 )
-from entprop_wrap.robustness.corruptions.inputs import Corruption
 from entprop_wrap.robustness.corruptions.jpeg import jpeg_compression
 from entprop_wrap.robustness.corruptions.noise import gaussian_noise, impulse_noise, shot_noise, speckle_noise
 from entprop_wrap.robustness.corruptions.occlusions import (

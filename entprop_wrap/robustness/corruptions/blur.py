@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entprop_wrap.robustness.corruptions.draws import Draws
+from entprop_wrap.robustness.corruptions.base import Levels, begin, finish, in_slices
 from entprop_wrap.robustness.corruptions.filters import add_shifted, correlate, gaussian_blur_2d, zoom_centre
-from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish, in_slices
+from entprop_wrap.robustness.corruptions.random import Draws
 
 __all__ = ["defocus_blur", "gaussian_blur", "glass_blur", "motion_blur", "move", "zoom_blur"]
 

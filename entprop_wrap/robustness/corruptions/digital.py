@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entprop_wrap.robustness.corruptions.draws import Draws
+from entprop_wrap.robustness.corruptions.base import Levels, begin, finish, in_slices
 from entprop_wrap.robustness.corruptions.filters import gaussian_blur_2d, lines, shrink_and_enlarge
-from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish, in_slices
+from entprop_wrap.robustness.corruptions.random import Draws
 
 __all__ = ["brightness", "contrast", "elastic_transform", "pixelate", "saturate"]
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish, in_slices
+from entprop_wrap.robustness.corruptions.base import Levels, begin, finish, in_slices
 
 __all__ = ["compress", "jpeg_compression"]
 

@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from entprop_wrap.robustness.corruptions.draws import Draws
-from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish, in_slices
+from entprop_wrap.robustness.corruptions.base import Levels, begin, finish, in_slices
+from entprop_wrap.robustness.corruptions.random import Draws
 
 __all__ = ["gaussian_noise", "impulse_noise", "shot_noise", "speckle_noise"]
 

@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from entprop_wrap.robustness.corruptions.draws import Draws
+from entprop_wrap.robustness.corruptions.base import Levels, begin, finish, in_slices
 from entprop_wrap.robustness.corruptions.filters import lines
-from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish, in_slices
 from entprop_wrap.robustness.corruptions.overlays import spectral_noise
+from entprop_wrap.robustness.corruptions.random import Draws
 
 __all__ = ["blue_noise_sample", "checkerboard_cutout", "inverse_sparkles", "sparkles"]
 

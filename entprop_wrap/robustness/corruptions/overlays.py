@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from entprop_wrap.robustness.corruptions.draws import Draws
+from entprop_wrap.robustness.corruptions.base import Levels, begin, finish, in_slices
 from entprop_wrap.robustness.corruptions.filters import lines
-from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish, in_slices
+from entprop_wrap.robustness.corruptions.random import Draws
 
 __all__ = [
     "brownish_noise",

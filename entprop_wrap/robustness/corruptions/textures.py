@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entprop_wrap.robustness.corruptions.draws import Draws
+from entprop_wrap.robustness.corruptions.random import Draws
 
 __all__ = ["panes", "plasma"]
 

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from entprop_wrap.robustness.corruptions.base import Levels, begin, finish, in_slices
 from entprop_wrap.robustness.corruptions.blur import move
-from entprop_wrap.robustness.corruptions.draws import Draws
 from entprop_wrap.robustness.corruptions.filters import zoom_centre
-from entprop_wrap.robustness.corruptions.inputs import Levels, begin, finish, in_slices
+from entprop_wrap.robustness.corruptions.random import Draws
 from entprop_wrap.robustness.corruptions.textures import panes, plasma
 
 __all__ = ["fog", "frost", "snow"]
