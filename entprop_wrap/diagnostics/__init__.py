@@ -4,14 +4,14 @@ All of it leaves the model and torch's random state as they were, and runs on on
 ``entprop_wrap.diagnostics.plots``, which needs matplotlib.
 """
 
-from entprop_wrap.diagnostics.entropies import EntropyStages, entropy_stages
-from entprop_wrap.diagnostics.feature_sets import FeatureDistance, FeaturePicture, feature_distance, feature_picture
+from entprop_wrap.diagnostics.domain_gap import DomainGap, LayerGap, domain_gap
+from entprop_wrap.diagnostics.entropy_stages import EntropyStages, entropy_stages
+from entprop_wrap.diagnostics.feature_distance import FeatureDistance, FeaturePicture, feature_distance, feature_picture
 from entprop_wrap.diagnostics.frechet import frechet_distance
-from entprop_wrap.diagnostics.gap import DomainGap, LayerGap, domain_gap
-from entprop_wrap.diagnostics.intervals import Interval
-from entprop_wrap.diagnostics.jacobian import InputJacobian, input_jacobian
+from entprop_wrap.diagnostics.input_jacobian import InputJacobian, input_jacobian
 from entprop_wrap.diagnostics.monitor import Monitor
-from entprop_wrap.diagnostics.ood import OODScore, SelectionOOD, auroc, fpr95, selection_ood
+from entprop_wrap.diagnostics.selection_ood import OODScore, SelectionOOD, auroc, fpr95, selection_ood
+from entprop_wrap.utils.statistics import Interval
 
 __all__ = [
     "DomainGap",

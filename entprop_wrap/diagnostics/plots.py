@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from entprop_wrap.diagnostics.entropies import EntropyStages
-from entprop_wrap.diagnostics.feature_sets import FeaturePicture
-from entprop_wrap.diagnostics.gap import DomainGap
-from entprop_wrap.diagnostics.jacobian import InputJacobian
+from entprop_wrap.diagnostics.domain_gap import DomainGap
+from entprop_wrap.diagnostics.entropy_stages import EntropyStages
+from entprop_wrap.diagnostics.feature_distance import FeaturePicture
+from entprop_wrap.diagnostics.input_jacobian import InputJacobian
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.utils.options import check_mapping, shown
 

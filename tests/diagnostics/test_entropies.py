@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import entprop_wrap as entprop
 from entprop_wrap import EntProp, MixUp, Vanilla
 from entprop_wrap.diagnostics import entropy_stages
-from entprop_wrap.diagnostics.intervals import bootstrap, mean_difference, mean_of
-from entprop_wrap.diagnostics.observation import Observer
+from entprop_wrap.diagnostics.method_stages import Observer
 from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataError, LabelError, UnsupportedModelError
 from entprop_wrap.functional.uncertainty import random as random_score
+from entprop_wrap.utils.statistics import bootstrap, mean_difference, mean_of
 from tests.diagnostics.subjects import SPACE, images, loader, make, untouched
 from tests.reference import diagnostics as reference
 from tests.reference.models import CLASSES

@@ -25,7 +25,7 @@ from entprop_wrap.diagnostics import (
     input_jacobian,
     selection_ood,
 )
-from entprop_wrap.diagnostics.observation import Observer
+from entprop_wrap.diagnostics.method_stages import Observer
 from entprop_wrap.errors import (
     AuxiliaryNameError,
     ConfigurationError,
@@ -207,7 +207,7 @@ def test_distances_of_nonsense_are_refused():
 @pytest.mark.parametrize("domain", [None, "aux"])
 def test_jacobians_entry_by_entry_and_by_torch_func(net, domain, monkeypatch):
     model, batch = make(net), images(5)
-    monkeypatch.setattr("entprop_wrap.diagnostics.jacobian._ENTRIES", 2 * CLASSES * batch[0].numel())
+    monkeypatch.setattr("entprop_wrap.diagnostics.input_jacobian._ENTRIES", 2 * CLASSES * batch[0].numel())
     with untouched(model):
         found = input_jacobian(model, loader(5, 3), auxiliary=domain, **OPTIONS)
     with entprop.auxiliary(model, domain):

@@ -13,7 +13,7 @@ import entprop_wrap as entprop
 from entprop_wrap import EntProp, Trainer, TrainerConfig, Vanilla
 from entprop_wrap.diagnostics import Monitor
 from entprop_wrap.diagnostics.monitor import _energy_auroc
-from entprop_wrap.diagnostics.ood import auroc
+from entprop_wrap.diagnostics.selection_ood import auroc
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.functional.uncertainty import random as random_score

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.diagnostics.intervals import Interval, mean_of, plain
-from entprop_wrap.diagnostics.observation import batches_of, isolated
+from entprop_wrap.diagnostics.method_stages import batches_of, isolated
 from entprop_wrap.errors import ModelOutputError, UnsupportedModelError
 from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.evaluated_model import check_finite, logits
 from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.options import check_name, check_seed
+from entprop_wrap.utils.statistics import Interval, mean_of, plain
 from entprop_wrap.wrapping.model import auxiliary as auxiliary_domain
 
 __all__ = ["InputJacobian", "input_jacobian"]

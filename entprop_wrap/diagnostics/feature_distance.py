@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.diagnostics.frechet import Covariance, check_covariance, frechet_distance
-from entprop_wrap.diagnostics.intervals import plain
-from entprop_wrap.diagnostics.observation import Observer, batches_of, isolated, logits_in
+from entprop_wrap.diagnostics.method_stages import Observer, batches_of, isolated, logits_in
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods.base import Method
 from entprop_wrap.perturbation import PixelSpace
@@ -19,6 +18,7 @@ from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import escaped, markdown_table
 from entprop_wrap.utils.features import features_of
 from entprop_wrap.utils.options import check_seed
+from entprop_wrap.utils.statistics import plain
 from entprop_wrap.wrapping.model import is_wrapped
 
 __all__ = ["FeatureDistance", "FeaturePicture", "feature_distance", "feature_picture"]

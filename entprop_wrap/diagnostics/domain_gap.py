@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.diagnostics.intervals import plain
 from entprop_wrap.robustness.evaluated_model import check_module
 from entprop_wrap.robustness.result import escaped, markdown_table
+from entprop_wrap.utils.statistics import plain
 from entprop_wrap.wrapping.registry import find_registry
 from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.diagnostics.frechet import check_values
-from entprop_wrap.diagnostics.intervals import Interval, bootstrap, plain
-from entprop_wrap.diagnostics.observation import Observer, batches_of, isolated, logits_in
+from entprop_wrap.diagnostics.method_stages import Observer, batches_of, isolated, logits_in
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.uncertainty import entropy, least_confidence
 from entprop_wrap.methods.base import Method
@@ -21,6 +20,7 @@ from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
 from entprop_wrap.robustness.protocol import conditions_of
 from entprop_wrap.robustness.result import markdown_table
 from entprop_wrap.utils.options import check_seed, shown
+from entprop_wrap.utils.statistics import Interval, bootstrap, plain
 
 __all__ = ["OODScore", "SelectionOOD", "auroc", "fpr95", "selection_ood"]
 
