@@ -1,12 +1,12 @@
 """The table of docs/works_with.md says what the tests say."""
 
-from tests import works_with
-from tests.models import ARCHITECTURES
+from tests.helpers import works_with
+from tests.helpers.architectures import ARCHITECTURES
 
 
 def test_the_page_is_up_to_date():
     block = works_with.block_in(works_with.PAGE.read_text(encoding="utf-8"))
-    assert block == works_with.table(), "run: python -m tests.works_with"
+    assert block == works_with.table(), "run: python -m tests.helpers.works_with"
 
 
 def test_the_block_is_written_between_the_markers():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, DivergedError
 from entprop_wrap.methods import AdvProp, FastAdvProp, Vanilla
-from tests.trainer.toys import BatchNormNet, make
+from tests.helpers.trainer_toys import BatchNormNet, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 

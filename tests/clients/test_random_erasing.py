@@ -8,7 +8,7 @@ from entprop_wrap.errors import PixelRangeError
 from entprop_wrap.functional.attacks import PGD, uniform_start
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntropyAscent, FastAdvProp, MixProp, Vanilla
 from entprop_wrap.perturbation import ascend
-from tests.trainer.toys import BatchNormNet, make
+from tests.helpers.trainer_toys import BatchNormNet, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 

@@ -12,7 +12,7 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, LabelError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntropyAscent, FastAdvProp, MixProp, Vanilla
-from tests.trainer.toys import BatchNormNet, make
+from tests.helpers.trainer_toys import BatchNormNet, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 

@@ -15,7 +15,7 @@ from entprop_wrap.diagnostics.method_stages import Observer
 from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataError, LabelError, UnsupportedModelError
 from entprop_wrap.functional.uncertainty import random as random_score
 from entprop_wrap.utils.statistics import bootstrap, mean_difference, mean_of
-from tests.diagnostics.subjects import SPACE, images, loader, make, untouched
+from tests.helpers.diagnosed import SPACE, images, loader, make, untouched
 from tests.reference import diagnostics as reference
 from tests.reference.models import CLASSES
 

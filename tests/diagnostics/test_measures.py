@@ -33,10 +33,10 @@ from entprop_wrap.errors import (
     NotWrappedError,
     UnsupportedModelError,
 )
-from tests.diagnostics.subjects import SPACE, images, loader, make, untouched
+from tests.helpers import small_classifier
+from tests.helpers.diagnosed import SPACE, images, loader, make, untouched
 from tests.reference import diagnostics as reference
 from tests.reference.models import CLASSES
-from tests.robustness import small
 
 OPTIONS = {"pixel_space": SPACE, "progress": False}
 pytestmark = pytest.mark.filterwarnings("ignore:The stage")
@@ -88,17 +88,17 @@ def test_selection_against_other_data():
 
 
 def test_selection_against_corruptions():
-    model, space = small.classifier(), small.SPACE
+    model, space = small_classifier.classifier(), small_classifier.SPACE
     options = {"pixel_space": space, "progress": False, "corruptions": ("fog", "contrast"), "severities": (5,)}
-    found = selection_ood(model, small.loader(24, 8), **options)
+    found = selection_ood(model, small_classifier.loader(24, 8), **options)
     assert found.ood == 48
-    assert found == selection_ood(model, small.loader(24, 8), **options)
+    assert found == selection_ood(model, small_classifier.loader(24, 8), **options)
     assert found.scores["entropy"].selected_auroc.value > 0.5
     assert "fog 5" in found.to_markdown()
     with pytest.raises(ConfigurationError, match="Did you mean 'fog'"):
-        selection_ood(model, small.loader(), **{**options, "corruptions": ("fogg",)})
+        selection_ood(model, small_classifier.loader(), **{**options, "corruptions": ("fogg",)})
     with pytest.raises(ConfigurationError, match="every image"):
-        selection_ood(model, small.loader(), method=EntProp(fraction=1.0), **options)
+        selection_ood(model, small_classifier.loader(), method=EntProp(fraction=1.0), **options)
 
 
 # Domain gap ----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.functional.uncertainty import random as random_score
 from entprop_wrap.methods import MixProp
 from entprop_wrap.methods.base import StepOutput
-from tests.trainer.toys import BatchNormNet, Images, make
+from tests.helpers.trainer_toys import BatchNormNet, Images, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 EVERY = 10

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from entprop_wrap import EntProp, Vanilla
-from tests.examples.in_process import ROOT, call, load
+from tests.helpers.in_process import ROOT, call, load
 
 TINY = ["--epochs", 1, "--seeds", 2, "--robustness-images", 8, "--severities", 3, "--batch-size", 16, "--max-train", 32]
 

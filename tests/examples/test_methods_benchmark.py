@@ -6,7 +6,7 @@ import re
 import pytest
 
 from entprop_wrap import Vanilla
-from tests.examples.in_process import call, load
+from tests.helpers.in_process import call, load
 
 TINY = ["--epochs", 1, "--seeds", 2, "--images", 8, "--severities", 3, "--rounds", 2]
 

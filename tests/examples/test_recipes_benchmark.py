@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.examples.in_process import call, load
+from tests.helpers.in_process import call, load
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 

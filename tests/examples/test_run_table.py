@@ -8,7 +8,7 @@ import pytest
 
 from entprop_wrap import EntProp, MixUp
 from entprop_wrap.functional import uncertainty
-from tests.examples.in_process import load
+from tests.helpers.in_process import load
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import CheckpointError
-from tests.trainer.toys import BatchNormNet, Images, make
+from tests.helpers.trainer_toys import BatchNormNet, Images, make
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ from entprop_wrap import EntProp
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.wrapping.switched_norm import Switch
-from tests.distributed import run_processes
+from tests.helpers.processes import run_processes
 from tests.integrations.hf_trainer_reference import (
     SPACE,
     RecordingMixer,

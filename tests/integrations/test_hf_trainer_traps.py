@@ -14,7 +14,7 @@ from entprop_wrap.errors import (
     UnsupportedModelError,
 )
 from entprop_wrap.integrations.hf_trainer import EntPropCallback, EntPropTrainerMixin
-from tests.every_method import METHODS, check_none_is_missing, named
+from tests.helpers.every_method import METHODS, check_none_is_missing, named
 from tests.integrations.hf_trainer_reference import (
     SPACE,
     RecordBatches,

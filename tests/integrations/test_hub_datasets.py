@@ -17,7 +17,7 @@ from entprop_wrap.integrations.hub_datasets import (
     sources,
     train_transform,
 )
-from tests.integrations.image_samples import encoded, folder, picture, shades, table, truncated
+from tests.helpers.image_samples import encoded, folder, picture, shades, table, truncated
 
 PETS = Path(__file__).parents[2].parent / "shared" / "data" / "pets"
 NAMES = ["cat", "dog"]

@@ -14,19 +14,9 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import EntPropError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.wrapping.state_dict import is_auxiliary_key, original_name
+from tests.helpers.hub_models import BROKEN, CLASSES, EXCEPTIONS, GONE, KINDS, NEEDS, REFUSED, build_tiny, image_size
+from tests.helpers.oracle import auxiliary_tensors, perturb
 from tests.integrations.hf_trainer_reference import OLD, RecordGradients, arguments, worst
-from tests.integrations.hub_models import (
-    BROKEN,
-    CLASSES,
-    EXCEPTIONS,
-    GONE,
-    KINDS,
-    NEEDS,
-    REFUSED,
-    build_tiny,
-    image_size,
-)
-from tests.wrapping.oracle import auxiliary_tensors, perturb
 
 NAMES = sorted(set(KINDS) - set(NEEDS) - set(REFUSED) - BROKEN)
 #: Their forward takes no labels, or ignores them: in the Trainer they need ``compute_loss_func``.

@@ -21,7 +21,7 @@ from entprop_wrap.integrations.hub_datasets import (
     random_crop_flip,
     train_transform,
 )
-from tests.integrations.image_samples import encoded, picture, shade, shades, table
+from tests.helpers.image_samples import encoded, picture, shade, shades, table
 
 NAMES = ["a", "b"]
 LABELS = [0, 1] * 5

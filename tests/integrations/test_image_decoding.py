@@ -6,7 +6,7 @@ from PIL import Image
 
 from entprop_wrap.errors import ImageError
 from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError, read_image, to_rgb
-from tests.integrations.image_samples import encoded, picture, truncated
+from tests.helpers.image_samples import encoded, picture, truncated
 
 
 def rgb_of(data: bytes) -> np.ndarray:

@@ -8,7 +8,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 
 from entprop_wrap import PixelSpace, Vanilla, training_step
 from entprop_wrap.errors import ConfigurationError
-from tests.integrations.hub_models import KINDS
+from tests.helpers.hub_models import KINDS
 
 #: No pixels that can be moved: class name -> what the error says.
 REFUSED = {"ImageGPTImageProcessor": "no gradient"}

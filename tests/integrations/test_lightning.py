@@ -18,8 +18,8 @@ from entprop_wrap import EntProp, Vanilla
 from entprop_wrap.integrations.lightning import EntPropLightningCallback, NamedLogits
 from entprop_wrap.methods import FastAdvProp
 from entprop_wrap.wrapping.model import is_wrapped
-from tests.distributed import run_processes
-from tests.every_method import METHODS, check_none_is_missing, named
+from tests.helpers.every_method import METHODS, check_none_is_missing, named
+from tests.helpers.processes import run_processes
 from tests.integrations import hf_trainer_reference
 from tests.integrations.lightning_reference import (
     SPACE,

@@ -6,10 +6,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from entprop_wrap import CutMix, EntProp, MixUp
 from entprop_wrap.functional import uncertainty
-from tests.distributed import run_processes
+from tests.helpers.processes import run_processes
+from tests.helpers.versions import RECENT_TORCH
 from tests.methods.test_methods_distributed import differences, gradients, mean_of_both, step
 from tests.methods.test_step_loops import wrapped
-from tests.versions import RECENT_TORCH
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 

@@ -9,7 +9,7 @@ from entprop_wrap.errors import ConfigurationError, ImageError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import AdversarialTraining, AdvProp, FineGrainedAdvProp
 from entprop_wrap.robustness import accuracy_against_epsilon
-from tests.trainer.toys import BatchNormNet, make
+from tests.helpers.trainer_toys import BatchNormNet, make
 
 IMAGES, LABELS = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
 

@@ -12,9 +12,9 @@ import entprop_wrap as entprop
 from entprop_wrap import EntProp
 from entprop_wrap.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
-from tests.distributed import run_processes
+from tests.helpers.architectures import ARCHITECTURES
+from tests.helpers.processes import run_processes
 from tests.methods.test_entprop_parity import FixedMixer, Pair, assert_equal, relative_error
-from tests.models import ARCHITECTURES
 from tests.reference import entprop as two_passes
 from tests.reference import lagged as reference
 from tests.reference.models import build, random_batch

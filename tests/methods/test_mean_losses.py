@@ -10,7 +10,7 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.functional.losses import mean_by_construction
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntProp, EntropyAscent, FastAdvProp, Vanilla
-from tests.trainer.toys import BatchNormNet, make
+from tests.helpers.trainer_toys import BatchNormNet, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 

@@ -24,10 +24,10 @@ from entprop_wrap.methods import (
 )
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 from entprop_wrap.methods.fast_advprop import shuffle_between_processes
-from tests.distributed import run_processes
+from tests.helpers.processes import run_processes
+from tests.helpers.versions import RECENT_TORCH
 from tests.methods.test_step_loops import wrapped
 from tests.reference.models import random_batch
-from tests.versions import RECENT_TORCH
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 

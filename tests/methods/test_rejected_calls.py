@@ -13,8 +13,8 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import AdvProp, FastAdvProp
-from tests.every_method import METHODS, named
-from tests.trainer.toys import BatchNormNet, make
+from tests.helpers.every_method import METHODS, named
+from tests.helpers.trainer_toys import BatchNormNet, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 

@@ -14,7 +14,7 @@ from entprop_wrap.errors import (
 )
 from entprop_wrap.robustness import FGSM, PGD, Transfer, accuracy_against_epsilon
 from entprop_wrap.robustness.corruptions.random import Draws
-from tests.robustness.small import CLASSES, SPACE, classifier, dataset, loader, pixels
+from tests.helpers.small_classifier import CLASSES, SPACE, classifier, dataset, loader, pixels
 
 
 def double(count=6):

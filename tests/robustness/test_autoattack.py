@@ -11,7 +11,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, ModelOutputError, PixelRangeError
 from entprop_wrap.robustness import PGD, AutoAttack, accuracy_against_epsilon, evaluate_robustness
-from tests.robustness.small import CLASSES, SPACE, classifier, dataset, loader
+from tests.helpers.small_classifier import CLASSES, SPACE, classifier, dataset, loader
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("pyautoattack") is None, reason="pyautoattack is not installed: the extra attacks"

@@ -21,8 +21,8 @@ from entprop_wrap.functional import attacks
 from entprop_wrap.robustness import CORRUPTIONS, FGSM, PGD, SUITES, Transfer, evaluate_robustness, evaluation
 from entprop_wrap.robustness.corruptions.random import Draws
 from entprop_wrap.robustness.streams import Streams
-from tests.models import ARCHITECTURES
-from tests.robustness.small import CLASSES, SPACE, classifier, dataset, loader, pixels
+from tests.helpers.architectures import ARCHITECTURES
+from tests.helpers.small_classifier import CLASSES, SPACE, classifier, dataset, loader, pixels
 
 ONE = {"corruptions": ("gaussian_noise",), "severities": (3,), "progress": False}
 

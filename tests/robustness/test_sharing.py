@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Su
 
 from entprop_wrap.errors import DataError
 from entprop_wrap.robustness import PGD, accuracy_against_epsilon, evaluate_robustness
-from tests.robustness.small import SPACE, classifier, dataset
+from tests.helpers.small_classifier import SPACE, classifier, dataset
 
 OPTIONS = {"corruptions": ("gaussian_noise", "fog"), "severities": (4,), "pixel_space": SPACE, "progress": False}
 ATTACKS = {"PGD": PGD(2 / 255, steps=2)}

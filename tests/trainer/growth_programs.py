@@ -8,7 +8,7 @@ import torch
 import entprop_wrap as entprop
 from entprop_wrap.methods import EntropyAscent
 from entprop_wrap.trainer import MaximumEntropyGrowth
-from tests.trainer.toys import BatchNormNet, Images, make
+from tests.helpers.trainer_toys import BatchNormNet, Images, make
 
 torch.set_num_threads(1)
 

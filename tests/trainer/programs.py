@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import entprop_wrap as entprop
-from tests.trainer.toys import BatchNormNet, GroupNormNet, Images, make
+from tests.helpers.trainer_toys import BatchNormNet, GroupNormNet, Images, make
 
 torch.set_num_threads(1)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.trainer.toys import BatchNormNet, make
+from tests.helpers.trainer_toys import BatchNormNet, make
 
 
 def load(folder):

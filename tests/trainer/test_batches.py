@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from entprop_wrap.errors import DataError
 from entprop_wrap.trainer.data_loader import Batches
-from tests.trainer.toys import Images
+from tests.helpers.trainer_toys import Images
 
 
 def batches(data, *, training=True, batch_size=8, workers=0, **options):

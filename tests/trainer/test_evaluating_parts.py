@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import entprop_wrap as entprop
-from tests.trainer.toys import BatchNormNet, Images, make
+from tests.helpers.trainer_toys import BatchNormNet, Images, make
 
 MESSAGE = "1 modules are in evaluation mode and stay so while training, such as a BatchNorm2d"
 

@@ -10,8 +10,8 @@ from accelerate.utils import set_seed
 import entprop_wrap as entprop
 from entprop_wrap import Trainer, TrainerConfig
 from entprop_wrap.trainer.reproducible import seed_of
-from tests.every_method import METHODS, check_none_is_missing, named
-from tests.trainer.toys import BatchNormNet, Images, make
+from tests.helpers.every_method import METHODS, check_none_is_missing, named
+from tests.helpers.trainer_toys import BatchNormNet, Images, make
 
 RATE = 0.05
 

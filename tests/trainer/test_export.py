@@ -9,8 +9,8 @@ from torch import nn
 
 import entprop_wrap as entprop
 from entprop_wrap.trainer.export import save_weights
-from tests.trainer.launch import python
-from tests.trainer.toys import BatchNormNet, Images, make, tiny_vit
+from tests.helpers.launch import python
+from tests.helpers.trainer_toys import BatchNormNet, Images, make, tiny_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
 

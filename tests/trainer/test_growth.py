@@ -14,11 +14,11 @@ from entprop_wrap.methods import EntropyAscent
 from entprop_wrap.trainer import MaximumEntropyGrowth
 from entprop_wrap.trainer.enlarged import Enlarged, from_bytes, to_bytes
 from entprop_wrap.trainer.optimizer import _factor
+from tests.helpers.launch import python, torchrun
+from tests.helpers.trainer_toys import BatchNormNet, GroupNormNet, Images, make
 from tests.reference import meada as reference
 from tests.trainer.growth_programs import ASCENT, darker, growing
-from tests.trainer.launch import python, torchrun
 from tests.trainer.test_resume import contents, equal, lines
-from tests.trainer.toys import BatchNormNet, GroupNormNet, Images, make
 
 SPACE = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.6, 0.7)}
 

@@ -22,7 +22,7 @@ from entprop_wrap.errors import (
     PixelRangeError,
     UnsupportedModelError,
 )
-from tests.trainer.toys import CLASSES, BatchNormNet, GroupNormNet, Images, make
+from tests.helpers.trainer_toys import CLASSES, BatchNormNet, GroupNormNet, Images, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.launch import torchrun
 from tests.trainer import programs
-from tests.trainer.launch import torchrun
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import CheckpointError
+from tests.helpers.launch import python
 from tests.trainer import programs
-from tests.trainer.launch import python
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
 

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import entprop_wrap as entprop
-from tests.versions import RECENT_TORCH, needs_recent_torch
-from tests.wrapping.nets import rows, toy
-from tests.wrapping.oracle import assert_same, auxiliary_tensors, expected_pass, loss_of, observed_pass, perturb
+from tests.helpers.norm_nets import rows, toy
+from tests.helpers.oracle import assert_same, auxiliary_tensors, expected_pass, loss_of, observed_pass, perturb
+from tests.helpers.versions import RECENT_TORCH, needs_recent_torch
 
 MODES = ["plain", "reentrant", "nested"]
 
@@ -253,7 +253,7 @@ def test_inductor():
 
 
 def test_a_whole_architecture_compiles():
-    from tests.models import ARCHITECTURES
+    from tests.helpers.architectures import ARCHITECTURES
 
     architecture = next(a for a in ARCHITECTURES if a.name == "torchvision/resnet")
     plain = architecture.build()

@@ -16,8 +16,8 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import AlreadyWrappedError, CheckpointError, NotWrappedError, UnsupportedModelError
 from entprop_wrap.wrapping.state_dict import auxiliary_names, is_auxiliary_key, without_copies
 from entprop_wrap.wrapping.switched_norm import SwitchedNorm
-from tests.wrapping.nets import Named, rows, toy
-from tests.wrapping.oracle import (
+from tests.helpers.norm_nets import Named, rows, toy
+from tests.helpers.oracle import (
     assert_same,
     auxiliary_tensors,
     changed,
@@ -112,7 +112,7 @@ def test_a_pickle_opens_in_a_new_process(tmp_path):
     script = (
         "import sys, torch; from pathlib import Path; folder = Path(sys.argv[1]); torch.set_num_threads(1)\n"
         "model = torch.load(folder / 'model.pt', weights_only=False).eval()\n"
-        "import entprop_wrap as entprop; from tests.wrapping.nets import rows\n"
+        "import entprop_wrap as entprop; from tests.helpers.norm_nets import rows\n"
         "torch.testing.assert_close(model(rows()), torch.load(folder / 'main.pt'))\n"
         "with entprop.auxiliary(model):\n"
         "    torch.testing.assert_close(model(rows()), torch.load(folder / 'aux.pt'))\n"

@@ -16,10 +16,10 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.utils.modules import no_gradient_sync
 from entprop_wrap.wrapping.state_dict import is_auxiliary_key
-from tests.distributed import run_processes
-from tests.versions import needs_recent_torch
-from tests.wrapping.nets import rows, toy
-from tests.wrapping.oracle import perturb
+from tests.helpers.norm_nets import rows, toy
+from tests.helpers.oracle import perturb
+from tests.helpers.processes import run_processes
+from tests.helpers.versions import needs_recent_torch
 
 STEPS = 3
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import entprop_wrap as entprop
-from tests.models import ARCHITECTURES, logits_of
-from tests.versions import needs_recent_torch
-from tests.wrapping.nets import rows, toy
-from tests.wrapping.oracle import perturb
+from tests.helpers.architectures import ARCHITECTURES, logits_of
+from tests.helpers.norm_nets import rows, toy
+from tests.helpers.oracle import perturb
+from tests.helpers.versions import needs_recent_torch
 
 EXPORTED = ("torchvision/resnet", "timm/vit")
 

@@ -7,7 +7,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import UnsupportedModelError
-from tests.trainer.toys import BatchNormNet, make
+from tests.helpers.trainer_toys import BatchNormNet, make
 
 
 @pytest.fixture(autouse=True)

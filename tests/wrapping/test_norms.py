@@ -12,7 +12,7 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, NoNormLayersError, UnsupportedModelError
 from entprop_wrap.wrapping.norm_layers import find_norms, is_norm
 from entprop_wrap.wrapping.switched_norm import SwitchedNorm
-from tests.wrapping.oracle import (
+from tests.helpers.oracle import (
     assert_same,
     auxiliary_tensors,
     changed,

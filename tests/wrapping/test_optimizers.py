@@ -7,8 +7,8 @@ from torch import nn
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, OptimizerMismatchError, UnsupportedModelError
 from entprop_wrap.wrapping.state_dict import is_auxiliary_key, original_name
-from tests.wrapping.nets import rows, toy
-from tests.wrapping.oracle import changed, loss_of, snapshot
+from tests.helpers.norm_nets import rows, toy
+from tests.helpers.oracle import changed, loss_of, snapshot
 
 
 def _backward(model):

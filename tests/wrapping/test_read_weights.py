@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import UnsupportedModelError
-from tests.wrapping.nets import rows, toy
-from tests.wrapping.oracle import auxiliary_tensors, changed, loss_of, perturb, snapshot
+from tests.helpers.norm_nets import rows, toy
+from tests.helpers.oracle import auxiliary_tensors, changed, loss_of, perturb, snapshot
 
 
 class Encoder(nn.Module):

@@ -13,9 +13,8 @@ from entprop_wrap import EntProp
 from entprop_wrap.diagnostics import domain_gap
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods import FastAdvProp
-from tests.distributed import run_processes
-from tests.wrapping.nets import rows, toy
-from tests.wrapping.oracle import (
+from tests.helpers.norm_nets import rows, toy
+from tests.helpers.oracle import (
     assert_same,
     auxiliary_tensors,
     changed,
@@ -25,6 +24,7 @@ from tests.wrapping.oracle import (
     perturb,
     snapshot,
 )
+from tests.helpers.processes import run_processes
 
 SHARING = pytest.mark.parametrize("copies", ["affine", "statistics"])
 MODES = ("none", "plain", "reentrant", "nested")

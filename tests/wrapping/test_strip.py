@@ -15,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 import entprop_wrap as entprop
 from entprop_wrap.__main__ import main
 from entprop_wrap.wrapping.state_dict import strip_copies
-from tests.wrapping.nets import Named, toy
-from tests.wrapping.oracle import perturb
+from tests.helpers.norm_nets import Named, toy
+from tests.helpers.oracle import perturb
 
 
 def _wrapped(norm="batch", **options):

@@ -21,8 +21,8 @@ from entprop_wrap.errors import (
 )
 from entprop_wrap.wrapping.state_dict import is_auxiliary_key
 from entprop_wrap.wrapping.switched_norm import SwitchedNorm
-from tests.wrapping.nets import Toy, rows, toy
-from tests.wrapping.oracle import (
+from tests.helpers.norm_nets import Toy, rows, toy
+from tests.helpers.oracle import (
     assert_same,
     auxiliary_tensors,
     changed,

@@ -7,8 +7,8 @@ from torch import nn
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.utils.features import features_of
-from tests.diagnostics.subjects import images, make
-from tests.models import ARCHITECTURES, CLASSES, logits_of
+from tests.helpers.architectures import ARCHITECTURES, CLASSES, logits_of
+from tests.helpers.diagnosed import images, make
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)

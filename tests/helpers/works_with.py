@@ -1,4 +1,4 @@
-"""The table of docs/works_with.md, made from the table of tests: ``python -m tests.works_with`` writes it.
+"""The table of docs/works_with.md, made from the table of tests: ``python -m tests.helpers.works_with`` writes it.
 
 A tick is a passing test of ``tests/wrapping/test_table.py``; there is no other source for it.
 """
@@ -6,7 +6,7 @@ A tick is a passing test of ``tests/wrapping/test_table.py``; there is no other 
 import sys
 from pathlib import Path
 
-from tests.models import ARCHITECTURES
+from tests.helpers.architectures import ARCHITECTURES
 from tests.wrapping.test_table import BEHAVIOURS, applies
 
 START, END = "<!-- works-with -->", "<!-- /works-with -->"

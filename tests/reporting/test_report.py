@@ -27,7 +27,7 @@ from entprop_wrap.reporting import report
 from entprop_wrap.reporting.charts import Line, interval_chart, line_chart
 from entprop_wrap.robustness import RobustnessResult, compare, corrupt, evaluate_robustness
 from entprop_wrap.robustness.scores import Scores
-from tests.robustness.small import SPACE, classifier, loader, pixels
+from tests.helpers.small_classifier import SPACE, classifier, loader, pixels
 
 ROOT = Path(__file__).parents[2]
 CORRUPTIONS = ("fog", "gaussian_noise")

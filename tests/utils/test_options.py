@@ -27,7 +27,7 @@ from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.attacks import PGD as MeasuringPGD
 from entprop_wrap.trainer.growth import MaximumEntropyGrowth
 from entprop_wrap.utils.options import as_python, check_seed
-from tests.trainer.toys import BatchNormNet, Images, make
+from tests.helpers.trainer_toys import BatchNormNet, Images, make
 
 NUMBERS = {
     EntProp: ("fraction", "threshold"),

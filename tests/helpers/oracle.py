@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from entprop_wrap.wrapping.state_dict import auxiliary_names
-from tests.models import CLASSES, logits_of
+from tests.helpers.architectures import CLASSES, logits_of
 
 
 @dataclass
