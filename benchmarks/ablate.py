@@ -28,8 +28,10 @@ from typing import Any
 import comparison
 from sweep import Protocol, Recipe, Setting, Sweep
 
-from entprop_wrap import CutMix, EntProp, MixUp, Vanilla
+from entprop_wrap import EntProp, MixUp
 from entprop_wrap.errors import EntPropError
+from entprop_wrap.functional import CutMix
+from entprop_wrap.methods import Vanilla
 from entprop_wrap.train.methods import NAMED
 from entprop_wrap.train.options import fraction
 

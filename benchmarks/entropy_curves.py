@@ -25,7 +25,7 @@ import torch
 from method_tables import made
 from tqdm.auto import tqdm
 
-from entprop_wrap import Method, Vanilla
+from entprop_wrap.methods import Method, Vanilla
 from entprop_wrap.robustness import PGD, Estimate, Transfer, accuracy_against_epsilon
 
 PLAIN, HARDENED = "vanilla", "PGD-AT"

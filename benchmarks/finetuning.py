@@ -23,9 +23,10 @@ from run_table import RunTable
 from torch.utils.data import DataLoader, Subset
 
 import entprop_wrap as entprop
-from entprop_wrap import EntProp, MixUp, PixelSpace, Vanilla
+from entprop_wrap import EntProp, MixUp, PixelSpace
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.integrations.hub_datasets import eval_transform, in_memory, load_images, train_transform
+from entprop_wrap.methods import Vanilla
 from entprop_wrap.robustness import Estimate, evaluate_robustness
 from entprop_wrap.robustness.scores import hscore
 from entprop_wrap.train.models import repair_keep_probabilities

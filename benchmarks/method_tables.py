@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from entprop_wrap import EntProp, Method, Vanilla
+from entprop_wrap import EntProp
 from entprop_wrap.functional import uncertainty
-from entprop_wrap.methods import MEADA, EntropyAscent
+from entprop_wrap.methods import MEADA, EntropyAscent, Method, Vanilla
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 from entprop_wrap.train import methods as method_parts
 from entprop_wrap.train.options import Options

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import entprop_wrap as entprop
-from entprop_wrap import EntProp, PixelSpace, Vanilla
+from entprop_wrap import EntProp, PixelSpace
 from entprop_wrap.data.augmentation import AUGMENTATIONS, augmentation
 from entprop_wrap.functional import uncertainty
-from entprop_wrap.methods import FastAdvProp
+from entprop_wrap.methods import FastAdvProp, Vanilla
 from entprop_wrap.robustness import Estimate, evaluate_robustness
 from entprop_wrap.robustness.scores import hscore
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset
 
-from entprop_wrap import Method
+from entprop_wrap.methods import Method
 from entprop_wrap.train.options import DIGITS, SMALL
 
 

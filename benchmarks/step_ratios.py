@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import entprop_wrap as entprop
-from entprop_wrap import Vanilla
+from entprop_wrap.methods import Vanilla
 
 
 def times(runs: Any, settings: list[Any], rounds: int) -> None:

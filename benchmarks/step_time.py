@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import entprop_wrap as entprop
-from entprop_wrap import EntProp, Vanilla
-from entprop_wrap.functional.uncertainty import count
+from entprop_wrap import EntProp
+from entprop_wrap.functional.uncertainty import num_selected
+from entprop_wrap.methods import Vanilla
 
 SETTINGS = [(0.2, 1), (0.6, 1), (0.2, 5), (0.6, 5)]
 
@@ -65,7 +66,7 @@ def bench_model(name, options):
 
         def bare(fraction=fraction, steps=steps):
             with amp:
-                floor(plain, images, labels, count(options.batch, fraction), steps)
+                floor(plain, images, labels, num_selected(options.batch, fraction), steps)
 
         times = interleaved([bare, step, vanilla], [plain, wrapped], options)
         against_floor = [b / a for a, b in zip(times[0], times[1], strict=True)]

@@ -4,33 +4,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from entprop_wrap.functional.mixing import CutMix, MixUp
-    from entprop_wrap.functional.uncertainty import entropy
-    from entprop_wrap.methods import EntProp, Vanilla
-    from entprop_wrap.methods.base import Method, Step, StepOutput
-    from entprop_wrap.perturbation import PixelSpace
+    from entprop_wrap.data import PixelSpace
+    from entprop_wrap.functional import MixUp
+    from entprop_wrap.methods import EntProp
     from entprop_wrap.trainer import Trainer, TrainerConfig
     from entprop_wrap.training import training_step
-    from entprop_wrap.wrapping.model import Summary, auxiliary, summary, unwrap, wrap
-    from entprop_wrap.wrapping.optimizer import check_optimizer, parameter_groups
-    from entprop_wrap.wrapping.state_dict import auxiliary_state_dict, load_auxiliary_state_dict, main_state_dict
+    from entprop_wrap.wrapping import (
+        auxiliary,
+        auxiliary_state_dict,
+        load_auxiliary_state_dict,
+        main_state_dict,
+        parameter_groups,
+        summary,
+        unwrap,
+        wrap,
+    )
+
+__version__ = "0.1.0.dev0"
 
 __all__ = [
-    "CutMix",
     "EntProp",
-    "Method",
     "MixUp",
     "PixelSpace",
-    "Step",
-    "StepOutput",
-    "Summary",
     "Trainer",
     "TrainerConfig",
-    "Vanilla",
     "auxiliary",
     "auxiliary_state_dict",
-    "check_optimizer",
-    "entropy",
     "load_auxiliary_state_dict",
     "main_state_dict",
     "parameter_groups",
@@ -40,29 +39,35 @@ __all__ = [
     "wrap",
 ]
 
-#: Modules are imported when a name of theirs is asked for: a command line that only prints help needs no torch.
-_MODULES = {
-    "methods": "EntProp Vanilla",
-    "functional.mixing": "CutMix MixUp",
-    "wrapping.optimizer": "check_optimizer parameter_groups",
-    "perturbation": "PixelSpace",
-    "functional.uncertainty": "entropy",
-    "wrapping.state_dict": "auxiliary_state_dict load_auxiliary_state_dict main_state_dict",
-    "methods.base": "Method Step StepOutput",
+#: Rooms are entered when a name of theirs is asked for: a loop of one's own needs no Accelerate, --help not even torch.
+_ROOMS = {
+    "data": "PixelSpace",
+    "functional": "MixUp",
+    "methods": "EntProp",
     "trainer": "Trainer TrainerConfig",
     "training": "training_step",
-    "wrapping.model": "Summary auxiliary summary unwrap wrap",
+    "wrapping": (
+        "auxiliary auxiliary_state_dict load_auxiliary_state_dict main_state_dict parameter_groups summary unwrap wrap"
+    ),
 }
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
+    for room, names in _ROOMS.items():
         if name in names.split():
-            value = globals()[name] = getattr(importlib.import_module(f"entprop_wrap.{module}"), name)
+            value = globals()[name] = getattr(importlib.import_module(f"entprop_wrap.{room}"), name)
             return value
-    if name in ("errors", *_MODULES):
+    if name in ("errors", *_ROOMS):
         return importlib.import_module(f"entprop_wrap.{name}")
-    raise AttributeError(f"module 'entprop_wrap' has no attribute {name!r}")
+    raise AttributeError(f"module 'entprop_wrap' has no attribute {name!r}{_home_of(name)}")
+
+
+def _home_of(name: str) -> str:
+    """Return where else a public name lives, in words."""
+    for room in ("methods", "functional", "wrapping", "robustness", "diagnostics", "reporting", "trainer"):
+        if name in importlib.import_module(f"entprop_wrap.{room}").__all__:
+            return f": write from entprop_wrap.{room} import {name}"
+    return ""
 
 
 def __dir__() -> list[str]:

@@ -71,7 +71,7 @@ def _load(file: Path) -> Any:
         holds = f"holds {', '.join(names)}" if names else "is not a file of tensors"
         raise CheckpointError(
             f"{file} {holds}, and was not read: pickled objects can execute code. If you trust it, write in Python: "
-            f"torch.save(entprop_wrap.wrapping.state_dict.strip_copies(torch.load({str(file)!r}, weights_only=False)), ...)."
+            f"torch.save(entprop_wrap.wrapping.strip_copies(torch.load({str(file)!r}, weights_only=False)), ...)."
         ) from error
     except Exception as error:  # what is not a checkpoint fails in any way
         raise CheckpointError(f"{file} is not a checkpoint of torch.save, or is damaged: {error}") from error

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, Step, StepOutput, check_method
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.wrapping.registry import find_registry, refuse_idle_copies, refuse_inside_block

@@ -27,11 +27,11 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import AuxiliaryNameError, CheckpointError, ConfigurationError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, StepOutput, check_method
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.training import training_step
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap

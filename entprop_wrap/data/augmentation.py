@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.perturbation import PixelSpace
 
 __all__ = ["AUGMENTATIONS", "AugmentedImages", "augmentation"]
 

@@ -10,28 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import (
     DivergedError,
     EntPropError,
     ImageError,
     LabelError,
-    ModelOutputError,
     PixelRangeError,
     UnsupportedModelError,
 )
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.utils.optimizer_steps import Watch
 
-__all__ = [
-    "Checker",
-    "check_batch_size",
-    "check_images",
-    "check_labels",
-    "check_takes_images",
-    "checker_of",
-    "logits_of",
-    "raw_logits",
-]
+__all__ = ["Checker", "check_batch_size", "check_images", "check_labels", "check_takes_images", "checker_of"]
 
 #: Interpolation without clamping overshoots valid pixels; further out than this, in pixel units, is another space.
 _TOLERANCE = 0.25
@@ -121,40 +111,6 @@ def check_labels(labels: Any, images: Tensor) -> Tensor:
     if shape != (batch,):
         raise LabelError(f"Expected {batch} class indices of shape ({batch},), one per image; found shape {shape}.")
     return labels.long()
-
-
-def logits_of(output: Any, batch: int, *, differentiable: bool = True, least: int = 2) -> Tensor:
-    """Return the logits ``(N, C)`` in what a model returned: a tensor, ``.logits``, ``["logits"]``, or a tuple's first.
-
-    Raises:
-        ModelOutputError: There are none, or fewer than ``least`` classes, or they are not ``differentiable`` though
-            they should be.
-    """
-    logits = raw_logits(output)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < least:
-        found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
-        if isinstance(output, dict):
-            found += f" with {sorted(map(str, output))}"
-        raise ModelOutputError(
-            f"Expected logits of shape ({batch}, C) with C > 1 from the model, as a tensor, a tuple's first item, or "
-            f"under 'logits'; found {found}. Use a classification model, such as AutoModelForImageClassification; for "
-            "one logit pass a binary loss, loss=torch.nn.BCEWithLogitsLoss()."
-        )
-    if differentiable and not logits.requires_grad:
-        raise ModelOutputError(
-            "The logits do not depend on anything that can be differentiated: the model ran without gradients, or "
-            "detached its output. Leave out torch.no_grad() around the step."
-        )
-    # Losses, entropies and comparisons of logits are not to be trusted in half precision.
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
-def raw_logits(output: Any) -> Any:
-    """Return what stands where a model's output has its logits, whatever it is."""
-    logits = getattr(output, "logits", None)
-    if logits is None:
-        logits = output.get("logits") if isinstance(output, dict) else output
-    return logits[0] if isinstance(logits, (tuple, list)) and logits else logits
 
 
 class Checker:

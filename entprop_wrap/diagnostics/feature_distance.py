@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.diagnostics.frechet import Covariance, check_covariance, frechet_distance
 from entprop_wrap.diagnostics.method_stages import Observer, batches_of, isolated, logits_in
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods.base import Method
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import escaped, markdown_table
 from entprop_wrap.utils.features import features_of

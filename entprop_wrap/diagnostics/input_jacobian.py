@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.diagnostics.method_stages import batches_of, isolated
 from entprop_wrap.errors import ModelOutputError, UnsupportedModelError
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.evaluated_model import check_finite, logits
 from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.utils.modules import plain_model

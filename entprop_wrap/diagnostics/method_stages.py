@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from entprop_wrap.data.batches import images_and_labels
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataError, ModelOutputError
 from entprop_wrap.functional.losses import cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, Step, StepOutput, check_method
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.distributed import check_batches
 from entprop_wrap.robustness.evaluated_model import check_state, device_of, logits
 from entprop_wrap.robustness.pixels import check_batch

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.diagnostics.frechet import check_values
 from entprop_wrap.diagnostics.method_stages import Observer, batches_of, isolated, logits_in
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.uncertainty import entropy, least_confidence
 from entprop_wrap.methods.base import Method
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.corruptions import corrupt
 from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
 from entprop_wrap.robustness.protocol import conditions_of

@@ -9,12 +9,30 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.functional.mixing import sent
-from entprop_wrap.perturbation import PixelSpace, ascend, check_magnitude
-from entprop_wrap.utils.options import check_choice, check_flag, check_integer, check_number, shown, store_as_python
+from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.errors import ConfigurationError, PixelRangeError
+from entprop_wrap.utils.options import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    is_number,
+    shown,
+    store_as_python,
+)
+from entprop_wrap.utils.tensors import to_device
 
-__all__ = ["PGD", "Attack", "Gradient", "check_attack", "direction", "length", "uniform_start"]
+__all__ = [
+    "PGD",
+    "Attack",
+    "Gradient",
+    "ascend",
+    "check_attack",
+    "check_magnitude",
+    "l2_norm",
+    "normalize_l2",
+    "uniform_start",
+]
 
 Ascent = TypeVar("Ascent", bound="PGD")
 
@@ -94,9 +112,9 @@ class PGD:
             return ascend(images, origin, gradient, epsilon=self.epsilon, step_size=size, space=space)
         scale = space.scale(origin)
         # Lengths are those of pixels: a gradient for normalised images is one for pixels, divided by the scale.
-        step = size * direction((gradient * scale).nan_to_num(0.0, 0.0, 0.0))
+        step = size * normalize_l2((gradient * scale).nan_to_num(0.0, 0.0, 0.0))
         change = (images - origin) / scale + step
-        change = change * (self.epsilon / length(change)).clamp(max=1)
+        change = change * (self.epsilon / l2_norm(change)).clamp(max=1)
         return (origin + change * scale).clamp_(*space.bounds_around(origin))
 
     def at(self: Ascent, epsilon: float) -> Ascent:
@@ -116,7 +134,7 @@ def uniform_start(images: Tensor, epsilon: float, space: PixelSpace, generator: 
     if generator is None:
         noise = torch.rand_like(images)
     else:  # drawn on the CPU, so that every device gives the same
-        noise = sent(torch.rand(images.shape, generator=generator, dtype=images.dtype), images.device)
+        noise = to_device(torch.rand(images.shape, generator=generator, dtype=images.dtype), images.device)
     lower, upper = space.bounds_around(images)
     moved: Tensor = (images + noise.mul_(2).sub_(1) * (epsilon * space.scale(images))).clamp_(lower, upper)
     return moved
@@ -128,25 +146,64 @@ def ball_start(images: Tensor, epsilon: float, space: PixelSpace, generator: tor
         normal, radius = torch.randn_like(images), torch.rand_like(images[:, :1, :1, :1])
     else:
         normal, radius = (
-            sent(draw, images.device)
+            to_device(draw, images.device)
             for draw in (
                 torch.randn(images.shape, generator=generator, dtype=images.dtype),
                 torch.rand((len(images), 1, 1, 1), generator=generator, dtype=images.dtype),
             )
         )
     # The volume within radius r grows as r^d, so that r is the d-th root of a uniform number.
-    change = epsilon * radius ** (1 / images[0].numel()) * direction(normal)
+    change = epsilon * radius ** (1 / images[0].numel()) * normalize_l2(normal)
     return (images + change * space.scale(images)).clamp_(*space.bounds_around(images))
 
 
-def direction(gradient: Tensor) -> Tensor:
+def normalize_l2(gradient: Tensor) -> Tensor:
     """Return ``gradient`` at length 1 per image, or 0 where it is 0; first scaled, as squares of 1e-30 vanish."""
     largest = gradient.abs().amax((1, 2, 3), keepdim=True)
     gradient = gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
-    return gradient / length(gradient)
+    return gradient / l2_norm(gradient)
 
 
-def length(change: Tensor) -> Tensor:
+def l2_norm(change: Tensor) -> Tensor:
     """Return L2 norms ``(N, 1, 1, 1)``, above 0."""
     norm: Tensor = torch.linalg.vector_norm(change, dim=(1, 2, 3), keepdim=True)
     return norm.clamp_min(torch.finfo(change.dtype).tiny)
+
+
+def ascend(
+    images: Tensor, origin: Tensor, gradient: Tensor, *, epsilon: float, step_size: float, space: PixelSpace
+) -> Tensor:
+    """Take one signed gradient step from ``images``, and stay within ``epsilon`` of ``origin`` and in valid pixels.
+
+    ``clamp(origin + clip(images - origin + step_size * sign(gradient), -epsilon, epsilon), pixel 0, pixel 1)``. Only
+    the sign of the gradient matters, so a loss scaled for fp16 will do; where the gradient is NaN nothing moves. A
+    value of ``origin`` outside valid pixels (random erasing, overshoots of interpolation) moves no further out.
+
+    Args:
+        images: ``(N, C, H, W)`` in ``space``: where the attack stands.
+        origin: ``(N, C, H, W)`` in ``space``: where it began.
+        gradient: ``(N, C, H, W)``, of the loss to increase.
+        epsilon: Largest change of a pixel, as a fraction of the pixel range (4/255).
+        step_size: Change per step, likewise.
+        space: The space of the images.
+
+    Source: PGD (Madry et al., ICLR 2018, section 2.1), without a random start.
+    """
+    scale = space.scale(origin)
+    signs = gradient.sign().nan_to_num_(nan=0.0)
+    reach = epsilon * scale
+    moved = (
+        signs.mul_(min(step_size, epsilon) * scale)
+        if images is origin
+        else ((images - origin).add_(signs.mul_(step_size * scale)).clamp_(-reach, reach))
+    )
+    return moved.add_(origin).clamp_(*space.bounds_around(origin))
+
+
+def check_magnitude(name: str, value: float) -> None:
+    """Raise :class:`PixelRangeError` unless ``value`` is a fraction of the pixel range, above 0 and below 1."""
+    if not is_number(value) or not 0 < value < 1:
+        hint = f"Write {name}={value:g}/255." if is_number(value) and 1 <= value < 255 else ""
+        raise PixelRangeError(
+            f"{name} is a fraction of the full pixel range, above 0 and below 1; found {shown(value)}. {hint}".rstrip()
+        )

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.functional.mixing import Mix, sent, take
+from entprop_wrap.functional.mixing import Mix
 from entprop_wrap.functional.uncertainty import two_classes
 from entprop_wrap.utils.options import check_number, store_as_python
+from entprop_wrap.utils.tensors import index_rows, to_device
 
 __all__ = [
     "Loss",
@@ -206,8 +207,8 @@ class Target:
     @classmethod
     def mixed(cls, labels: Tensor, mix: Mix, index: Tensor | None = None) -> Target:
         """Return the two-label target of images that were mixed."""
-        partner = sent(mix.partner, labels.device)
-        return cls(labels, take(labels, partner), mix.share, index, partner if index is None else index[partner])
+        partner = to_device(mix.partner, labels.device)
+        return cls(labels, index_rows(labels, partner), mix.share, index, partner if index is None else index[partner])
 
     def rows(self, rows: Tensor) -> Target:
         """Return the target of the selected ``rows``."""

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.utils.options import check_generator, check_number, store_as_python
+from entprop_wrap.utils.tensors import index_rows
 
-__all__ = ["CutMix", "Mix", "MixUp", "Mixer", "find_mixer", "sent", "take"]
+__all__ = ["CutMix", "Mix", "MixUp", "Mixer", "find_mixer"]
 
 
 class Mix(Protocol):
@@ -54,7 +55,7 @@ class _Blend:
     share: float
 
     def apply(self, images: Tensor) -> Tensor:
-        return take(images, self.partner).lerp_(images, self.share)
+        return index_rows(images, self.partner).lerp_(images, self.share)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class _Paste:
     def apply(self, images: Tensor) -> Tensor:
         rows, columns = self.box
         mixed = images.clone()
-        mixed[:, :, rows, columns] = take(images[:, :, rows, columns], self.partner)
+        mixed[:, :, rows, columns] = index_rows(images[:, :, rows, columns], self.partner)
         return mixed
 
 
@@ -136,19 +137,6 @@ def find_mixer(mix: Mixer | str | None, alpha: float | None = None) -> Mixer | N
     if not isinstance(found, (MixUp, CutMix)):
         raise ConfigurationError(f"alpha is for MixUp and CutMix; found alpha={alpha!r} with mix={mix!r}.")
     return replace(found, alpha=alpha)
-
-
-def sent(drawn: Tensor, device: torch.device) -> Tensor:
-    """Return on ``device`` what was drawn on the CPU, without waiting for what the device is at."""
-    return drawn.to(device, non_blocking=device.type == "cuda")  # elsewhere it may be read after its memory is free
-
-
-def take(images: Tensor, rows: Tensor) -> Tensor:
-    """Return ``images[rows]`` as a new tensor, in its memory format (plain indexing drops channels_last)."""
-    taken = images.index_select(0, sent(rows, images.device))
-    if images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last):
-        taken = taken.contiguous(memory_format=torch.channels_last)
-    return taken
 
 
 def _interval(centre: int, length: float, limit: int) -> slice:

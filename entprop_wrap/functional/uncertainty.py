@@ -19,19 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.functional.mixing import sent
+from entprop_wrap.utils.tensors import to_device
 
 __all__ = [
     "Uncertainty",
-    "count",
+    "compute_scores",
     "cross_entropy",
     "entropy",
     "find_uncertainty",
     "least_confidence",
     "logit_margin",
+    "num_selected",
     "random",
-    "scores",
-    "top",
+    "top_k",
     "two_classes",
 ]
 
@@ -81,7 +81,7 @@ def random(logits: Tensor, labels: Tensor | None = None, generator: torch.Genera
     selects the same samples on every device. Source: "Random" in EntProp, figure 4.
     """
     drawn = torch.rand(len(logits), generator=generator, dtype=torch.float64)  # in float32, a tie is not so rare
-    return sent(drawn.to(_float(logits).dtype if logits.device.type == "mps" else drawn.dtype), logits.device)
+    return to_device(drawn.to(_float(logits).dtype if logits.device.type == "mps" else drawn.dtype), logits.device)
 
 
 def two_classes(logits: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -112,7 +112,7 @@ def find_uncertainty(uncertainty: Uncertainty | str) -> Uncertainty:
     return found
 
 
-def scores(
+def compute_scores(
     uncertainty: Uncertainty, logits: Tensor, labels: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
     """Return ``uncertainty(logits, labels)``, with ``generator=generator`` if it takes an argument of that name.
@@ -131,7 +131,7 @@ def scores(
     return found
 
 
-def count(batch: int, fraction: float) -> int:
+def num_selected(batch: int, fraction: float) -> int:
     """Return how many of ``batch`` samples a ``fraction`` in (0, 1] selects: rounded half up, at least two.
 
     A batch norm in training mode cannot take the statistics of a single image.
@@ -149,18 +149,18 @@ def count(batch: int, fraction: float) -> int:
     return min(batch, max(2, math.floor(fraction * batch + 0.5)))
 
 
-def top(scores: Tensor, number: int) -> Tensor:
-    """Return the indices of the ``number`` highest of ``scores`` ``(N,)``, highest first, without a device sync.
+def top_k(values: Tensor, number: int) -> Tensor:
+    """Return the indices of the ``number`` highest of ``values`` ``(N,)``, highest first, without a device sync.
 
     Raises:
         ConfigurationError: The scores are no vector of at least ``number`` entries.
     """
-    if scores.ndim != 1 or len(scores) < number:
+    if values.ndim != 1 or len(values) < number:
         raise ConfigurationError(
-            f"An uncertainty gives one score per image, (N,); found shape {tuple(scores.shape)}. A loss "
+            f"An uncertainty gives one score per image, (N,); found shape {tuple(values.shape)}. A loss "
             "needs reduction='none'."
         )
-    return scores.topk(number).indices
+    return values.topk(number).indices
 
 
 def _draws(uncertainty: Uncertainty) -> bool:

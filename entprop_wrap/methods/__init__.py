@@ -2,6 +2,7 @@
 
 from entprop_wrap.methods.adversarial_training import AdversarialTraining
 from entprop_wrap.methods.advprop import AdvProp
+from entprop_wrap.methods.base import Method, Step, StepOutput
 from entprop_wrap.methods.entprop import EntProp
 from entprop_wrap.methods.entropy_ascent import EntropyAscent
 from entprop_wrap.methods.fast_advprop import FastAdvProp
@@ -18,6 +19,9 @@ __all__ = [
     "EntropyAscent",
     "FastAdvProp",
     "FineGrainedAdvProp",
+    "Method",
     "MixProp",
+    "Step",
+    "StepOutput",
     "Vanilla",
 ]

@@ -13,9 +13,9 @@ from torch import Tensor
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD, Attack, check_attack
 from entprop_wrap.functional.losses import Target
-from entprop_wrap.functional.mixing import sent
 from entprop_wrap.methods.base import Step, StepOutput
 from entprop_wrap.utils.options import check_choice, check_flag, check_name, check_number, store_as_python
+from entprop_wrap.utils.tensors import to_device
 
 __all__ = ["AdvProp"]
 
@@ -128,5 +128,5 @@ def check_targets(step: Step, targeted: bool) -> None:
 
 def wrong_labels(labels: Tensor, classes: int, generator: torch.Generator | None) -> Tensor:
     """Return for each of ``labels`` ``(N,)`` another class, uniformly at random."""
-    shift = sent(torch.randint(1, max(classes, 2), labels.shape, generator=generator), labels.device)
+    shift = to_device(torch.randint(1, max(classes, 2), labels.shape, generator=generator), labels.device)
     return (labels + shift) % max(classes, 2)

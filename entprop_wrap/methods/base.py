@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from entprop_wrap.data import validation
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError, DivergedError, LabelError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, Target, asked
 from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.methods.step_loss import StepLoss, check_scalar, refuse_idle_heads
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.utils.modules import no_gradient_sync, plain_model, refuse_container, walk
 from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.wrapping.model import auxiliary, is_wrapped

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.functional.attacks import ascend, check_magnitude
 from entprop_wrap.functional.losses import Target
-from entprop_wrap.functional.mixing import Mixer, find_mixer, take
-from entprop_wrap.functional.uncertainty import Uncertainty, count, find_uncertainty, scores, top
+from entprop_wrap.functional.mixing import Mixer, find_mixer
+from entprop_wrap.functional.uncertainty import Uncertainty, compute_scores, find_uncertainty, num_selected, top_k
 from entprop_wrap.methods import lagged
 from entprop_wrap.methods.base import Step, StepOutput
 from entprop_wrap.methods.input_gradient import ImageGradient, watching
-from entprop_wrap.perturbation import ascend, check_magnitude
 from entprop_wrap.utils.options import (
     check_choice,
     check_flag,
@@ -24,6 +24,7 @@ from entprop_wrap.utils.options import (
     check_number,
     store_as_python,
 )
+from entprop_wrap.utils.tensors import index_rows
 
 __all__ = ["EntProp"]
 
@@ -155,14 +156,14 @@ class EntProp:
         if self.lagged:
             return self._lagged_step(step)
         batch = len(step.images)
-        number = count(batch, self.fraction)
+        number = num_selected(batch, self.fraction)
         images, target = self._mixed(step, batch)
         gradient = ImageGradient(step.model, images) if self.attack_steps > 0 else None
         with step.only_local(), watching(gradient, images):
             logits = step.forward(images)
             main_loss = target.loss(step.loss, logits)
-            score = scores(cast(Uncertainty, self.uncertainty), logits.detach(), step.labels, step.generator)
-            selected = top(score, number)
+            score = compute_scores(cast(Uncertainty, self.uncertainty), logits.detach(), step.labels, step.generator)
+            selected = top_k(score, number)
             step.backward(main_loss)
         logits = logits.detach()
         if self.threshold is not None:  # after the backward was queued, so that the device has work while we wait
@@ -196,7 +197,7 @@ class EntProp:
         waiting = lagged.waiting_for(step.model, step.images, step.labels)
         batch, back = len(step.images), 0 if waiting is None else len(waiting.images)
         fresh = batch - back if self.equal_budget else batch
-        number = count(batch, self.fraction)
+        number = num_selected(batch, self.fraction)
         if fresh < number:
             raise ConfigurationError(
                 f"equal_budget=True selects from the part of the batch that does not come back: {fresh} of {batch} "
@@ -214,8 +215,8 @@ class EntProp:
                 weight = back / batch if self.weighting == "per_image" else 1.0
                 loss = (fresh / batch if self.equal_budget else 1.0) * main_loss + weight * aux_loss
             uncertainty = cast(Uncertainty, self.uncertainty)
-            score = scores(uncertainty, logits[:fresh].detach(), step.labels[:fresh], step.generator)
-            selected = top(score, number)
+            score = compute_scores(uncertainty, logits[:fresh].detach(), step.labels[:fresh], step.generator)
+            selected = top_k(score, number)
             step.backward(loss)
         logits = logits.detach()
         if self.threshold is not None:
@@ -247,7 +248,7 @@ class EntProp:
     def _harden(
         self, step: Step, images: Tensor, source: ImageGradient | None, target: Target, selected: Tensor
     ) -> tuple[Tensor, Target]:
-        origin, target = take(images.detach(), selected), target.rows(selected)
+        origin, target = index_rows(images.detach(), selected), target.rows(selected)
         gradient = torch.zeros_like(origin) if source is None else source.rows(selected)
         mixer = cast("Mixer | None", self.mix)
         if mixer is not None and self.mix_on == "auxiliary":

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, mean_entropy
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.utils.features import features_of
 from entprop_wrap.utils.modules import walk
 from entprop_wrap.utils.options import check_integer, check_number, shown, store_as_python

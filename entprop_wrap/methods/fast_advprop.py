@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.functional.attacks import uniform_start
+from entprop_wrap.functional.attacks import ascend, check_magnitude, uniform_start
 from entprop_wrap.functional.losses import Target
-from entprop_wrap.functional.uncertainty import count
+from entprop_wrap.functional.uncertainty import num_selected
 from entprop_wrap.methods.base import Step, StepOutput, input_gradient
-from entprop_wrap.perturbation import ascend, check_magnitude
 from entprop_wrap.utils.options import check_flag, check_name, check_number, store_as_python
 
 __all__ = ["FastAdvProp"]
@@ -135,7 +134,7 @@ def count_adversarial(batch: int, fraction: float) -> int:
             "TrainingArguments(dataloader_drop_last=True), which leaves out evaluation images, too) or choose a batch "
             "size that leaves no such rest."
         )
-    return min(count(batch, fraction), batch - 2)
+    return min(num_selected(batch, fraction), batch - 2)
 
 
 def shuffle_between_processes(

@@ -10,11 +10,11 @@ from typing import Any, Literal, TypeGuard, cast
 import torch
 from torch import Tensor
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError, ImageError
 from entprop_wrap.functional.attacks import Attack
 from entprop_wrap.methods.advprop import attacked, check_statistics, check_targets, propagate
 from entprop_wrap.methods.base import Step, StepOutput
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.utils.options import as_python, check_flag, check_name, check_number, shown, store_as_python
 
 __all__ = ["Augmentation", "FineGrainedAdvProp"]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.errors import UnsupportedModelError
-from entprop_wrap.functional.mixing import take
 from entprop_wrap.methods.base import input_gradient
 from entprop_wrap.utils.modules import plain_model, walk
+from entprop_wrap.utils.tensors import index_rows
 
 __all__ = ["ImageGradient", "watching"]
 
@@ -76,7 +76,7 @@ class ImageGradient:
             whole = input_gradient(self.images)
             if self.candidates:
                 _stems[self.root] = weakref.ref(self.calls[0]) if self._agrees(whole) else None
-            return take(whole, selected)
+            return index_rows(whole, selected)
         if not self._watched():
             del _stems[self.root]
             raise UnsupportedModelError(
@@ -95,10 +95,12 @@ class ImageGradient:
         return len(self.calls) == len(self.output_gradients) == 1
 
     def _through(self, stem: nn.Conv2d, selected: Tensor) -> Tensor:
-        images = take(self.images.detach(), selected).requires_grad_()
+        images = index_rows(self.images.detach(), selected).requires_grad_()
         with torch.enable_grad():
             output = type(stem).forward(stem, images)
-        (gradient,) = torch.autograd.grad(output, images, take(self.output_gradients[0], selected).to(output.dtype))
+        (gradient,) = torch.autograd.grad(
+            output, images, index_rows(self.output_gradients[0], selected).to(output.dtype)
+        )
         return gradient
 
 

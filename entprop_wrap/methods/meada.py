@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from entprop_wrap.functional.losses import Target
-from entprop_wrap.functional.uncertainty import count
+from entprop_wrap.functional.uncertainty import num_selected
 from entprop_wrap.methods.base import Step, StepOutput
 from entprop_wrap.methods.entropy_ascent import EntropyAscent, check_ascent
 from entprop_wrap.utils.options import check_name, check_number, store_as_python
@@ -73,7 +73,7 @@ class MEADA:
             logits = step.forward(step.images)
             main_loss = Target(step.labels).loss(step.loss, logits)
             step.backward(main_loss)
-        number = count(len(logits), self.fraction)
+        number = num_selected(len(logits), self.fraction)
         step.warn_if_few(number)
         images, labels = step.images[:number], step.labels[:number]
         with step.only_local():

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entprop_wrap.data.validation import Checker, raw_logits
+from entprop_wrap.data.validation import Checker
 from entprop_wrap.errors import ConfigurationError, EntPropError, ModelOutputError
 from entprop_wrap.functional.losses import Loss, Pass, asked, is_mean, takes_any_targets
+from entprop_wrap.utils.model_output import raw_logits
 
 __all__ = ["StepLoss", "check_scalar", "refuse_idle_heads"]
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ImageError
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.reporting.formatting import corruption_name
 from entprop_wrap.robustness import RobustnessResult, corrupt
 from entprop_wrap.robustness.pixels import check_batch, to_pixels

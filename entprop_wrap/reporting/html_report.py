@@ -15,8 +15,8 @@ import jinja2
 from markupsafe import Markup, escape
 from torch import Tensor
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.reporting.diagnostic_panels import panels
 from entprop_wrap.reporting.formatting import check_text, versions
 from entprop_wrap.reporting.gallery import gallery_of

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.evaluated_model import check_finite, check_labels_fit, check_module, logits
 from entprop_wrap.robustness.pixels import to_images
 from entprop_wrap.utils.modules import plain_model, walk

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import attacks
-from entprop_wrap.functional.attacks import Gradient, direction
-from entprop_wrap.perturbation import PixelSpace, check_magnitude
+from entprop_wrap.functional.attacks import Gradient, check_magnitude, normalize_l2
 from entprop_wrap.robustness.ascent import AttackLoss, check_attackable, losses, pixel_gradient
 from entprop_wrap.robustness.corruptions.random import Draws
 from entprop_wrap.robustness.evaluated_model import check_finite, device_of, logits
@@ -92,9 +92,9 @@ class FGSM:
 class PGD(attacks.PGD):
     """Projected gradient ascent on the loss, within a ball around the image and within valid pixels.
 
-    The ascent is that of :class:`entprop_wrap.functional.attacks.PGD`, which methods train with; this one knows what to increase
-    and may try again. The last iterate counts; of several restarts, for each image the one that is misclassified, and
-    with the highest loss among those.
+    The ascent is that of :class:`entprop_wrap.functional.PGD`, which methods train with; this one knows what to
+    increase and may try again. The last iterate counts; of several restarts, for each image the one that is
+    misclassified, and with the highest loss among those.
 
     Attributes:
         epsilon: Radius of the ball, as there.
@@ -198,7 +198,7 @@ class PGD(attacks.PGD):
         drawn = draws.normal(origin.shape[1:])
         # The volume within radius r grows as r^d, so that r is the d-th root of a uniform number.
         radius = draws.uniform((1, 1, 1)) ** (1 / origin[0].numel())
-        return (origin + self.epsilon * radius * direction(drawn)).clamp_(0, 1)
+        return (origin + self.epsilon * radius * normalize_l2(drawn)).clamp_(0, 1)
 
 
 @dataclass(frozen=True)

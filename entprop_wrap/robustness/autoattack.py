@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.perturbation import PixelSpace, check_magnitude
+from entprop_wrap.functional.attacks import check_magnitude
 from entprop_wrap.robustness.ascent import check_attackable
 from entprop_wrap.robustness.evaluated_model import check_finite, check_labels_fit, device_of, logits
 from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels

@@ -10,6 +10,7 @@ from typing import Any
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.robustness.result import RobustnessResult, escaped, markdown_table
 from entprop_wrap.utils.options import check_number
+from entprop_wrap.utils.statistics import t_critical
 
 __all__ = ["Comparison", "Estimate", "compare"]
 
@@ -137,34 +138,6 @@ def compare(
             for name in others
         },
     )
-
-
-def t_critical(confidence: float, degrees: int) -> float:
-    """Return t with ``P(|T| <= t) = confidence`` for Student's T with ``degrees`` degrees of freedom.
-
-    The probability of integer degrees is a finite sum over the angle ``atan(t / sqrt(degrees))`` (Abramowitz & Stegun
-    1964, equations 26.7.3 and 26.7.4); the angle is found by bisection.
-    """
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        angle = (low + high) / 2
-        if _within(angle, degrees) < confidence:
-            low = angle
-        else:
-            high = angle
-    return math.tan(high) * math.sqrt(degrees)
-
-
-def _within(angle: float, degrees: int) -> float:
-    """Return ``P(|T| <= sqrt(degrees) * tan(angle))``."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= (k - 1) / k * cosine**2
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
 def _rows(results: Any) -> dict[str, list[RobustnessResult]]:

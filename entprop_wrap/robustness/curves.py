@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import attacks
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.attacks import FGSM, PGD, Transfer, attacked, measuring
-from entprop_wrap.robustness.distributed import Share, gather
-from entprop_wrap.robustness.evaluated_model import Subject, check_state
+from entprop_wrap.robustness.distributed import ShardedData, gather
+from entprop_wrap.robustness.evaluated_model import EvaluatedModel, check_state
 from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.scores import Tally
 from entprop_wrap.robustness.streams import Streams
@@ -67,8 +67,8 @@ def accuracy_against_epsilon(
             f"attack must be FGSM(), PGD() or Transfer(source), which have at(epsilon); found {shown(base)}."
         )
     sized = {epsilon: base.at(epsilon) if epsilon else None for epsilon in sizes}
-    subject, space, streams = Subject("The model", model), space_of(pixel_space), Streams(seed)
-    share = Share(data, space)
+    subject, space, streams = EvaluatedModel("The model", model), space_of(pixel_space), Streams(seed)
+    share = ShardedData(data, space)
     with tqdm(total=len(share) * len(sized) or None, disable=not progress or share.process > 0, unit="pass") as bar:
         for batch in share:
             for epsilon, one in sized.items():

@@ -22,11 +22,11 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from entprop_wrap.data.batches import images_and_labels
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import DataError
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.pixels import check_batch
 
-__all__ = ["Batch", "Share", "check_batches", "gather"]
+__all__ = ["Batch", "ShardedData", "check_batches", "gather"]
 
 
 class Batch(NamedTuple):
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     position: int
 
 
-class Share:
+class ShardedData:
     """The share of this process in the data.
 
     Args:

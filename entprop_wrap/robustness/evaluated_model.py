@@ -10,7 +10,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.data.validation import logits_of
 from entprop_wrap.errors import (
     ConfigurationError,
     LabelError,
@@ -19,28 +18,29 @@ from entprop_wrap.errors import (
     UnsupportedModelError,
 )
 from entprop_wrap.robustness.scores import Tally
+from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import plain_model, walk
 from entprop_wrap.wrapping.model import auxiliary, is_wrapped
 from entprop_wrap.wrapping.registry import find_registry, find_wrapped
 
 __all__ = [
     "Condition",
-    "Subject",
+    "EvaluatedModel",
     "check_finite",
     "check_labels_fit",
     "check_module",
     "check_state",
     "describe",
     "device_of",
+    "evaluated_models",
     "logits",
-    "subjects_of",
 ]
 
 #: What images are evaluated under: ``("fog", 3)``, ``("attack", "PGD-20")``, ``("shift", "sketch")``.
 Condition: TypeAlias = tuple[str | int, ...]
 
 
-class Subject:
+class EvaluatedModel:
     """One model in one domain, and what has been counted of it.
 
     Args:
@@ -92,7 +92,7 @@ class Subject:
                 )
 
 
-def subjects_of(models: Mapping[str, nn.Module], auxiliaries: bool) -> dict[str, list[Subject]]:
+def evaluated_models(models: Mapping[str, nn.Module], auxiliaries: bool) -> dict[str, list[EvaluatedModel]]:
     """Return what is evaluated of each model: its main domain first, then its auxiliaries if asked for.
 
     Raises:
@@ -111,7 +111,7 @@ def subjects_of(models: Mapping[str, nn.Module], auxiliaries: bool) -> dict[str,
         )
     return {
         name: [
-            Subject(name, model, domain)
+            EvaluatedModel(name, model, domain)
             for domain in (None, *(find_registry(model).auxiliaries if auxiliaries and is_wrapped(model) else ()))
         ]
         for name, model in models.items()

@@ -9,11 +9,11 @@ from typing import Any, overload
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.robustness.attacks import Attack, attacked, check_attacks
 from entprop_wrap.robustness.corruptions import corrupt
-from entprop_wrap.robustness.distributed import Batch, Share, gather
-from entprop_wrap.robustness.evaluated_model import Condition, Subject, describe, device_of, subjects_of
+from entprop_wrap.robustness.distributed import Batch, ShardedData, gather
+from entprop_wrap.robustness.evaluated_model import Condition, EvaluatedModel, describe, device_of, evaluated_models
 from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
 from entprop_wrap.robustness.protocol import conditions_of
 from entprop_wrap.robustness.result import RobustnessResult
@@ -127,12 +127,12 @@ def evaluate_robustness(
     shifts = check_mapping("shifts", shifts, "data", 'shifts={"sketch": sketch_loader}')
     space = space_of(pixel_space)
     attacks = check_attacks(attacks)
-    groups = subjects_of(models, auxiliaries)
+    groups = evaluated_models(models, auxiliaries)
     subjects = [subject for group in groups.values() for subject in group]
 
-    share, streams = Share(data, space), Streams(seed)
+    share, streams = ShardedData(data, space), Streams(seed)
     # Now, so that what is no data fails before the many passes, not after.
-    others = {name: Share(other, space, f"shifts[{name!r}]") for name, other in shifts.items()}
+    others = {name: ShardedData(other, space, f"shifts[{name!r}]") for name, other in shifts.items()}
     passes = len(share) * len(subjects) * (1 + len(conditions) + len(attacks))
     hidden = not progress or share.process > 0
     with tqdm(total=passes or None, desc="Robustness", unit="pass", disable=hidden) as bar:
@@ -174,7 +174,7 @@ def evaluate_robustness(
 
 def _corrupted(
     batch: Batch,
-    subjects: list[Subject],
+    subjects: list[EvaluatedModel],
     conditions: list[tuple[str, int]],
     space: PixelSpace,
     streams: Streams,
@@ -189,7 +189,7 @@ def _corrupted(
 
 
 def _result(
-    subject: Subject,
+    subject: EvaluatedModel,
     conditions: list[tuple[str, int]],
     seed: int,
     shifts: Iterable[str],

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.data.validation import Checker
 from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, PixelRangeError
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.utils.options import shown
 
 __all__ = ["check_batch", "space_of", "to_images", "to_pixels"]

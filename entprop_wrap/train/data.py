@@ -15,9 +15,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import DataError
 from entprop_wrap.integrations.hub_datasets import eval_transform, in_memory, load_images, train_transform
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.train.options import DIGITS, Options, did_you_mean
 
 __all__ = ["Data", "load", "say"]

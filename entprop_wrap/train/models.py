@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import CheckpointError, ConfigurationError
 from entprop_wrap.integrations.hub_datasets import image_format
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.train.data import say
 from entprop_wrap.train.options import SMALL, Options, did_you_mean
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from entprop_wrap.data.batches import Form, form_of
-from entprop_wrap.perturbation import PixelSpace
+from entprop_wrap.data.pixel_space import PixelSpace
 
 __all__ = ["Enlarged", "from_bytes", "to_bytes"]
 

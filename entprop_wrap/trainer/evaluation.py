@@ -7,11 +7,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from entprop_wrap.data.validation import Checker, check_images, check_labels, checker_of, logits_of
+from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.validation import Checker, check_images, check_labels, checker_of
 from entprop_wrap.errors import ModelOutputError
 from entprop_wrap.functional.losses import Loss
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.trainer.data_loader import Batches
+from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import plain_model
 
 __all__ = ["evaluate"]

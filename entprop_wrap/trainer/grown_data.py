@@ -17,16 +17,17 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from entprop_wrap.data.batches import form_of, refuse_dataset
-from entprop_wrap.data.validation import Checker, check_images, check_labels, logits_of
+from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.validation import Checker, check_images, check_labels
 from entprop_wrap.errors import CheckpointError, DataError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.data_loader import Batches, as_it_is
 from entprop_wrap.trainer.enlarged import Enlarged, to_bytes
 from entprop_wrap.trainer.growth import MaximumEntropyGrowth
 from entprop_wrap.trainer.reproducible import ReproducibleBatches, random_states_kept
 from entprop_wrap.utils.files import flush, flush_folder, sha256
+from entprop_wrap.utils.model_output import logits_of
 
 __all__ = ["GrowingBatches", "growing_batches"]
 

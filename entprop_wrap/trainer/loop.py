@@ -23,7 +23,7 @@ from entprop_wrap.trainer.metrics import Meter, MetricsFile
 from entprop_wrap.trainer.run_state import RunState
 from entprop_wrap.utils.files import on_main
 from entprop_wrap.utils.modules import walk
-from entprop_wrap.wrapping.switched_norm import Copy
+from entprop_wrap.wrapping.switched_norm import AuxiliaryNorm
 
 if TYPE_CHECKING:
     from entprop_wrap.diagnostics import Monitor
@@ -223,7 +223,7 @@ def evaluating_parts(model: nn.Module) -> list[nn.Module]:
     """Return the modules in evaluation mode within a model in training mode; none, if it is not."""
     if not model.training:
         return []
-    return [module for module in walk(model) if not (module.training or isinstance(module, Copy))]
+    return [module for module in walk(model) if not (module.training or isinstance(module, AuxiliaryNorm))]
 
 
 class _Timer:

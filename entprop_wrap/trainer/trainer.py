@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, StepOutput, check_method
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.trainer.accelerator import Prepared, make_accelerator, trackers
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, read_state
 from entprop_wrap.trainer.config import TrainerConfig

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from entprop_wrap.data.validation import logits_of, raw_logits
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
+from entprop_wrap.utils.model_output import logits_of, raw_logits
 from entprop_wrap.utils.modules import plain_model, walk
 from entprop_wrap.utils.options import shown
 

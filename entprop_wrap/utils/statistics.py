@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entprop_wrap.robustness.comparison import t_critical
-
 __all__ = ["Interval", "bootstrap", "mean_difference", "mean_of", "plain"]
 
 _CONFIDENCE = 0.95
@@ -95,3 +93,31 @@ def _interval(value: float, residuals: Sequence[float]) -> Interval:
     deviation = math.sqrt(math.fsum(r * r for r in residuals) * number / (number - 1))
     half = t_critical(_CONFIDENCE, number - 1) * deviation
     return Interval(value, value - half, value + half)
+
+
+def t_critical(confidence: float, degrees: int) -> float:
+    """Return t with ``P(|T| <= t) = confidence`` for Student's T with ``degrees`` degrees of freedom.
+
+    The probability of integer degrees is a finite sum over the angle ``atan(t / sqrt(degrees))`` (Abramowitz & Stegun
+    1964, equations 26.7.3 and 26.7.4); the angle is found by bisection.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(100):
+        angle = (low + high) / 2
+        if _within(angle, degrees) < confidence:
+            low = angle
+        else:
+            high = angle
+    return math.tan(high) * math.sqrt(degrees)
+
+
+def _within(angle: float, degrees: int) -> float:
+    """Return ``P(|T| <= sqrt(degrees) * tan(angle))``."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term = cosine if odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= (k - 1) / k * cosine**2
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total

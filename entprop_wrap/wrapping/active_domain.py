@@ -12,7 +12,7 @@ import torch
 
 from entprop_wrap.errors import UnsupportedModelError
 
-__all__ = ["UNRECORDED", "Key", "Rows", "Switch", "domains_of", "key_of"]
+__all__ = ["UNRECORDED", "ActiveDomain", "Key", "Rows", "domains_of", "key_of"]
 
 #: Ends the key of a domain whose running statistics are left alone.
 UNRECORDED = " unrecorded"
@@ -69,7 +69,7 @@ class _EndOfBackward:
         self.forget()
 
 
-class Switch:
+class ActiveDomain:
     """The domain that the norms of one wrapped model run in: per thread, and per running backward.
 
     Norms all point at one switch, and the switch points at nothing of the model, so that a deep copy of a submodule
@@ -84,8 +84,8 @@ class Switch:
         # The norms that have run, until the first pass with gradients has been checked.
         self.ran: set[int] | None = set()
 
-    def __reduce__(self) -> tuple[type[Switch], tuple[()]]:
-        return Switch, ()  # threads and running backwards belong to one process; the owner signs in again
+    def __reduce__(self) -> tuple[type[ActiveDomain], tuple[()]]:
+        return ActiveDomain, ()  # threads and running backwards belong to one process; the owner signs in again
 
     def thread(self) -> _Thread:
         """Return the calling thread's state, made on first use."""

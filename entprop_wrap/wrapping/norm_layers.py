@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 from torch.nn.utils import parametrize
 
 from entprop_wrap.errors import ConfigurationError, NoNormLayersError, UnsupportedModelError
-from entprop_wrap.wrapping.switched_norm import Copy
+from entprop_wrap.wrapping.switched_norm import AuxiliaryNorm
 
 __all__ = ["Selector", "find_norms", "is_norm"]
 
@@ -41,7 +41,7 @@ def is_norm(module: nn.Module) -> bool:
     Only a module's own tensors count, and ``requires_grad`` does not: a frozen norm may be thawed after ``wrap``.
     """
     names = {cls.__name__ for cls in type(module).__mro__}
-    if names & _NOT_NORMS or isinstance(module, Copy):
+    if names & _NOT_NORMS or isinstance(module, AuxiliaryNorm):
         return False
     parameters = any(value is not None for value in module._parameters.values())
     if isinstance(module, _BASES):
@@ -101,7 +101,7 @@ def _has_matrix(module: nn.Module) -> bool:
 def _has_weighted_child(module: nn.Module) -> bool:
     # A fused activation such as PReLU has a vector of weights at most; a convolution or a linear layer has a matrix.
     # The copies of a wrapped norm have the shapes of its own weights.
-    children = [child for child in module.children() if not isinstance(child, Copy)]
+    children = [child for child in module.children() if not isinstance(child, AuxiliaryNorm)]
     return any(parameter.ndim > 1 for child in children for parameter in child.parameters())
 
 

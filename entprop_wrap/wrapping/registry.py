@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from entprop_wrap.errors import ConfigurationError, NotWrappedError, UnsupportedModelError
 from entprop_wrap.utils.modules import refuse_container, refuse_static_graph, walk
-from entprop_wrap.wrapping.active_domain import Key, Switch, domains_of
-from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX, Copy, SwitchedNorm, block_fast_path
+from entprop_wrap.wrapping.active_domain import ActiveDomain, Key, domains_of
+from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX, AuxiliaryNorm, SwitchedNorm, block_fast_path
 
 __all__ = ["Registry", "attach", "detach", "find_registry", "find_wrapped", "refuse_idle_copies", "refuse_inside_block"]
 
@@ -28,7 +28,7 @@ class Registry:
         self.auxiliaries = auxiliaries
         self.norms = norms
         self.warned = False  # of too small auxiliary batches
-        self.switch = Switch()
+        self.switch = ActiveDomain()
         self.switch.owner = weakref.ref(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ class _LeaveForward:
         return [p for p in parameters if p.requires_grad and type(p) is nn.Parameter and id(p) not in used]
 
 
-def _pin(tensor: Tensor, switch: Switch, key: Key) -> Tensor:
+def _pin(tensor: Tensor, switch: ActiveDomain, key: Key) -> Tensor:
     tensor.register_hook(lambda gradient: switch.pin(key))  # type: ignore[no-untyped-call]
     return tensor
 
@@ -270,7 +270,7 @@ def _audit(registry: Registry, norms: list[SwitchedNorm]) -> None:
     names = {id(norm): name for name, norm in registry.norms.items()}
     holders = [HOLDER_PREFIX + auxiliary for auxiliary in registry.auxiliaries]
     for norm in norms:
-        if not all(isinstance(norm._modules.get(holder), Copy) for holder in holders):
+        if not all(isinstance(norm._modules.get(holder), AuxiliaryNorm) for holder in holders):
             problems.append(f"the copy in {names.get(id(norm), '?')!r} was replaced after wrap()")
         elif "forward" in norm.__dict__:
             problems.append(f"{names.get(id(norm), '?')!r} was given a forward() of its own after wrap()")

@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.data.validation import raw_logits
 from entprop_wrap.errors import UnsupportedModelError
+from entprop_wrap.utils.model_output import raw_logits
 from entprop_wrap.utils.modules import plain_model, walk
 from entprop_wrap.wrapping.active_domain import Key, Rows
 from entprop_wrap.wrapping.registry import Registry, find_registry

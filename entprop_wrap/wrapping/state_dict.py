@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.utils.modules import check_module, plain_model, walk
-from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX, Copy, SwitchedNorm
+from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX, AuxiliaryNorm, SwitchedNorm
 
 __all__ = [
     "auxiliary_names",
@@ -36,7 +36,7 @@ def auxiliary_names(model: nn.Module) -> dict[str, str]:
     """
     names = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Copy):
+        if isinstance(module, AuxiliaryNorm):
             norm = path.rpartition(".")[0]
             for tensor in (*module._parameters, *module._buffers):
                 names[f"{path}.{tensor}"] = f"{norm}.{tensor}" if norm else tensor
@@ -75,7 +75,7 @@ def load_auxiliary_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> 
         )
     root.load_state_dict(dict(state), strict=False)
     for module in walk(root):
-        if isinstance(module, Copy):
+        if isinstance(module, AuxiliaryNorm):
             module.keep()
 
 
@@ -90,7 +90,10 @@ def without_copies(model: nn.Module) -> Iterator[None]:
     of PEFT that hold norm layers (``modules_to_save``): they take names from the modules, whatever state dict is given.
     """
     norms = [module for module in plain_model(model).modules() if isinstance(module, SwitchedNorm)]
-    held = [(norm, {name: child for name, child in norm._modules.items() if isinstance(child, Copy)}) for norm in norms]
+    held = [
+        (norm, {name: child for name, child in norm._modules.items() if isinstance(child, AuxiliaryNorm)})
+        for norm in norms
+    ]
     for norm, children in held:
         for name in children:
             del norm._modules[name]

@@ -19,12 +19,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from entprop_wrap.errors import UnsupportedModelError
-from entprop_wrap.wrapping.active_domain import UNRECORDED, Rows, Switch
+from entprop_wrap.wrapping.active_domain import UNRECORDED, ActiveDomain, Rows
 
 __all__ = [
     "HOLDER_PREFIX",
+    "AuxiliaryNorm",
     "Copies",
-    "Copy",
     "SwitchedNorm",
     "View",
     "block_fast_path",
@@ -43,7 +43,7 @@ HOLDER_PREFIX = "entprop_"
 Copies = Literal["all", "affine", "statistics"]
 
 
-class Copy(nn.Module):
+class AuxiliaryNorm(nn.Module):
     """The parameters and buffers of one auxiliary copy of a norm layer. It holds tensors and computes nothing.
 
     Its class derives from the norm's own, so that whatever decides by class (weight decay, freezing, initialisation)
@@ -160,7 +160,7 @@ class SwitchedNorm(nn.Module):
     """Mixin of every switched norm; the class attribute ``_entprop_base`` is the class the norm had before."""
 
     _entprop_base: type[nn.Module]
-    _entprop_switch: Switch
+    _entprop_switch: ActiveDomain
     _entprop_views: dict[str, View]
 
     @property
@@ -215,7 +215,7 @@ class SwitchedNorm(nn.Module):
         # children what this dictionary, its own shallow copy, holds once we return. Only now has it been brought up to
         # date by the norm: checkpoints before torch 0.4.1 have no num_batches_tracked.
         for name, copy in self._modules.items():
-            if not isinstance(copy, Copy) or copy.is_kept():
+            if not isinstance(copy, AuxiliaryNorm) or copy.is_kept():
                 continue
             if any(key.startswith(f"{prefix}{name}.") for key in state_dict):
                 continue
@@ -224,13 +224,13 @@ class SwitchedNorm(nn.Module):
                     state_dict[f"{prefix}{name}.{tensor}"] = value.clone()
 
 
-def copy_of(norm: nn.Module, cloned: dict[int, nn.Parameter], copies: Copies = "all") -> Copy:
+def copy_of(norm: nn.Module, cloned: dict[int, nn.Parameter], copies: Copies = "all") -> AuxiliaryNorm:
     """Return a copy of the norm's own tensors: equal values, same dtype, device, ``requires_grad``, persistence.
 
     ``cloned`` remembers the parameters cloned for one auxiliary, so that what is tied stays tied. What ``copies``
     leaves out is shared with the norm.
     """
-    copy: Copy = object.__new__(copy_class(type(norm)))  # type: ignore[arg-type]
+    copy: AuxiliaryNorm = object.__new__(copy_class(type(norm)))  # type: ignore[arg-type]
     nn.Module.__init__(copy)
     for name, parameter in norm._parameters.items() if copies != "statistics" else ():
         if parameter is not None and id(parameter) not in cloned:
@@ -244,7 +244,7 @@ def copy_of(norm: nn.Module, cloned: dict[int, nn.Parameter], copies: Copies = "
     return copy
 
 
-def install(norm: nn.Module, copies: dict[str, Copy], switch: Switch) -> None:
+def install(norm: nn.Module, copies: dict[str, AuxiliaryNorm], switch: ActiveDomain) -> None:
     """Turn ``norm`` into a switched norm with these copies, in place."""
     base = type(norm)
     views: dict[str, View] = {}
@@ -267,7 +267,7 @@ def remove(norm: SwitchedNorm) -> None:
 
 def drop_copies(module: nn.Module) -> None:
     """Take the copies out of a norm, or out of what a conversion has put in a norm's place."""
-    for name in [name for name, child in module._modules.items() if isinstance(child, Copy)]:
+    for name in [name for name, child in module._modules.items() if isinstance(child, AuxiliaryNorm)]:
         del module._modules[name]
 
 
@@ -308,9 +308,9 @@ def switched_class(base: type[nn.Module]) -> type[SwitchedNorm]:
 
 
 @functools.cache
-def copy_class(base: type[nn.Module]) -> type[Copy]:
+def copy_class(base: type[nn.Module]) -> type[AuxiliaryNorm]:
     """Return the class of copies of ``base``."""
-    return type(base.__name__, (Copy, base), {**_identity(base), "_entprop_base": base})
+    return type(base.__name__, (AuxiliaryNorm, base), {**_identity(base), "_entprop_base": base})
 
 
 @functools.cache

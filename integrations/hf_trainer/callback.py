@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, IterableDataset
 from transformers import Trainer, TrainerCallback
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.data.validation import check_takes_images
 from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer.checkpoints import PlainCheckpoints
 from entprop_wrap.integrations.hf_trainer.loss import TrainerLoss, images_name_of
 from entprop_wrap.methods import EntProp, FastAdvProp
 from entprop_wrap.methods.base import Method, StepOutput, check_method
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.training import training_step
 from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap
 from entprop_wrap.wrapping.norm_layers import Selector

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from entprop_wrap import CutMix, EntProp, MixUp
-from entprop_wrap.functional import uncertainty
+from entprop_wrap import EntProp, MixUp
+from entprop_wrap.functional import CutMix, uncertainty
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import AdvProp, FastAdvProp, MixProp, Vanilla
 from entprop_wrap.methods.base import Method

@@ -5,9 +5,8 @@ import torch
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import PixelRangeError
-from entprop_wrap.functional.attacks import PGD, uniform_start
+from entprop_wrap.functional.attacks import PGD, ascend, uniform_start
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntropyAscent, FastAdvProp, MixProp, Vanilla
-from entprop_wrap.perturbation import ascend
 from tests.helpers.trainer_toys import BatchNormNet, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")

@@ -10,7 +10,7 @@ import transformers
 
 from entprop_wrap import EntProp, PixelSpace
 from entprop_wrap.errors import ConfigurationError, PixelRangeError
-from entprop_wrap.perturbation import ascend
+from entprop_wrap.functional.attacks import ascend
 
 PROCESSORS = [
     "ViTImageProcessor",

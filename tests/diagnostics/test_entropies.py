@@ -9,11 +9,12 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import entprop_wrap as entprop
-from entprop_wrap import EntProp, MixUp, Vanilla
+from entprop_wrap import EntProp, MixUp
 from entprop_wrap.diagnostics import entropy_stages
 from entprop_wrap.diagnostics.method_stages import Observer
 from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataError, LabelError, UnsupportedModelError
 from entprop_wrap.functional.uncertainty import random as random_score
+from entprop_wrap.methods import Vanilla
 from entprop_wrap.utils.statistics import bootstrap, mean_difference, mean_of
 from tests.helpers.diagnosed import SPACE, images, loader, make, untouched
 from tests.reference import diagnostics as reference

@@ -10,14 +10,14 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import entprop_wrap as entprop
-from entprop_wrap import EntProp, Trainer, TrainerConfig, Vanilla
+from entprop_wrap import EntProp, Trainer, TrainerConfig
 from entprop_wrap.diagnostics import Monitor
 from entprop_wrap.diagnostics.monitor import _energy_auroc
 from entprop_wrap.diagnostics.selection_ood import auroc
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.functional.uncertainty import random as random_score
-from entprop_wrap.methods import MixProp
+from entprop_wrap.methods import MixProp, Vanilla
 from entprop_wrap.methods.base import StepOutput
 from tests.helpers.trainer_toys import BatchNormNet, Images, make
 

@@ -10,7 +10,8 @@ import time
 import pytest
 import torch
 
-from entprop_wrap import EntProp, Vanilla
+from entprop_wrap import EntProp
+from entprop_wrap.methods import Vanilla
 from tests.helpers.in_process import ROOT, call, load
 
 TINY = ["--epochs", 1, "--seeds", 2, "--robustness-images", 8, "--severities", 3, "--batch-size", 16, "--max-train", 32]

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from entprop_wrap import Vanilla
+from entprop_wrap.methods import Vanilla
 from tests.helpers.in_process import call, load
 
 TINY = ["--epochs", 1, "--seeds", 2, "--images", 8, "--severities", 3, "--rounds", 2]

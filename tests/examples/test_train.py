@@ -18,10 +18,10 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from entprop_wrap import EntProp, Vanilla
+from entprop_wrap import EntProp
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import uncertainty
-from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntropyAscent, FastAdvProp, MixProp
+from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntropyAscent, FastAdvProp, MixProp, Vanilla
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 from entprop_wrap.train import command, main
 from entprop_wrap.train import methods as method_parts

@@ -38,7 +38,7 @@ nn.Linear nn.Identity nn.BatchNorm2d nn.Identity() nn.BatchNorm2d(4) nn.Sequenti
 nn.Parameter(torch.ones(2)) nn.Sequential(nn.BatchNorm2d(3),nn.Flatten()) torch.device('cpu')
 torch.float32 torch.Generator() entprop entprop.EntProp entprop.EntProp() entprop.PixelSpace entprop.PixelSpace()
 entprop.PixelSpace((0.5,0.5),(0.2,0.2)) entprop.MixUp entprop.MixUp()
-entprop.Vanilla() entprop.TrainerConfig entprop.TrainerConfig()
+Vanilla() entprop.TrainerConfig entprop.TrainerConfig()
 """
 
 

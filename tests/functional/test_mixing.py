@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from entprop_wrap import CutMix, MixUp
+from entprop_wrap import MixUp
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.functional import CutMix
 from entprop_wrap.functional.losses import Target, cross_entropy
-from entprop_wrap.functional.mixing import take
+from entprop_wrap.utils.tensors import index_rows
 
 
 def images(count=6, height=10, width=14):
@@ -64,7 +65,7 @@ def test_channels_last_is_kept_and_the_input_untouched(mixer):
     before = batch.clone()
     mixed = mixer.draw(batch.shape, None).apply(batch)
     assert mixed.is_contiguous(memory_format=torch.channels_last)
-    assert take(batch, torch.tensor([2, 0])).is_contiguous(memory_format=torch.channels_last)
+    assert index_rows(batch, torch.tensor([2, 0])).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(batch, before)
 
 

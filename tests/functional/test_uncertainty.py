@@ -42,13 +42,13 @@ def test_entropy_of_certainty_and_of_ignorance():
     [(64, 0.2, 13), (10, 0.25, 3), (7, 0.4, 3), (3, 0.01, 2), (2, 1.0, 2), (5, 1.0, 5)],
 )
 def test_counts_round_half_up_and_are_at_least_two(batch, fraction, expected):
-    assert uncertainty.count(batch, fraction) == expected
+    assert uncertainty.num_selected(batch, fraction) == expected
 
 
 def test_a_batch_of_one_cannot_be_selected_from():
     with pytest.raises(ConfigurationError, match="drop_last"):
-        uncertainty.count(1, 0.5)
+        uncertainty.num_selected(1, 0.5)
 
 
 def test_top_gives_the_highest_first():
-    assert uncertainty.top(torch.tensor([0.1, 0.9, 0.5, 0.7]), 3).tolist() == [1, 3, 2]
+    assert uncertainty.top_k(torch.tensor([0.1, 0.9, 0.5, 0.7]), 3).tolist() == [1, 3, 2]

@@ -1,6 +1,6 @@
 """Every method of the package, at small cost: what each way to train is shown to train."""
 
-from entprop_wrap import EntProp, MixUp, Vanilla, methods
+from entprop_wrap import EntProp, MixUp, methods
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import (
     MEADA,
@@ -10,6 +10,7 @@ from entprop_wrap.methods import (
     FastAdvProp,
     FineGrainedAdvProp,
     MixProp,
+    Vanilla,
     entropic_retraining,
 )
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining

@@ -8,11 +8,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageClassification, Trainer
 
-from entprop_wrap import EntProp, Vanilla, auxiliary_state_dict, main_state_dict
+from entprop_wrap import EntProp, auxiliary_state_dict, main_state_dict
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
-from entprop_wrap.methods import AdvProp, FineGrainedAdvProp
+from entprop_wrap.methods import AdvProp, FineGrainedAdvProp, Vanilla
 from tests.integrations.hf_trainer_reference import SPACE, arguments, build, samples, train
 
 FILE = "entprop_auxiliary.safetensors"

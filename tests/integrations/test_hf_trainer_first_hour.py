@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import HfArgumentParser, Trainer
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from entprop_wrap import EntProp, Vanilla
+from entprop_wrap import EntProp
 from entprop_wrap.errors import ConfigurationError, EntPropError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
+from entprop_wrap.methods import Vanilla
 from tests.integrations.hf_trainer_reference import CLASSES, SPACE, arguments, build, samples, train, worst
 
 METHOD = EntProp(fraction=0.5, mix=None)

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from entprop_wrap import EntProp, Vanilla, auxiliary_state_dict
+from entprop_wrap import EntProp, auxiliary_state_dict
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
+from entprop_wrap.methods import Vanilla
 from tests.integrations.hf_trainer_reference import (
     CONFIGURATIONS,
     SPACE,

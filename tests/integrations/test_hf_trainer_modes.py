@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from entprop_wrap import EntProp
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
-from entprop_wrap.wrapping.switched_norm import Switch
+from entprop_wrap.wrapping.active_domain import ActiveDomain
 from tests.helpers.processes import run_processes
 from tests.integrations.hf_trainer_reference import (
     SPACE,
@@ -131,7 +131,7 @@ def test_torch_compile(name, tmp_path):
 def test_the_recompile_limit_is_named_where_a_recomputed_norm_knows_no_domain():
     """Where dynamo has given up on the model, nothing says whose backward it is; that takes minutes to bring about."""
     output = torch.ones(1, requires_grad=True) * 2
-    output.register_hook(lambda _: Switch().resolve())
+    output.register_hook(lambda _: ActiveDomain().resolve())
     expected = r"write torch\._dynamo\.config\.recompile_limit = 64 \(cache_size_limit in torch 2\.6"
     with pytest.raises(UnsupportedModelError, match=expected):
         output.backward()

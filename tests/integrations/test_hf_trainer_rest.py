@@ -7,10 +7,10 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from entprop_wrap import EntProp, Vanilla
+from entprop_wrap import EntProp
 from entprop_wrap.errors import ImageError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
-from entprop_wrap.methods import FastAdvProp
+from entprop_wrap.methods import FastAdvProp, Vanilla
 from tests.integrations.hf_trainer_reference import (
     OLD,
     SPACE,

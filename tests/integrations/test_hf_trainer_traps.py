@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import Trainer, ViTImageProcessor
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from entprop_wrap import EntProp, PixelSpace, Vanilla, wrap
+from entprop_wrap import EntProp, PixelSpace, wrap
 from entprop_wrap.errors import (
     ConfigurationError,
     LabelError,
@@ -14,6 +14,7 @@ from entprop_wrap.errors import (
     UnsupportedModelError,
 )
 from entprop_wrap.integrations.hf_trainer import EntPropCallback, EntPropTrainerMixin
+from entprop_wrap.methods import Vanilla
 from tests.helpers.every_method import METHODS, check_none_is_missing, named
 from tests.integrations.hf_trainer_reference import (
     SPACE,

@@ -6,8 +6,9 @@ import torch
 import transformers
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
-from entprop_wrap import PixelSpace, Vanilla, training_step
+from entprop_wrap import PixelSpace, training_step
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.methods import Vanilla
 from tests.helpers.hub_models import KINDS
 
 #: No pixels that can be moved: class name -> what the error says.

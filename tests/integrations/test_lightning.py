@@ -14,9 +14,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 import entprop_wrap as entprop
-from entprop_wrap import EntProp, Vanilla
+from entprop_wrap import EntProp
 from entprop_wrap.integrations.lightning import EntPropLightningCallback, NamedLogits
-from entprop_wrap.methods import FastAdvProp
+from entprop_wrap.methods import FastAdvProp, Vanilla
 from entprop_wrap.wrapping.model import is_wrapped
 from tests.helpers.every_method import METHODS, check_none_is_missing, named
 from tests.helpers.processes import run_processes

@@ -4,8 +4,8 @@ import pytest
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from entprop_wrap import CutMix, EntProp, MixUp
-from entprop_wrap.functional import uncertainty
+from entprop_wrap import EntProp, MixUp
+from entprop_wrap.functional import CutMix, uncertainty
 from tests.helpers.processes import run_processes
 from tests.helpers.versions import RECENT_TORCH
 from tests.methods.test_methods_distributed import differences, gradients, mean_of_both, step

@@ -15,6 +15,7 @@ from torch import nn
 
 import entprop_wrap as entprop
 from entprop_wrap.functional import uncertainty
+from entprop_wrap.methods import Vanilla
 from tests.reference import entprop as reference
 from tests.reference.models import CLASSES, MODELS, build, random_batch, shift_statistics
 
@@ -508,7 +509,7 @@ def test_models_that_return_more_than_a_tensor(wrapper):
 def test_vanilla_trains_the_main_network_alone():
     pair = Pair("batch_norm")
     images, labels = random_batch(BATCH)
-    out = entprop.training_step(pair.model, images, labels, method=entprop.Vanilla())
+    out = entprop.training_step(pair.model, images, labels, method=Vanilla())
     loss = F.cross_entropy(pair.plain(images), labels)
     loss.backward()
     main, auxiliary = pair.buffers()

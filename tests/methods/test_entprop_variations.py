@@ -66,8 +66,8 @@ def test_random_scores_follow_the_generator_and_else_torchs_seed():
 def test_every_sample_is_as_likely_to_be_selected():
     generator, counts = seeded(), torch.zeros(10)
     for _ in range(2000):
-        scores = uncertainty.scores(uncertainty.random, torch.zeros(10, 3), torch.zeros(10), generator)
-        counts[uncertainty.top(scores, 3)] += 1
+        scores = uncertainty.compute_scores(uncertainty.random, torch.zeros(10, 3), torch.zeros(10), generator)
+        counts[uncertainty.top_k(scores, 3)] += 1
     assert (counts / 2000 - 0.3).abs().max() < 0.05
 
 
@@ -90,7 +90,7 @@ def test_scores_that_draw_are_given_the_steps_generator(score):
 
 def test_scores_without_a_signature_are_called_with_two_arguments():
     built_in = torch.Tensor.sum  # written in C: inspect cannot say what it takes
-    assert uncertainty.scores(built_in, torch.ones(4, 3), -1).tolist() == [3.0] * 4
+    assert uncertainty.compute_scores(built_in, torch.ones(4, 3), -1).tolist() == [3.0] * 4
 
 
 # A threshold ----------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_a_threshold(case):
 
     out = step(pair.model, (images, labels), threshold=threshold, mix=blend and FixedMixer(blend), **case)
 
-    assert len(out.selected) == max(2, min(above, uncertainty.count(BATCH, case["fraction"])))
+    assert len(out.selected) == max(2, min(above, uncertainty.num_selected(BATCH, case["fraction"])))
     assert out.passes == pytest.approx(1 + len(out.selected) * max(case["attack_steps"], 1) / BATCH)
     expected = pair.reference(
         images, labels, threshold=threshold, batch_blend=blend, order=out.selected.tolist(), **case

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
+from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining, activation_entropy, channel_dimension
 from tests.methods.covering import covering, name_of
 from tests.methods.test_entprop_parity import Pair
@@ -63,7 +64,7 @@ def test_a_positive_weight_raises_an_entropy_and_a_negative_one_lowers_it(name, 
         with EntropicRetraining()._recorded(model) as recorded:
             output = model(images)
         evenness = [activation_entropy(values, channels=channels).mean() for values, channels in recorded]
-        return (sum(evenness) if name == "activation_weight" else entprop.entropy(output).mean()).item()
+        return (sum(evenness) if name == "activation_weight" else entropy(output).mean()).item()
 
     before = measure()
     for _ in range(4):

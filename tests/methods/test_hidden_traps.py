@@ -7,7 +7,7 @@ from torch import nn
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, ImageError
 from entprop_wrap.functional.attacks import PGD
-from entprop_wrap.methods import AdversarialTraining, AdvProp, FineGrainedAdvProp
+from entprop_wrap.methods import AdversarialTraining, AdvProp, FineGrainedAdvProp, Vanilla
 from entprop_wrap.robustness import accuracy_against_epsilon
 from tests.helpers.trainer_toys import BatchNormNet, make
 
@@ -57,7 +57,7 @@ def test_pixel_spaces_first_used_in_inference_mode_serve_training():
     assert not any(constant.is_inference() for constant in (*space.bounds(IMAGES), space.scale(IMAGES)))
 
 
-@pytest.mark.parametrize("method", [entprop.EntProp(), entprop.Vanilla()], ids=["entprop", "vanilla"])
+@pytest.mark.parametrize("method", [entprop.EntProp(), Vanilla()], ids=["entprop", "vanilla"])
 def test_a_model_frozen_as_a_whole_is_refused(method):
     model = entprop.wrap(make(BatchNormNet)).train().requires_grad_(False)
     recorded = model.bn.running_mean.clone()

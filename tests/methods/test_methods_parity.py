@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.functional import CutMix
 from entprop_wrap.functional.attacks import PGD, uniform_start
 from entprop_wrap.functional.losses import Regularised, smooth
 from entprop_wrap.methods import AdversarialTraining, AdvProp, FastAdvProp, MixProp, Vanilla
@@ -254,7 +255,7 @@ def test_mixprop(case):
     assert_matches(pair, out, expected)
 
 
-@pytest.mark.parametrize("mixer", [entprop.MixUp(1.0), entprop.MixUp(0.2), entprop.CutMix()], ids=str)
+@pytest.mark.parametrize("mixer", [entprop.MixUp(1.0), entprop.MixUp(0.2), CutMix()], ids=str)
 def test_mixprop_draws_its_mix(mixer):
     pair = Pair("batch_norm")
     images, labels = random_batch(BATCH)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD
-from entprop_wrap.methods import AdvProp, FastAdvProp
+from entprop_wrap.methods import AdvProp, FastAdvProp, Vanilla
 from tests.helpers.every_method import METHODS, named
 from tests.helpers.trainer_toys import BatchNormNet, make
 
@@ -105,9 +105,7 @@ class Replacing(nn.Module):
 def test_buffers_that_are_replaced_are_put_back():
     model = Replacing()
     with pytest.raises(ConfigurationError):
-        entprop.training_step(
-            model, IMAGES, LABELS, method=entprop.Vanilla(), loss=nn.CrossEntropyLoss(reduction="sum")
-        )
+        entprop.training_step(model, IMAGES, LABELS, method=Vanilla(), loss=nn.CrossEntropyLoss(reduction="sum"))
     assert model.seen == 0
 
 
@@ -122,7 +120,7 @@ def test_a_method_that_ends_twice_is_refused_where_backward_asks_for_the_last():
                 step.backward(loss)
             return step.output(main_loss=loss, logits=logits, passes=2.0)
 
-    model = ready(entprop.Vanilla())
+    model = ready(Vanilla())
     entprop.training_step(model, IMAGES, LABELS, method=Twice())
     with pytest.raises(ConfigurationError, match=r"step.only_local\(\)"):
         entprop.training_step(model, IMAGES, LABELS, method=Twice(), backward=lambda loss, last: loss.backward())

@@ -13,6 +13,8 @@ from torch import nn
 
 import entprop_wrap as entprop
 from entprop_wrap import errors
+from entprop_wrap.functional import CutMix
+from entprop_wrap.methods import Vanilla
 from tests.reference.models import CLASSES, MODELS, build, random_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
@@ -22,8 +24,8 @@ MIXES = {
     "unmixed": {"mix": None},
     "mixup_batch": {"mix": entprop.MixUp(alpha=1.0), "mix_on": "batch"},
     "mixup_auxiliary": {"mix": entprop.MixUp(alpha=1.0), "mix_on": "auxiliary"},
-    "cutmix_batch": {"mix": entprop.CutMix(alpha=1.0), "mix_on": "batch"},
-    "cutmix_auxiliary": {"mix": entprop.CutMix(alpha=1.0), "mix_on": "auxiliary"},
+    "cutmix_batch": {"mix": CutMix(alpha=1.0), "mix_on": "batch"},
+    "cutmix_auxiliary": {"mix": CutMix(alpha=1.0), "mix_on": "auxiliary"},
 }
 
 
@@ -59,7 +61,7 @@ def plain_gradients(batch, *, kind="batch_norm", dtype=torch.float64, amp=None, 
 def distance_under_autocast(batch, *, kind, amp):
     """How far autocast alone moves the gradient of an ordinary training step."""
     full, reduced = (
-        plain_gradients(batch, kind=kind, dtype=torch.float32, method=entprop.Vanilla(), amp=to) for to in (None, amp)
+        plain_gradients(batch, kind=kind, dtype=torch.float32, method=Vanilla(), amp=to) for to in (None, amp)
     )
     return distance(reduced, full)
 
@@ -130,7 +132,7 @@ def test_passes(steps, mix):
 def test_vanilla_is_one_pass():
     model = wrapped()
     counter = Counter(model)
-    out = entprop.training_step(model, *random_batch(BATCH), method=entprop.Vanilla(), backward=counter.backward)
+    out = entprop.training_step(model, *random_batch(BATCH), method=Vanilla(), backward=counter.backward)
     assert (counter.forwards, counter.backwards, counter.calls, out.passes) == ([BATCH], [BATCH], 1, 1)
 
 
@@ -449,7 +451,7 @@ def test_vanilla_refuses_bad_batches_too(name):
     batch, _, error, message = BAD_BATCHES[name]
     model = wrapped()
     with untouched(model), pytest.raises(error, match=message):
-        entprop.training_step(model, *batch(), method=entprop.Vanilla())
+        entprop.training_step(model, *batch(), method=Vanilla())
 
 
 @pytest.mark.parametrize("name", BAD_MODELS)
@@ -561,9 +563,9 @@ def test_narrow_integer_labels_are_taken_or_refused_in_words(dtype):
 def test_a_bigger_head_is_known_after_its_first_pass():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     images = torch.rand(4, 3, 2, 2)
-    entprop.training_step(model, images, torch.arange(4), method=entprop.Vanilla())
+    entprop.training_step(model, images, torch.arange(4), method=Vanilla())
     model[1] = torch.nn.Linear(12, 9)
-    out = entprop.training_step(model, images, torch.arange(4) + 5, method=entprop.Vanilla())
+    out = entprop.training_step(model, images, torch.arange(4) + 5, method=Vanilla())
     assert out.logits.shape == (4, 9)
     with pytest.raises(errors.LabelError):
-        entprop.training_step(model, images, torch.arange(4) + 6, method=entprop.Vanilla())
+        entprop.training_step(model, images, torch.arange(4) + 6, method=Vanilla())

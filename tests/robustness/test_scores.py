@@ -10,8 +10,8 @@ import torch
 
 from entprop_wrap.errors import ConfigurationError, DataError
 from entprop_wrap.robustness import CORRUPTIONS, Estimate, RobustnessResult, Scores, compare, hscore
-from entprop_wrap.robustness.comparison import t_critical
 from entprop_wrap.robustness.scores import Tally
+from entprop_wrap.utils.statistics import t_critical
 
 
 def naive_scores(logits, labels):

@@ -6,7 +6,7 @@ import sys
 import torch
 
 import entprop_wrap as entprop
-from entprop_wrap.methods import EntropyAscent
+from entprop_wrap.methods import EntropyAscent, Vanilla
 from entprop_wrap.trainer import MaximumEntropyGrowth
 from tests.helpers.trainer_toys import BatchNormNet, Images, make
 
@@ -41,7 +41,7 @@ def growing(folder, *, stop_after=None, stop_growing=None, unit="steps", workers
         make(BatchNormNet),
         Images(images, augment=True),
         Images(8, seed=1),
-        method=entprop.Vanilla(),
+        method=Vanilla(),
         loss=loss,
         growth=MaximumEntropyGrowth(ASCENT, phases=2, every=every, unit=unit, source=Images(images), augment=darker),
         config=entprop.TrainerConfig(output_dir=folder, workers=workers, **{**defaults, **saving, **options}),

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import entprop_wrap as entprop
+from entprop_wrap.methods import Vanilla
 from tests.helpers.trainer_toys import BatchNormNet, GroupNormNet, Images, make
 
 torch.set_num_threads(1)
@@ -84,7 +85,7 @@ def die_while_saving(folder):
 def distributed(folder, accumulation=1):
     """The same batches per step whether two processes take one each, or one process accumulates two."""
     runs = {
-        "vanilla": (entprop.Vanilla(), {}),
+        "vanilla": (Vanilla(), {}),
         "entprop": (entprop.EntProp(fraction=0.5, mix=None), {"ema_decay": 0.5}),
         "accumulated": (entprop.EntProp(fraction=0.5, mix=None, attack_steps=2), {"gradient_accumulation_steps": 2}),
     }

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import entprop_wrap as entprop
+from entprop_wrap.methods import Vanilla
 from tests.helpers.trainer_toys import BatchNormNet, Images, make
 
 MESSAGE = "1 modules are in evaluation mode and stay so while training, such as a BatchNorm2d"
@@ -57,7 +58,7 @@ def test_a_model_in_evaluation_mode_is_trained_as_a_whole(tmp_path):
     model = make(BatchNormNet).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        trainer_of(model, tmp_path, entprop.Vanilla()).fit()
+        trainer_of(model, tmp_path, Vanilla()).fit()
     assert all(modes(model).values())
     assert model.bn.num_batches_tracked == 4
 
@@ -71,4 +72,4 @@ def test_dropout_may_be_off(tmp_path):
     model = make(BatchNormNet).train()
     model.dropout = Deterministic().eval()
     with pytest.warns(UserWarning, match="such as a Deterministic"):
-        trainer_of(model, tmp_path, entprop.Vanilla()).fit()
+        trainer_of(model, tmp_path, Vanilla()).fit()

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 import entprop_wrap as entprop
 from entprop_wrap.data.batches import form_of
 from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError
-from entprop_wrap.methods import EntropyAscent
+from entprop_wrap.methods import EntropyAscent, Vanilla
 from entprop_wrap.trainer import MaximumEntropyGrowth
 from entprop_wrap.trainer.enlarged import Enlarged, from_bytes, to_bytes
 from entprop_wrap.trainer.optimizer import _factor
@@ -140,7 +140,7 @@ def test_without_a_source_the_augmented_images_climb(tmp_path):
         growth = MaximumEntropyGrowth(ASCENT, phases=1, every=1, source=source)
         config = entprop.TrainerConfig(epochs=2, batch_size=4, output_dir=tmp_path / name, progress=False)
         model, data = make(GroupNormNet), Images(8, augment=True)
-        entprop.Trainer(model, data, method=entprop.Vanilla(), growth=growth, config=config).fit()
+        entprop.Trainer(model, data, method=Vanilla(), growth=growth, config=config).fit()
         return load_file(tmp_path / name / "checkpoints/growth/phase-01.safetensors")["images"]
 
     augmented, again, plain = first_phase("a", None), first_phase("b", None), first_phase("c", Images(8))

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import entprop_wrap as entprop
-from entprop_wrap import EntProp, Trainer, TrainerConfig, Vanilla
+from entprop_wrap import EntProp, Trainer, TrainerConfig
 from entprop_wrap.errors import (
     AuxiliaryNameError,
     ConfigurationError,
@@ -22,6 +22,7 @@ from entprop_wrap.errors import (
     PixelRangeError,
     UnsupportedModelError,
 )
+from entprop_wrap.methods import Vanilla
 from tests.helpers.trainer_toys import CLASSES, BatchNormNet, GroupNormNet, Images, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import entprop_wrap as entprop
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.diagnostics import Monitor
 from entprop_wrap.errors import ConfigurationError, PixelRangeError
+from entprop_wrap.functional import CutMix
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import (
     MEADA,
@@ -23,7 +25,6 @@ from entprop_wrap.methods import (
     Vanilla,
 )
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
-from entprop_wrap.perturbation import PixelSpace
 from entprop_wrap.robustness.attacks import PGD as MeasuringPGD
 from entprop_wrap.trainer.growth import MaximumEntropyGrowth
 from entprop_wrap.utils.options import as_python, check_seed
@@ -40,7 +41,7 @@ NUMBERS = {
     EntropicRetraining: ("activation_weight", "output_weight"),
     EntropyAscent: ("eta", "gamma", "step_size"),
     entprop.MixUp: ("alpha",),
-    entprop.CutMix: ("alpha",),
+    CutMix: ("alpha",),
 }
 INTEGERS = {
     EntProp: ("attack_steps",),

@@ -7,6 +7,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import UnsupportedModelError
+from entprop_wrap.methods import Vanilla
 from tests.helpers.trainer_toys import BatchNormNet, make
 
 
@@ -28,7 +29,7 @@ def sharded(flat):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "original"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("method", [entprop.EntProp(), entprop.Vanilla()], ids=["entprop", "vanilla"])
+@pytest.mark.parametrize("method", [entprop.EntProp(), Vanilla()], ids=["entprop", "vanilla"])
 def test_a_step_is_refused(flat, compiled, method):
     model = torch.compile(sharded(flat)) if compiled else sharded(flat)
     before = [buffer.clone() for buffer in model.buffers()]

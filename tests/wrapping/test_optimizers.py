@@ -6,6 +6,7 @@ from torch import nn
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, OptimizerMismatchError, UnsupportedModelError
+from entprop_wrap.wrapping import check_optimizer
 from entprop_wrap.wrapping.state_dict import is_auxiliary_key, original_name
 from tests.helpers.norm_nets import rows, toy
 from tests.helpers.oracle import changed, loss_of, snapshot
@@ -77,7 +78,7 @@ def test_every_kind_of_optimizer_is_guarded(make):
 def test_an_optimizer_from_after_wrap_moves_the_copies():
     model = entprop.wrap(toy())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    entprop.check_optimizer(model, optimizer)
+    check_optimizer(model, optimizer)
     before = snapshot(model)
     _backward(model)
     optimizer.step()
@@ -102,7 +103,7 @@ def test_an_optimizer_of_another_model_is_left_alone():
     model = entprop.wrap(toy())
     loss_of(other(rows()), rows()).backward()
     optimizer.step()
-    entprop.check_optimizer(model, optimizer)
+    check_optimizer(model, optimizer)
 
 
 def test_two_optimizers_that_split_the_model():

@@ -19,6 +19,8 @@ from entprop_wrap.errors import (
     NotWrappedError,
     UnsupportedModelError,
 )
+from entprop_wrap.methods import Vanilla
+from entprop_wrap.wrapping import check_optimizer
 from entprop_wrap.wrapping.state_dict import is_auxiliary_key
 from entprop_wrap.wrapping.switched_norm import SwitchedNorm
 from tests.helpers.norm_nets import Toy, rows, toy
@@ -140,7 +142,7 @@ def test_wrapping_data_parallel():
 def test_a_step_inside_an_auxiliary_block():
     model = entprop.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)))
     images, labels = torch.rand(8, 3, 8, 8), torch.arange(8) % 3
-    for method in (entprop.EntProp(), entprop.Vanilla()):
+    for method in (entprop.EntProp(), Vanilla()):
         with entprop.auxiliary(model), pytest.raises(UnsupportedModelError, match="Leave the with-block"):
             entprop.training_step(model, images, labels, method=method)
     assert int(model[1].num_batches_tracked) == 0
@@ -152,7 +154,7 @@ def test_a_step_inside_an_auxiliary_block_of_a_part():
     images, labels = torch.rand(8, 3, 8, 8), torch.arange(8) % 3
     for block, step in ((part, model), (model, part)):
         with entprop.auxiliary(block), pytest.raises(UnsupportedModelError, match="Leave the with-block"):
-            entprop.training_step(step, images, labels, method=entprop.Vanilla())
+            entprop.training_step(step, images, labels, method=Vanilla())
     assert int(part[1].num_batches_tracked) == 0
 
 
@@ -399,7 +401,7 @@ def test_bad_names(auxiliaries, message):
         entprop.auxiliary_state_dict,
         lambda model: entprop.load_auxiliary_state_dict(model, {}),
         lambda model: entprop.parameter_groups(model, 0.1),
-        lambda model: entprop.check_optimizer(model, torch.optim.SGD(toy().parameters())),
+        lambda model: check_optimizer(model, torch.optim.SGD(toy().parameters())),
         lambda model: entprop.auxiliary(model).__enter__(),
     ],
 )
@@ -417,7 +419,7 @@ def test_arguments_of_the_wrong_kind():
     with pytest.raises(ConfigurationError, match="record_statistics must be True or False"):
         entprop.auxiliary(model, "weak", record_statistics="no").__enter__()
     with pytest.raises(TypeError, match="expects a torch optimizer"):
-        entprop.check_optimizer(model, "SGD")
+        check_optimizer(model, "SGD")
     with pytest.raises(TypeError, match="expects a state dict, found int"):
         entprop.load_auxiliary_state_dict(model, 5)
 

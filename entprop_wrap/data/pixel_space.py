@@ -1,4 +1,4 @@
-"""Everything that moves pixels along a gradient, and the space the pixels live in."""
+"""How a batch of images relates to pixels in [0, 1]."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entprop_wrap.errors import ConfigurationError, PixelRangeError
-from entprop_wrap.utils.options import as_python, check_number, check_sequence, is_number, shown
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.utils.options import as_python, check_number, check_sequence
 
-__all__ = ["PixelSpace", "ascend", "check_magnitude"]
+__all__ = ["PixelSpace"]
 
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -140,42 +140,3 @@ def _per_channel(value: Any) -> tuple[float, ...]:
     if value is None:
         return ()
     return (float(value),) if isinstance(value, (int, float)) else tuple(value)
-
-
-def ascend(
-    images: Tensor, origin: Tensor, gradient: Tensor, *, epsilon: float, step_size: float, space: PixelSpace
-) -> Tensor:
-    """Take one signed gradient step from ``images``, and stay within ``epsilon`` of ``origin`` and in valid pixels.
-
-    ``clamp(origin + clip(images - origin + step_size * sign(gradient), -epsilon, epsilon), pixel 0, pixel 1)``. Only
-    the sign of the gradient matters, so a loss scaled for fp16 will do; where the gradient is NaN nothing moves. A
-    value of ``origin`` outside valid pixels (random erasing, overshoots of interpolation) moves no further out.
-
-    Args:
-        images: ``(N, C, H, W)`` in ``space``: where the attack stands.
-        origin: ``(N, C, H, W)`` in ``space``: where it began.
-        gradient: ``(N, C, H, W)``, of the loss to increase.
-        epsilon: Largest change of a pixel, as a fraction of the pixel range (4/255).
-        step_size: Change per step, likewise.
-        space: The space of the images.
-
-    Source: PGD (Madry et al., ICLR 2018, section 2.1), without a random start.
-    """
-    scale = space.scale(origin)
-    direction = gradient.sign().nan_to_num_(nan=0.0)
-    reach = epsilon * scale
-    moved = (
-        direction.mul_(min(step_size, epsilon) * scale)
-        if images is origin
-        else ((images - origin).add_(direction.mul_(step_size * scale)).clamp_(-reach, reach))
-    )
-    return moved.add_(origin).clamp_(*space.bounds_around(origin))
-
-
-def check_magnitude(name: str, value: float) -> None:
-    """Raise :class:`PixelRangeError` unless ``value`` is a fraction of the pixel range, above 0 and below 1."""
-    if not is_number(value) or not 0 < value < 1:
-        hint = f"Write {name}={value:g}/255." if is_number(value) and 1 <= value < 255 else ""
-        raise PixelRangeError(
-            f"{name} is a fraction of the full pixel range, above 0 and below 1; found {shown(value)}. {hint}".rstrip()
-        )

@@ -1,0 +1,21 @@
+"""Small operations on tensors that no library has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["index_rows", "to_device"]
+
+
+def to_device(drawn: Tensor, device: torch.device) -> Tensor:
+    """Return on ``device`` what was drawn on the CPU, without waiting for what the device is at."""
+    return drawn.to(device, non_blocking=device.type == "cuda")  # elsewhere it may be read after its memory is free
+
+
+def index_rows(images: Tensor, rows: Tensor) -> Tensor:
+    """Return ``images[rows]`` as a new tensor, in its memory format (plain indexing drops channels_last)."""
+    taken = images.index_select(0, to_device(rows, images.device))
+    if images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last):
+        taken = taken.contiguous(memory_format=torch.channels_last)
+    return taken
