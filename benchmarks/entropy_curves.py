@@ -1,7 +1,7 @@
 """Does entropy help against attacks, and beyond the epsilon trained for? Accuracy against epsilon, on digits.
 
     python benchmarks/entropy_curves.py                              # 5 seeds
-    python benchmarks/entropy_curves.py --report --write docs/methods.md
+    python benchmarks/entropy_curves.py --report --write docs/beyond_epsilon.md
 
 Entropy maximisation (EntM) and label smoothing, alone and with adversarial training (PGD-AT), as Jin et al. (2020,
 arXiv 2011.13538) compare them. Each model is attacked by PGD through its own gradients, and through those of a model
