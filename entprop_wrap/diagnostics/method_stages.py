@@ -20,6 +20,7 @@ from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataErro
 from entprop_wrap.functional.losses import cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, Step, StepOutput, check_method
+from entprop_wrap.methods.input_gradient import ImageGradient
 from entprop_wrap.robustness.distributed import check_batches
 from entprop_wrap.robustness.evaluated_model import check_state, device_of, logits
 from entprop_wrap.robustness.pixels import check_batch
@@ -150,6 +151,9 @@ class _Watched(Step):
             self.passed = images.detach()
         self.leaf = images
         return super().forward(images)
+
+    def image_gradient(self, images: Tensor) -> ImageGradient:
+        return ImageGradient(self.model, images, by_autograd=True)
 
     def backward(self, loss: Tensor) -> None:
         if self.leaf is not None and self.leaf.requires_grad:
