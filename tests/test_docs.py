@@ -178,6 +178,11 @@ def test_the_method_of_the_docs_is_advprop_where_it_selects_every_image(examples
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
+def test_the_method_of_the_docs_is_as_short_as_it_says():
+    (source,) = [text for _, text in blocks(ROOT / "docs" / "extending.md") if "class SelectiveAdvProp:" in text]
+    assert len(source.splitlines()) < 60
+
+
 def test_the_method_of_the_docs_costs_what_the_paper_says(examples):
     assert gradients_of(examples["SelectiveAdvProp"]())[0].passes == pytest.approx(4.6)  # EntProp, table 15
 
