@@ -72,10 +72,9 @@ def load_images(
     seed: int = 0,
     **load_options: Any,
 ) -> ImageData:
-    """Load any image classification dataset.
+    """Load any image classification dataset: upright RGB images (`to_rgb`), in an order that never changes.
 
-    What is not given is found out, and said in ``notes`` where it could have been meant otherwise. Images come out
-    upright and RGB (`to_rgb`), in an order that never changes.
+    What is not given is found out, and said in ``notes`` where it could have been meant otherwise.
 
     Args:
         path_or_name: A Hub id; a folder of parquet or other data files, of images with a ``metadata.csv``, of class

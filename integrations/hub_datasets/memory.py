@@ -1,6 +1,7 @@
 """A small dataset decoded once: uint8 images of one size in memory, for many epochs without decoding again."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from entprop_wrap.errors import DataError, ImageError, LabelError
+from entprop_wrap.errors import DataError
 from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError
 from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages
 from entprop_wrap.utils.options import check_integer
@@ -17,24 +18,22 @@ from entprop_wrap.utils.options import check_integer
 __all__ = ["InMemoryImages", "in_memory"]
 
 
+@dataclass(frozen=True, eq=False)
 class InMemoryImages(Dataset[tuple[Any, int]]):
     """Images of one size and their labels, as two tensors.
 
     ``dataset[i]`` is ``(transform(image), label)`` with a uint8 image ``(3, H, W)``; `train_transform` and
-    `eval_transform` take such tensors. ``images`` are ``(N, 3, H, W)`` uint8, ``labels`` ``(N,)`` int64.
+    `eval_transform` take such tensors.
+
+    Attributes:
+        images: ``(N, 3, H, W)`` uint8, 0 to 255.
+        labels: ``(N,)`` int64 class indices.
+        transform: Applied to each image.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, transform: Callable[[Tensor], Any] | None = None) -> None:
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ImageError(
-                f"Expected uint8 images (N, 3, H, W), found {images.dtype} {tuple(images.shape)}: for floats in "
-                "[0, 1] write (images * 255).round().to(torch.uint8)."
-            )
-        if labels.dtype != torch.int64 or labels.shape != (len(images),):
-            raise LabelError(f"Expected int64 labels ({len(images)},), found {labels.dtype} {tuple(labels.shape)}.")
-        self.images = images
-        self.labels = labels
-        self.transform = transform
+    images: Tensor
+    labels: Tensor
+    transform: Callable[[Tensor], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -45,7 +44,7 @@ class InMemoryImages(Dataset[tuple[Any, int]]):
 
     def with_transform(self, transform: Callable[[Tensor], Any] | None) -> "InMemoryImages":
         """Return the same tensors, not copied, under another transform."""
-        return InMemoryImages(self.images, self.labels, transform)
+        return replace(self, transform=transform)
 
 
 def in_memory(dataset: LabelledImages, size: int, transform: Callable[[Tensor], Any] | None = None) -> InMemoryImages:

@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from entprop_wrap.errors import ConfigurationError, DataError, ImageError, LabelError
+from entprop_wrap.errors import ConfigurationError, DataError, ImageError
 from entprop_wrap.integrations.hub_datasets import (
     BrokenImageError,
-    InMemoryImages,
     collate,
     eval_transform,
     in_memory,
@@ -194,10 +193,6 @@ def test_in_memory_crops_the_centre():
     assert (held.images[0] == torch.tensor([200, 0, 0], dtype=torch.uint8)[:, None, None]).all()
 
 
-def test_in_memory_refuses_other_tensors():
-    with pytest.raises(ImageError, match="uint8"):
-        InMemoryImages(torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))
-    with pytest.raises(LabelError, match="int64"):
-        InMemoryImages(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0]))
+def test_in_memory_takes_a_size_in_pixels():
     with pytest.raises(ConfigurationError, match="size must be an integer"):
         in_memory(load_images(splits()).train, 0)
