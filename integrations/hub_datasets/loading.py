@@ -13,7 +13,7 @@ from entprop_wrap.integrations.hub_datasets.columns import find_image_column, fi
 from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages, OnBroken, StreamedImages
 from entprop_wrap.integrations.hub_datasets.labels import build_label_map, label_value, read_labels
 from entprop_wrap.integrations.hub_datasets.sources import Rows, open_splits
-from entprop_wrap.integrations.hub_datasets.splits import split_names, stratified_sample, stratified_split, take_splits
+from entprop_wrap.integrations.hub_datasets.splits import split_names, stratified_sample, stratified_split, take_split
 from entprop_wrap.utils.options import check_choice, check_function, check_integer, check_number, check_seed
 
 __all__ = ["ImageData", "load_images"]
@@ -81,7 +81,7 @@ def load_images(
             folders (with or without split folders above them), or written by ``save_to_disk``; or an opened
             `datasets.Dataset` or `DatasetDict`.
         config: Configuration of a Hub dataset.
-        train_split: Split to train on, or a slice such as ``"train[:80%]"``; by default ``train``, or the only one.
+        train_split: Split to train on; by default ``train``, or the only one.
         eval_split: Split to evaluate on; by default ``validation``, else ``test``, under their usual spellings, if its
             images have labels. Otherwise ``eval_fraction`` of every class of the training split, at least one image;
             classes of a single image stay in training.
@@ -121,7 +121,7 @@ def load_images(
 
     splits, notes = open_splits(path_or_name, config, streaming, load_options)
     train_name, eval_names = split_names(list(splits), train_split, eval_split)
-    rows = take_splits(splits, train_split=train_name)[0]
+    rows = take_split(splits, train_name, "train_split")
     image_column = find_image_column(rows.features, image_column)
     label_column = find_label_column(rows.features, label_column)
     streams = isinstance(rows, datasets.IterableDataset)
@@ -172,7 +172,7 @@ def _labelled_split(
 ) -> tuple[str, Any]:
     """Return the first split that can be evaluated on, and its name; no rows if there is none."""
     for place, name in enumerate(eval_names, start=1):
-        rows = take_splits(splits, train_split=train_name, eval_split=name)[1]
+        rows = take_split(splits, name, "eval_split")
         problem = _problem(rows, *columns)
         if problem is None:
             if rest := ", ".join(map(repr, eval_names[place:])):
