@@ -19,11 +19,7 @@ _LABEL_NAMES = (
 
 
 def find_image_column(features: datasets.Features, named: str | None = None) -> str:
-    """Return the column the user names, else that of type `datasets.Image`, else paths or bytes under a usual name.
-
-    Raises:
-        DataError: No such column, or several.
-    """
+    """Return the column the user names, else that of type `datasets.Image`, else paths or bytes under a usual name."""
     if named is not None:
         if not _may_hold_image(_feature(features, named, "image")):
             raise DataError(f"Expected images, paths or bytes in image_column={named!r}, found {_columns(features)}.")
@@ -34,11 +30,7 @@ def find_image_column(features: datasets.Features, named: str | None = None) -> 
 
 
 def find_label_column(features: datasets.Features, named: str | None = None) -> str:
-    """Return the column the user names, else that of type `datasets.ClassLabel`, else one under a usual name.
-
-    Raises:
-        DataError: No such column, several, or one that holds several labels per image or numbers with a fraction.
-    """
+    """Return the column the user names, else that of type `datasets.ClassLabel`, else one under a usual name."""
     name = named
     if name is None:
         typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]

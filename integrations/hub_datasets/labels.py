@@ -67,15 +67,8 @@ def build_label_map(
 ) -> LabelMap:
     """Return the classes: as given, else of the `ClassLabel` in its order, else the sorted label values.
 
-    Args:
-        values: All labels of the training split; None while streaming, when they cannot be known.
-        feature: The type of the label column.
-        classes: Label values in the order their indices shall have; or, for a column of integers, names for 0 .. C-1.
-        notes: Gets a sentence where integers are renumbered or declared classes have no image.
-
-    Raises:
-        DataError: Fewer than two classes, or (streaming) neither ClassLabel nor ``classes``.
-        LabelError: -1 among plain integers, which may mean a class or "unlabelled"; repeated ``classes``.
+    ``values`` are the labels of the training split; None while streaming, when they cannot be known. ``notes`` gets a
+    sentence where integers are renumbered or declared classes have no image.
     """
     found = set(values or ()) - {None}
     keys: list[Any]

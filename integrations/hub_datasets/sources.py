@@ -20,10 +20,6 @@ def open_splits(
     """Return all splits of a dataset by name, and notes on how it was read; the arguments are those of `load_images`.
 
     Errors of `datasets.load_dataset` (no such dataset, gated, no such configuration) pass through unchanged.
-
-    Raises:
-        ConfigurationError: An option that this kind of source does not have.
-        DataError: A path that does not exist, or something that is not a dataset.
     """
     notes: list[str] = []
     opened: Any = source
