@@ -1,6 +1,7 @@
 """From a list of (image, label) to a batch, for ``DataLoader(..., collate_fn=...)``."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,13 +22,13 @@ def collate(samples: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
         Images ``(B, 3, H, W)`` and labels ``(B,)`` int64 (or ``(B, C)``).
 
     Raises:
-        ImageError: Images that are no tensors, or of several sizes.
+        ImageError: Images that are not tensors, or of several sizes.
     """
     images = [image for image, _ in samples]
     other = next((image for image in images if not isinstance(image, Tensor)), None)
     if other is not None:
         raise ImageError(
-            f"Expected tensors (3, H, W) to stack, found {type(other).__name__}: give the data set a transform, such "
+            f"Expected tensors (3, H, W) to stack, found {type(other).__name__}: give the dataset a transform, such "
             "as data.with_transforms(train=train_transform(224), eval=eval_transform(224))."
         )
     shapes = sorted({tuple(image.shape) for image in images})
@@ -40,34 +41,26 @@ def collate(samples: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
 
 
 def hf_collate(samples: Sequence[tuple[Any, Any]]) -> dict[str, Tensor]:
-    """Stack samples into ``{"pixel_values": (B, 3, H, W), "labels": (B,)}``, as Hugging Face models take them.
-
-    Raises:
-        ImageError: Images that are no tensors, or of several sizes.
-    """
+    """Stack samples into ``{"pixel_values": (B, 3, H, W), "labels": (B,)}``, as Hugging Face models take them."""
     images, labels = collate(samples)
     return {"pixel_values": images, "labels": labels}
 
 
+@dataclass(frozen=True)
 class MixedCollate:
-    """A collate function followed by a mixing of the batch.
+    """A collate function followed by a mixing of the batch, for training loaders only.
 
     ``MixedCollate(v2.MixUp(num_classes=10))`` gives soft labels ``(B, 10)``; ``base=hf_collate`` gives a dict.
+    A Hugging Face Trainer evaluates with its ``data_collator``, too; docs/huggingface.md has one that does not.
 
-    For training loaders only: it mixes whatever it is given, and cannot know that a batch is to be evaluated on. A
-    Hugging Face Trainer uses its ``data_collator`` for both; the readme has a ``get_train_dataloader`` for that.
-
-    Args:
+    Attributes:
         mixing: Called with the batch: `torchvision.transforms.v2.MixUp`, ``CutMix``, ``RandomChoice`` of both, ...
         base: The collate function before it.
     """
 
-    def __init__(
-        self, mixing: Callable[[Any], Any], base: Callable[[Sequence[tuple[Any, Any]]], Any] = collate
-    ) -> None:
-        self.mixing = mixing
-        self.base = base
+    mixing: Callable[[Any], Any]
+    base: Callable[[Sequence[tuple[Any, Any]]], Any] = collate
 
     def __call__(self, samples: Sequence[tuple[Any, Any]]) -> Any:
-        """The mixed batch, in the form ``base`` gives it."""
+        """Return the mixed batch, in the form ``base`` gives it."""
         return self.mixing(self.base(samples))

@@ -6,19 +6,13 @@ from typing import Any
 
 from torchvision.transforms.v2 import InterpolationMode
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
 
 __all__ = ["ImageFormat", "image_format"]
 
-_PIL_FILTERS = {  # the numbers of PIL.Image.Resampling
-    0: InterpolationMode.NEAREST,
-    1: InterpolationMode.LANCZOS,
-    2: InterpolationMode.BILINEAR,
-    3: InterpolationMode.BICUBIC,
-    4: InterpolationMode.BOX,
-    5: InterpolationMode.HAMMING,
-}
-_INSTEAD = "pass ImageFormat(size=(224, 224), resize=256, mean=..., std=...), in [0, 1] units, instead"
+_PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of PIL.Image.Resampling
+_INSTEAD = "pass ImageFormat(size=(224, 224), resize=256, space=PixelSpace(mean, std)) instead"
 
 
 @dataclass(frozen=True)
@@ -28,8 +22,7 @@ class ImageFormat:
     Attributes:
         size: Height and width into the model, pixels.
         resize: In evaluation, the short side before the central crop; ``(height, width)`` to change the aspect instead.
-        mean: Per channel, as a fraction of the pixel range, [0, 1]; None where pixels are not normalised.
-        std: Per channel, likewise, in (0, 1].
+        space: What the model wants its images normalised with.
         interpolation: Of every resize.
 
     Raises:
@@ -38,57 +31,48 @@ class ImageFormat:
 
     size: tuple[int, int]
     resize: int | tuple[int, int]
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    space: PixelSpace = PixelSpace()  # noqa: RUF009 - frozen, too
     interpolation: InterpolationMode = InterpolationMode.BILINEAR
 
     def __post_init__(self) -> None:
         sides = (*self.size, *(self.resize if isinstance(self.resize, tuple) else (self.resize,)))
-        if not all(isinstance(side, int) and side > 0 for side in sides):
+        if len(self.size) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
             raise ConfigurationError(
                 f"Expected positive numbers of pixels, found size={self.size}, resize={self.resize}."
             )
-        if self.mean is None and self.std is None:
-            return
-        if self.mean is None or self.std is None or len(self.mean) != 3 or len(self.std) != 3:
+        if self.space.channels not in (None, 3):
             raise ConfigurationError(
-                f"Expected mean and std of 3 channels, found mean={self.mean}, std={self.std}: images are always RGB, "
-                "so a model of one channel needs a transform of its own."
-            )
-        if not all(0 <= value <= 1 for value in self.mean) or not all(0 < value <= 1 for value in self.std):
-            raise ConfigurationError(
-                f"Expected mean in [0, 1] and std in (0, 1], found mean={self.mean}, std={self.std}: values on the "
-                "scale 0 to 255 have to be divided by 255."
+                f"Expected mean and std of 3 channels, found {self.space}: images are always RGB, so another number "
+                "of channels needs a transform of its own."
             )
 
 
 def image_format(source: Any) -> ImageFormat:
-    """The format a Hugging Face image processor or a timm configuration describes.
+    """Return the format that a Hugging Face image processor or a timm configuration describes.
 
     `eval_transform` of it does what the processor does (where an odd number of pixels is cropped away, the two may
-    differ by one pixel in where they cut); for training take `train_transform` of it.
-
-    Args:
-        source: An image processor of `AutoImageProcessor`, torchvision ("fast") or PIL; or the mapping of timm's
-            ``model.pretrained_cfg`` or ``timm.data.resolve_model_data_config(model)``.
+    differ by one pixel in where they cut); for training take `train_transform` of it. Of timm, pass
+    ``timm.data.resolve_model_data_config(model)``, ``model.pretrained_cfg`` or the model.
 
     Raises:
-        ConfigurationError: No resize to a fixed size, or pixels scaled otherwise than to RGB in [0, 1].
+        ConfigurationError: No resize to a fixed size, or pixels that are not scaled RGB.
     """
     config = source if isinstance(source, Mapping) else getattr(source, "pretrained_cfg", None)
     if isinstance(config, Mapping):
         return _from_timm(config)
-    _require_unit_rgb(source)
+    if not getattr(source, "do_rescale", True) or getattr(source, "do_flip_channel_order", False):
+        raise ConfigurationError(
+            f"Expected a processor of RGB pixels with do_rescale=True, found {type(source).__name__} with another "
+            f"scale or BGR: {_INSTEAD}."
+        )
     resize, size = _sizes(source)
-    mean = std = None
-    if getattr(source, "do_normalize", False):
-        mean, std = tuple(source.image_mean), tuple(source.image_std)
     filter_ = getattr(source, "resample", None)
-    return ImageFormat(size, resize, mean, std, _PIL_FILTERS[2 if filter_ is None else int(filter_)])
+    mode = InterpolationMode(_PIL_FILTERS[2 if filter_ is None else int(filter_)])
+    return ImageFormat(size, resize, PixelSpace.from_processor(source), mode)
 
 
 def _sizes(processor: Any) -> tuple[int | tuple[int, int], tuple[int, int]]:
-    """The resize and the final (height, width)."""
+    """Return the resize and the final (height, width)."""
     size, crop = _mapping(processor, "size"), _mapping(processor, "crop_size")
     crops = bool(getattr(processor, "do_center_crop", False) and crop)
     if not getattr(processor, "do_resize", True) or not ("shortest_edge" in size or {"height", "width"} <= set(size)):
@@ -127,32 +111,14 @@ def _from_timm(config: Mapping[str, Any]) -> ImageFormat:
     return ImageFormat(
         (height, width),
         scaled if mode == "squash" or height != width else scaled[0],
-        tuple(config["mean"]),
-        tuple(config["std"]),
-        InterpolationMode.BILINEAR if name == "random" else InterpolationMode(name),
+        PixelSpace(config["mean"], config["std"]),
+        InterpolationMode("bilinear" if name == "random" else name),
     )
 
 
 def _mapping(processor: Any, name: str) -> dict[str, int]:
-    """`size` and `crop_size` are ints, dicts, or dict-like objects whose unused fields are None."""
+    """Return ``size`` or ``crop_size``: an int, a dict, or a dict-like object whose unused fields are None."""
     value = getattr(processor, name, None)
     if isinstance(value, int):
         return {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
     return {key: side for key, side in dict(value or {}).items() if side is not None}
-
-
-def _require_unit_rgb(processor: Any) -> None:
-    factor = getattr(processor, "rescale_factor", None) or 1 / 255
-    problems = [
-        f"do_rescale={getattr(processor, 'do_rescale', True)}" if not getattr(processor, "do_rescale", True) else "",
-        f"rescale_factor={factor}" if abs(factor * 255 - 1) > 1e-3 else "",
-        *(
-            f"{name}=True" if getattr(processor, name, False) else ""
-            for name in ("rescale_offset", "do_flip_channel_order")
-        ),
-    ]
-    if any(problems):
-        raise ConfigurationError(
-            f"Expected a processor that scales RGB pixels to [0, 1], found {', '.join(filter(None, problems))} in "
-            f"{type(processor).__name__}: {_INSTEAD}."
-        )

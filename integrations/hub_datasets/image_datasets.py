@@ -1,72 +1,63 @@
-"""Data sets of (image, label) for torch: map-style over stored rows, or a stream."""
+"""Datasets of (image, label) for torch: map-style over stored rows, or a stream."""
 
 import copy
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from entprop_wrap.errors import DataError, ImageError
 from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError, read_image, to_rgb
-from entprop_wrap.integrations.hub_datasets.labels import LabelMap, label_value
-from entprop_wrap.integrations.hub_datasets.load_options import OnBroken, check_on_broken
+from entprop_wrap.integrations.hub_datasets.labels import LabelMap, label_value, read_labels
 
-__all__ = ["LabelledImages", "StreamedImages"]
+__all__ = ["LabelledImages", "OnBroken", "StreamedImages"]
 
 logger = logging.getLogger(__name__)
 
-Transform = Callable[[Image.Image], Any]
+OnBroken: TypeAlias = Literal["skip", "raise"]
+Transform: TypeAlias = Callable[[Image.Image], Any]
 
 
 class LabelledImages(Dataset[tuple[Any, int]]):
-    """Images with their class indices, decoded when asked for, in a fixed order.
+    """Images with their class indices, decoded when asked for, in a fixed order; made by `load_images`.
 
     ``dataset[i]`` is ``(transform(image), label)``; without a transform the image is an upright RGB PIL image.
 
     An image that cannot be read raises `BrokenImageError` under ``on_broken="raise"``. Under ``"skip"`` the next
     readable image stands in for it, with its own label: good enough for training, where a neighbour seen twice does no
-    harm, and wrong for evaluation; `without_broken` gives a data set with no stand-ins. Positions found broken are
+    harm, and wrong for evaluation; `without_broken` gives a dataset with no stand-ins. Positions found broken are
     kept in memory that DataLoader workers share, so `broken` is complete in the main process.
-
-    Args:
-        rows: The stored data set; only ``image_column`` of it is read.
-        image_column: Its column of images, paths or bytes.
-        labels: Class index of each image, ``(N,)``.
-        positions: Row of each image in ``rows``, ``(N,)``.
-        transform: Applied to each RGB image.
-        on_broken: ``"skip"`` or ``"raise"``.
-        name: Of the split, for messages.
 
     Attributes:
         labels: Class indices, ``(N,)`` int64.
-        positions: Rows in the stored data set, ``(N,)`` int64.
+        positions: Rows in the stored dataset, ``(N,)`` int64.
+        transform: Applied to each RGB image, or None.
     """
 
     def __init__(
         self,
         rows: datasets.Dataset,
         image_column: str,
-        labels: Sequence[int],
-        positions: Sequence[int],
-        transform: Transform | None = None,
+        label_column: str,
+        label_map: LabelMap,
         on_broken: OnBroken = "skip",
         name: str = "data",
     ) -> None:
-        check_on_broken(on_broken)
         self.rows = _undecoded(rows.with_format(None).select_columns([image_column]), image_column)
         self.image_column = image_column
-        self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        self.positions = torch.as_tensor(positions, dtype=torch.int64)
-        self.transform = transform
+        self.labels = torch.tensor(label_map.indices(read_labels(rows, label_column), name), dtype=torch.int64)
+        self.positions = torch.arange(len(rows))
+        self.transform: Transform | None = None
         self.on_broken: OnBroken = on_broken
         self.name = name
-        self._broken = _shared(len(self.positions), torch.bool)
+        self._broken = _shared_zeros(len(rows))
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -94,59 +85,46 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         return tuple(self._broken.nonzero().flatten().tolist())
 
     def read(self, index: int) -> Image.Image:
-        """The RGB image at an index, without transform and without stand-in.
-
-        Raises:
-            BrokenImageError: It cannot be read.
-            ImageError: It has a pixel format whose meaning is unknown.
-        """
+        """Return the RGB image at an index, without transform and without stand-in; raise if it cannot be read."""
         row = int(self.positions[index])
         try:
-            return to_rgb(read_image(self.rows[row][self.image_column]))
+            image: Image.Image = to_rgb(read_image(self.rows[row][self.image_column]))
         except ImageError as error:
             raise type(error)(f"Image {index} of {self.name} (row {row}): {error}") from error
-
-    def without_broken(self, threads: int | None = None) -> "LabelledImages":
-        """The same data set without the images that cannot be read, found by decoding every one of them once.
-
-        What is left raises on a broken image, should one still turn up: nothing ever stands in for another.
-
-        Args:
-            threads: How many decode side by side; by default one per core, at most 8.
-
-        Raises:
-            DataError: No image can be read.
-        """
-        with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
-            readable = list(pool.map(self._is_readable, range(len(self))))
-        good = torch.tensor(readable, dtype=torch.bool).nonzero().flatten()
-        if len(good) == 0:
-            raise DataError(f"Expected readable images in {self.name}, found none among {len(self):,}.")
-        return self.select(good.tolist(), on_broken="raise")
-
-    def select(self, indices: Sequence[int], on_broken: OnBroken | None = None) -> "LabelledImages":
-        """A data set of some of the images, in the order given."""
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
-        return LabelledImages(
-            self.rows,
-            self.image_column,
-            self.labels[chosen].tolist(),
-            self.positions[chosen].tolist(),
-            self.transform,
-            on_broken or self.on_broken,
-            self.name,
-        )
-
-    def with_transform(self, transform: Transform | None) -> "LabelledImages":
-        """The same images under another transform; what was found broken is shared."""
-        other = copy.copy(self)
-        other.transform = transform
-        return other
+        return image
 
     def mark_broken(self, index: int, error: BrokenImageError) -> None:
         """Record that the image at an index cannot be read, and log it."""
-        self._broken[index] = True
+        self._broken[index] = 1
         logger.warning("skipped: %s", error)
+
+    def without_broken(self) -> "LabelledImages":
+        """Return the same dataset without the images that cannot be read, found by decoding every one of them once.
+
+        What is left raises on a broken image, should one still turn up: nothing ever stands in for another.
+        """
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            good = np.flatnonzero(list(pool.map(self._is_readable, range(len(self)))))
+        if len(good) == 0:
+            raise DataError(f"Expected readable images in {self.name}, found none among {len(self):,}.")
+        readable = self.select(good)
+        readable.on_broken = "raise"
+        return readable
+
+    def select(self, indices: Sequence[int] | np.ndarray, name: str | None = None) -> "LabelledImages":
+        """Return a dataset of some of the images, in the order given."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        other = copy.copy(self)
+        other.labels, other.positions = self.labels[chosen], self.positions[chosen]
+        other.name = name or self.name
+        other._broken = _shared_zeros(len(chosen))
+        return other
+
+    def with_transform(self, transform: Transform | None) -> "LabelledImages":
+        """Return the same images under another transform; what was found broken is shared."""
+        other = copy.copy(self)
+        other.transform = transform
+        return other
 
     def _is_readable(self, index: int) -> bool:
         try:
@@ -158,19 +136,10 @@ class LabelledImages(Dataset[tuple[Any, int]]):
 
 
 class StreamedImages(IterableDataset[tuple[Any, int]]):
-    """Images with their class indices, read one after the other from a stream.
+    """Images with their class indices, read one after the other from a stream; made by `load_images`.
 
     Iterating gives ``(transform(image), label)``. DataLoader workers share the stream by its files, as `datasets`
     arranges. Unreadable images are left out and counted, or raise; no image stands in for another.
-
-    Args:
-        stream: The streamed data set.
-        image_column: Its column of images, paths or bytes.
-        label_column: Its column of labels.
-        labels: The mapping from label values to class indices.
-        transform: Applied to each RGB image.
-        on_broken: ``"skip"`` or ``"raise"``.
-        name: Of the split, for messages.
     """
 
     def __init__(
@@ -178,21 +147,19 @@ class StreamedImages(IterableDataset[tuple[Any, int]]):
         stream: datasets.IterableDataset,
         image_column: str,
         label_column: str,
-        labels: LabelMap,
-        transform: Transform | None = None,
+        label_map: LabelMap,
         on_broken: OnBroken = "skip",
         name: str = "stream",
     ) -> None:
-        check_on_broken(on_broken)
         self.stream = _undecoded(stream.select_columns([image_column, label_column]), image_column)
         self.image_column = image_column
         self.label_column = label_column
-        self.label_map = labels
-        self.transform = transform
+        self.label_map = label_map
+        self.transform: Transform | None = None
         self.on_broken: OnBroken = on_broken
         self.name = name
-        self._label_type = (stream.features or {}).get(label_column)
-        self._broken = _shared(1, torch.int64)
+        self._label_type = stream.features[label_column]
+        self._broken = _shared_zeros(1)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         for index, row in enumerate(self.stream):
@@ -200,19 +167,17 @@ class StreamedImages(IterableDataset[tuple[Any, int]]):
             (label,) = self.label_map.indices([value], f"{self.name}, image {index}")
             try:
                 image = to_rgb(read_image(row[self.image_column]))
-            except BrokenImageError as error:
-                if self.on_broken == "raise":
-                    raise BrokenImageError(f"Image {index} of {self.name}: {error}") from error
+            except ImageError as error:
+                if self.on_broken == "raise" or not isinstance(error, BrokenImageError):
+                    raise type(error)(f"Image {index} of {self.name}: {error}") from error
                 self._broken += 1
                 logger.warning("skipped: image %d of %s: %s", index, self.name, error)
                 continue
-            except ImageError as error:
-                raise ImageError(f"Image {index} of {self.name}: {error}") from error
             yield (image if self.transform is None else self.transform(image)), label
 
     @property
     def broken_count(self) -> int:
-        """How many unreadable images were left out so far, over all epochs and workers."""
+        """Number of unreadable images left out so far, over all epochs and workers."""
         return int(self._broken)
 
     def set_epoch(self, epoch: int) -> None:
@@ -220,19 +185,19 @@ class StreamedImages(IterableDataset[tuple[Any, int]]):
         self.stream.set_epoch(epoch)
 
     def with_transform(self, transform: Transform | None) -> "StreamedImages":
-        """The same stream under another transform."""
+        """Return the same stream under another transform."""
         other = copy.copy(self)
         other.transform = transform
         return other
 
 
-def _shared(size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that DataLoader workers and the main process see alike."""
-    zeros = torch.zeros(size, dtype=dtype)
+def _shared_zeros(size: int) -> torch.Tensor:
+    """Return zeros that DataLoader workers and the main process see alike."""
+    zeros = torch.zeros(size, dtype=torch.int64)
     zeros.share_memory_()  # type: ignore[no-untyped-call]
     return zeros
 
 
 def _undecoded(rows: Any, column: str) -> Any:
-    """The rows with raw image bytes: `datasets` would decode inside its own loop, where a broken file ends it."""
+    """Return rows with raw image bytes: `datasets` would decode inside its own loop, where a broken file ends it."""
     return rows.cast_column(column, datasets.Image(decode=False))

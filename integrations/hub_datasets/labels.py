@@ -19,28 +19,13 @@ LabelValue = str | int | None
 
 @dataclass(frozen=True)
 class LabelMap:
-    """Which class index a label value has.
-
-    Attributes:
-        classes: C class names, in the order of their indices.
-        index: Label value (a class name, or an integer where the data has no names) to class index.
-        notes: What was decided on the way, in sentences.
-    """
+    """C class names in the order of their indices, and the class index of each label value."""
 
     classes: tuple[str, ...]
     index: Mapping[str | int, int]
-    notes: tuple[str, ...] = ()
 
     def indices(self, values: Sequence[LabelValue], where: str) -> list[int]:
-        """Class indices of the label values, in their order.
-
-        Args:
-            values: Label values as `read_labels` gives them.
-            where: What they belong to, for the message, such as ``split 'test'``.
-
-        Raises:
-            LabelError: An image without a label, or with one that is not among the classes.
-        """
+        """Return the class indices of label values; messages say ``where`` these are."""
         missing = sum(value is None for value in values)
         if missing:
             raise LabelError(
@@ -50,104 +35,82 @@ class LabelMap:
         unknown = sorted({str(value) for value in values if value not in self.index})
         if unknown:
             raise LabelError(
-                f"Expected the {len(self.classes)} classes of the training data in {where}, found "
-                f"{_some(unknown)} besides: the splits must share their classes ({_some(self.classes)}), or pass "
-                "classes=... with all of them."
+                f"Expected the {len(self.classes)} classes of training in {where}, found {_some(unknown)} besides: "
+                "pass classes=... with all of them."
             )
         return [self.index[value] for value in values if value is not None]
 
 
 def label_value(raw: Any, feature: Any) -> LabelValue:
-    """One stored label as a class name, an integer, or None where the image is unlabelled.
-
-    For a `datasets.ClassLabel`, -1 is the Hub's custom for "unlabelled".
-
-    Raises:
-        LabelError: A ClassLabel index that has no name.
-    """
-    if raw is None:
-        return None
-    if isinstance(feature, datasets.ClassLabel):
-        if isinstance(raw, str):
-            return raw
-        if raw >= len(feature.names):
-            raise LabelError(
-                f"Expected labels 0..{len(feature.names) - 1}, for which the ClassLabel has names, found {raw}: "
-                "cast_column with a ClassLabel of all names."
-            )
-        return str(feature.names[raw]) if raw >= 0 else None
-    return raw if isinstance(raw, str) else int(raw)
+    """Return a stored label as a class name, an integer, or None where the image is unlabelled."""
+    if raw is None or isinstance(raw, str):
+        return raw
+    if not isinstance(feature, datasets.ClassLabel):
+        return int(raw)
+    if raw >= len(feature.names):
+        raise LabelError(
+            f"Expected labels 0..{len(feature.names) - 1}, for which the ClassLabel has names, found {raw}: "
+            "cast_column with a ClassLabel of all names."
+        )
+    return str(feature.names[raw]) if raw >= 0 else None  # -1 is the Hub's custom for "unlabelled"
 
 
 def read_labels(dataset: datasets.Dataset, column: str) -> list[LabelValue]:
-    """All labels of one column, as `label_value` gives them; no image is touched.
-
-    A column of plain integers that are all -1 is unlabelled as a whole.
-    """
-    feature = dataset.features[column]
+    """Return all labels of a column; plain integers that are all -1 are unlabelled as a whole."""
     raw = dataset.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
-    values = [label_value(item, feature) for item in raw]
+    values = [label_value(item, dataset.features[column]) for item in raw]
     return [None] * len(values) if set(values) == {-1} else values
 
 
 def build_label_map(
-    values: Sequence[LabelValue] | None, feature: Any, classes: Sequence[str | int] | None = None
+    values: Sequence[LabelValue] | None, feature: Any, classes: Sequence[str | int] | None, notes: list[str]
 ) -> LabelMap:
-    """The classes of a data set.
+    """Return the classes: as given, else of the `ClassLabel` in its order, else the sorted label values.
 
-    Names come from the `datasets.ClassLabel` in its order, else from the sorted text labels, else from the sorted
-    integers.
-
-    Args:
-        values: All labels of the training split; None while streaming, when they cannot be known.
-        feature: The type of the label column.
-        classes: Label values in the order their indices shall have; or, for a column of integers, names for 0 .. C-1.
-
-    Raises:
-        DataError: Fewer than two classes, or (streaming) neither ClassLabel nor ``classes``.
-        LabelError: -1 among plain integers, which may mean a class or "unlabelled"; repeated ``classes``.
+    ``values`` are the labels of the training split; None while streaming, when they cannot be known. ``notes`` gets a
+    sentence where integers are renumbered or declared classes have no image.
     """
-    notes: list[str] = []
-    aliases: dict[str | int, int] = {}
     found = set(values or ()) - {None}
+    keys: list[Any]
     if classes is not None:
-        keys: list[Any] = list(classes)
+        keys = list(classes)
         if len(set(keys)) != len(keys):
             raise LabelError(f"Expected every class once in classes=..., found {_some(keys)}.")
-        if _is_integer(feature) and all(isinstance(key, str) for key in keys):
-            aliases = {name: position for position, name in enumerate(classes)}  # the other split may hold names
-            keys = list(range(len(keys)))
-        names = [str(name) for name in classes]
     elif isinstance(feature, datasets.ClassLabel):
-        keys = names = [str(name) for name in feature.names]
-        if values is not None and found and found < set(keys):
-            notes.append(
-                f"{len(set(keys) - found)} of the {len(keys)} declared classes have no training image: "
-                f"{_some([key for key in keys if key not in found])}"
-            )
+        keys = [str(name) for name in feature.names]
+        unseen = [key for key in keys if key not in found]
+        if found and unseen:
+            notes.append(f"{len(unseen)} of the {len(keys)} declared classes have no training image: {_some(unseen)}")
     elif values is None:
         raise DataError(
             "Expected a ClassLabel column while streaming, found labels whose classes are unknown until all are read: "
             "pass classes=[...] with every label value, or streaming=False."
         )
     else:
-        keys = sorted(found)  # type: ignore[type-var]  # one column: all text or all integers
-        names = [str(key) for key in keys]
-        if -1 in found and found != {-1, 1}:
-            raise LabelError(
-                f"Expected classes, found -1 among the integers {_some(names)}, which often means 'unlabelled': drop "
-                "those images with dataset.filter(...), or pass classes=[-1, ...] if it is a class."
-            )
-        if keys and not isinstance(keys[0], str) and keys != list(range(len(keys))):
-            notes.append(
-                f"the {len(keys)} integer labels {_some(names)} were renumbered 0..{len(keys) - 1} in this order"
-            )
+        keys = _sorted_values(found, notes)
     if len(keys) < 2:
         raise DataError(
-            f"Expected at least two classes, found {_some(names) or 'none'}: name the right label_column=..., or, "
-            "for class folders, pass the folder that holds them directly."
+            f"Expected at least two classes, found {_some(keys) or 'none'}: pass label_column=... with the right one; "
+            "of class folders, the folder that holds them directly; or, for labels in a table, write a metadata.csv "
+            "with the columns file_name and label."
         )
-    return LabelMap(tuple(names), {**aliases, **{key: index for index, key in enumerate(keys)}}, tuple(notes))
+    index = {key: position for position, key in enumerate(keys)}
+    if _is_integer(feature) and all(isinstance(key, str) for key in keys):  # names for 0 .. C-1
+        index |= {position: position for position in range(len(keys))}
+    return LabelMap(tuple(map(str, keys)), index)
+
+
+def _sorted_values(found: set[Any], notes: list[str]) -> list[Any]:
+    """Return the label values in order: all text or all integers."""
+    keys = sorted(found)
+    if -1 in found and found != {-1, 1}:
+        raise LabelError(
+            f"Expected classes, found -1 among the integers {_some(keys)}, which often means 'unlabelled': drop those "
+            "images with dataset.filter(...), or pass classes=[-1, ...] if it is a class."
+        )
+    if keys and not isinstance(keys[0], str) and keys != list(range(len(keys))):
+        notes.append(f"the {len(keys)} integer labels {_some(keys)} were renumbered 0..{len(keys) - 1} in this order")
+    return keys
 
 
 def _is_integer(feature: Any) -> bool:

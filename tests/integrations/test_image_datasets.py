@@ -10,15 +10,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from entprop_wrap.errors import ConfigurationError, DataError, ImageError, LabelError
+from entprop_wrap.errors import ConfigurationError, DataError, ImageError
 from entprop_wrap.integrations.hub_datasets import (
     BrokenImageError,
-    InMemoryImages,
     collate,
     eval_transform,
     in_memory,
     load_images,
-    random_crop_flip,
     train_transform,
 )
 from tests.helpers.image_samples import encoded, picture, shade, shades, table
@@ -195,28 +193,6 @@ def test_in_memory_crops_the_centre():
     assert (held.images[0] == torch.tensor([200, 0, 0], dtype=torch.uint8)[:, None, None]).all()
 
 
-def test_in_memory_refuses_other_tensors():
-    with pytest.raises(ImageError, match="uint8"):
-        InMemoryImages(torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))
-    with pytest.raises(LabelError, match="int64"):
-        InMemoryImages(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0]))
-    with pytest.raises(ConfigurationError, match="pixels"):
+def test_in_memory_takes_a_size_in_pixels():
+    with pytest.raises(ConfigurationError, match="size must be an integer"):
         in_memory(load_images(splits()).train, 0)
-
-
-def test_random_crops_are_windows_of_the_images():
-    images = torch.arange(6 * 3 * 9 * 7).reshape(6, 3, 9, 7)
-    crops = random_crop_flip(images, 5, generator=torch.Generator().manual_seed(1))
-    again = random_crop_flip(images, 5, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(crops, again)
-    mirrored = 0
-    for image, crop in zip(images, crops, strict=True):
-        windows = [image[:, t : t + 5, x : x + 5] for t in range(5) for x in range(3)]
-        plain = any(torch.equal(crop, window) for window in windows)
-        flipped = any(torch.equal(crop, window.flip(2)) for window in windows)
-        assert plain != flipped
-        mirrored += flipped
-    assert 0 < mirrored < 6
-    assert torch.equal(random_crop_flip(images[:, :, :7], 7, flip=False), images[:, :, :7])
-    with pytest.raises(ImageError, match="at least 8 px"):
-        random_crop_flip(images, 8)

@@ -1,0 +1,236 @@
+"""`load_images`: from a name, a folder or an opened dataset to images for training and evaluation."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from entprop_wrap.errors import DataError
+from entprop_wrap.integrations.hub_datasets.columns import find_image_column, find_label_column
+from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages, OnBroken, StreamedImages
+from entprop_wrap.integrations.hub_datasets.labels import build_label_map, label_value, read_labels
+from entprop_wrap.integrations.hub_datasets.sources import Rows, open_splits
+from entprop_wrap.integrations.hub_datasets.splits import split_names, stratified_sample, stratified_split, take_split
+from entprop_wrap.utils.options import check_choice, check_function, check_integer, check_number, check_seed
+
+__all__ = ["ImageData", "load_images"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images to train on and to evaluate on, under one numbering of the classes.
+
+    Attributes:
+        train: Gives (image, class index).
+        eval: Gives (image, class index); no image stands in for another.
+        classes: C class names, in the order of their indices.
+        notes: What was decided for the user (splits, labels, images left out), in sentences; they are logged too.
+    """
+
+    train: LabelledImages | StreamedImages
+    eval: LabelledImages | StreamedImages
+    classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class names by index, as Hugging Face configurations take them."""
+        return dict(enumerate(self.classes))
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """Indices by class name, as Hugging Face configurations take them."""
+        return {name: index for index, name in enumerate(self.classes)}
+
+    def with_transforms(self, train: Callable[[Any], Any] | None, eval: Callable[[Any], Any] | None) -> "ImageData":
+        """Return the same data under other transforms."""
+        return dataclasses.replace(self, train=self.train.with_transform(train), eval=self.eval.with_transform(eval))
+
+
+def load_images(
+    path_or_name: Any,
+    *,
+    config: str | None = None,
+    train_split: str | None = None,
+    eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    classes: Sequence[str | int] | None = None,
+    train_transform: Callable[[Any], Any] | None = None,
+    eval_transform: Callable[[Any], Any] | None = None,
+    eval_fraction: float = 0.2,
+    max_train: int | None = None,
+    max_eval: int | None = None,
+    on_broken: OnBroken = "skip",
+    streaming: bool = False,
+    shuffle_buffer: int = 1000,
+    seed: int = 0,
+    **load_options: Any,
+) -> ImageData:
+    """Load any image classification dataset: upright RGB images (`to_rgb`), in an order that never changes.
+
+    What is not given is found out, and said in ``notes`` where it could have been meant otherwise.
+
+    Args:
+        path_or_name: A Hub id; a folder of parquet or other data files, of images with a ``metadata.csv``, of class
+            folders (with or without split folders above them), or written by ``save_to_disk``; or an opened
+            `datasets.Dataset` or `DatasetDict`.
+        config: Configuration of a Hub dataset.
+        train_split: Split to train on; by default ``train``, or the only one.
+        eval_split: Split to evaluate on; by default ``validation``, else ``test``, under their usual spellings, if its
+            images have labels. Otherwise ``eval_fraction`` of every class of the training split, at least one image;
+            classes of a single image stay in training.
+        image_column: By default the column of type `Image`, else strings or bytes under a usual name.
+        label_column: By default the column of type `ClassLabel`, else a column under a usual name.
+        classes: Label values in the order their indices shall have, for example those of a trained model; or names
+            for the integer labels 0 .. C-1. By default from the training split.
+        train_transform: From an RGB PIL image to a tensor; without one, ``train`` gives PIL images.
+        eval_transform: The same for ``eval``.
+        eval_fraction: Share of the images to hold out where no split can be evaluated on, in (0, 1).
+        max_train: Maximum number of training images, every class in proportion (of a stream: the first ones).
+        max_eval: The same for evaluation.
+        on_broken: ``"skip"``: evaluation images are decoded once here and the unreadable ones left out; in training
+            the next readable image stands in, counted by ``train.broken``. ``"raise"``: nothing is decoded here, and
+            an unreadable image raises `BrokenImageError` with its index when it is reached.
+        streaming: Read while training instead of downloading first: both parts are then `StreamedImages`. Needs an
+            evaluation split, and labels of type `ClassLabel` or ``classes``.
+        shuffle_buffer: Training images a stream shuffles among; 0 keeps their order.
+        seed: Seed of held-out images, of ``max_train`` and ``max_eval``, and of the shuffled stream.
+        **load_options: For `datasets.load_dataset`: ``revision``, ``token``, ``data_files``, ``cache_dir``, ...
+
+    Raises:
+        DataError: No labels, no such or ambiguous columns or splits, multi-label data, fewer than two classes.
+        LabelError: Images without a label, or evaluation labels that training does not have.
+        ConfigurationError: An option is out of its range or contradicts another.
+    """
+    check_choice("on_broken", on_broken, ("skip", "raise"))
+    check_number("eval_fraction", eval_fraction, lambda share: 0 < share < 1, "between 0 and 1")
+    check_integer("shuffle_buffer", shuffle_buffer, 0)
+    check_seed(seed)
+    for name, limit in (("max_train", max_train), ("max_eval", max_eval)):
+        if limit is not None:
+            check_integer(name, limit, 1)
+    for name, transform in (("train_transform", train_transform), ("eval_transform", eval_transform)):
+        if transform is not None:
+            check_function(name, transform, "from a PIL image to a tensor", f"{name}={name}(224)")
+
+    splits, notes = open_splits(path_or_name, config, streaming, load_options)
+    train_name, eval_names = split_names(list(splits), train_split, eval_split)
+    rows = take_split(splits, train_name, "train_split")
+    image_column = find_image_column(rows.features, image_column)
+    label_column = find_label_column(rows.features, label_column)
+    streams = isinstance(rows, datasets.IterableDataset)
+    values = None if streams else read_labels(rows, label_column)
+    if values == []:
+        raise DataError(f"Expected images in split {train_name!r}, found none.")
+    label_map = build_label_map(values, rows.features[label_column], classes, notes)
+    eval_name, eval_rows = _labelled_split(
+        splits, train_name, eval_names, (image_column, label_column), eval_split is not None, notes
+    )
+
+    train: Any
+    evaluate: Any
+    columns = (image_column, label_column, label_map, on_broken)
+    if values is None:
+        if eval_rows is None:
+            raise DataError(
+                f"Expected a labelled evaluation split while streaming, found {list(splits)}: pass eval_split=..., or "
+                "streaming=False to hold images out of the training split."
+            )
+        rows = rows if max_train is None else rows.take(max_train)
+        rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else rows
+        train = StreamedImages(rows, *columns, f"split {train_name!r}")
+        eval_rows = eval_rows if max_eval is None else eval_rows.take(max_eval)
+        evaluate = StreamedImages(eval_rows, *columns, f"split {eval_name!r}")
+    else:
+        train = LabelledImages(rows, *columns, f"split {train_name!r}")
+        if eval_rows is None:
+            train, evaluate = _hold_out(train, eval_fraction, seed, notes)
+        else:
+            evaluate = LabelledImages(eval_rows, *columns, f"split {eval_name!r}")
+        train = _limited(train, max_train, seed, notes)
+        evaluate = _limited(evaluate, max_eval, seed, notes)
+        evaluate = _readable(evaluate, notes) if on_broken == "skip" else evaluate
+    for note in notes:
+        logger.warning("%s: %s", path_or_name if isinstance(path_or_name, str) else "data", note)
+    data = ImageData(train, evaluate, label_map.classes, tuple(notes))
+    return data.with_transforms(train_transform, eval_transform)
+
+
+def _labelled_split(
+    splits: dict[str, Rows],
+    train_name: str,
+    eval_names: tuple[str, ...],
+    columns: tuple[str, str],
+    required: bool,
+    notes: list[str],
+) -> tuple[str, Any]:
+    """Return the first split that can be evaluated on, and its name; no rows if there is none."""
+    for place, name in enumerate(eval_names, start=1):
+        rows = take_split(splits, name, "eval_split")
+        problem = _problem(rows, *columns)
+        if problem is None:
+            if rest := ", ".join(map(repr, eval_names[place:])):
+                notes.append(f"evaluating on split {name!r}; {rest} not touched (eval_split=... names another)")
+            return name, rows
+        if required:
+            raise DataError(
+                f"Expected labelled images in eval_split={name!r}, found a split that {problem}: name another of "
+                f"{list(splits)}, or leave eval_split out to hold images out of {train_name!r}."
+            )
+        notes.append(f"split {name!r} is not used: it {problem}")
+    return "", None
+
+
+def _problem(rows: Any, image_column: str, label_column: str) -> str | None:
+    """Return why a split cannot be evaluated on, or None; of a stream, only the first row is looked at."""
+    missing = [name for name in (image_column, label_column) if name not in rows.features]
+    if missing:
+        return f"has no column {missing[0]!r}"
+    if isinstance(rows, datasets.Dataset):
+        values = read_labels(rows, label_column)
+    else:
+        first = rows.select_columns([label_column]).take(1)
+        values = [label_value(row[label_column], rows.features[label_column]) for row in first]
+    if all(value is None for value in values):
+        return "has no labels" if values else "is empty"
+    return None
+
+
+def _hold_out(
+    images: LabelledImages, fraction: float, seed: int, notes: list[str]
+) -> tuple[LabelledImages, LabelledImages]:
+    """Cut a labelled split in two."""
+    kept, held_out = stratified_split(images.labels, fraction, seed)
+    if len(held_out) == 0:
+        raise DataError(
+            f"Expected an evaluation split, or two images of a class to hold one out, found one image of each class "
+            f"in {images.name}: pass eval_split=..."
+        )
+    notes.append(
+        f"no split to evaluate on: {len(held_out):,} of the {len(images):,} images of {images.name} are held out, "
+        f"{fraction:.0%} of every class, seed {seed}"
+    )
+    return images.select(kept), images.select(held_out, name=f"{images.name} (held out)")
+
+
+def _limited(images: LabelledImages, limit: int | None, seed: int, notes: list[str]) -> LabelledImages:
+    if limit is None or limit >= len(images):
+        return images
+    notes.append(f"{limit:,} of the {len(images):,} images of {images.name} are used, every class in proportion")
+    return images.select(stratified_sample(images.labels, limit, seed))
+
+
+def _readable(images: LabelledImages, notes: list[str]) -> LabelledImages:
+    readable = images.without_broken()
+    if lost := sorted(set(images.positions.tolist()) - set(readable.positions.tolist())):
+        notes.append(
+            f"{len(lost):,} of the {len(images):,} images of {images.name} cannot be read and are left out: rows "
+            f"{', '.join(map(str, lost[:10]))}{', ...' if len(lost) > 10 else ''}"
+        )
+    return readable
