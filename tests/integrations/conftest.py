@@ -1,4 +1,4 @@
-"""Lightning's DDP leaves a process group and LOCAL_RANK behind, by which the next Trainer in the process would train."""
+"""Lightning's DDP leaves a process group and LOCAL_RANK behind, in which the next test's Trainer would train."""
 
 import os
 from unittest import mock
