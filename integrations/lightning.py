@@ -100,7 +100,7 @@ class EntPropLightningCallback(Callback):
     ) -> None:
         self.method: Method = EntProp() if method is None else check_method(method)
         self.pixel_space, self.model, self.loss = pixel_space, model, loss
-        self.selectors = {"include": include, "exclude": exclude}
+        self.selectors: dict[str, Any] = {"include": include, "exclude": exclude}
         self._fit: _Fit | None = None
         self._kept: _Copies | None = None
 
@@ -112,7 +112,7 @@ class EntPropLightningCallback(Callback):
             self._fit, self._kept = _Fit(self, trainer, pl_module, self._kept), None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check the optimizer."""
+        """Check the optimizer, and let wait what did in the checkpoint: the model is on its device by now."""
         if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
             raise UnsupportedModelError(
                 "LBFGS searches along lines of one fixed loss; every step of a method here draws another. Use SGD or "
@@ -120,6 +120,10 @@ class EntPropLightningCallback(Callback):
             )
         if self.method.auxiliaries:
             check_optimizer(pl_module, trainer.optimizers[0])
+        if self._fit is not None and (waiting := self._fit.waiting) is not None:
+            assert self._fit.classifier is not None
+            same = len(waiting) == trainer.world_size  # other processes have other batches
+            load_lagged_state(self._fit.classifier, waiting[trainer.global_rank] if same else {})
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the module back as it was."""
@@ -150,6 +154,7 @@ class _Fit:
         self.former = type(module)
         self.classifier: nn.Module | None = None
         self.ours = False  # wrapped here
+        self.waiting: list[dict[str, Tensor]] | None = None  # for a lagged step, in the checkpoint to resume from
         module.__class__ = _class_during_fit(self.former, self)
 
     def end(self) -> _Copies | None:
@@ -282,8 +287,7 @@ def _class_during_fit(former: type, fit: _Fit) -> type:
             super().on_load_checkpoint(checkpoint)
             if is_wrapped(self):
                 _join(checkpoint, self)
-            if self is fit.module:
-                _load_waiting(checkpoint, fit)
+            fit.waiting = checkpoint.get(_LAGGED_KEY, [])
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return fit.step(super(), batch, batch_idx)
@@ -449,13 +453,6 @@ def _add_waiting(checkpoint: dict[str, Any], module: nn.Module) -> None:
         everyone *= torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, waiting)
     checkpoint[_LAGGED_KEY] = everyone
-
-
-def _load_waiting(checkpoint: dict[str, Any], fit: _Fit) -> None:
-    everyone = checkpoint.get(_LAGGED_KEY, [])
-    there = len(everyone) == fit.trainer.world_size  # other processes have other batches
-    assert fit.classifier is not None
-    load_lagged_state(fit.classifier, everyone[fit.trainer.global_rank] if there else {})
 
 
 class _Copies:

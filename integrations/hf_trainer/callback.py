@@ -65,7 +65,7 @@ class EntPropCallback(TrainerCallback):
     ) -> None:
         self.method: Method = EntProp() if method is None else check_method(method)
         self.pixel_space = pixel_space
-        self.selectors = {"include": include, "exclude": exclude}
+        self.selectors: dict[str, Any] = {"include": include, "exclude": exclude}
         self.trainer: Any = None
         self.space: PixelSpace | None = None
         self.loss: TrainerLoss | None = None
