@@ -13,6 +13,7 @@ reduce yet, after gradients were zeroed there; and the loss that Lightning is gi
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,9 +30,10 @@ from torch.optim import LBFGS
 
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import AuxiliaryNameError, CheckpointError, ConfigurationError, UnsupportedModelError
-from entprop_wrap.functional.losses import Loss
+from entprop_wrap.functional.losses import Loss, Pass, asked
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, StepOutput, check_method
+from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
 from entprop_wrap.training import training_step
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap
@@ -44,6 +46,8 @@ __all__ = ["AUXILIARY_KEY", "EntPropLightningCallback"]
 
 #: Where a Lightning checkpoint holds the auxiliary copies; its ``state_dict`` is the plain module's.
 AUXILIARY_KEY = "entprop_auxiliary"
+#: Where it holds what waits for the next lagged step of each process.
+_LAGGED_KEY = "entprop_lagged"
 _IMAGES = ("pixel_values", "images", "image")
 _LABELS = ("labels", "label")
 _HOOKS = ("configure_model", "on_save_checkpoint", "on_load_checkpoint", "training_step", "optimizer_zero_grad")
@@ -70,9 +74,9 @@ class EntPropLightningCallback(Callback):
         model: Name of the attribute of the LightningModule that is the classifier, images in and logits out, or
             ``"self"`` for the LightningModule's own ``forward``. None: the attribute ``model`` if there is one, else
             ``"self"`` if there is a ``forward``.
-        loss: ``(logits, labels) -> scalar mean``. None: the module's ``criterion`` or ``loss_fn``, else cross-entropy,
-            and an error at the first batch if ``training_step`` returns anything else. A loss given here is what is
-            trained on, whatever ``training_step`` returns.
+        loss: ``(logits, labels) -> scalar mean``, which may ask for more as in ``training_step``. None: the module's
+            ``criterion`` or ``loss_fn``, else cross-entropy, and an error at the first batch if the module's
+            ``training_step`` returns anything else. A loss given here is what is trained on, whatever that returns.
         include: As in ``entprop.wrap``.
         exclude: As in ``entprop.wrap``.
 
@@ -96,7 +100,7 @@ class EntPropLightningCallback(Callback):
     ) -> None:
         self.method: Method = EntProp() if method is None else check_method(method)
         self.pixel_space, self.model, self.loss = pixel_space, model, loss
-        self.selectors = {"include": include, "exclude": exclude}
+        self.selectors: dict[str, Any] = {"include": include, "exclude": exclude}
         self._fit: _Fit | None = None
         self._kept: _Copies | None = None
 
@@ -108,7 +112,7 @@ class EntPropLightningCallback(Callback):
             self._fit, self._kept = _Fit(self, trainer, pl_module, self._kept), None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check the optimizer."""
+        """Check the optimizer, and let wait what did in the checkpoint: the model is on its device by now."""
         if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
             raise UnsupportedModelError(
                 "LBFGS searches along lines of one fixed loss; every step of a method here draws another. Use SGD or "
@@ -116,6 +120,10 @@ class EntPropLightningCallback(Callback):
             )
         if self.method.auxiliaries:
             check_optimizer(pl_module, trainer.optimizers[0])
+        if self._fit is not None and (waiting := self._fit.waiting) is not None:
+            assert self._fit.classifier is not None
+            same = len(waiting) == trainer.world_size  # other processes have other batches
+            load_lagged_state(self._fit.classifier, waiting[trainer.global_rank] if same else {})
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the module back as it was."""
@@ -126,10 +134,11 @@ class EntPropLightningCallback(Callback):
         self._end()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Put the copies into a checkpoint that is written after ``fit``."""
+        """Put what waits for a lagged step, and after ``fit`` the copies, into a checkpoint to resume from."""
         _separate(checkpoint, pl_module)
         if self._kept is not None and self._kept.belong_to(pl_module):
             checkpoint[AUXILIARY_KEY] = self._kept.auxiliary
+        _add_waiting(checkpoint, pl_module)
 
     def _end(self) -> None:
         fit, self._fit = self._fit, None
@@ -145,6 +154,7 @@ class _Fit:
         self.former = type(module)
         self.classifier: nn.Module | None = None
         self.ours = False  # wrapped here
+        self.waiting: list[dict[str, Tensor]] | None = None  # for a lagged step, in the checkpoint to resume from
         module.__class__ = _class_during_fit(self.former, self)
 
     def end(self) -> _Copies | None:
@@ -176,6 +186,12 @@ class _Fit:
         self.model = _ModelInContext(self.classifier, self.trainer.precision_plugin.forward_context)
         own = getattr(self.module, "criterion", None) or getattr(self.module, "loss_fn", None)
         self.loss: Loss = callback.loss or (own if callable(own) else F.cross_entropy)
+        if callback.loss is None and (more := asked(self.loss, Pass.__dataclass_fields__, 2)):
+            raise ConfigurationError(
+                f"The loss of {self.former.__name__} asks for {', '.join(sorted(more))} beside logits and labels; what "
+                "training_step returns cannot be compared with it. Write EntPropLightningCallback(..., loss=)."
+            )
+        self.mean = _in_context(self.loss, self.trainer.precision_plugin.forward_context)
 
     def step(self, own: Any, batch: Any, batch_idx: int) -> Any:
         """Run the passes of the method; return the loss that was minimised, in what the module's own step returns."""
@@ -191,7 +207,7 @@ class _Fit:
                 labels,
                 method=self.callback.method,
                 pixel_space=self.callback.pixel_space,
-                loss=self._mean,
+                loss=self.mean,
                 backward=self._backward,
             )
         look = images.device.type == "cpu" or batch_idx % trainer.log_every_n_steps == 0
@@ -199,16 +215,11 @@ class _Fit:
             output.checker.raise_pending()
         result = self._own_step(own, batch, batch_idx, output, check=look and self.callback.loss is None)
         values = {"main_loss": output.main_loss, "main_entropy": output.entropy.mean()}
-        if output.aux_loss is not None and output.aux_logits is not None:
-            values["aux_loss"] = output.aux_loss
-            values["aux_entropy"] = torch.special.entr(output.aux_logits.float().softmax(-1)).sum(-1).mean()
+        if output.aux_loss is not None and output.aux_entropy is not None:
+            values |= {"aux_loss": output.aux_loss, "aux_entropy": output.aux_entropy.mean()}
         self.module.log_dict(values, batch_size=len(output.logits))
         loss = _already_done(output.loss, self._reduced())
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
-
-    def _mean(self, logits: Tensor, labels: Tensor) -> Tensor:
-        with self.trainer.precision_plugin.forward_context():
-            return self.loss(logits, labels)
 
     def _backward(self, loss: Tensor) -> None:
         # As Lightning does it, without the hooks around a backward, which come once and last.
@@ -225,7 +236,9 @@ class _Fit:
         index = [batch_idx] if is_param_in_hook_signature(own.training_step, "batch_idx", min_args=2) else []
         with torch.no_grad(), _stand_in(self.module, self.name, replacement):
             result = own.training_step(batch, *index)
-            expected = self._mean(output.logits, labels if labels.is_floating_point() else labels.long())
+            expected = (
+                self.mean(output.logits, labels if labels.is_floating_point() else labels.long()) if check else None
+            )
         loss = result.get("loss") if isinstance(result, Mapping) else result
         where = f"training_step of {self.former.__name__}"
         if replacement.calls != 1:
@@ -239,7 +252,9 @@ class _Fit:
                 f"{where} returned {'None' if loss is None else type(loss).__name__}. Expected a scalar loss, or a "
                 "dict with one under 'loss'; a batch cannot be skipped after its passes."
             )
-        if check and not torch.allclose(loss.float(), expected.float(), rtol=1e-4, atol=1e-6, equal_nan=True):
+        if expected is not None and not torch.allclose(
+            loss.float(), expected.float(), rtol=1e-4, atol=1e-6, equal_nan=True
+        ):
             kind = plain_model(self.loss) if isinstance(self.loss, nn.Module) else self.loss
             raise UnsupportedModelError(
                 f"{where} returns {loss.item():.6g} on logits for which the loss, "
@@ -272,6 +287,7 @@ def _class_during_fit(former: type, fit: _Fit) -> type:
             super().on_load_checkpoint(checkpoint)
             if is_wrapped(self):
                 _join(checkpoint, self)
+            fit.waiting = checkpoint.get(_LAGGED_KEY, [])
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return fit.step(super(), batch, batch_idx)
@@ -426,6 +442,19 @@ def _join(checkpoint: dict[str, Any], module: nn.Module) -> None:
     checkpoint["state_dict"] = {**state, **copies}
 
 
+def _add_waiting(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Add what waits for the next lagged step of each process."""
+    waiting = next((state for part in module.modules() if (state := lagged_state(part))), None)
+    if waiting is None:
+        return
+    waiting = {key: value.cpu() for key, value in waiting.items()}
+    everyone: list[Any] = [waiting]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        everyone *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, waiting)
+    checkpoint[_LAGGED_KEY] = everyone
+
+
 class _Copies:
     """The copies of a module whose ``classifier`` is about to be unwrapped, and the norm layers that they belong to."""
 
@@ -480,6 +509,17 @@ class _ModelInContext(nn.Module):
         elif not isinstance(output, Tensor):
             self.kind = lambda logits: NamedLogits(logits=logits)
         return output
+
+
+def _in_context(loss: Loss, context: Callable[[], Any]) -> Loss:
+    """Return ``loss`` in a context, with the parameters that it declares."""
+
+    @functools.wraps(loss.forward if isinstance(loss, nn.Module) else loss)
+    def mean(*given: Any, **more: Any) -> Tensor:
+        with context():
+            return loss(*given, **more)
+
+    return mean
 
 
 class NamedLogits(dict[str, Tensor]):

@@ -16,10 +16,8 @@ from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX, AuxiliaryNorm, Sw
 __all__ = [
     "auxiliary_names",
     "auxiliary_state_dict",
-    "is_auxiliary_key",
     "load_auxiliary_state_dict",
     "main_state_dict",
-    "original_name",
     "strip_copies",
     "without_copies",
 ]
@@ -154,13 +152,3 @@ def _is_copy(key: str, keys: Mapping[str, Any]) -> bool:
 def _keep_only(entries: dict[str, Any], wanted: Callable[[str], bool]) -> None:
     for key in [key for key in entries if not wanted(key)]:
         del entries[key]
-
-
-def is_auxiliary_key(key: str) -> bool:
-    """Return whether ``key`` reads like that of a copy; where there is a model, ask :func:`auxiliary_names`."""
-    return any(part.startswith(HOLDER_PREFIX) for part in key.split("."))
-
-
-def original_name(key: str) -> str:
-    """Return the name of what ``key`` reads like a copy of; where there is a model, ask :func:`auxiliary_names`."""
-    return ".".join(part for part in key.split(".") if not part.startswith(HOLDER_PREFIX))

@@ -65,7 +65,7 @@ class EntPropCallback(TrainerCallback):
     ) -> None:
         self.method: Method = EntProp() if method is None else check_method(method)
         self.pixel_space = pixel_space
-        self.selectors = {"include": include, "exclude": exclude}
+        self.selectors: dict[str, Any] = {"include": include, "exclude": exclude}
         self.trainer: Any = None
         self.space: PixelSpace | None = None
         self.loss: TrainerLoss | None = None
@@ -240,9 +240,8 @@ class _RunningMeans:
 
     def add(self, output: StepOutput) -> None:
         values = {"main_loss": output.main_loss, "main_entropy": output.entropy.mean()}
-        if output.aux_loss is not None and output.aux_logits is not None:
-            values["aux_loss"] = output.aux_loss
-            values["aux_entropy"] = torch.special.entr(output.aux_logits.float().softmax(-1)).sum(-1).mean()
+        if output.aux_loss is not None and output.aux_entropy is not None:
+            values |= {"aux_loss": output.aux_loss, "aux_entropy": output.aux_entropy.mean()}
         for name, value in values.items():
             self.totals[name] = self.totals.get(name, 0) + value.float()
         self.steps, self.output = self.steps + 1, output

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 
 from entprop_wrap.errors import CheckpointError
+from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.wrapping.model import is_wrapped
 from entprop_wrap.wrapping.registry import find_registry
@@ -30,6 +31,8 @@ from entprop_wrap.wrapping.state_dict import (
 __all__ = ["AUXILIARY_FILE", "PlainCheckpoints", "last_complete_checkpoint"]
 
 AUXILIARY_FILE = "entprop_auxiliary.safetensors"
+#: What waits for the next lagged step of a process. It holds training images; the Trainer pushes no file named ``_*``.
+_LAGGED_FILE = "_entprop_lagged_{}.safetensors"
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
@@ -101,6 +104,14 @@ class PlainCheckpoints:
         with without_copies(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, *(() if model is None else (model,)))
         _load_copies(self.model, checkpoint)
+        waiting = checkpoint / _LAGGED_FILE.format(self.args.process_index)
+        load_lagged_state(self.model, load_file(waiting) if waiting.is_file() else {})
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # The one thing that every process saves for itself.
+        super()._save_rng_state(output_dir)
+        if waiting := lagged_state(self.model):
+            _save_whole(waiting, Path(output_dir) / _LAGGED_FILE.format(self.args.process_index), {"format": "pt"})
 
     def _load_best_model(self) -> None:
         with without_copies(self.model):

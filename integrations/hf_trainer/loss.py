@@ -183,9 +183,12 @@ class _ModelsOwnLoss:
 
     def inputs(self, number: int) -> dict[str, Any]:
         """Return what the model needs to compute a loss on ``number`` images; which images does not matter."""
-        assert self.labels is not None
         items = {"num_items_in_batch": self.items} if self.passes_items and self.items is not None else {}
-        return {self.labels_name: self.labels[:number], **items}
+        return {self.labels_name: self._labels(number), **items}
+
+    def _labels(self, number: int) -> Tensor:
+        assert self.labels is not None
+        return self.labels.repeat(-(-number // len(self.labels)))[:number]  # a lagged pass has more images than these
 
     def see(self, output: Any) -> None:
         """Compare the loss in the output of a pass that was given :meth:`inputs` with cross-entropy of its logits."""
@@ -193,7 +196,7 @@ class _ModelsOwnLoss:
         if loss is None or logits is None or self.labels is None or logits.ndim != 2:
             return
         logits = logits.detach().float()
-        value, expected = loss.item(), F.cross_entropy(logits, self.labels[: len(logits)]).item()
+        value, expected = loss.item(), F.cross_entropy(logits, self._labels(len(logits))).item()
         tolerance = self.tolerance if loss.dtype in (torch.float32, torch.float64) else 1e-2
         share = len(logits) / int(self.items) if self.passes_items and self.items is not None else 1.0
         ways = [math.isclose(value, expected * factor, rel_tol=tolerance, abs_tol=1e-6) for factor in (1.0, share)]

@@ -16,6 +16,7 @@ from entprop_wrap.methods import AdvProp, FineGrainedAdvProp, Vanilla
 from tests.integrations.hf_trainer_reference import SPACE, arguments, build, samples, train
 
 FILE = "entprop_auxiliary.safetensors"
+LAGGED = EntProp(fraction=0.5, lagged=True)
 OPTIONS = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
 
@@ -33,9 +34,12 @@ def assert_same(found, expected):
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("name", ["ResNet", "ViT", "Beit"])
-def test_checkpoints_are_plain_and_resume_is_bit_for_bit(name, tmp_path):
-    whole, _, _ = train(build(name), callback(), tmp_path / "whole", **OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("ResNet", None), ("ViT", None), ("Beit", None), ("ResNet", LAGGED), ("ViT", LAGGED)],
+)
+def test_checkpoints_are_plain_and_resume_is_bit_for_bit(name, method, tmp_path):
+    whole, _, _ = train(build(name), callback(method), tmp_path / "whole", **OPTIONS)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     build(name).save_pretrained(tmp_path / "plain")
     assert keys(checkpoint / "model.safetensors") == keys(tmp_path / "plain" / "model.safetensors")
@@ -44,7 +48,10 @@ def test_checkpoints_are_plain_and_resume_is_bit_for_bit(name, tmp_path):
     assert not report["unexpected_keys"]
 
     trainer = Trainer(
-        model=build(name), args=arguments(tmp_path / "b", **OPTIONS), train_dataset=samples(), callbacks=[callback()]
+        model=build(name),
+        args=arguments(tmp_path / "b", **OPTIONS),
+        train_dataset=samples(),
+        callbacks=[callback(method)],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert_same(trainer.model.state_dict(), whole.model.state_dict())

@@ -321,7 +321,7 @@ def test_no_method_is_missing():
 
 
 @pytest.mark.parametrize(("name", "accumulate"), [("ViT", 1), ("ResNet", 1), ("ConvNext", 2)])
-@pytest.mark.parametrize("method", METHODS, ids=named)
+@pytest.mark.parametrize("method", [*METHODS, EntProp(fraction=0.5, lagged=True)], ids=named)
 def test_every_method_trains_as_in_a_loop_of_its_own(method, name, accumulate, tmp_path):
     """One step, where the Trainer's loss is the mean of plain cross-entropy over the batches of the step."""
     from entprop_wrap import training_step
@@ -357,6 +357,14 @@ def test_every_method_trains_as_in_a_loop_of_its_own(method, name, accumulate, t
         training_step(model, batch["pixel_values"], batch["labels"], method=method, pixel_space=SPACE)
     expected = {n: p.grad / accumulate for n, p in model.named_parameters() if p.grad is not None}
     assert worst(gradients.steps, [expected]) < 5e-4
+
+
+def test_the_loss_of_a_model_without_opinions_is_looked_at_in_lagged_passes_too(tmp_path):
+    model = build("ViT")
+    torch.nn.init.zeros_(model.classifier.weight)
+    lagged = callback(EntProp(fraction=0.5, lagged=True))
+    trainer, _, _ = train(model, lagged, tmp_path, max_steps=2, learning_rate=0.0)
+    assert trainer.state.log_history[1]["aux_loss"] > 0
 
 
 def test_reentrant_checkpointing_with_more_attack_steps_is_refused(tmp_path):

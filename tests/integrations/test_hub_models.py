@@ -13,8 +13,8 @@ from transformers import Trainer
 import entprop_wrap as entprop
 from entprop_wrap.errors import EntPropError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
-from entprop_wrap.wrapping.state_dict import is_auxiliary_key, original_name
 from tests.helpers.hub_models import BROKEN, CLASSES, EXCEPTIONS, GONE, KINDS, NEEDS, REFUSED, build_tiny, image_size
+from tests.helpers.keys import is_auxiliary_key, original_name
 from tests.helpers.oracle import auxiliary_tensors, perturb
 from tests.integrations.hf_trainer_reference import OLD, RecordGradients, arguments, worst
 

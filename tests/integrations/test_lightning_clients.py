@@ -1,5 +1,6 @@
 """The table in docs/clients/lightning.md, row by row: what works with the callback, what is refused, what to write."""
 
+import copy
 import sys
 
 import pytest
@@ -15,11 +16,11 @@ from torch.optim.swa_utils import AveragedModel
 
 import entprop_wrap as entprop
 from entprop_wrap import EntProp
-from entprop_wrap.errors import UnsupportedModelError
+from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.integrations.lightning import EntPropLightningCallback
 from entprop_wrap.robustness import PGD
 from entprop_wrap.wrapping.model import is_wrapped
-from tests.integrations.lightning_reference import SPACE, Classifier, by_hand, loader, net, trainer, worst
+from tests.integrations.lightning_reference import SPACE, Classifier, by_hand, images, loader, net, trainer, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 METHOD = EntProp(fraction=0.5, mix=None)
@@ -126,6 +127,22 @@ def test_a_second_head_does_not_stop_training_unnoticed():
 
     with pytest.raises(entprop.errors.EntPropError, match="heads that a loss of the logits does not train"):
         trainer(callback()).fit(Both(TwoHeads()), loader())
+
+    def loss(logits, labels, outputs):
+        return F.cross_entropy(logits, labels) + 0.3 * F.cross_entropy(outputs[1], labels)
+
+    module = Both(TwoHeads())
+    model = entprop.wrap(copy.deepcopy(module.model))
+    trainer(callback(loss=loss)).fit(module, loader(4))
+    entprop.training_step(model, *images(4), method=METHOD, pixel_space=SPACE, loss=loss)
+    assert worst(module.gradients, [{"model." + n: p.grad for n, p in model.named_parameters()}]) == 0
+
+
+def test_a_loss_of_the_module_that_asks_for_more_is_refused():
+    module = Classifier()
+    module.criterion = lambda logits, labels, images: F.cross_entropy(logits, labels)
+    with pytest.raises(ConfigurationError, match=r"asks for images beside logits and labels.*loss="):
+        trainer(callback()).fit(module, loader())
 
 
 YAML = """

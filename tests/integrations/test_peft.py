@@ -14,7 +14,8 @@ import entprop_wrap as entprop
 from entprop_wrap import EntProp
 from entprop_wrap.errors import ConfigurationError, NotWrappedError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
-from entprop_wrap.wrapping.state_dict import is_auxiliary_key, original_name, without_copies
+from entprop_wrap.wrapping.state_dict import without_copies
+from tests.helpers.keys import is_auxiliary_key, original_name
 from tests.helpers.oracle import auxiliary_tensors, perturb
 from tests.integrations.hf_trainer_reference import SPACE, RecordBatches, RecordGradients, arguments, build, samples
 from tests.integrations.hf_trainer_reference import worst as difference

@@ -10,7 +10,7 @@ import entprop_wrap as entprop
 from entprop_wrap import EntProp, PixelSpace
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
-from entprop_wrap.wrapping.state_dict import is_auxiliary_key
+from tests.helpers.keys import is_auxiliary_key
 from tests.integrations.hf_trainer_reference import RecordBatches, RecordGradients, arguments, worst
 
 CLASSES, SIZE = 5, 64

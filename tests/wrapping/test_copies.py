@@ -14,8 +14,9 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import AlreadyWrappedError, CheckpointError, NotWrappedError, UnsupportedModelError
-from entprop_wrap.wrapping.state_dict import auxiliary_names, is_auxiliary_key, without_copies
+from entprop_wrap.wrapping.state_dict import auxiliary_names, without_copies
 from entprop_wrap.wrapping.switched_norm import SwitchedNorm
+from tests.helpers.keys import is_auxiliary_key
 from tests.helpers.norm_nets import Named, rows, toy
 from tests.helpers.oracle import (
     assert_same,

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import entprop_wrap as entprop
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.utils.modules import no_gradient_sync
-from entprop_wrap.wrapping.state_dict import is_auxiliary_key
+from tests.helpers.keys import is_auxiliary_key
 from tests.helpers.norm_nets import rows, toy
 from tests.helpers.oracle import perturb
 from tests.helpers.processes import run_processes

@@ -7,7 +7,7 @@ from torch import nn
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, OptimizerMismatchError, UnsupportedModelError
 from entprop_wrap.wrapping import check_optimizer
-from entprop_wrap.wrapping.state_dict import is_auxiliary_key, original_name
+from tests.helpers.keys import is_auxiliary_key, original_name
 from tests.helpers.norm_nets import rows, toy
 from tests.helpers.oracle import changed, loss_of, snapshot
 

@@ -8,9 +8,9 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 import entprop_wrap as entprop
-from entprop_wrap.wrapping.state_dict import is_auxiliary_key
 from entprop_wrap.wrapping.switched_norm import SwitchedNorm
 from tests.helpers.architectures import ARCHITECTURES, Architecture, logits_of
+from tests.helpers.keys import is_auxiliary_key
 from tests.helpers.oracle import (
     assert_same,
     auxiliary_tensors,

@@ -8,7 +8,7 @@ import torch
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import UnsupportedModelError
-from entprop_wrap.wrapping.state_dict import is_auxiliary_key, original_name
+from tests.helpers.keys import is_auxiliary_key, original_name
 from tests.helpers.norm_nets import rows, toy
 from tests.helpers.oracle import auxiliary_tensors, changed, expected_pass, loss_of, perturb, snapshot
 

@@ -21,8 +21,8 @@ from entprop_wrap.errors import (
 )
 from entprop_wrap.methods import Vanilla
 from entprop_wrap.wrapping import check_optimizer
-from entprop_wrap.wrapping.state_dict import is_auxiliary_key
 from entprop_wrap.wrapping.switched_norm import SwitchedNorm
+from tests.helpers.keys import is_auxiliary_key
 from tests.helpers.norm_nets import Toy, rows, toy
 from tests.helpers.oracle import (
     assert_same,
