@@ -148,11 +148,12 @@ class _Watched(Step):
     def forward(self, images: Tensor) -> Tensor:
         if self.passed is None:
             self.passed = images.detach()
-        self.leaf = images
-        return super().forward(images)
+        # A leaf also where the method takes the gradient at the model's first layer: what a backward is asked for here.
+        self.leaf = images if images.requires_grad else images.detach().requires_grad_()
+        return super().forward(self.leaf)
 
     def backward(self, loss: Tensor) -> None:
-        if self.leaf is not None and self.leaf.requires_grad:
+        if self.leaf is not None:
             (self.leaf.grad,) = torch.autograd.grad(loss, self.leaf, allow_unused=True)
 
 
