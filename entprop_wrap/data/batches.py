@@ -109,7 +109,7 @@ def form_of(sample: Any, name: str) -> Form:
 
 def refuse_dataset(data: Any, name: str) -> None:
     """Raise :class:`DataError` unless ``data`` is a map-style data set with something in it."""
-    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+    if isinstance(data, IterableDataset) or not _has_rows(data):
         raise DataError(
             f"{name}: expected a map-style data set (with __len__ and __getitem__) or a DataLoader over one, found "
             f"{type(data).__name__}. A stream has no order to repeat and no place to resume from: load it whole."
@@ -121,6 +121,11 @@ def refuse_dataset(data: Any, name: str) -> None:
         )
     if len(data) == 0:
         raise DataError(f"{name} is empty. Expected at least one batch.")
+
+
+def _has_rows(data: Any) -> bool:
+    single = getattr(data, "ndim", 1) == 0 or isinstance(data, type)
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not single
 
 
 def refuse_loader(loader: DataLoader[Any], name: str) -> None:
