@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.utils.options import shown
 from entprop_wrap.utils.tensors import to_device
 
 __all__ = [
@@ -107,7 +108,7 @@ def find_uncertainty(uncertainty: Uncertainty | str) -> Uncertainty:
     if not callable(found):
         raise ConfigurationError(
             f"uncertainty must be a function (logits, labels) -> scores, or one of {list(named)}; found "
-            f"{uncertainty!r}."
+            f"{shown(uncertainty)}."
         )
     return found
 

@@ -214,6 +214,14 @@ def test_batches_without_values(change):
         corrupt(change(images), "fog", 1)
 
 
+@pytest.mark.parametrize("value", [torch.rand(4, 3), 0, []])
+def test_what_is_not_an_uncertainty(value):
+    with pytest.raises(
+        ConfigurationError, match=r"uncertainty must be a function \(logits, labels\) -> scores, or one"
+    ):
+        EntProp(uncertainty=value)
+
+
 def test_names_of_corruptions():
     with pytest.raises(ConfigurationError, match=r"name must be that of a corruption, found \['fog'\]"):
         corrupt(torch.rand(1, 3, 32, 32), ["fog"], 1)
