@@ -59,12 +59,12 @@ def training_step(
     Raises:
         NotWrappedError: The method needs auxiliary norms and the model has none.
         ImageError: Images of another type, shape or layout, or (CPU, and the first batch anywhere) not finite.
-        PixelRangeError: Images outside ``pixel_space``, likewise.
+        PixelRangeError: Images outside ``pixel_space`` (CPU, and the first batch anywhere).
         LabelError: Labels of another type or shape, or (CPU) out of range.
         ModelOutputError: The model returned no logits, or heads that ``loss`` would not train.
         DivergedError: The loss is not finite (CPU, without ``backward``; else ``optimizer.step()`` raises it).
-        ConfigurationError: The model is in evaluation mode or frozen as a whole, or the loss is no mean over images. Of
-            a loss of your own that is found out in the first step, by one more call of it.
+        ConfigurationError: The model is in evaluation mode or frozen as a whole, or the loss is not a mean over images.
+            Of a loss of your own that is found out in the first step, by one more call of it.
         UnsupportedModelError: The switch or the method cannot be right on this model, or the call stands inside
             ``auxiliary()``; the message says which.
     """

@@ -96,7 +96,7 @@ def evaluated_models(models: Mapping[str, nn.Module], auxiliaries: bool) -> dict
 
     Raises:
         ConfigurationError: There are no models, or one is in training mode.
-        UnsupportedModelError: One is no module, or inside ``auxiliary()``.
+        UnsupportedModelError: One is not a module, or inside ``auxiliary()``.
         NotWrappedError: ``auxiliaries`` are asked for, and none is wrapped.
     """
     if not models:
@@ -148,7 +148,7 @@ def check_state(model: nn.Module, name: str) -> None:
 
     Raises:
         ConfigurationError: It, or a part of it, is in training mode.
-        UnsupportedModelError: It is no module, or inside an ``auxiliary()`` block of this thread.
+        UnsupportedModelError: It is not a module, or inside an ``auxiliary()`` block of this thread.
     """
     check_module(name, model)
     # What DDP and torch.compile put around a model has a mode of its own, which changes nothing.

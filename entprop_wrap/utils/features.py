@@ -93,7 +93,7 @@ def features_of(model: nn.Module, *, layer: str | None = None) -> Iterator[Featu
     Raises:
         ConfigurationError: There is no layer of that name.
         ModelOutputError: In a pass: no layer makes the logits, the chosen layer did not run or ran several times, or
-            its input is no tensor with one row (or map) per image.
+            its input is not a tensor with one row (or map) per image.
     """
     check_module("features_of()", model)
     root = plain_model(model)

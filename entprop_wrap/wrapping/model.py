@@ -82,8 +82,8 @@ def wrap(
     Raises:
         NoNormLayersError: Nothing to copy.
         AlreadyWrappedError: The model or a part of it is wrapped.
-        AuxiliaryNameError: A name is no identifier, is repeated, or contains "norm" or "bias" (trainers decide weight
-            decay by such names).
+        AuxiliaryNameError: A name is not an identifier, is repeated, or contains "norm" or "bias" (trainers decide
+            weight decay by such names).
         UnsupportedModelError: The model is compiled, scripted, or inside DDP, FSDP or DataParallel, or a norm is lazy,
             parametrised, or has a ``forward`` set on the instance.
         ConfigurationError: ``include`` or ``exclude`` matches nothing, or no norm has what ``copies`` names.

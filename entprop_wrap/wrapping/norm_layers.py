@@ -32,7 +32,7 @@ _NOT_NORMS = frozenset({"GlobalResponseNorm", "ConvNextV2GRN", "NormFreeBlock"})
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Say whether ``module`` is a norm layer whose state is worth an auxiliary copy.
+    """Return whether ``module`` is a norm layer whose state is worth an auxiliary copy.
 
     A norm is a subclass of torch's batch, instance, layer, group or RMS norm, or a class named ``*norm*`` that owns
     a vector of parameters itself and contains no layer with weights (that would be a block). Linear layers and
@@ -150,8 +150,8 @@ def _why_none(model: nn.Module, modules: dict[str, nn.Module], recognised: list[
         return f"exclude= removes all {len(recognised)} norm layers of {kind}: {_some(recognised)}."
     if gates := [name for name, module in modules.items() if type(module).__name__ in _NOT_NORMS]:
         return (
-            f"{kind} has no norm layer, only {type(modules[gates[0]]).__name__} ({_some(gates)}), which is no norm by "
-            "default. Pass include= to copy it all the same."
+            f"{kind} has no norm layer, only {type(modules[gates[0]]).__name__} ({_some(gates)}), which is not a norm "
+            "by default. Pass include= to copy it all the same."
         )
     stateless = [name for name, module in modules.items() if "norm" in type(module).__name__.lower()]
     if stateless:
