@@ -105,7 +105,7 @@ def find_uncertainty(uncertainty: Uncertainty | str) -> Uncertainty:
     """
     named = {score.__name__: score for score in (entropy, least_confidence, logit_margin, cross_entropy, random)}
     found = named.get(uncertainty) if isinstance(uncertainty, str) else uncertainty
-    if not callable(found):
+    if not callable(found) or isinstance(found, type):
         raise ConfigurationError(
             f"uncertainty must be a function (logits, labels) -> scores, or one of {list(named)}; found "
             f"{shown(uncertainty)}."

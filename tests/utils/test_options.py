@@ -214,7 +214,7 @@ def test_batches_without_values(change):
         corrupt(change(images), "fog", 1)
 
 
-@pytest.mark.parametrize("value", [torch.rand(4, 3), 0, []])
+@pytest.mark.parametrize("value", [torch.rand(4, 3), 0, [], nn.Linear])
 def test_what_is_not_an_uncertainty(value):
     with pytest.raises(
         ConfigurationError, match=r"uncertainty must be a function \(logits, labels\) -> scores, or one"
