@@ -20,6 +20,7 @@ from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataErro
 from entprop_wrap.functional.losses import cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, Step, StepOutput, check_method
+from entprop_wrap.methods.input_gradient import ImageGradient
 from entprop_wrap.robustness.distributed import check_batches
 from entprop_wrap.robustness.evaluated_model import check_state, device_of, logits
 from entprop_wrap.robustness.pixels import check_batch
@@ -151,6 +152,9 @@ class _Watched(Step):
         # A leaf also where the method takes the gradient at the model's first layer: what a backward is asked for here.
         self.leaf = images if images.requires_grad else images.detach().requires_grad_()
         return super().forward(self.leaf)
+
+    def image_gradient(self, images: Tensor) -> ImageGradient:
+        return ImageGradient(self.model, images, by_autograd=True)
 
     def backward(self, loss: Tensor) -> None:
         if self.leaf is not None:

@@ -14,9 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from entprop_wrap.data import validation
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.errors import ConfigurationError, DivergedError, LabelError, ModelOutputError, UnsupportedModelError
+from entprop_wrap.errors import ConfigurationError, DivergedError, LabelError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, Target, asked
 from entprop_wrap.functional.uncertainty import entropy
+from entprop_wrap.methods.input_gradient import ImageGradient
 from entprop_wrap.methods.step_loss import StepLoss, check_scalar, refuse_idle_heads
 from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import no_gradient_sync, plain_model, refuse_container, walk
@@ -316,6 +317,10 @@ class Step:
             for handle in handles:
                 handle.remove()
 
+    def image_gradient(self, images: Tensor) -> ImageGradient:
+        """Return what watches the next pass for the gradient of ``images``, a leaf ``(N, C, H, W)``."""
+        return ImageGradient(self.model, images)
+
     def pixel_gradient(self, images: Tensor, target: Target) -> Tensor:
         """Return :meth:`pixel_gradient_of` the loss of ``target``."""
         return self.pixel_gradient_of(images, lambda logits: target.loss(self.loss, logits))
@@ -390,17 +395,3 @@ def check_method(method: object) -> Method:
         found = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
         raise TypeError(f"method expects an instance of a training method, found {found}: write method=EntProp(), say.")
     return cast(Method, method)
-
-
-def input_gradient(images: Tensor) -> Tensor:
-    """Return the gradient that a backward left on ``images``.
-
-    Raises:
-        ModelOutputError: There is none: the model cut its output off its input.
-    """
-    if images.grad is None:
-        raise ModelOutputError(
-            "No gradient reached the images: the model detaches its input, or the given backward() did not run. "
-            "Expected logits that are differentiable with respect to the images."
-        )
-    return images.grad

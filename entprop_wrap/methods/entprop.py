@@ -160,7 +160,7 @@ class EntProp:
         batch = len(step.images)
         number = num_selected(batch, self.fraction)
         images, target = self._mixed(step, batch)
-        gradient = ImageGradient(step.model, images) if self.attack_steps > 0 else None
+        gradient = step.image_gradient(images) if self.attack_steps > 0 else None
         with step.only_local(), watching(gradient, images):
             logits = step.forward(images)
             main_loss = target.loss(step.loss, logits)
@@ -206,7 +206,7 @@ class EntProp:
                 f"images, fewer than the {number} to select. Expected a fraction of at most 0.5, found {self.fraction}."
             )
         images, target = self._mixed(step, fresh)
-        gradient = ImageGradient(step.model, images) if self.attack_steps > 0 else None
+        gradient = step.image_gradient(images) if self.attack_steps > 0 else None
         everything = images if waiting is None else torch.cat([images, waiting.images])
         with step.rows_split(self.auxiliary, fresh, len(everything)), watching(gradient, everything):
             logits = step.forward(everything)

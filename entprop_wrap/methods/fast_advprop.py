@@ -12,7 +12,8 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import ascend, check_magnitude, uniform_start
 from entprop_wrap.functional.losses import Target
 from entprop_wrap.functional.uncertainty import num_selected
-from entprop_wrap.methods.base import Step, StepOutput, input_gradient
+from entprop_wrap.methods.base import Step, StepOutput
+from entprop_wrap.methods.input_gradient import input_gradient
 from entprop_wrap.utils.options import check_flag, check_name, check_number, store_as_python
 
 __all__ = ["FastAdvProp"]

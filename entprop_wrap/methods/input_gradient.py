@@ -15,12 +15,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.errors import UnsupportedModelError
-from entprop_wrap.methods.base import input_gradient
+from entprop_wrap.errors import ModelOutputError, UnsupportedModelError
 from entprop_wrap.utils.modules import plain_model, walk
 from entprop_wrap.utils.tensors import index_rows
 
-__all__ = ["ImageGradient", "watching"]
+__all__ = ["ImageGradient", "input_gradient", "watching"]
 
 #: The convolution that each model begins with; None where autograd is to take the gradient.
 _stems: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Conv2d] | None] = weakref.WeakKeyDictionary()
@@ -38,13 +37,18 @@ class ImageGradient:
     Args:
         model: In any container.
         images: ``(N, C, H, W)``, a leaf. It will require a gradient where autograd is to take it.
+        by_autograd: Let autograd take it, as where weights are to get no gradient and no backward would run.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, *, by_autograd: bool = False) -> None:
         self.root, self.images = plain_model(model), images
-        found = _stems.get(self.root)
+        found = None if by_autograd else _stems.get(self.root)
         self.stem = None if found is None else found()
-        self.candidates = [self.stem] if self.stem is not None else _convolutions(model, self.root)
+        self.candidates: list[nn.Conv2d] = []
+        if self.stem is not None:
+            self.candidates = [self.stem]
+        elif not by_autograd:
+            self.candidates = _convolutions(model, self.root)
         images.requires_grad_(self.stem is None)
         self.calls: list[nn.Conv2d] = []
         self.output_gradients: list[Tensor] = []
@@ -118,3 +122,17 @@ def _convolutions(model: nn.Module, root: nn.Module) -> list[nn.Conv2d]:
     convolutions = [module for module in walk(root) if isinstance(module, nn.Conv2d)]
     # FSDP2 shards weights outside of the model's own passes, and a parametrisation may compute anew in each.
     return [conv for conv in convolutions if type(conv._parameters.get("weight")) is nn.Parameter]
+
+
+def input_gradient(images: Tensor) -> Tensor:
+    """Return the gradient that a backward left on ``images``.
+
+    Raises:
+        ModelOutputError: There is none: the model cut its output off its input.
+    """
+    if images.grad is None:
+        raise ModelOutputError(
+            "No gradient reached the images: the model detaches its input, or the given backward() did not run. "
+            "Expected logits that are differentiable with respect to the images."
+        )
+    return images.grad

@@ -207,7 +207,9 @@ def test_distances_of_nonsense_are_refused():
 @pytest.mark.parametrize("domain", [None, "aux"])
 def test_jacobians_entry_by_entry_and_by_torch_func(net, domain, monkeypatch):
     model, batch = make(net), images(5)
-    monkeypatch.setattr("entprop_wrap.diagnostics.input_jacobian._ENTRIES", 2 * CLASSES * batch[0].numel())
+    monkeypatch.setattr(
+        sys.modules["entprop_wrap.diagnostics.input_jacobian"], "_ENTRIES", 2 * CLASSES * batch[0].numel()
+    )
     with untouched(model):
         found = input_jacobian(model, loader(5, 3), auxiliary=domain, **OPTIONS)
     with entprop.auxiliary(model, domain):

@@ -14,7 +14,7 @@ from entprop_wrap import EntProp, Trainer, TrainerConfig
 from entprop_wrap.diagnostics import Monitor
 from entprop_wrap.diagnostics.monitor import _energy_auroc
 from entprop_wrap.diagnostics.selection_ood import auroc
-from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.errors import ConfigurationError, DivergedError
 from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.functional.uncertainty import random as random_score
 from entprop_wrap.methods import MixProp, Vanilla
@@ -132,7 +132,7 @@ def test_an_auxiliary_loss_that_is_not_finite_is_found_out_at_once():
 
     images, labels = digits()
     monitor = Monitor(every=EVERY)
-    with pytest.warns(UserWarning, match="not finite in [5-9] of the last 10 steps"):
+    with pytest.raises(DivergedError, match="loss is nan"):
         train(
             network(),
             monitor,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import entprop_wrap as entprop
+from entprop_wrap import functional
 from entprop_wrap.functional import uncertainty
 from entprop_wrap.methods import Vanilla
 from tests.reference import entprop as reference
@@ -352,7 +353,7 @@ def test_drawn_mixes(kind, name, mix_on):
     """The same seed gives ``draw`` outside the step what the step itself draws."""
     pair = Pair(kind)
     images, labels = random_batch(BATCH)
-    mixer = getattr(entprop, name)(alpha=1.0)
+    mixer = getattr(functional, name)(alpha=1.0)
     shape = images.shape if mix_on == "batch" else torch.Size((SELECTED, *images.shape[1:]))
     seed, drawn = telling_draw(mixer, shape)
     blend = as_blend(drawn, shape)

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 import entprop_wrap as entprop
-from entprop_wrap import errors
+from entprop_wrap import errors, functional
 from entprop_wrap.functional import CutMix
 from entprop_wrap.methods import Vanilla
 from tests.reference.models import CLASSES, MODELS, build, random_batch
@@ -524,7 +524,7 @@ def test_bad_options_are_refused_where_they_are_written(name):
 @pytest.mark.parametrize("alpha", [0, -1.0, math.nan, math.inf])
 def test_bad_alphas_are_refused(mixer, alpha):
     with pytest.raises(errors.ConfigurationError, match="alpha"):
-        getattr(entprop, mixer)(alpha=alpha)
+        getattr(functional, mixer)(alpha=alpha)
 
 
 @pytest.mark.parametrize(

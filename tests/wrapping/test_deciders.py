@@ -20,9 +20,8 @@ def _timm(name, **options):
 
 
 def _group_norm_net():
-    timm = pytest.importorskip("timm")
-    norm = partial(timm.layers.GroupNormAct, num_groups=4)
-    return timm.create_model("test_resnet", num_classes=5, norm_layer=norm)
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.resnet18(num_classes=5, norm_layer=partial(nn.GroupNorm, 8))
 
 
 NETS = {"batch norm": _timm("test_resnet"), "layer norm": _timm("test_vit"), "group norm": _group_norm_net}
