@@ -149,15 +149,14 @@ class _Watched(Step):
     def forward(self, images: Tensor) -> Tensor:
         if self.passed is None:
             self.passed = images.detach()
-        # A leaf also where the method takes the gradient at the model's first layer: what a backward is asked for here.
-        self.leaf = images if images.requires_grad else images.detach().requires_grad_()
-        return super().forward(self.leaf)
+        self.leaf = images
+        return super().forward(images)
 
     def image_gradient(self, images: Tensor) -> ImageGradient:
         return ImageGradient(self.model, images, by_autograd=True)
 
     def backward(self, loss: Tensor) -> None:
-        if self.leaf is not None:
+        if self.leaf is not None and self.leaf.requires_grad:
             (self.leaf.grad,) = torch.autograd.grad(loss, self.leaf, allow_unused=True)
 
 
