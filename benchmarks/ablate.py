@@ -7,13 +7,13 @@
 
     k          share of the batch that is selected
     n          attack steps
-    threshold  select only above so many nats of entropy
+    threshold  select only above this entropy, in nats
     metric     what to select by
     mixing     MixUp or CutMix, of the whole batch or of the auxiliary images, or none
     norms      auxiliary copies of the norm layers, or none
     data       share of the training images, for as many steps
 
-Each run is written to runs.jsonl in the output folder when it is over: a sweep that was stopped goes on where it was
+Each run is written to runs.jsonl in the output folder when it is over: a sweep that was stopped continues where it was
 (--list says what is left). Each sweep ends in a table, as Markdown, and a figure.
 """
 

@@ -9,7 +9,7 @@ that it does not know: the PGD-AT model of the next seed. Where only the first c
 nothing is gained. Differences are to the same training without the term, paired by seed, with 95 % t-intervals.
 
 Runs and trained weights are kept in the output folder, which may be that of methods.py: a benchmark that was stopped
-goes on where it was.
+continues where it was.
 """
 
 from __future__ import annotations

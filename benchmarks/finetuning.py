@@ -6,7 +6,7 @@
 Every method starts from the same weights, with the same head, and sees the same data in the same order. SA is the
 accuracy on all test images; RA the mean accuracy over 15 corruptions x 5 severities of ``--robustness-images`` of them;
 Hscore their harmonic mean. The tables give each method's mean over seeds and the 95 % t-interval of its difference to
-the first method, paired by seed. Finished runs are lines in ``runs.jsonl``: a run that was stopped goes on.
+the first method, paired by seed. Finished runs are lines in ``runs.jsonl``: a run that was stopped continues.
 """
 
 from __future__ import annotations

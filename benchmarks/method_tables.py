@@ -1,7 +1,7 @@
 """What methods.py compares: every method, and the shapes of the paper's tables 7, 8, 16 and 17.
 
 An entry is a dict with "method"; "growth" for the Trainer; or "start", the name of the entry whose weights it begins
-with, and "recipe": for how many epochs it goes on, and at what share of the learning rate. The first entry of a table
+with, and "recipe": for how many epochs it continues, and at what share of the learning rate. The first entry of a table
 is what the others are compared with.
 """
 

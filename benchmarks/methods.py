@@ -7,7 +7,7 @@
     python benchmarks/methods.py --report --write docs/benchmarks.md  # tables from what is done, nothing is trained
     python benchmarks/methods.py --dataset path/to/pets --model path/to/mobilenet --image-size 96 --max-train 1575
 
-Runs are kept in the output folder, in runs.jsonl: a benchmark that was stopped goes on where it was, and one that is
+Runs are kept in the output folder, in runs.jsonl: a benchmark that was stopped continues where it was, and one that is
 changed trains only what has changed. Seeds are paired: each method begins with the same weights and sees the same data
 in the same order. Each table is written as Markdown, as JSON, and as a figure.
 """
@@ -145,8 +145,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=["methods"], help="(default: methods)")
     parser.add_argument("--rows", nargs="+", help="train and show only these rows, and the first (default: all)")
     parser.add_argument("--dataset", default="digits", help="digits, or what examples/train.py takes")
-    parser.add_argument("--model", help="likewise; pretrained. Digits have a small CNN")
-    parser.add_argument("--max-train", type=int, help="train on so many images, stratified (digits: 300)")
+    parser.add_argument("--model", help="pretrained; digits have a small CNN")
+    parser.add_argument("--max-train", type=int, help="maximum number of training images, stratified (digits: 300)")
     parser.add_argument("--image-size", type=int, help="pixels (default: what the model was made for)")
     parser.add_argument("--epochs", type=int, help="(default: 60 on digits, else 8)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""A table of finished runs in a file of JSON lines, so that a sweep that was stopped goes on where it was.
+"""A table of finished runs in a file of JSON lines, so that a sweep that was stopped continues where it was.
 
     table = RunTable("outputs/runs.jsonl")
     for seed in range(5):

@@ -93,7 +93,7 @@ def whole_data(recipe: Recipe) -> Recipe:
 
 
 def part_of(images: Dataset, share: float) -> Dataset:
-    """Return a seeded ``share`` of a data set in (0, 1], every class in proportion and with at least one image."""
+    """Return a seeded ``share`` of a dataset in (0, 1], every class in proportion and with at least one image."""
     if share == 1:
         return images
     labels = images.tensors[1] if hasattr(images, "tensors") else images.labels

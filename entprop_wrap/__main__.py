@@ -42,7 +42,7 @@ def strip_file(checkpoint: Path, plain: Path) -> str:
     The file is read as data: nothing in it is executed.
 
     Raises:
-        CheckpointError: The file is no checkpoint, holds objects that could execute code, or has no copies.
+        CheckpointError: The file is not a checkpoint, holds objects that could execute code, or has no copies.
         OSError: A file cannot be read or written.
     """
     loaded = _load(checkpoint)

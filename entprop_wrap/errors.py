@@ -1,7 +1,7 @@
 """Every error this package raises on purpose, under one base.
 
 A message says what was expected, what was found, and what to write instead. Each class also derives from the
-built-in that fits it, so ``except ValueError`` and ``except TypeError`` go on working.
+built-in that fits it, so ``except ValueError`` and ``except TypeError`` continue to work.
 """
 
 __all__ = [
@@ -72,7 +72,7 @@ class LabelError(EntPropError, ValueError):
 
 
 class DataError(EntPropError, ValueError):
-    """A data set is empty, has no labels, or does not have the columns it needs."""
+    """A dataset is empty, has no labels, or does not have the columns it needs."""
 
 
 class CheckpointError(EntPropError, RuntimeError):

@@ -13,7 +13,8 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, Step, StepOutput, check_method
-from entprop_wrap.utils.modules import plain_model
+from entprop_wrap.utils.modules import check_module, plain_model
+from entprop_wrap.utils.options import check_function, check_generator
 from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.wrapping.registry import find_registry, refuse_idle_copies, refuse_inside_block
 
@@ -58,28 +59,22 @@ def training_step(
     Raises:
         NotWrappedError: The method needs auxiliary norms and the model has none.
         ImageError: Images of another type, shape or layout, or (CPU, and the first batch anywhere) not finite.
-        PixelRangeError: Images outside ``pixel_space``, likewise.
+        PixelRangeError: Images outside ``pixel_space`` (CPU, and the first batch anywhere).
         LabelError: Labels of another type or shape, or (CPU) out of range.
         ModelOutputError: The model returned no logits, or heads that ``loss`` would not train.
         DivergedError: The loss is not finite (CPU, without ``backward``; else ``optimizer.step()`` raises it).
-        ConfigurationError: The model is in evaluation mode or frozen as a whole, or the loss is no mean over images. Of
-            a loss of your own that is found out in the first step, by one more call of it.
+        ConfigurationError: The model is in evaluation mode or frozen as a whole, or the loss is not a mean over images.
+            Of a loss of your own that is found out in the first step, by one more call of it.
         UnsupportedModelError: The switch or the method cannot be right on this model, or the call stands inside
             ``auxiliary()``; the message says which.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"training_step() expects a torch.nn.Module first, found {type(model).__name__}.")
+    check_module("training_step()", model)
     method = EntProp() if method is None else check_method(method)
     check_pixel_space(pixel_space)
     check_loss(loss)
-    if backward is not None and not callable(backward):
-        raise TypeError(f"backward expects a function of a loss such as accelerator.backward, found {backward!r}.")
-    if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != "cpu"):
-        raise ConfigurationError(
-            f"generator expects a CPU generator, found "
-            f"{f'one on {generator.device}' if isinstance(generator, torch.Generator) else repr(generator)}: a draw on "
-            "the device would wait for it. Write generator=torch.Generator().manual_seed(...)."
-        )
+    if backward is not None:
+        check_function("backward", backward, "of a loss", "backward=accelerator.backward")
+    check_generator(generator)
     check_trainable(model)
     if method.auxiliaries:
         refuse_idle_copies(find_registry(model), method.auxiliaries)  # raises before anything runs

@@ -24,8 +24,8 @@ parser.add_argument("--model", default="google/mobilenet_v1_0.75_224", help="Hub
 parser.add_argument("--image-size", type=int, default=96)
 parser.add_argument("--epochs", type=int, default=8)
 parser.add_argument("--batch-size", type=int, default=64)
-parser.add_argument("--max-train", type=int, help="train on so many images")
-parser.add_argument("--max-eval", type=int, default=300, help="evaluate on so many")
+parser.add_argument("--max-train", type=int, help="maximum number of training images")
+parser.add_argument("--max-eval", type=int, default=300, help="maximum number of evaluation images")
 parser.add_argument("--output", default="finetuned")
 options = parser.parse_args()
 

@@ -25,7 +25,7 @@ parser.add_argument("folder", nargs="?", help="image folder; default: digits, wr
 parser.add_argument("--model", default="resnet18")
 parser.add_argument("--image-size", type=int, help="pixels; default: the model's own")
 parser.add_argument("--epochs", type=int, default=5)
-parser.add_argument("--images", type=int, default=1797, help="of the digits, use so many")
+parser.add_argument("--images", type=int, default=1797, help="number of digits to use")
 options = parser.parse_args()
 
 if options.folder is None:

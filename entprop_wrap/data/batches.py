@@ -1,4 +1,4 @@
-"""What data a Trainer and an evaluation take: which data sets, and which form of batches."""
+"""What data a Trainer and an evaluation take: which datasets, and which form of batches."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def images_and_labels(batch: Any, name: str = "The data") -> tuple[Tensor, Tenso
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         raise DataError(
             f"{name}: expected batches (images, labels) of tensors, or dicts with 'pixel_values', 'images' or 'image' "
-            f"and 'labels' or 'label'; found {found}. Return both from the data set, or from a DataLoader's collate_fn."
+            f"and 'labels' or 'label'; found {found}. Return both from the dataset, or from a DataLoader's collate_fn."
         )
     return images, labels
 
@@ -102,29 +102,34 @@ def form_of(sample: Any, name: str) -> Form:
             return Form(keys[0], keys[1], isinstance(sample, Mapping), image.dtype, label_type)
     raise DataError(
         f"{name}: expected samples of an image, a floating-point tensor (C, H, W), and a label, an integer or tensor, "
-        f"and nothing else, so that more of them can be made; found {found}. Let the data set return these, rather "
+        f"and nothing else, so that more of them can be made; found {found}. Let the dataset return these, rather "
         "than a collate_fn."
     )
 
 
 def refuse_dataset(data: Any, name: str) -> None:
-    """Raise :class:`DataError` unless ``data`` is a map-style data set with something in it."""
-    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+    """Raise :class:`DataError` unless ``data`` is a map-style dataset with something in it."""
+    if isinstance(data, IterableDataset) or not _has_rows(data):
         raise DataError(
-            f"{name}: expected a map-style data set (with __len__ and __getitem__) or a DataLoader over one, found "
+            f"{name}: expected a map-style dataset (with __len__ and __getitem__) or a DataLoader over one, found "
             f"{type(data).__name__}. A stream has no order to repeat and no place to resume from: load it whole."
         )
     if isinstance(data, Mapping):
         raise DataError(
-            f"{name}: expected one data set, found a {type(data).__name__} with {', '.join(map(repr, data))}. Pass one "
+            f"{name}: expected one dataset, found a {type(data).__name__} with {', '.join(map(repr, data))}. Pass one "
             f"split: data[{next(iter(data), 'train')!r}]."
         )
     if len(data) == 0:
         raise DataError(f"{name} is empty. Expected at least one batch.")
 
 
+def _has_rows(data: Any) -> bool:
+    single = getattr(data, "ndim", 1) == 0 or isinstance(data, type)
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not single
+
+
 def refuse_loader(loader: DataLoader[Any], name: str) -> None:
-    """Raise :class:`DataError` unless ``loader`` makes batches of a whole map-style data set."""
+    """Raise :class:`DataError` unless ``loader`` makes batches of a whole map-style dataset."""
     if isinstance(loader.dataset, IterableDataset):
         refuse_dataset(loader.dataset, name)
     if loader.batch_sampler is None:

@@ -31,7 +31,7 @@ class PixelSpace:
 
     Attributes:
         mean: One number, or one per channel, in units of the pixel range.
-        std: Likewise, above 0.
+        std: Standard deviations in the same form, above 0.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -74,8 +74,8 @@ class PixelSpace:
             raise ConfigurationError(f"{kind} turns pixels into colour indices, which have no gradient.")
         if not any(hasattr(processor, name) for name in ("do_rescale", "image_mean")):
             raise ConfigurationError(
-                f"{kind} is no image processor that says how it normalises: it has no do_rescale and no image_mean. "
-                "Write PixelSpace(mean=..., std=...) with what the data is normalised with."
+                f"{kind} is not an image processor that says how it normalises: it has no do_rescale and no "
+                "image_mean. Write PixelSpace(mean=..., std=...) with what the data is normalised with."
             )
         scale, shift, rescales = 255.0, 0.0, getattr(processor, "do_rescale", True)
         if rescales:

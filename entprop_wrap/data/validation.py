@@ -21,7 +21,15 @@ from entprop_wrap.errors import (
 )
 from entprop_wrap.utils.optimizer_steps import Watch
 
-__all__ = ["Checker", "check_batch_size", "check_images", "check_labels", "check_takes_images", "checker_of"]
+__all__ = [
+    "Checker",
+    "check_batch_size",
+    "check_dense",
+    "check_images",
+    "check_labels",
+    "check_takes_images",
+    "checker_of",
+]
 
 #: Interpolation without clamping overshoots valid pixels; further out than this, in pixel units, is another space.
 _TOLERANCE = 0.25
@@ -38,6 +46,7 @@ def check_images(images: Any, space: PixelSpace) -> None:
     """
     if not isinstance(images, Tensor):
         raise ImageError(f"Expected images as a tensor (N, C, H, W), found {type(images).__name__}.")
+    check_dense("images", images, ImageError)
     shape = tuple(images.shape)
     if not images.is_floating_point():
         raise ImageError(
@@ -55,6 +64,12 @@ def check_images(images: Any, space: PixelSpace) -> None:
         raise ImageError(f"Found images of shape {shape}, which looks like NHWC. Write images.permute(0, 3, 1, 2).")
     if space.channels not in (None, shape[1]):
         raise ImageError(f"Found {shape[1]} channels; pixel_space has a mean and std for {space.channels}.")
+
+
+def check_dense(name: str, tensor: Tensor, error: type[EntPropError]) -> None:
+    """Raise ``error`` if ``tensor`` is sparse, or on the meta device, where tensors have no values."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise error(f"Expected {name} as a dense tensor with data, found {tensor.layout} on {tensor.device}.")
 
 
 def check_takes_images(model: nn.Module) -> None:
@@ -91,6 +106,7 @@ def check_labels(labels: Any, images: Tensor) -> Tensor:
     """
     if not isinstance(labels, Tensor):
         raise LabelError(f"Expected labels as a tensor, found {type(labels).__name__}.")
+    check_dense("labels", labels, LabelError)
     if labels.device != images.device:
         raise LabelError(f"Labels are on {labels.device}, images on {images.device}: write labels.to(images.device).")
     shape, batch = tuple(labels.shape), len(images)

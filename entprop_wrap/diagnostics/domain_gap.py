@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.robustness.evaluated_model import check_module
 from entprop_wrap.robustness.result import escaped, markdown_table
+from entprop_wrap.utils.modules import check_module
 from entprop_wrap.utils.statistics import plain
 from entprop_wrap.wrapping.registry import find_registry
 from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX
@@ -72,7 +72,7 @@ def domain_gap(model: nn.Module) -> DomainGap:
     Raises:
         NotWrappedError: The model has no auxiliary copies.
     """
-    check_module(model, "The model")
+    check_module("The model", model)
     registry = find_registry(model)
     layers = []
     for name, norm in registry.norms.items():

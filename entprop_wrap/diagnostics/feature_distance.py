@@ -33,7 +33,7 @@ class FeatureDistance:
     Attributes:
         distances: Of "mixed", "selected" and "perturbed" images through the main norms, and of "perturbed, auxiliary",
             those through the norms that train on them (wrapped models only), to clean images through the main norms.
-        floor: Distance between two random halves of the clean images: what sampling noise alone makes of so many.
+        floor: Distance between two random halves of the clean images: what sampling noise alone gives at this number.
         images: Number of images by set, "clean" included. Fewer images are further away, see :func:`frechet_distance`.
         dimensions: Number of features D.
         covariance: "sample" or "shrunk".
@@ -66,7 +66,7 @@ class FeaturePicture:
 
     Attributes:
         points: By set, "clean" (main norms) and "perturbed, auxiliary" (or "perturbed" on a plain model): ``(x, y)``.
-        labels: Class of each point, likewise; of mixed images the first one.
+        labels: Class of each point, by the same names; of mixed images the first one.
         explained: Share of the variance that each axis holds, in [0, 1].
     """
 

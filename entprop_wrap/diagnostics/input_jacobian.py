@@ -32,9 +32,9 @@ class InputJacobian:
 
     Attributes:
         frobenius: Frobenius norm of each image, in logits per pixel range.
-        spectral: Largest singular value of each image, likewise: the most that logits move per length of a change.
+        spectral: Largest singular value of each image: the most that logits move per length of a change.
         frobenius_mean: Mean with a t-interval over batches.
-        spectral_mean: Likewise.
+        spectral_mean: Mean of ``spectral``, with its interval.
         images: Number of images.
     """
 
@@ -75,7 +75,7 @@ def input_jacobian(
 
     Raises:
         ConfigurationError: The model is in training mode; an option out of range.
-        UnsupportedModelError: The model is inside an ``auxiliary()`` block, is no module, or uses reentrant
+        UnsupportedModelError: The model is inside an ``auxiliary()`` block, is not a module, or uses reentrant
             checkpointing.
         NotWrappedError, AuxiliaryNameError: There is no such auxiliary domain.
         ModelOutputError: Logits or Jacobians are not finite.

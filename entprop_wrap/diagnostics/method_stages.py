@@ -212,7 +212,7 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
 
     Raises:
         ConfigurationError: The model is in training mode.
-        UnsupportedModelError: It is no module, or inside an ``auxiliary()`` block.
+        UnsupportedModelError: It is not a module, or inside an ``auxiliary()`` block.
     """
     check_state(model, "The model")
     device = device_of(model, torch.empty(0))

@@ -44,8 +44,8 @@ class Monitor:
         monitor.evaluated({"loss": validation_loss})                    # after each evaluation
 
     or ``Trainer(..., monitor=Monitor())``, where the numbers are those of the first process. Updates wait for nothing:
-    sums stay on the device and are read every so many steps. A monitor is not part of checkpoints; in a resumed run it
-    starts afresh. It changes nothing and draws no random numbers.
+    sums stay on the device and are read once in ``every`` steps. A monitor is not part of checkpoints; in a resumed run
+    it starts afresh. It changes nothing and draws no random numbers.
 
     A method that selects by entropy makes its selected images look uncertain by construction, so "selection" has three
     rules, all once the mean entropy is below 0.9 log C, which are these:
@@ -61,7 +61,7 @@ class Monitor:
     Thresholds are judgements, not from a paper: those above; growth of the auxiliary loss to 1.5 times its lowest and
     by 0.1 log C, twice as much as the main loss grows; 1.5 log C as worse than a guess; validation loss 10 % and 0.02
     log C above its best. Each must hold ``patience`` times in a row, except for losses that are not finite. Where the
-    loss is no cross-entropy, those in log C mean little.
+    loss is not cross-entropy, those in log C mean little.
 
     Args:
         every: Steps between two looks; what is judged are the means over them.
@@ -180,7 +180,7 @@ class Monitor:
                 f"Selected images are no further out of the distribution than random ones: the main loss of {main:.3g} "
                 f"is no better than a guess ({guess:.3g}), and yet the mean entropy is {entropy:.3g} nats, {long}, so "
                 "that entropy says nothing of the images. Check labels and data, lower the learning rate, or begin to "
-                "select once the model has learnt something. (Where the loss is no cross-entropy, ignore this.)",
+                "select once the model has learnt something. (Where the loss is not cross-entropy, ignore this.)",
             )
         if self._again("entropy", began and selected - entropy <= _LEAST_LEAD * entropy):
             self._warn(

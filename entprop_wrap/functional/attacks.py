@@ -65,13 +65,13 @@ class PGD:
         epsilon: Radius of the ball. For "linf", change of a pixel as a fraction of the pixel range, in (0, 1): 4/255.
             For "l2", length of the change of the whole image in the same unit, above 0: 128/255 is usual at 32 px.
         steps: Number of gradient steps, at least 1.
-        step_size: Length of a step, likewise; None: ``2.5 * epsilon / steps``, as Madry et al. have it.
+        step_size: Length of a step, in the same unit; None: ``2.5 * epsilon / steps``, as Madry et al. have it.
         random_start: Begin at a point drawn uniformly from the ball rather than at the image.
         norm: "linf" or "l2".
 
     Raises:
         ConfigurationError: An option is out of range.
-        PixelRangeError: For "linf", ``epsilon`` or ``step_size`` is no fraction of the pixel range.
+        PixelRangeError: For "linf", ``epsilon`` or ``step_size`` is not a fraction of the pixel range.
     """
 
     epsilon: float = 4 / 255
@@ -184,7 +184,7 @@ def ascend(
         origin: ``(N, C, H, W)`` in ``space``: where it began.
         gradient: ``(N, C, H, W)``, of the loss to increase.
         epsilon: Largest change of a pixel, as a fraction of the pixel range (4/255).
-        step_size: Change per step, likewise.
+        step_size: Change per step, in the same unit.
         space: The space of the images.
 
     Source: PGD (Madry et al., ICLR 2018, section 2.1), without a random start.

@@ -107,7 +107,7 @@ def is_mean(loss: Loss, logits: Tensor, labels: Tensor, value: Tensor, more: Map
             doubled = again()
         once, twice = float(value.detach()), float(doubled)
     except Exception:
-        return True  # a loss for so many rows and no others: a method that needs others fails by itself
+        return True  # a loss for this number of rows only: a method that needs others fails by itself
     return not (once != 0 and abs(twice - 2 * once) < 1e-3 * abs(once))
 
 

@@ -78,7 +78,7 @@ class MixUp:
     Source: Zhang et al., ICLR 2018, equation 1; one share per batch and a random permutation as in its official code.
 
     Attributes:
-        alpha: Shape of the Beta distribution, above 0; 1 is uniform (EntProp: 1 on small data sets, 0.2 on ImageNet).
+        alpha: Shape of the Beta distribution, above 0; 1 is uniform (EntProp: 1 on small datasets, 0.2 on ImageNet).
     """
 
     alpha: float = 1.0

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.utils.options import shown
 from entprop_wrap.utils.tensors import to_device
 
 __all__ = [
@@ -104,10 +105,10 @@ def find_uncertainty(uncertainty: Uncertainty | str) -> Uncertainty:
     """
     named = {score.__name__: score for score in (entropy, least_confidence, logit_margin, cross_entropy, random)}
     found = named.get(uncertainty) if isinstance(uncertainty, str) else uncertainty
-    if not callable(found):
+    if not callable(found) or isinstance(found, type):
         raise ConfigurationError(
             f"uncertainty must be a function (logits, labels) -> scores, or one of {list(named)}; found "
-            f"{uncertainty!r}."
+            f"{shown(uncertainty)}."
         )
     return found
 

@@ -67,8 +67,8 @@ class StepOutput:
 
         Raises:
             LabelError: A batch since the last call held labels out of range (accelerators only, see ``checks``).
-            PixelRangeError: A batch since the last call held images outside the pixel space, likewise.
-            DivergedError: An optimizer stepped on a loss that was not finite, likewise.
+            PixelRangeError: A batch since the last call held images outside the pixel space (accelerators only).
+            DivergedError: An optimizer stepped on a loss that was not finite (accelerators only).
         """
         if self.checker is not None:
             self.checker.raise_pending()

@@ -54,17 +54,17 @@ class EntProp:
         attack_steps: Number n of signed gradient steps, at least 0; 0 leaves the selected images where they are.
         epsilon: Largest change of a pixel, as a fraction of the pixel range. None: ``(n + 1)/255``, and 1/255 for n = 1
             (section 4.1.2).
-        step_size: Change per attack step, likewise. None: all of ``epsilon`` for one step, ``epsilon / (n + 1)`` for
-            more, which is 1/255 at the default epsilon (section 4.1.2).
+        step_size: Change per attack step, in the same unit. None: all of ``epsilon`` for one step,
+            ``epsilon / (n + 1)`` for more, which is 1/255 at the default epsilon (section 4.1.2).
         mix: What raises entropy before selection: ``MixUp(alpha)`` or "mixup", ``CutMix(alpha)`` or "cutmix", your own
             mixer, or None.
         mix_on: "batch" mixes the whole batch before the main pass (Algorithm 1); "auxiliary" keeps the main pass clean
-            and mixes the selected images among themselves, their gradients likewise.
+            and mixes the selected images among themselves, and their gradients.
         auxiliary_target: Of mixed images in the auxiliary pass: "mixed" has both labels, as in the main pass; "source"
             only the first, which is the wrong one where ``share < 1/2`` (Algorithm 1 to the letter).
         uncertainty: Score to select by, ``(logits, labels) -> (N,)``, or the name of one; see
-            ``entprop_wrap.functional.uncertainty``. The labels are
-            those of the images themselves, also where the batch is mixed. ``selection.random`` is the control.
+            ``entprop_wrap.functional.uncertainty``. The labels are those of the images themselves, also where the
+            batch is mixed. "random" is the control.
         threshold: Select only samples that score above it, in units of the score (nats, for entropy), and ``fraction``
             of the batch at the most; but 2 also where fewer are above it, because batch statistics need as many. The
             paper selects by rank alone. How many there are is read from the device, which costs one synchronisation a
@@ -84,7 +84,7 @@ class EntProp:
 
     Raises:
         ConfigurationError: An option is out of range.
-        PixelRangeError: ``epsilon`` or ``step_size`` is no fraction of the pixel range.
+        PixelRangeError: ``epsilon`` or ``step_size`` is not a fraction of the pixel range.
     """
 
     fraction: float = 0.2
@@ -112,7 +112,9 @@ class EntProp:
         # From plain types, as command lines and YAML files have them, to what they stand for.
         object.__setattr__(self, "mix", find_mixer(self.mix, self.alpha))
         object.__setattr__(self, "alpha", None)
-        object.__setattr__(self, "uncertainty", find_uncertainty(self.uncertainty or "entropy"))
+        object.__setattr__(
+            self, "uncertainty", find_uncertainty("entropy" if self.uncertainty is None else self.uncertainty)
+        )
         for name, allowed in (
             ("mix_on", ("batch", "auxiliary")),
             ("auxiliary_target", ("mixed", "source")),

@@ -47,7 +47,7 @@ class StepLoss:
         """Return the loss.
 
         Raises:
-            ConfigurationError: It is no mean over rows, or its logits are not those of a pass.
+            ConfigurationError: It is not a mean over rows, or its logits are not those of a pass.
         """
         if (rows is not None or len(logits) < self.batch) and getattr(self.loss, "num_splits", 1) > 1:
             raise ConfigurationError(

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import platform
-import re
 import sys
 from importlib import metadata
-from typing import Any
 
 import torch
 
-from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.robustness import RobustnessResult
 
-__all__ = ["check_text", "corruption_name", "decimals_of", "percent", "points", "versions"]
+__all__ = ["corruption_name", "decimals_of", "percent", "points", "versions"]
 
 MINUS = "\N{MINUS SIGN}"
-
-
-def check_text(name: str, value: Any) -> None:
-    """Raise :class:`ConfigurationError` unless ``value`` is text that can be shown."""
-    if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
-        raise ConfigurationError(f"{name} must be text, found {value!r}.")
 
 
 def decimals_of(result: RobustnessResult) -> int:

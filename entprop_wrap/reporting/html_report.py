@@ -18,13 +18,13 @@ from torch import Tensor
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.reporting.diagnostic_panels import panels
-from entprop_wrap.reporting.formatting import check_text, versions
+from entprop_wrap.reporting.formatting import versions
 from entprop_wrap.reporting.gallery import gallery_of
 from entprop_wrap.reporting.heat_maps import heat_maps
 from entprop_wrap.reporting.study import Results, Study, cards, score_rows, study_of, verdict
 from entprop_wrap.reporting.study_charts import study_charts
 from entprop_wrap.robustness.pixels import space_of
-from entprop_wrap.utils.options import is_number
+from entprop_wrap.utils.options import check_text, is_number
 
 __all__ = ["report"]
 
@@ -106,7 +106,7 @@ def _check(path: Any, title: Any, cost_name: Any, command: Any, **mappings: Any)
     if not isinstance(path, (str, Path)):
         raise ConfigurationError(f"path must be a path such as 'report.html', found {path!r}.")
     file = Path(path)
-    if file.is_dir():
+    if os.path.isdir(file):
         raise ConfigurationError(f"{path} is a folder. Write the file, such as {str(file / 'report.html')!r}.")
     if file.suffix.lower() not in (".html", ".htm"):
         more = "; for Markdown use model_card()" if file.suffix.lower() == ".md" else ""

@@ -9,8 +9,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.reporting.formatting import check_text, corruption_name, decimals_of, percent, versions
+from entprop_wrap.reporting.formatting import corruption_name, decimals_of, percent, versions
 from entprop_wrap.robustness.result import RobustnessResult, markdown_table
+from entprop_wrap.utils.options import check_text, shown
 
 __all__ = ["model_card"]
 
@@ -57,16 +58,14 @@ def model_card(
     """
     if not isinstance(result, RobustnessResult):
         raise ConfigurationError(f"result must be a RobustnessResult, found {type(result).__name__}.")
-    for name, value in (("model", model), ("dataset", dataset), ("dataset_id", dataset_id)):
-        check_text(name, value)
-    options = {"dataset_config": dataset_config, "dataset_split": dataset_split, "base_model": base_model}
-    for name, option in (options | {"license": license, "training": training, "command": command}).items():
-        if option is not None:
-            check_text(name, option)
-    if isinstance(tags, str) or not isinstance(tags, Sequence):
-        raise ConfigurationError(f"tags must be a list of texts such as ['pets'], found {tags!r}.")
-    for tag in tags:
-        check_text("A tag", tag)
+    model, dataset = check_text("model", model), check_text("dataset", dataset)
+    dataset_id = check_text("dataset_id", dataset_id)
+    dataset_config, dataset_split = _option("dataset_config", dataset_config), _option("dataset_split", dataset_split)
+    base_model, license = _option("base_model", base_model), _option("license", license)
+    training, command = _option("training", training), _option("command", command)
+    if isinstance(tags, (str, bytes, bytearray)) or not isinstance(tags, Sequence):
+        raise ConfigurationError(f"tags must be a list of texts such as ['pets'], found {shown(tags)}.")
+    tags = [check_text("A tag", tag) for tag in tags]
     data = ModelCardData(
         license=license,
         base_model=base_model,
@@ -79,6 +78,10 @@ def model_card(
     )
     body = f"# {_text(model)}\n\n{_section(result, dataset, training, command)}"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _option(name: str, value: str | None) -> str | None:
+    return None if value is None else check_text(name, value)
 
 
 def _eval_results(

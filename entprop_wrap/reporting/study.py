@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from entprop_wrap.reporting.formatting import check_text, decimals_of, percent, points
+from entprop_wrap.reporting.formatting import decimals_of, percent, points
 from entprop_wrap.robustness import Comparison, Estimate, RobustnessResult, compare
+from entprop_wrap.utils.options import check_text
 
 __all__ = ["Column", "Results", "Study", "cards", "score_rows", "study_of", "verdict"]
 
@@ -80,7 +81,7 @@ def study_of(results: Any, confidence: float) -> Study:
         best=max(rows, key=lambda name: comparison.scores[name]["Hscore"].mean),
         first=first,
         seeds=comparison.seeds,
-        confidence=f"{100 * confidence:g} %",
+        confidence=f"{100 * comparison.confidence:g} %",
         decimals=decimals_of(first),
     )
 

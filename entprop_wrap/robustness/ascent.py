@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
-from entprop_wrap.robustness.evaluated_model import check_finite, check_labels_fit, check_module, logits
+from entprop_wrap.robustness.evaluated_model import check_finite, check_labels_fit, logits
 from entprop_wrap.robustness.pixels import to_images
-from entprop_wrap.utils.modules import plain_model, walk
+from entprop_wrap.utils.modules import check_module, plain_model, walk
 
 __all__ = ["AttackLoss", "check_attackable", "losses", "pixel_gradient"]
 
@@ -27,7 +27,7 @@ def check_attackable(model: nn.Module) -> None:
         ConfigurationError: The model, or a part of it, is in training mode.
         UnsupportedModelError: It is not a module, or float16.
     """
-    check_module(model, "The model")
+    check_module("The model", model)
     if any(module.training for module in walk(plain_model(model))):
         raise ConfigurationError("The model, or a part of it, is in training mode. Write model.eval() first.")
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):

@@ -5,9 +5,9 @@ fractions of the pixel range, whatever the images are normalised with, and attac
 attacked as it is evaluated: in evaluation mode, with no gradient left on its parameters. Images and labels are checked
 as in an evaluation, and logits must be finite.
 
-High accuracy under one attack is no proof of robustness: look at several, at large epsilons, where accuracy must fall
+High accuracy under one attack does not prove robustness: look at several, at large epsilons, where accuracy must fall
 to 0, and at transfer (Carlini et al. 2019, "On evaluating adversarial robustness", https://arxiv.org/abs/1902.06705).
-EntProp itself is no defence: its accuracy under PGD is near that of vanilla training (its table 11).
+EntProp itself is not a defence: its accuracy under PGD is near that of vanilla training (its table 11).
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class Transfer:
         attack: How; one of :mod:`entprop_wrap.functional.attacks` too.
 
     Raises:
-        ConfigurationError: ``source`` is no model, or ``attack`` no attack.
+        ConfigurationError: ``source`` is not a model, or ``attack`` not an attack.
 
     Source: Papernot et al. (2017), "Practical black-box attacks against machine learning".
     """

@@ -21,7 +21,7 @@ class Estimate:
 
     Attributes:
         mean: In the unit of the values.
-        half_width: Of the t-interval around the mean, likewise; None for one seed, which says nothing of the spread.
+        half_width: Of the t-interval around the mean; None for one seed, which says nothing of the spread.
     """
 
     mean: float
@@ -48,7 +48,7 @@ class Comparison:
         confidence: Of all intervals, in (0, 1).
         protocol: What RA is the mean over.
         scores: Estimates by method and score: "SA", "RA", "Hscore", and those of shifts and attacks.
-        differences: Likewise, of the method minus the baseline, seed by seed.
+        differences: Of the method minus the baseline, seed by seed, in the same form.
     """
 
     baseline: str

@@ -41,7 +41,7 @@ def accuracy_against_epsilon(
     Args:
         model: In evaluation mode, in its main domain.
         data: Batches in ``pixel_space``, as :func:`~entprop_wrap.robustness.evaluate_robustness` takes them.
-        epsilons: Fractions of the pixel range (for ``norm="l2"``, lengths in that unit); 0 is no attack.
+        epsilons: Fractions of the pixel range (for ``norm="l2"``, lengths in that unit); 0 means no attack.
         attack: What to do at each epsilon, its own being replaced; None: :class:`PGD` as it comes.
         pixel_space: What the data is normalised with; None: nothing.
         seed: Of random starts.
@@ -49,7 +49,7 @@ def accuracy_against_epsilon(
 
     Raises:
         ConfigurationError: No epsilons, or one twice; a model in training mode.
-        PixelRangeError: An epsilon that is no fraction of the pixel range.
+        PixelRangeError: An epsilon that is not a fraction of the pixel range.
         DataError, ImageError, LabelError, ModelOutputError: As :func:`~entprop_wrap.robustness.evaluate_robustness`.
     """
     check_state(model, "The model")

@@ -3,7 +3,7 @@
 Four kinds of data are told apart when there are several processes:
 
 * prepared by Accelerate: processes hold shares, and the last round repeats images, which are left out again;
-* with a ``DistributedSampler``: likewise;
+* with a ``DistributedSampler``: the same;
 * the same batches on every process: they are dealt out, one round after the other;
 * different batches on every process: these are shares that the caller made, and none is left out.
 """
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     Attributes:
         images: ``(N, C, H, W)``.
         labels: ``(N,)`` int64, on the CPU.
-        own: The first so many images are this process's own; the others are repetitions.
+        own: How many images, from the first, are this process's own; the others are repetitions.
         position: Number of images before the first one, over all processes where that is known.
     """
 

@@ -19,7 +19,7 @@ from entprop_wrap.errors import (
 )
 from entprop_wrap.robustness.scores import Tally
 from entprop_wrap.utils.model_output import logits_of
-from entprop_wrap.utils.modules import plain_model, walk
+from entprop_wrap.utils.modules import check_module, plain_model, walk
 from entprop_wrap.wrapping.model import auxiliary, is_wrapped
 from entprop_wrap.wrapping.registry import find_registry, find_wrapped
 
@@ -28,7 +28,6 @@ __all__ = [
     "EvaluatedModel",
     "check_finite",
     "check_labels_fit",
-    "check_module",
     "check_state",
     "describe",
     "device_of",
@@ -97,7 +96,7 @@ def evaluated_models(models: Mapping[str, nn.Module], auxiliaries: bool) -> dict
 
     Raises:
         ConfigurationError: There are no models, or one is in training mode.
-        UnsupportedModelError: One is no module, or inside ``auxiliary()``.
+        UnsupportedModelError: One is not a module, or inside ``auxiliary()``.
         NotWrappedError: ``auxiliaries`` are asked for, and none is wrapped.
     """
     if not models:
@@ -149,9 +148,9 @@ def check_state(model: nn.Module, name: str) -> None:
 
     Raises:
         ConfigurationError: It, or a part of it, is in training mode.
-        UnsupportedModelError: It is no module, or inside an ``auxiliary()`` block of this thread.
+        UnsupportedModelError: It is not a module, or inside an ``auxiliary()`` block of this thread.
     """
-    check_module(model, name)
+    check_module(name, model)
     # What DDP and torch.compile put around a model has a mode of its own, which changes nothing.
     model = plain_model(model)
     if model.training:
@@ -166,12 +165,6 @@ def check_state(model: nn.Module, name: str) -> None:
             f"{name} is inside an auxiliary() block. Expected the main domain: call it after the with-block, or write "
             "auxiliaries=True to have the auxiliary domains evaluated as well."
         )
-
-
-def check_module(model: object, name: str) -> None:
-    """Raise :class:`UnsupportedModelError` unless ``model`` is a module."""
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"{name}: expected a torch.nn.Module, found {type(model).__name__}.")
 
 
 def check_finite(found: Tensor, name: str) -> None:

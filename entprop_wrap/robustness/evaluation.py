@@ -131,7 +131,7 @@ def evaluate_robustness(
     subjects = [subject for group in groups.values() for subject in group]
 
     share, streams = ShardedData(data, space), Streams(seed)
-    # Now, so that what is no data fails before the many passes, not after.
+    # Now, so that what is not data fails before the many passes, not after.
     others = {name: ShardedData(other, space, f"shifts[{name!r}]") for name, other in shifts.items()}
     passes = len(share) * len(subjects) * (1 + len(conditions) + len(attacks))
     hidden = not progress or share.process > 0

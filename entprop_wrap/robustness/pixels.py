@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.data.validation import Checker
+from entprop_wrap.data.validation import Checker, check_dense
 from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, PixelRangeError
 from entprop_wrap.utils.options import shown
 
@@ -61,8 +61,7 @@ def check_batch(images: Any, labels: Any, space: PixelSpace, *, first: bool = Fa
     if not isinstance(labels, Tensor):
         raise LabelError(f"Expected labels as a tensor of class indices (N,), found {type(labels).__name__}.")
     for name, tensor, error in (("images", images, ImageError), ("labels", labels, LabelError)):
-        if tensor.is_meta or tensor.layout != torch.strided:
-            raise error(f"Expected {name} as a dense tensor with data, found {tensor.layout} on {tensor.device}.")
+        check_dense(name, tensor, error)
     shape = tuple(images.shape)
     if not images.is_floating_point():
         raise ImageError(

@@ -50,7 +50,7 @@ def conditions_of(
 
 
 def is_full(conditions: Collection[tuple[str, int]]) -> bool:
-    """Say whether these are the 15 corruptions of ImageNet-C at 5 severities, over which RA is published."""
+    """Return whether these are the 15 corruptions of ImageNet-C at 5 severities, over which RA is published."""
     return set(conditions) == {(name, severity) for name in CORRUPTIONS for severity in _SEVERITIES}
 
 

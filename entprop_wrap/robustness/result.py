@@ -28,7 +28,7 @@ class RobustnessResult:
         clean: Scores on the images as they are.
         corrupted: Scores by ``(corruption, severity)``, in the order of evaluation.
         seed: Seed of the corruptions.
-        shifts: Scores on other data sets, by the name they were given.
+        shifts: Scores on other datasets, by the name they were given.
         adversarial: Scores under attacks, by the name they were given. They enter neither RA nor Hscore.
         auxiliaries: The same for each auxiliary domain of the model, where that was asked for.
     """
@@ -129,7 +129,7 @@ class RobustnessResult:
         corruptions is mCE. Published values take AlexNet as the baseline, and are in percent.
 
         Raises:
-            ConfigurationError: The baseline is no result, has another protocol, or makes no error under some
+            ConfigurationError: The baseline is not a result, has another protocol, or makes no error under some
                 corruption.
 
         Source: Hendrycks & Dietterich (ICLR 2019), section 4.

@@ -25,8 +25,8 @@ def hscore(sa: float, ra: float) -> float:
         ra: Accuracy on corrupted ones, in the same unit.
 
     Raises:
-        ConfigurationError: An accuracy is no number of at least 0 and at most 100; or one is above 1 and the other in
-            (0, 1], which looks like percent and a fraction. Where it is less than 1 percent, pass fractions.
+        ConfigurationError: An accuracy is not a number of at least 0 and at most 100; or one is above 1 and the other
+            in (0, 1], which looks like percent and a fraction. Where it is less than 1 percent, pass fractions.
 
     Source: EntProp (Enomoto, UAI 2024), section 4.1.
     """

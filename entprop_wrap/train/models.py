@@ -145,7 +145,7 @@ def hub(name: str, options: Options) -> Blueprint:
 def repair_keep_probabilities(model: nn.Module) -> None:
     """Undo two conventions of TensorFlow that some converted models carry into PyTorch, where they mean the opposite.
 
-    MobileNetV1 in transformers drops 99.9 % of its features in training (TensorFlow *keeps* so many) and forgets its
+    MobileNetV1 in transformers drops 99.9 % of its features in training (TensorFlow *keeps* that share) and forgets its
     running statistics at every batch (momentum 0.9997, where TensorFlow keeps that share).
     """
     for name, module in model.named_modules():

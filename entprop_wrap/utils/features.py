@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
+from entprop_wrap.errors import ConfigurationError, ModelOutputError
 from entprop_wrap.utils.model_output import logits_of, raw_logits
-from entprop_wrap.utils.modules import plain_model, walk
+from entprop_wrap.utils.modules import check_module, plain_model, walk
 from entprop_wrap.utils.options import shown
 
 __all__ = ["Features", "features_of"]
@@ -93,10 +93,9 @@ def features_of(model: nn.Module, *, layer: str | None = None) -> Iterator[Featu
     Raises:
         ConfigurationError: There is no layer of that name.
         ModelOutputError: In a pass: no layer makes the logits, the chosen layer did not run or ran several times, or
-            its input is no tensor with one row (or map) per image.
+            its input is not a tensor with one row (or map) per image.
     """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"features_of() expects a torch.nn.Module, found {type(model).__name__}.")
+    check_module("features_of()", model)
     root = plain_model(model)
     modules = dict(root.named_modules())
     if layer is not None and (not isinstance(layer, str) or not layer or layer not in modules):

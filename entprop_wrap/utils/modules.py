@@ -23,9 +23,9 @@ __all__ = [
 
 
 def check_module(caller: str, model: object) -> None:
-    """Raise a :class:`TypeError` unless ``model`` is a module."""
+    """Raise :class:`UnsupportedModelError` unless ``model`` is a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller} expects a torch.nn.Module, found {type(model).__name__}.")
+        raise UnsupportedModelError(f"{caller}: expected a torch.nn.Module, found {type(model).__name__}.")
 
 
 def walk(model: nn.Module) -> Iterator[nn.Module]:

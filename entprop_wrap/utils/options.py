@@ -7,6 +7,7 @@ wherever Python's numbers, text and flags do.
 from __future__ import annotations
 
 import numbers
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -30,6 +31,8 @@ __all__ = [
     "check_number",
     "check_seed",
     "check_sequence",
+    "check_text",
+    "check_truth",
     "is_integer",
     "is_number",
     "shown",
@@ -111,6 +114,21 @@ def check_name(name: str, value: Any, otherwise: str = "") -> str:
             f"{name} must be the name of an auxiliary domain such as 'aux'{otherwise}; found {shown(value)}."
         )
     return value
+
+
+def check_text(name: str, value: Any) -> str:
+    """Return text that can be shown: not blank, and of characters that a file can hold."""
+    if not isinstance(value := as_python(value), str) or not value.strip() or re.search("[\ud800-\udfff]", value):
+        _refuse(name, "text", value)
+    return str(value)
+
+
+def check_truth(name: str, value: Any) -> bool:
+    """Return whether what the function ``name`` returned is true."""
+    try:
+        return bool(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"{name} must return True or False, found {shown(value)}.") from error
 
 
 def check_mapping(name: str, value: Any, what: str, example: str) -> dict[str, Any]:

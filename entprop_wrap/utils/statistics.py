@@ -22,7 +22,7 @@ class Interval:
     Attributes:
         value: The number itself.
         low: Lower end; None where a single batch, or image, says nothing of the spread.
-        high: Upper end, likewise.
+        high: Upper end, or None.
     """
 
     value: float

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -28,7 +28,7 @@ from entprop_wrap.errors import (
     UnsupportedModelError,
 )
 from entprop_wrap.utils.modules import check_module, refuse_wrapping, walk
-from entprop_wrap.utils.options import check_flag
+from entprop_wrap.utils.options import check_choice, check_flag, shown
 from entprop_wrap.wrapping.active_domain import key_of
 from entprop_wrap.wrapping.norm_layers import Selector, find_norms
 from entprop_wrap.wrapping.optimizer import guard_first_step
@@ -82,8 +82,8 @@ def wrap(
     Raises:
         NoNormLayersError: Nothing to copy.
         AlreadyWrappedError: The model or a part of it is wrapped.
-        AuxiliaryNameError: A name is no identifier, is repeated, or contains "norm" or "bias" (trainers decide weight
-            decay by such names).
+        AuxiliaryNameError: A name is not an identifier, is repeated, or contains "norm" or "bias" (trainers decide
+            weight decay by such names).
         UnsupportedModelError: The model is compiled, scripted, or inside DDP, FSDP or DataParallel, or a norm is lazy,
             parametrised, or has a ``forward`` set on the instance.
         ConfigurationError: ``include`` or ``exclude`` matches nothing, or no norm has what ``copies`` names.
@@ -166,10 +166,10 @@ def auxiliary(model: nn.Module, name: str | None = "aux", *, record_statistics: 
     check_module("auxiliary()", model)
     check_flag("record_statistics", record_statistics)
     registry = find_registry(model)
-    if name is not None and name not in registry.auxiliaries:
+    if name is not None and not (isinstance(name, str) and name in registry.auxiliaries):
         raise AuxiliaryNameError(
-            f"No auxiliary named {name!r}; this model has {', '.join(map(repr, registry.auxiliaries))}. "
-            f"Name it when wrapping: wrap(model, auxiliaries=({name!r},))."
+            f"No auxiliary named {shown(name)}; this model has {', '.join(map(repr, registry.auxiliaries))}. "
+            f"Name it when wrapping: wrap(model, auxiliaries=({shown(name)},))."
         )
     with registry.switch.block(key_of(name, record_statistics)):
         yield
@@ -219,6 +219,7 @@ def summary(model: nn.Module) -> Summary:
 
 def is_wrapped(model: nn.Module) -> bool:
     """Return whether ``model`` is, contains or is a part of a wrapped model."""
+    check_module("is_wrapped()", model)
     return any(isinstance(module, SwitchedNorm) for module in walk(model))
 
 
@@ -240,10 +241,9 @@ def _checked_names(auxiliaries: object) -> tuple[str, ...]:
 
 def _with_something_to_copy(norms: dict[str, nn.Module], copies: Copies) -> dict[str, nn.Module]:
     """Return the norms to switch: with "statistics", those that keep some."""
+    copies = cast(Copies, check_choice("copies", copies, ("all", "affine", "statistics")))
     if copies == "all":
         return norms
-    if copies not in ("affine", "statistics"):
-        raise ConfigurationError(f'copies must be "all", "affine" or "statistics", found {copies!r}.')
     held = {"affine": "_parameters", "statistics": "_buffers"}[copies]
     having = {name: norm for name, norm in norms.items() if any(t is not None for t in getattr(norm, held).values())}
     if not having:

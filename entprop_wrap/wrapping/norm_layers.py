@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 from torch.nn.utils import parametrize
 
 from entprop_wrap.errors import ConfigurationError, NoNormLayersError, UnsupportedModelError
+from entprop_wrap.utils.options import check_truth, shown
 from entprop_wrap.wrapping.switched_norm import AuxiliaryNorm
 
 __all__ = ["Selector", "find_norms", "is_norm"]
@@ -31,7 +32,7 @@ _NOT_NORMS = frozenset({"GlobalResponseNorm", "ConvNextV2GRN", "NormFreeBlock"})
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Say whether ``module`` is a norm layer whose state is worth an auxiliary copy.
+    """Return whether ``module`` is a norm layer whose state is worth an auxiliary copy.
 
     A norm is a subclass of torch's batch, instance, layer, group or RMS norm, or a class named ``*norm*`` that owns
     a vector of parameters itself and contains no layer with weights (that would be a block). Linear layers and
@@ -109,6 +110,7 @@ def _selectors(value: Selector | Iterable[Selector] | None, argument: str) -> li
     if value is None:
         return []
     single = isinstance(value, (str, type)) or callable(value) or not isinstance(value, Iterable)
+    single = single or getattr(value, "ndim", 1) == 0  # an array that is a number
     selectors: list[Any] = [value] if single else list(value)  # type: ignore[arg-type]
     if not selectors and argument == "include":
         raise ConfigurationError(
@@ -117,7 +119,7 @@ def _selectors(value: Selector | Iterable[Selector] | None, argument: str) -> li
         )
     for selector in selectors:
         if isinstance(selector, nn.Module) or not (isinstance(selector, str) or callable(selector)):
-            raise ConfigurationError(f"{argument}= holds {selector!r}, which selects nothing. {_SELECTORS}")
+            raise ConfigurationError(f"{argument}= holds {shown(selector)}, which selects nothing. {_SELECTORS}")
     return selectors
 
 
@@ -129,7 +131,11 @@ def _matches(modules: dict[str, nn.Module], selectors: list[Selector], argument:
         elif isinstance(selector, type):
             hits = {name for name, module in modules.items() if isinstance(module, selector)}
         else:
-            hits = {name for name, module in modules.items() if selector(name, module)}
+            hits = {
+                name
+                for name, module in modules.items()
+                if check_truth(f"A predicate of {argument}=", selector(name, module))
+            }
         if not hits:
             near = difflib.get_close_matches(str(selector), modules, n=3) if isinstance(selector, str) else []
             hint = f" Close names: {', '.join(near)}." if near else ""
@@ -144,8 +150,8 @@ def _why_none(model: nn.Module, modules: dict[str, nn.Module], recognised: list[
         return f"exclude= removes all {len(recognised)} norm layers of {kind}: {_some(recognised)}."
     if gates := [name for name, module in modules.items() if type(module).__name__ in _NOT_NORMS]:
         return (
-            f"{kind} has no norm layer, only {type(modules[gates[0]]).__name__} ({_some(gates)}), which is no norm by "
-            "default. Pass include= to copy it all the same."
+            f"{kind} has no norm layer, only {type(modules[gates[0]]).__name__} ({_some(gates)}), which is not a norm "
+            "by default. Pass include= to copy it all the same."
         )
     stateless = [name for name, module in modules.items() if "norm" in type(module).__name__.lower()]
     if stateless:

@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from entprop_wrap.errors import ConfigurationError, OptimizerMismatchError, UnsupportedModelError
+from entprop_wrap.errors import OptimizerMismatchError, UnsupportedModelError
 from entprop_wrap.utils.modules import check_module, plain_model
-from entprop_wrap.utils.options import check_number
+from entprop_wrap.utils.options import check_function, check_number, check_truth
 from entprop_wrap.wrapping.norm_layers import is_norm
 from entprop_wrap.wrapping.registry import Registry, find_registry
 from entprop_wrap.wrapping.state_dict import auxiliary_names
@@ -43,8 +43,8 @@ def parameter_groups(
         ConfigurationError: ``weight_decay`` is not a finite number of at least 0, or ``no_decay`` not a function.
     """
     check_number("weight_decay", weight_decay, lambda value: value >= 0, "of at least 0")
-    if no_decay is not None and not callable(no_decay):
-        raise ConfigurationError(f"no_decay expects a function (name, parameter) -> bool, found {no_decay!r}.")
+    if no_decay is not None:
+        check_function("no_decay", no_decay, "(name, parameter) -> bool", "no_decay=lambda name, p: p.ndim < 2")
     check_module("parameter_groups()", model)
     model = plain_model(model)
     parameters, originals = dict(model.named_parameters()), auxiliary_names(model)
@@ -61,7 +61,7 @@ def parameter_groups(
     for name, parameter in parameters.items():
         if parameter.requires_grad:
             original = originals.get(name, name)
-            exempt = no_decay(original, parameters.get(original, parameter))
+            exempt = check_truth("no_decay", no_decay(original, parameters.get(original, parameter)))
             (undecayed if exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.utils.modules import check_module, plain_model, walk
+from entprop_wrap.utils.options import shown
 from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX, AuxiliaryNorm, SwitchedNorm
 
 __all__ = [
@@ -58,19 +59,27 @@ def load_auxiliary_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> 
     Copies loaded by this stay as they are when a checkpoint of the plain model is loaded next, until they are trained.
 
     Raises:
-        CheckpointError: Keys are missing or unexpected: the model was wrapped with other options.
+        CheckpointError: Keys are missing or unexpected, or tensors of another shape: the model was wrapped with other
+            options. Nothing is loaded.
     """
     check_module("load_auxiliary_state_dict()", model)
     if not isinstance(state, Mapping):
         raise TypeError(f"load_auxiliary_state_dict() expects a state dict, found {type(state).__name__}.")
     root = plain_model(model)
-    expected = set(auxiliary_names(root)) & set(root.state_dict())
+    current = root.state_dict()
+    expected = set(auxiliary_names(root)) & set(current)
     if missing_or_foreign := expected ^ set(state):
         raise CheckpointError(
             f"The checkpoint's auxiliary copies do not fit the model: {len(expected - set(state))} missing and "
-            f"{len(set(state) - expected)} unexpected, for example {sorted(missing_or_foreign)[0]!r}. Wrap the model "
-            "with the same auxiliaries=, copies=, include= and exclude= as in the run that saved it."
+            f"{len(set(state) - expected)} unexpected, for example {min(map(str, missing_or_foreign))!r}. Wrap the "
+            "model with the same auxiliaries=, copies=, include= and exclude= as in the run that saved it."
         )
+    for key, found in state.items():
+        if not isinstance(found, Tensor) or found.is_meta or found.shape != current[key].shape:
+            raise CheckpointError(
+                f"The checkpoint's {key!r} does not fit the model: expected a tensor of shape "
+                f"{tuple(current[key].shape)}, found {shown(found)}."
+            )
     root.load_state_dict(dict(state), strict=False)
     for module in walk(root):
         if isinstance(module, AuxiliaryNorm):
@@ -87,6 +96,7 @@ def without_copies(model: nn.Module) -> Iterator[None]:
     Do not run the model or build optimizers in there; loaded weights leave the copies as they are. Needed for adapters
     of PEFT that hold norm layers (``modules_to_save``): they take names from the modules, whatever state dict is given.
     """
+    check_module("without_copies()", model)
     norms = [module for module in plain_model(model).modules() if isinstance(module, SwitchedNorm)]
     held = [
         (norm, {name: child for name, child in norm._modules.items() if isinstance(child, AuxiliaryNorm)})

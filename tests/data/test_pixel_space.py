@@ -49,7 +49,7 @@ def test_space_follows_the_options_of_a_processor(options):
 def test_processors_without_a_space_say_so():
     with pytest.raises(ConfigurationError, match="no gradient"):
         PixelSpace.from_processor(transformers.ImageGPTImageProcessor(clusters=np.zeros((4, 3))))
-    with pytest.raises(ConfigurationError, match="no image processor"):
+    with pytest.raises(ConfigurationError, match="not an image processor"):
         PixelSpace.from_processor(object())
 
 

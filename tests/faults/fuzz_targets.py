@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import importlib
 import inspect
+import pkgutil
 import tempfile
 import typing
 from collections.abc import Callable
@@ -15,37 +17,47 @@ import torch
 from torch import nn
 
 import entprop_wrap as entprop
-from entprop_wrap import diagnostics, methods, robustness, trainer
+from entprop_wrap import diagnostics, robustness
 from entprop_wrap.diagnostics import plots
 from entprop_wrap.functional import attacks, losses, mixing, uncertainty
 from entprop_wrap.methods import entropic_retraining
 from entprop_wrap.robustness import corruptions
 from entprop_wrap.utils import features
 
-#: Where users import from. The modules of parts (losses, mixing, ...) count where README and docstrings name them.
+#: Where users import from: every room, and the modules of parts that README and docstrings name.
 ROOMS = (
     entprop,
-    methods,
-    entropic_retraining,
+    *(
+        importlib.import_module(f"entprop_wrap.{room.name}")
+        for room in pkgutil.iter_modules(entprop.__path__)
+        if room.name not in ("__main__", "errors", "train", "utils")
+    ),
     attacks,
-    uncertainty,
-    features,
-    robustness,
     corruptions,
-    diagnostics,
+    entropic_retraining,
+    features,
     plots,
-    trainer,
+    uncertainty,
 )
 
 #: Public names that are not called with arguments of users.
 NOT_CALLED = {
-    *("Method", "Step", "StepOutput", "Summary", "Attack", "Gradient", "Uncertainty", "Corruption", "Features"),
-    *("CORRUPTIONS", "EXTRA_CORRUPTIONS", "Comparison", "Estimate", "RobustnessResult", "Scores"),
+    *("Method", "Step", "StepOutput", "Summary", "Attack", "Mixer", "Gradient", "Uncertainty", "Corruption"),
+    *("Features", "Comparison", "Estimate", "RobustnessResult", "Scores"),
     *("DomainGap", "EntropyStages", "FeatureDistance", "FeaturePicture", "InputJacobian", "Interval", "LayerGap"),
     *("OODScore", "SelectionOOD"),
     # Parts of methods, whose arguments were checked by then.
-    *("check_attack", "direction", "length", "uniform_start", "count", "scores", "top", "activation_entropy"),
-    *("cross_entropy", "entropy", "least_confidence", "logit_margin", "random"),
+    *("ascend", "check_attack", "normalize_l2", "l2_norm", "uniform_start", "num_selected", "compute_scores", "top_k"),
+    *(
+        "check_magnitude",
+        "activation_entropy",
+        "cross_entropy",
+        "entropy",
+        "least_confidence",
+        "logit_margin",
+        "random",
+    ),
+    "two_classes",
 }
 
 CLASSES = 5
@@ -221,7 +233,7 @@ def _all() -> dict[str, Target]:
     for room in ROOMS:
         for name in room.__all__:
             function = getattr(room, name)
-            if name in NOT_CALLED or id(function) in seen:
+            if name in NOT_CALLED or id(function) in seen or not callable(function):
                 continue
             seen.add(id(function))
             unique = name if name not in found else f"{room.__name__.rsplit('.')[-1]}.{name}"
@@ -252,6 +264,9 @@ GOOD |= {
     "step": lambda **_: entprop.training_step(model(training=True), *batch()),
     "metrics": lambda **_: {"loss": 1.0},
     "epsilon": lambda **_: 2 / 255,
+    "checkpoint": lambda **_: {"model": model().state_dict()},
+    "space": lambda **_: None,
+    "uncertainty": lambda **_: "entropy",
     "loss": lambda **_: torch.nn.functional.cross_entropy,
     "generator": lambda **_: None,
     ("robustness.PGD", "loss"): lambda **_: "margin",

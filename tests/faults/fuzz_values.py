@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import entprop_wrap as entprop
+from entprop_wrap.methods import Vanilla
 
 _EXPRESSIONS = """
 None True False 0 1 -1 2 3 0.5 -0.5 1.5 1e300 1e-300 10**30 -10**30 10**400 float('nan') float('inf') -float('inf') 1+2j
@@ -61,6 +62,7 @@ _NAMES = {
     "OrderedDict": OrderedDict,
     "Path": Path,
     "Returns": Returns,
+    "Vanilla": Vanilla,
     "entprop": entprop,
     "math": math,
     "nn": nn,

@@ -1,4 +1,4 @@
-"""Small images and data sets for the tests of image data."""
+"""Small images and datasets for the tests of image data."""
 
 from io import BytesIO
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A loss that is no mean over images raises in the first step of a model, before anything has changed."""
+"""A loss that is not a mean over images raises in the first step of a model, before anything has changed."""
 
 import pytest
 import torch

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -152,6 +153,10 @@ def test_it_saves_itself(tmp_path):
     assert ModelCard.load(tmp_path / "README.md").data.to_dict() == found.data.to_dict()
 
 
+def test_text_of_numpy_is_text():
+    assert str(card(license=np.str_("mit"), tags=[np.str_("a")])) == str(card(license="mit", tags=["a"]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -165,6 +170,7 @@ def test_it_saves_itself(tmp_path):
         ({"training": 3}, "training must be text"),
         ({"tags": "abc"}, r"tags must be a list of texts such as \['pets'\], found 'abc'"),
         ({"tags": None}, "tags must be a list"),
+        ({"tags": b"ab"}, "tags must be a list"),
         ({"tags": [3]}, "A tag must be text, found 3"),
     ],
 )

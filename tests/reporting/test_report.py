@@ -577,6 +577,8 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path):
         report(result(0), tmp_path / "file" / "x.html")
     with pytest.raises(ConfigurationError, match="cannot be written"):
         report(result(0), "a\0.html")
+    with pytest.raises(ConfigurationError, match=r"path must end in \.html"):
+        report(result(0), "x" * 2000)
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 

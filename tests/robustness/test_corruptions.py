@@ -366,7 +366,7 @@ def test_refuses_wrong_images(name, images, error, match):
 @pytest.mark.parametrize("severity", [0, 6, -1, 2.0, True, "3", None])
 @pytest.mark.parametrize("name", ALL)
 def test_refuses_wrong_severities(name, severity):
-    with pytest.raises(ConfigurationError, match="from 1"):
+    with pytest.raises(ConfigurationError, match="severity must be an integer of at least 1"):
         corrupt(GOOD, name, severity)
 
 

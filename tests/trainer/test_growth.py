@@ -299,13 +299,13 @@ def trainer(tmp_path, data, *, epochs=3, **options):
 @pytest.mark.parametrize(
     ("data", "source", "message"),
     [
-        (lambda: Stream(), None, "map-style data set"),
+        (lambda: Stream(), None, "map-style dataset"),
         (lambda: Named(8), None, "a dict with 'image', 'label', 'name'"),
         (lambda: DataLoader(Undecoded(8), 4, collate_fn=stacked), None, r"found \(ndarray, int\)"),
         (lambda: DataLoader(Images(8), 4, sampler=WeightedRandomSampler([1] * 8, 8)), None, "sampler of its own"),
         (lambda: DataLoader(Images(8), batch_sampler=[[0, 1], [2, 3]]), None, "sampler of its own"),
         (lambda: Images(8), Images(9), "source has 9 samples, train_data 8"),
-        (lambda: Images(8), Stream(), "source: expected a map-style data set"),
+        (lambda: Images(8), Stream(), "source: expected a map-style dataset"),
         (lambda: Images(8), Undecoded(8), r"source: expected .* found \(ndarray, int\)"),
         (lambda: Images(8), [(torch.zeros(3, 8, 8), 3)] * 8, "with label 3, that of train_data .* with 0"),
         (lambda: Images(8), [(torch.zeros(3, 9, 9), 0)] * 8, r"is \(3, 9, 9\) .* \(3, 8, 8\)"),

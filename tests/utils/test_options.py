@@ -10,7 +10,7 @@ from torch import nn
 import entprop_wrap as entprop
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.diagnostics import Monitor
-from entprop_wrap.errors import ConfigurationError, PixelRangeError
+from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, PixelRangeError
 from entprop_wrap.functional import CutMix
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import (
@@ -25,6 +25,7 @@ from entprop_wrap.methods import (
     Vanilla,
 )
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
+from entprop_wrap.robustness import corrupt
 from entprop_wrap.robustness.attacks import PGD as MeasuringPGD
 from entprop_wrap.trainer.growth import MaximumEntropyGrowth
 from entprop_wrap.utils.options import as_python, check_seed
@@ -191,7 +192,7 @@ def test_seeds(value):
     [
         ({"loss": "ce"}, TypeError, "loss expects a function"),
         ({"loss": nn.CrossEntropyLoss}, TypeError, r"write torch\.nn\.functional\.cross_entropy"),
-        ({"backward": 1.0}, TypeError, "backward expects a function"),
+        ({"backward": 1.0}, ConfigurationError, "backward must be a function of a loss, found 1.0"),
         ({"pixel_space": (0.5, 0.5)}, TypeError, r"write PixelSpace\(mean, std\)"),
         ({"generator": 3}, ConfigurationError, "generator expects a CPU generator, found 3"),
     ],
@@ -200,6 +201,30 @@ def test_arguments_of_a_step(options, error, message):
     model = entprop.wrap(make(BatchNormNet))
     with pytest.raises(error, match=message):
         entprop.training_step(model, torch.rand(8, 3, 8, 8), torch.arange(8) % 4, **options)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.to("meta"), lambda t: t.to_sparse()], ids=["meta", "sparse"])
+def test_batches_without_values(change):
+    model, images, labels = entprop.wrap(make(BatchNormNet)), torch.rand(8, 3, 32, 32), torch.arange(8) % 4
+    with pytest.raises(ImageError, match="Expected images as a dense tensor with data"):
+        entprop.training_step(model, change(images), labels)
+    with pytest.raises(LabelError, match="Expected labels as a dense tensor with data"):
+        entprop.training_step(model, images, change(labels))
+    with pytest.raises(ImageError, match="Expected images as a dense tensor with data"):
+        corrupt(change(images), "fog", 1)
+
+
+@pytest.mark.parametrize("value", [torch.rand(4, 3), 0, [], nn.Linear])
+def test_what_is_not_an_uncertainty(value):
+    with pytest.raises(
+        ConfigurationError, match=r"uncertainty must be a function \(logits, labels\) -> scores, or one"
+    ):
+        EntProp(uncertainty=value)
+
+
+def test_names_of_corruptions():
+    with pytest.raises(ConfigurationError, match=r"name must be that of a corruption, found \['fog'\]"):
+        corrupt(torch.rand(1, 3, 32, 32), ["fog"], 1)
 
 
 @pytest.mark.parametrize(

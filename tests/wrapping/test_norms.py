@@ -413,7 +413,7 @@ def test_a_name_misspelt_is_answered_with_close_ones():
         (nn.Sequential(nn.Linear(3, 3)), {}, "has no norm layer \\(AlexNet"),
         (nn.Sequential(nn.LayerNorm(3)), {"exclude": nn.LayerNorm}, "exclude= removes all 1 norm layers"),
         (nn.Sequential(nn.LayerNorm(3, elementwise_affine=False)), {}, "have no state that training moves \\('0'\\)"),
-        ("gate", {}, "only GlobalResponseNorm \\('0'\\), which is no norm by default"),
+        ("gate", {}, "only GlobalResponseNorm \\('0'\\), which is not a norm by default"),
     ],
     ids=["none", "excluded", "stateless", "gates"],
 )

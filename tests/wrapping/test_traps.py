@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,14 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import (
     AlreadyWrappedError,
     AuxiliaryNameError,
+    CheckpointError,
     ConfigurationError,
     EntPropError,
     NotWrappedError,
     UnsupportedModelError,
 )
 from entprop_wrap.methods import Vanilla
-from entprop_wrap.wrapping import check_optimizer
+from entprop_wrap.wrapping import check_optimizer, is_wrapped, without_copies
 from entprop_wrap.wrapping.switched_norm import SwitchedNorm
 from tests.helpers.keys import is_auxiliary_key
 from tests.helpers.norm_nets import Toy, rows, toy
@@ -199,7 +201,7 @@ def test_wrapping_torchscript():
 
 
 def test_wrapping_no_module():
-    with pytest.raises(TypeError, match=r"expects a torch\.nn\.Module, found dict"):
+    with pytest.raises(UnsupportedModelError, match=r"expected a torch\.nn\.Module, found dict"):
         entprop.wrap({})
 
 
@@ -407,7 +409,7 @@ def test_bad_names(auxiliaries, message):
 )
 @pytest.mark.parametrize("model", [None, "model", {}, toy], ids=["None", "text", "dict", "function"])
 def test_what_is_not_a_module(call, model):
-    with pytest.raises(TypeError, match=r"expects a torch\.nn\.Module, found"):
+    with pytest.raises(UnsupportedModelError, match=r"expected a torch\.nn\.Module, found"):
         call(model)
 
 
@@ -422,6 +424,39 @@ def test_arguments_of_the_wrong_kind():
         check_optimizer(model, "SGD")
     with pytest.raises(TypeError, match="expects a state dict, found int"):
         entprop.load_auxiliary_state_dict(model, 5)
+    with pytest.raises(AuxiliaryNameError, match="No auxiliary named ndarray of shape"):
+        entprop.auxiliary(model, np.arange(2)).__enter__()
+    with pytest.raises(UnsupportedModelError, match=r"is_wrapped\(\): expected"):
+        is_wrapped({})
+    with pytest.raises(UnsupportedModelError, match=r"without_copies\(\): expected"):
+        without_copies({}).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"include": np.array(2)}, r"include= holds array\(2\), which selects nothing"),
+        ({"exclude": lambda name, module: torch.ones(2)}, "A predicate of exclude= must return True or False, found"),
+        ({"copies": np.arange(2)}, "copies must be 'all', 'affine' or 'statistics', found ndarray"),
+    ],
+)
+def test_options_of_the_wrong_kind(options, message):
+    model = toy()
+    with pytest.raises(ConfigurationError, match=message):
+        entprop.wrap(model, **options)
+    assert not is_wrapped(model)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2), 3, "meta"], ids=["shape", "no tensor", "no values"])
+def test_copies_that_do_not_fit_leave_all_as_it_was(value):
+    model = entprop.wrap(toy())
+    before = copy.deepcopy(model.state_dict())
+    state = {key: tensor + 1 for key, tensor in entprop.auxiliary_state_dict(model).items()}
+    last = list(state)[-1]
+    state[last] = state[last].to("meta") if isinstance(value, str) else value
+    with pytest.raises(CheckpointError, match=f"{last!r} does not fit the model: expected a tensor of shape"):
+        entprop.load_auxiliary_state_dict(model, state)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_a_name_that_is_taken():

@@ -53,6 +53,7 @@ from entprop_wrap.robustness.corruptions.overlays import (
 from entprop_wrap.robustness.corruptions.refraction import caustic_refraction
 from entprop_wrap.robustness.corruptions.spatter import spatter
 from entprop_wrap.robustness.corruptions.weather import fog, frost, snow
+from entprop_wrap.utils.options import shown
 
 __all__ = [
     "CORRUPTIONS",
@@ -169,8 +170,8 @@ def corrupt(images: Tensor, name: str, severity: int, generator: torch.Generator
         ImageError: ``images`` is not such a batch, or holds values that are not finite.
         PixelRangeError: Values lie outside [0, 1].
     """
-    if name not in _KNOWN:
+    if not isinstance(name, str) or name not in _KNOWN:
         close = difflib.get_close_matches(str(name), _KNOWN, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"Known are: {', '.join(_KNOWN)}."
-        raise ConfigurationError(f"name must be that of a corruption, found {name!r}. {hint}")
+        raise ConfigurationError(f"name must be that of a corruption, found {shown(name)}. {hint}")
     return _KNOWN[name](images, severity, generator)

@@ -18,7 +18,9 @@ from typing import Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from entprop_wrap.errors import ConfigurationError, ImageError, PixelRangeError
+from entprop_wrap.data.validation import check_dense
+from entprop_wrap.errors import ImageError, PixelRangeError
+from entprop_wrap.utils.options import check_integer
 
 __all__ = ["LEAST_SIDE", "SMALL_SIDE", "Corruption", "Levels", "begin", "finish", "in_slices"]
 
@@ -125,8 +127,7 @@ def begin(images: Tensor, severity: int, levels: Levels[Constants]) -> tuple[Ten
     Raises:
         ConfigurationError: ``severity`` is not an int from 1 to 5.
     """
-    if isinstance(severity, bool) or not isinstance(severity, int) or not 1 <= severity <= 5:
-        raise ConfigurationError(f"severity must be an int from 1 (mild) to 5 (strong), found {severity!r}.")
+    severity = check_integer("severity", severity, 1, 5)
     pixels = images.detach()
     if pixels.dtype in (torch.float16, torch.bfloat16):
         pixels = pixels.float()
@@ -141,6 +142,7 @@ def finish(pixels: Tensor, images: Tensor) -> Tensor:
 def _check(images: Tensor) -> None:
     if not isinstance(images, Tensor):
         raise ImageError(f"images must be a tensor (N, 3, H, W), found {type(images).__name__}.")
+    check_dense("images", images, ImageError)
     if images.dim() != 4 or images.shape[1] != 3:
         hint = "; add the batch dimension with images.unsqueeze(0)" if images.dim() == 3 else ""
         if images.dim() == 4 and images.shape[-1] == 3:

@@ -60,7 +60,7 @@ def glass_blur(images: Tensor, severity: int, generator: torch.Generator | None 
     """Blur, let pixels be overwritten by near neighbours, and blur again, as behind frosted glass.
 
     The released code means to swap pixels one after the other, but its swap assigns through views, so each pixel
-    is overwritten by its neighbour and the neighbour stays. The data sets were made that way, and so is this:
+    is overwritten by its neighbour and the neighbour stays. The datasets were made that way, and so is this:
     exactly that process in distribution, with all chains of copies resolved at once (see :func:`_copied_from`).
     Its rounding down to bytes between the steps is left out.
 

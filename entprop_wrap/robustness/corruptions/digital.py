@@ -17,7 +17,7 @@ _BRIGHTNESS = Levels((0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3))
 # What is left of the distance to the mean colour.
 _CONTRAST = Levels((0.4, 0.3, 0.2, 0.1, 0.05), (0.75, 0.5, 0.4, 0.3, 0.15))
 # Displacement, its smoothness (a standard deviation), and how far corners move: fractions of 244 px on images of
-# 224 px (a slip of the released code that made the data set), and of the side for small images.
+# 224 px (a slip of the released code that made the dataset), and of the side for small images.
 _ELASTIC = Levels(
     ((2.0, 0.7, 0.1), (2.0, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)),
     ((0.0, 0.0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),

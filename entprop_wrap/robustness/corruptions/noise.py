@@ -72,7 +72,7 @@ def _poisson(rate: Tensor, probability: Tensor, highest: float) -> Tensor:
         return _sum_up(rate, probability, highest)
     counts = _expand(rate.clamp(min=_FEW), probability)
     if highest <= 4.0 * _FEW:
-        # With so many pixels below, doing all of them both ways costs less than picking them out.
+        # With most pixels below, doing all of them both ways costs less than picking them out.
         few = _sum_up(rate.clamp(max=_FEW), probability, _FEW)
         return torch.lerp(counts, few, (rate < _FEW).to(rate.dtype))
     rate, counts = rate.flatten(), counts.flatten()

@@ -56,7 +56,7 @@ def plasma(draws: Draws, height: int, width: int, decay: float) -> Tensor:
 def panes(height: int, width: int, grain: float, shrink: int, device: torch.device) -> Tensor:
     """Pictures of frost, bytes ``(5, 3, height, width)``: always the same ones, made on the CPU and then kept.
 
-    They take the place of the photographs of the data sets, and like those they are there to be cropped.
+    They take the place of the photographs of the datasets, and like those they are there to be cropped.
 
     Args:
         height: In pixels.

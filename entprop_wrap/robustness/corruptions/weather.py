@@ -74,8 +74,8 @@ def snow(images: Tensor, severity: int, generator: torch.Generator | None = None
 def frost(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
     """Add ice that has grown on the lens: for each image a random crop of a picture of frost.
 
-    The data sets used five photographs. Here five pictures are generated (see :func:`~.textures.panes`) and blended
-    with the published weights, so that scores on this corruption are not those on the data sets' frost. The first
+    The datasets used five photographs. Here five pictures are generated (see :func:`~.textures.panes`) and blended
+    with the published weights, so that scores on this corruption are not those on the datasets' frost. The first
     call for images of a new size takes a second or two, to draw them.
     """
     pixels, (image_weight, ice_weight) = begin(images, severity, _FROST)
