@@ -18,6 +18,7 @@ from entprop_wrap.errors import ConfigurationError, DivergedError, LabelError, M
 from entprop_wrap.functional.losses import Loss, Target, asked
 from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.methods.step_loss import StepLoss, check_scalar, refuse_idle_heads
+from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import no_gradient_sync, plain_model, refuse_container, walk
 from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.wrapping.model import auxiliary, is_wrapped
@@ -169,7 +170,7 @@ class Step:
             self.checker.check_takes_parts(self.model)
         output = self.model(images)
         differentiable, least = torch.is_grad_enabled(), 1 if self.loss.takes_any_targets else 2
-        logits = validation.logits_of(output, len(images), differentiable=differentiable, least=least)
+        logits = logits_of(output, len(images), differentiable=differentiable, least=least)
         if logits.shape[1] != self.checker.classes:  # the first pass, or the model was given another head
             self._check_labels(logits.shape[1])
             if differentiable and "outputs" not in self.loss.asked:
