@@ -6,6 +6,7 @@ checkpoints/step-00000123/
     ema.safetensors, ema_auxiliary.safetensors    the same of the moving average
     optimizer.pt               states of optimizer, schedule and gradient scaler
     process-00000.pt           random states and running averages, for each process
+    lagged-00000.safetensors   what waits for the next step of EntProp(lagged=True), for each process; absent otherwise
     state.json                 where the run stood, its last evaluation, its options, and checksums of all files
 checkpoints/growth/
     phase-01.safetensors       what the data has grown, where it does; see growth.py

@@ -19,6 +19,7 @@ from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, 
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, StepOutput, check_method
+from entprop_wrap.methods.lagged import load_lagged_state
 from entprop_wrap.trainer.accelerator import Prepared, make_accelerator, trackers
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, read_state
 from entprop_wrap.trainer.config import TrainerConfig
@@ -217,6 +218,7 @@ class Trainer:
             read = together(lambda: checkpoint and state.read(checkpoint))
             set_seed(config.seed, device_specific=True)
             state.generator.manual_seed(seed_of(config.seed, "step", self.accelerator.process_index))
+            load_lagged_state(self.model, {})  # a run begins without what earlier steps of the model have left
             if checkpoint is not None and read is not None:
                 if self._growing is not None:
                     self._growing.restore(len(read["position"].grown), checkpoint.parent / "growth")

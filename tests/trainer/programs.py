@@ -9,6 +9,7 @@ import torch
 
 import entprop_wrap as entprop
 from entprop_wrap.methods import Vanilla
+from entprop_wrap.methods.lagged import lagged_state
 from tests.helpers.trainer_toys import BatchNormNet, GroupNormNet, Images, make
 
 torch.set_num_threads(1)
@@ -54,6 +55,27 @@ def resume(*folders):
         # Whatever the new process has done with its random numbers before must not matter.
         torch.rand(17)
         resumable(folder, workers=int(folder.endswith("workers"))).fit(resume=True)
+
+
+LAGGED = {
+    "plain": {},
+    "accumulated": {"gradient_accumulation_steps": 2, "ema_decay": 0.8, "channels_last": True},
+}
+
+
+def lagged(folder, kind):
+    """A run of 2 epochs of 5 batches, saved after every step; images wait between all of them."""
+    config = entprop.TrainerConfig(
+        epochs=2, batch_size=8, output_dir=folder, save_every_steps=1, keep_last=None, progress=False, **LAGGED[kind]
+    )
+    method = entprop.EntProp(fraction=0.25, lagged=True)
+    return entprop.Trainer(make(BatchNormNet), Images(augment=True), Images(seed=1), method=method, config=config)
+
+
+def resume_lagged(whole, resumed):
+    """Continue in the middle of the first epoch."""
+    for kind in LAGGED:
+        lagged(f"{resumed}/{kind}", kind).fit(resume=f"{whole}/{kind}/checkpoints/step-00000002")
 
 
 def short(folder, optimizer="sgd", **options):
@@ -117,6 +139,11 @@ def distributed(folder, accumulation=1):
 
 def _resume_together(folder):
     """Processes with dropout, MixUp and statistics of their own go on from the middle of an epoch, bit for bit."""
+    for method in (entprop.EntProp(), entprop.EntProp(lagged=True)):
+        _resume_one_together(f"{folder}/{'lagged' if method.lagged else 'plain'}", method)
+
+
+def _resume_one_together(folder, method):
     ends = []
     for name, resume in (("whole", False), ("resumed", f"{folder}/whole/checkpoints/step-00000003")):
         config = entprop.TrainerConfig(
@@ -129,12 +156,18 @@ def _resume_together(folder):
             keep_last=None,
             progress=False,
         )
-        trainer = entprop.Trainer(make(BatchNormNet), Images(64, augment=True), Images(), config=config)
+        images = Images(64, augment=True)
+        trainer = entprop.Trainer(make(BatchNormNet), images, Images(), method=method, config=config)
         torch.rand(len(name))  # where random numbers stand must not matter
         trainer.fit(resume=resume)
         average = trainer._state.average.module
         ends.append(
-            [(trainer.position, trainer.evaluate()), *trainer.model.state_dict().values(), average.bn.running_var]
+            [
+                (trainer.position, trainer.evaluate()),
+                *trainer.model.state_dict().values(),
+                average.bn.running_var,
+                *lagged_state(trainer.model).values(),
+            ]
         )
     assert ends[0][0] == ends[1][0]
     assert all(map(torch.equal, ends[0][1:], ends[1][1:]))
