@@ -37,7 +37,6 @@ class Position:
         batch: Batches of the current epoch that are done, per process.
         evaluation: The metrics of the evaluation at this step, if there was one.
         best: The best value so far of each metric that a best checkpoint was kept by.
-        grown: SHA-256 of the images that each phase of growth has made.
     """
 
     step: int = 0
@@ -45,7 +44,6 @@ class Position:
     batch: int = 0
     evaluation: dict[str, float] | None = None
     best: dict[str, float] = field(default_factory=dict)
-    grown: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 
 import entprop_wrap as entprop
-from entprop_wrap.methods import Vanilla
+from entprop_wrap.methods import EntropyAscent, Vanilla, grow
 from entprop_wrap.methods.lagged import lagged_state
 from tests.helpers.trainer_toys import BatchNormNet, GroupNormNet, Images, make
 
 torch.set_num_threads(1)
+
+ASCENT = EntropyAscent(steps=2, step_size=1.0)
 
 
 def resumable(folder, *, workers=0, stop_after=None):
@@ -76,6 +78,55 @@ def resume_lagged(whole, resumed):
     """Continue in the middle of the first epoch."""
     for kind in LAGGED:
         lagged(f"{resumed}/{kind}", kind).fit(resume=f"{whole}/{kind}/checkpoints/step-00000002")
+
+
+def phased(folder, *, resume=False, stop_after=None):
+    """Two phases of 2 epochs: on 20 images, saved after steps 5 and 10, then on 40, saved after 10 and 20."""
+    batches = 0
+
+    def loss(logits, labels):
+        nonlocal batches
+        batches += model.training
+        if batches == stop_after:
+            raise KeyboardInterrupt
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    loss.__qualname__, loss.__module__ = "loss", "tests"
+    model, data = make(BatchNormNet), Images(20, augment=True)
+    for phase in (1, 2):
+        config = entprop.TrainerConfig(
+            epochs=2, batch_size=4, output_dir=f"{folder}/phase{phase}", keep_last=None, progress=False
+        )
+        entprop.Trainer(model, data, Images(8), method=Vanilla(), loss=loss, config=config).fit(resume=resume)
+        if phase == 1:
+            data = grow(model, data, ascent=ASCENT, augment=lambda image: image * torch.rand(1), progress=False)
+    return model, data
+
+
+def resume_phased(*folders):
+    for folder in folders:
+        torch.rand(17)
+        phased(folder, resume=True)
+
+
+def grow_together(folder):
+    """Two processes make a share each, by the statistics of the first; they train on the same data then."""
+    model, _ = phased(folder)
+    data = Images(20)
+    model.bn.running_mean += 0.1 * torch.distributed.get_rank()  # as far as the first does not share its own
+    grown = grow(model, data, ascent=ASCENT, batch_size=3, progress=False).datasets[1]
+    assert torch.equal(grown.labels, data.labels)
+    found = [grown.images, model.bn.running_mean]
+    others = [None, None]
+    torch.distributed.all_gather_object(others, found)
+    assert all(map(torch.equal, *others))
+    torch.save(
+        {"images": grown.images, "model": model.state_dict()},
+        f"{folder}/grown-{torch.distributed.get_rank()}.pt",
+    )
+    torch.distributed.barrier()
+    # Gloo's threads may abort an interpreter that shuts down while containers hold the group (pytorch#179291).
+    os._exit(0)
 
 
 def short(folder, optimizer="sgd", **options):

@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_leaves
 
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from tests.trainer import programs
-from tests.trainer.test_growth import growing
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
 
@@ -53,7 +52,7 @@ def test_windows_flushes_only_what_may_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", refusing_fsync)
     monkeypatch.setattr(os, "open", refusing_open)
-    growing(tmp_path, unit="epochs", images=8).fit()
+    programs.short(tmp_path).fit()
     assert len(list(tmp_path.glob("checkpoints/step-*"))) > 1
 
 
