@@ -29,6 +29,7 @@ def test_a_run_without_double_precision(tmp_path, monkeypatch):
     trainer = programs.short(tmp_path, ema_decay=0.5)
     # The one place for them, behind a copy to the CPU.
     monkeypatch.setattr(torch.Tensor, "double", lambda tensor: torch.tensor(tensor.tolist()))
+    trainer.pixel_space.scale(torch.zeros(1, 3, 1, 1))  # constants are made on the CPU, and then single
     with NoDoubles():
         found = trainer.fit()
         with pytest.raises(TypeError, match="MPS"):
