@@ -93,7 +93,7 @@ def form_of(dataset: Any, space: PixelSpace) -> dict[str, Any]:
     if isinstance(batch, Mapping):
         keys = tuple(next(key for key, value in batch.items() if value is part) for part in (images, labels))
     label = sample[1 if keys is None else keys[1]]
-    form = {"dtype": images.dtype, "keys": keys, "plain_labels": not isinstance(label, Tensor)}
+    form: dict[str, Any] = {"dtype": images.dtype, "keys": keys, "plain_labels": not isinstance(label, Tensor)}
     collate([sample, GrownImages(to_bytes(images, space), labels, space, **form)[0]])
     return form
 

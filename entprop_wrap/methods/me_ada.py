@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, SequentialSampler
 from tqdm.auto import tqdm
 
 from entprop_wrap.data.batches import images_and_labels
@@ -260,7 +260,7 @@ def grow(
     process, processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     for buffer in inner.buffers() if processes > 1 else ():
         dist.broadcast(buffer, 0)
-    batches = [range(start, min(start + batch_size, len(climbing))) for start in range(0, len(climbing), batch_size)]
+    batches = list(BatchSampler(SequentialSampler(climbing), batch_size, drop_last=False))
     loader = DataLoader(climbing, batch_sampler=batches[process::processes], num_workers=workers, collate_fn=collate)
     bar = tqdm(loader, "growing", disable=not progress or process > 0, unit="batch")
     shares = [[_climbed(inner, batch, ascent, loss or cross_entropy, space) for batch in bar]]
