@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+import random
+import zlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, default_collate
 
 from entprop_wrap.data.batches import images_and_labels, refuse_dataset, refuse_loader
 from entprop_wrap.errors import DataError
-from entprop_wrap.trainer.reproducible import ReproducibleBatches, random_states_kept, seed_everything, seed_of
 
-__all__ = ["Batches"]
+__all__ = ["Batches", "seed_of"]
 
 
 class Batches:
@@ -188,3 +191,63 @@ class Batches:
 def _as_it_is(batch: Any) -> Any:
     """Return a batch that is one already."""
     return batch
+
+
+class ReproducibleBatches(Dataset[Any]):
+    """A data set that loads and collates whole batches, each sample under random states of its own.
+
+    Args:
+        dataset: Anything with ``__getitem__``.
+        collate: Makes a batch of a list of samples.
+        seed: Of the run.
+        epoch: Counted from 0.
+        name: What messages call the data.
+
+    Raises:
+        DataError: A sample cannot be loaded; the message has its index.
+    """
+
+    def __init__(
+        self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, epoch: int, name: str = "The data"
+    ) -> None:
+        self.dataset, self.collate, self.seed, self.epoch, self.name = dataset, collate, seed, epoch, name
+
+    def __getitem__(self, index: Hashable) -> Any:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[Hashable]) -> Any:
+        samples = []
+        with random_states_kept():
+            for index in indices:
+                seed_everything(seed_of(self.seed, self.epoch, index))
+                try:
+                    samples.append(self.dataset[index])
+                except Exception as error:  # a StopIteration would end the epoch
+                    raise DataError(f"{self.name}[{index!r}] raised {type(error).__name__}: {error}") from error
+            # Collating may be random as well: MixUp is often done there.
+            seed_everything(seed_of(self.seed, self.epoch, "collate", indices[0]))
+            return self.collate(samples)
+
+
+def seed_of(*parts: Hashable) -> int:
+    """Return a seed in [0, 2^32) that depends on ``repr`` of the parts, the same in every process."""
+    return zlib.crc32(repr(parts).encode())
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what transforms draw from: Python, NumPy and torch, on the CPU."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Leave the random states of Python, NumPy and torch (CPU) as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])

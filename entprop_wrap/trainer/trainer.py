@@ -23,14 +23,12 @@ from entprop_wrap.methods.lagged import load_lagged_state
 from entprop_wrap.trainer.accelerator import Prepared, make_accelerator, trackers
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, read_state
 from entprop_wrap.trainer.config import TrainerConfig
-from entprop_wrap.trainer.data_loader import Batches
+from entprop_wrap.trainer.data_loader import Batches, seed_of
 from entprop_wrap.trainer.ema import make_average, share_statistics
-from entprop_wrap.trainer.evaluation import evaluate
 from entprop_wrap.trainer.export import export_model
 from entprop_wrap.trainer.loop import Loop, evaluating_parts
-from entprop_wrap.trainer.metrics import Meter, MetricsFile
+from entprop_wrap.trainer.metrics import Meter, MetricsFile, evaluate
 from entprop_wrap.trainer.optimizer import wrap_with_optimizer
-from entprop_wrap.trainer.reproducible import seed_of
 from entprop_wrap.trainer.run_identity import check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import check_loss, check_pixel_space, training_step
