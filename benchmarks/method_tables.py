@@ -1,6 +1,6 @@
 """What methods.py compares: every method, and the shapes of the paper's tables 7, 8, 16 and 17.
 
-An entry is a dict with "method"; "growth" for the Trainer; or "start", the name of the entry whose weights it begins
+An entry is a dict with "method"; "grows" where the data does; or "start", the name of the entry whose weights it begins
 with, and "recipe": for how many epochs it continues, and at what share of the learning rate. The first entry of a table
 is what the others are compared with.
 """
@@ -13,11 +13,10 @@ from typing import Any
 
 from entprop_wrap import EntProp
 from entprop_wrap.functional import uncertainty
-from entprop_wrap.methods import MEADA, EntropyAscent, Method, Vanilla
+from entprop_wrap.methods import MEADA, Method, Vanilla
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 from entprop_wrap.train import methods as method_parts
 from entprop_wrap.train.options import Options
-from entprop_wrap.trainer import MaximumEntropyGrowth
 
 Entries = dict[str, dict[str, Any]]
 PAPER = (0.2, 1), (0.6, 1), (0.2, 5), (0.6, 5)
@@ -50,7 +49,6 @@ def made(name: str, epsilon: float | None, **options: Any) -> Method:
 
 def methods(epsilon: float | None, epochs: int) -> Entries:
     """Return every method. Adversarial training takes 5 attack steps, as AdvProp does."""
-    growth = MaximumEntropyGrowth(EntropyAscent.cifar(), phases=2, every=max(1, epochs // 10))
     retraining = {"epochs": max(1, epochs // 4), "learning_rate": 0.1}
     plain = {
         "vanilla": made("vanilla", epsilon),
@@ -71,7 +69,7 @@ def methods(epsilon: float | None, epochs: int) -> Entries:
     }
     return {
         **{name: {"method": method} for name, method in plain.items()},
-        "ME-ADA, data grows": {"method": Vanilla(), "growth": growth},
+        "ME-ADA, data grows": {"method": Vanilla(), "grows": True},
         "vanilla, trained on": {"method": Vanilla(), "start": "vanilla", "recipe": retraining},
         "EntropicRetraining": {"method": EntropicRetraining(), "start": "vanilla", "recipe": retraining},
     }

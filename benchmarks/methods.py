@@ -72,7 +72,7 @@ def settings_of(table: Table, recipe: Any, epsilon: float | None) -> dict[str, A
         if "recipe" in entry:
             share = entry["recipe"]["learning_rate"]
             own = replace(recipe, epochs=entry["recipe"]["epochs"], learning_rate=share * recipe.learning_rate)
-        settings[name] = sweep.Setting(own, entry["method"], entry.get("growth"), start)
+        settings[name] = sweep.Setting(own, entry["method"], entry.get("grows", False), start)
     return settings
 
 

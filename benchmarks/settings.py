@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Subset
@@ -48,13 +47,13 @@ class Setting:
     Attributes:
         recipe: How.
         method: With what in a step.
-        growth: For the Trainer: how the data grows, or None.
+        grows: Whether the data grows in phases, as ME-ADA's does.
         start: What is trained first, whose weights this begins with; None: a new model.
     """
 
     recipe: Recipe
     method: Method
-    growth: Any = None
+    grows: bool = False
     start: Setting | None = None
 
 

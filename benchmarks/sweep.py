@@ -21,12 +21,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import entprop_wrap as entprop
-from entprop_wrap import Trainer, TrainerConfig
+from entprop_wrap import TrainerConfig
 from entprop_wrap.robustness import RobustnessResult, evaluate_robustness
 from entprop_wrap.train import data as data_parts
 from entprop_wrap.train import models as model_parts
 from entprop_wrap.train import results
 from entprop_wrap.train.options import Options
+from entprop_wrap.train.phases import fit, phases_of
 from entprop_wrap.train.run import attacks
 
 
@@ -112,34 +113,28 @@ class Sweep:
         images = part_of(data.train, recipe.share)
         batch = min(recipe.batch_size, len(images))
         steps = recipe.epochs * (len(data.train) // recipe.batch_size)
-        extra = {} if setting.growth is None else {"growth": setting.growth}
         with tempfile.TemporaryDirectory() as scratch:
-            trainer = Trainer(
-                model,
-                images,
-                method=setting.method,
-                pixel_space=data.space,
-                config=TrainerConfig(
-                    epochs=max(1, round(steps / (len(images) // batch))),
-                    batch_size=batch,
-                    optimizer=recipe.optimizer,
-                    learning_rate=recipe.learning_rate,
-                    weight_decay=recipe.weight_decay,
-                    warmup=recipe.warmup,
-                    max_grad_norm=None,
-                    channels_last=recipe.channels_last,
-                    seed=seed,
-                    save_every=None,
-                    keep_best=None,
-                    output_dir=scratch,
-                    progress=False,
-                ),
-                **extra,
+            config = TrainerConfig(
+                batch_size=batch,
+                optimizer=recipe.optimizer,
+                learning_rate=recipe.learning_rate,
+                weight_decay=recipe.weight_decay,
+                warmup=recipe.warmup,
+                max_grad_norm=None,
+                channels_last=recipe.channels_last,
+                seed=seed,
+                save_every=None,
+                keep_best=None,
+                output_dir=scratch,
+                progress=False,
             )
+            epochs = max(1, round(steps / (len(images) // batch)))
+            phases = phases_of(epochs) if setting.grows else (epochs,)
+            options = {"method": setting.method, "pixel_space": data.space}
             wall, cpu = time.perf_counter(), time.process_time()
-            trainer.fit()
+            fit(model, images, phases=phases, config=config, **options)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            history = results.read_history(Path(scratch) / "metrics.jsonl")
+            history = results.read_history(Path(scratch))
         if setting.method.auxiliaries:
             entprop.unwrap(model)
         passes = results.Run("", seed, wall, history).passes

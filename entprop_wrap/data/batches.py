@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from entprop_wrap.errors import DataError
 
-__all__ = ["Form", "form_of", "images_and_labels", "refuse_dataset", "refuse_loader"]
+__all__ = ["images_and_labels", "refuse_dataset", "refuse_loader"]
 
 _IMAGES = ("pixel_values", "images", "image")
 _LABELS = ("labels", "label")
@@ -44,67 +41,6 @@ def images_and_labels(batch: Any, name: str = "The data") -> tuple[Tensor, Tenso
             f"and 'labels' or 'label'; found {found}. Return both from the dataset, or from a DataLoader's collate_fn."
         )
     return images, labels
-
-
-@dataclass(frozen=True)
-class Form:
-    """Where a sample has its image and its label, and of which types they are.
-
-    Attributes:
-        image: Key or index of the image.
-        target: Key or index of the label.
-        mapping: Whether samples are dicts, rather than pairs.
-        dtype: Of images.
-        label_type: A type of tensors, or None where labels are plain integers.
-    """
-
-    image: Any
-    target: Any
-    mapping: bool
-    dtype: torch.dtype
-    label_type: torch.dtype | None
-
-    def take(self, sample: Any) -> tuple[Tensor, Any]:
-        """Return image and label of a sample."""
-        return sample[self.image], sample[self.target]
-
-    def give(self, image: Tensor, label: Tensor) -> Any:
-        """Return a sample of this form."""
-        if self.mapping:
-            return {self.image: image, self.target: self.label(label)}
-        return image, self.label(label)
-
-    def label(self, label: Tensor) -> Any:
-        """Return a label as samples of this form have it."""
-        return int(label) if self.label_type is None else label.to(self.label_type)
-
-
-def form_of(sample: Any, name: str) -> Form:
-    """Return the form of a sample that is an image tensor, its label, and nothing else.
-
-    Raises:
-        DataError: It is of another form.
-    """
-    if isinstance(sample, Mapping):
-        keys: list[Any] = [next((key for key in names if key in sample), None) for names in (_IMAGES, _LABELS)]
-        good, found = len(sample) == 2 and None not in keys, f"a dict with {', '.join(map(repr, sample))}"
-    else:
-        keys, good = [0, 1], isinstance(sample, (tuple, list)) and len(sample) == 2
-        found = type(sample).__name__
-    if good:
-        image, label = sample[keys[0]], sample[keys[1]]
-        whole = isinstance(label, numbers.Integral) and not isinstance(label, bool)
-        good = isinstance(image, Tensor) and image.ndim == 3 and image.is_floating_point()
-        good = good and (whole or (isinstance(label, Tensor) and label.ndim <= 1))
-        found = f"({type(image).__name__}, {type(label).__name__})"
-        if good:
-            label_type = None if whole else label.dtype
-            return Form(keys[0], keys[1], isinstance(sample, Mapping), image.dtype, label_type)
-    raise DataError(
-        f"{name}: expected samples of an image, a floating-point tensor (C, H, W), and a label, an integer or tensor, "
-        f"and nothing else, so that more of them can be made; found {found}. Let the dataset return these, rather "
-        "than a collate_fn."
-    )
 
 
 def refuse_dataset(data: Any, name: str) -> None:

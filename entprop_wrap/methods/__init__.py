@@ -4,10 +4,9 @@ from entprop_wrap.methods.adversarial_training import AdversarialTraining
 from entprop_wrap.methods.advprop import AdvProp
 from entprop_wrap.methods.base import Method, Step, StepOutput
 from entprop_wrap.methods.entprop import EntProp
-from entprop_wrap.methods.entropy_ascent import EntropyAscent
 from entprop_wrap.methods.fast_advprop import FastAdvProp
 from entprop_wrap.methods.fine_grained_advprop import FineGrainedAdvProp
-from entprop_wrap.methods.meada import MEADA
+from entprop_wrap.methods.me_ada import MEADA, EntropyAscent, grow
 from entprop_wrap.methods.mixprop import MixProp
 from entprop_wrap.methods.vanilla import Vanilla
 
@@ -24,4 +23,5 @@ __all__ = [
     "Step",
     "StepOutput",
     "Vanilla",
+    "grow",
 ]

@@ -24,7 +24,7 @@ from entprop_wrap.methods import (
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 from entprop_wrap.train.options import DIGITS, MethodOptions, Options, did_you_mean, flag
 from entprop_wrap.train.options import fraction as read_fraction
-from entprop_wrap.trainer import MaximumEntropyGrowth
+from entprop_wrap.train.phases import phases_of
 
 
 def weak_and_strong(strong: PGD) -> FineGrainedAdvProp:
@@ -47,7 +47,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "fine_grained_advprop": lambda: weak_and_strong(PGD()),
     "fast_advprop": FastAdvProp,
     "me_ada": partial(MEADA, fraction=0.2),
-    "me_ada_growth": Vanilla,  # and growth(), below
+    "me_ada_growth": Vanilla,  # and phases(), below
     "pgd_at": AdversarialTraining,
     "trades": partial(AdversarialTraining, kind="trades"),
     "entropic_retraining": EntropicRetraining,
@@ -111,12 +111,14 @@ def epochs(method: Any, options: Options) -> int:
     return options.epochs
 
 
-def growth(name: str, options: Options) -> MaximumEntropyGrowth | None:
-    """Return how the training data grows, as published for CIFAR: twice, after each tenth of the epochs."""
-    if name != "me_ada_growth":
-        return None
-    assert options.epochs is not None
-    return MaximumEntropyGrowth.cifar(every=max(1, options.epochs // 10))
+def phases(name: str, method: Any, options: Options) -> tuple[int, ...]:
+    """Return the epochs of each phase of training, after each of which the data grows: one, but for ME-ADA.
+
+    Raises:
+        ConfigurationError: There are too few epochs for ME-ADA's.
+    """
+    number = epochs(method, options)
+    return phases_of(number) if name == "me_ada_growth" else (number,)
 
 
 def _flags(options: Options) -> Iterator[tuple[str, str, Any]]:

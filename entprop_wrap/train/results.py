@@ -50,9 +50,15 @@ class Run:
         return statistics.fmean(record["passes"] for record in self.history if "passes" in record)
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl, where there is one; those of earlier phases come first."""
+    records: list[dict[str, Any]] = []
+    for path in (*sorted(folder.glob("phase*/metrics.jsonl")), folder / "metrics.jsonl"):
+        before = records[-1] if records else {"step": 0, "epoch": 0}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            record = json.loads(line)
+            records.append({**record, **{key: record[key] + before[key] for key in before.keys() & {"step", "epoch"}}})
+    return records
 
 
 def table(runs: Sequence[Run], data: Data) -> str:

@@ -19,7 +19,8 @@ from entprop_wrap.train import models as model_parts
 from entprop_wrap.train import results
 from entprop_wrap.train.data import Data, load
 from entprop_wrap.train.options import Options
-from entprop_wrap.trainer import Trainer, TrainerConfig
+from entprop_wrap.train.phases import fit
+from entprop_wrap.trainer import TrainerConfig
 from entprop_wrap.wrapping.model import unwrap, wrap
 
 __all__ = ["attacks", "run"]
@@ -31,8 +32,7 @@ def run(options: Options) -> None:
     methods = method_parts.build(options)
     settings = config(options)
     for name, method in methods.items():
-        if growth := method_parts.growth(name, options):
-            growth.plan(lambda phases: 1, method_parts.epochs(method, options), 1)
+        method_parts.phases(name, method, options)
     blueprint = model_parts.find(options)
     data = load(options, blueprint.space, blueprint.size)
     if options.augment != "none":
@@ -51,7 +51,6 @@ def run(options: Options) -> None:
             accelerate.utils.set_seed(seed)
             own = replace(
                 settings,
-                epochs=method_parts.epochs(method, options),
                 seed=seed,
                 output_dir=options.run_folder(name, seed),
             )
@@ -101,20 +100,21 @@ def train(
 ) -> tuple[results.Run, nn.Module]:
     """Train one model; return the record of the run, and the plain model in evaluation mode."""
     monitor = Monitor() if options.monitor else None
-    trainer = Trainer(
-        model,
-        data.train,
-        data.test,
-        method=method,
-        pixel_space=data.space,
-        monitor=monitor,
-        growth=method_parts.growth(name, options),
-        config=settings,
-    )
+    phases = method_parts.phases(name, method, options)
     folder = Path(settings.output_dir)
     seconds = seconds_before(folder, settings.batch_size)
     start = time.perf_counter()
-    trainer.fit(resume=options.resume)
+    trainer = fit(
+        model,
+        data.train,
+        data.test,
+        phases=phases,
+        config=settings,
+        resume=options.resume,
+        method=method,
+        pixel_space=data.space,
+        monitor=monitor,
+    )
     seconds += time.perf_counter() - start
     found = {}
     if accelerate.PartialState().is_main_process:
@@ -123,7 +123,7 @@ def train(
         if settings.seed == options.seed and accelerate.PartialState().num_processes == 1:
             found = results.diagnose(name, method, trainer.model.eval(), data, options)
         unwrap(trainer.model)
-    history = results.read_history(folder / "metrics.jsonl")
+    history = results.read_history(folder)
     warnings = monitor.warnings if monitor else {}
     one = results.Run(name, settings.seed, seconds, history, diagnostics=found, warnings=warnings)
     return one, trainer.model.eval()
@@ -133,10 +133,8 @@ def seconds_before(folder: Path, batch_size: int) -> float:
     """Return how long a run has been trained before it is resumed; of one that was killed, its logged steps alone."""
     if (folder / "seconds.json").exists():
         return float(json.loads((folder / "seconds.json").read_text())["seconds"])
-    if not (folder / "metrics.jsonl").exists():
-        return 0.0
     seconds, last = 0.0, 0
-    for record in results.read_history(folder / "metrics.jsonl"):
+    for record in results.read_history(folder):
         if "images_per_second" in record:
             images = (record["step"] - last) * batch_size * accelerate.PartialState().num_processes
             seconds, last = seconds + images / record["images_per_second"], record["step"]

@@ -1,7 +1,6 @@
 """The trainer: whole training runs on Accelerate."""
 
 from entprop_wrap.trainer.config import TrainerConfig
-from entprop_wrap.trainer.growth import MaximumEntropyGrowth
 from entprop_wrap.trainer.trainer import Trainer
 
-__all__ = ["MaximumEntropyGrowth", "Trainer", "TrainerConfig"]
+__all__ = ["Trainer", "TrainerConfig"]

@@ -6,9 +6,8 @@ checkpoints/step-00000123/
     ema.safetensors, ema_auxiliary.safetensors    the same of the moving average
     optimizer.pt               states of optimizer, schedule and gradient scaler
     process-00000.pt           random states and running averages, for each process
+    lagged-00000.safetensors   what waits for the next step of EntProp(lagged=True), for each process; absent otherwise
     state.json                 where the run stood, its last evaluation, its options, and checksums of all files
-checkpoints/growth/
-    phase-01.safetensors       what the data has grown, where it does; see growth.py
 """
 
 from __future__ import annotations
@@ -132,8 +131,6 @@ class CheckpointFolder:
 
         def finish() -> None:
             files = {file.name: sha256(file) for file in sorted(partial.iterdir())}
-            for phase, digest in enumerate(state.position.grown, start=1):
-                files[f"../growth/phase-{phase:02d}.safetensors"] = digest
             self._write_state(partial, state, files)
 
         def publish() -> None:

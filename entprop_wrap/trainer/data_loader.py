@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Hashable, Iterator, Sequence
+import random
+import zlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, default_collate
 
 from entprop_wrap.data.batches import images_and_labels, refuse_dataset, refuse_loader
 from entprop_wrap.errors import DataError
-from entprop_wrap.trainer.reproducible import ReproducibleBatches, random_states_kept, seed_everything, seed_of
 
-__all__ = ["Batches", "as_it_is"]
+__all__ = ["Batches", "seed_of"]
 
 
 class Batches:
@@ -92,32 +94,8 @@ class Batches:
         """Return the number of batches that :meth:`epoch` yields, the same on every process."""
         return self._length
 
-    def length(self, epoch: int) -> int:
-        """Return the number of batches of an epoch, which is that of any."""
-        return self._length
-
-    def of(self, dataset: Any) -> Batches:
-        """Return batches of another data set in the same way: as many samples each, shuffled if these are.
-
-        Raises:
-            DataError: The order of these is no simple one, so that it says nothing about other data.
-        """
-        order = getattr(self.sampler, "sampler", None)
-        shuffled = type(order) is RandomSampler and not order.replacement and order.num_samples == self.samples
-        if type(self.sampler) is not BatchSampler or not (shuffled or type(order) is SequentialSampler):
-            raise DataError(
-                f"{self.name}: a DataLoader with a sampler of its own chooses among the samples it knows, and cannot "
-                "go on as the data grows. Expected a data set, or DataLoader(data, batch_size, shuffle=True)."
-            )
-        other = copy.copy(self)
-        other.dataset, other.samples = dataset, len(dataset)
-        ordered = RandomSampler(dataset) if shuffled else SequentialSampler(dataset)
-        other.sampler = BatchSampler(ordered, self.sampler.batch_size, self.sampler.drop_last)
-        other._share_out()
-        return other
-
-    def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(images, labels)`` of one epoch on the device, of batches ``start`` to ``stop``; only these load."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(images, labels)`` of one epoch on the device, from batch ``start`` on; only these load."""
         batches, _ = self._share(self._plan(epoch))
         if len(batches) != self._length:
             raise DataError(
@@ -126,8 +104,8 @@ class Batches:
             )
         loader = DataLoader(
             ReproducibleBatches(self.dataset, self.collate, self.seed, epoch, self.name),
-            batch_sampler=batches[start:stop],
-            collate_fn=as_it_is,
+            batch_sampler=batches[start:],
+            collate_fn=_as_it_is,
             generator=torch.Generator(),  # else torch draws from the generator that dropout draws from
             **self.options,
         )
@@ -136,8 +114,8 @@ class Batches:
             number += 1
             images, labels = images_and_labels(batch, self.name)
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        if number < len(batches[:stop]):
-            raise DataError(f"{self.name} ended after {number} of {len(batches[:stop])} batches: see its collate_fn.")
+        if number < len(batches):
+            raise DataError(f"{self.name} ended after {number} of {len(batches)} batches: see its collate_fn.")
 
     def _plan(self, epoch: int) -> list[list[Hashable]]:
         seed = seed_of(self.seed, epoch, "order")
@@ -210,6 +188,66 @@ class Batches:
         return {key: value if value == found[1][key] else "random" for key, value in found[0].items()}
 
 
-def as_it_is(batch: Any) -> Any:
+def _as_it_is(batch: Any) -> Any:
     """Return a batch that is one already."""
     return batch
+
+
+class ReproducibleBatches(Dataset[Any]):
+    """A data set that loads and collates whole batches, each sample under random states of its own.
+
+    Args:
+        dataset: Anything with ``__getitem__``.
+        collate: Makes a batch of a list of samples.
+        seed: Of the run.
+        epoch: Counted from 0.
+        name: What messages call the data.
+
+    Raises:
+        DataError: A sample cannot be loaded; the message has its index.
+    """
+
+    def __init__(
+        self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, epoch: int, name: str = "The data"
+    ) -> None:
+        self.dataset, self.collate, self.seed, self.epoch, self.name = dataset, collate, seed, epoch, name
+
+    def __getitem__(self, index: Hashable) -> Any:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[Hashable]) -> Any:
+        samples = []
+        with random_states_kept():
+            for index in indices:
+                seed_everything(seed_of(self.seed, self.epoch, index))
+                try:
+                    samples.append(self.dataset[index])
+                except Exception as error:  # a StopIteration would end the epoch
+                    raise DataError(f"{self.name}[{index!r}] raised {type(error).__name__}: {error}") from error
+            # Collating may be random as well: MixUp is often done there.
+            seed_everything(seed_of(self.seed, self.epoch, "collate", indices[0]))
+            return self.collate(samples)
+
+
+def seed_of(*parts: Hashable) -> int:
+    """Return a seed in [0, 2^32) that depends on ``repr`` of the parts, the same in every process."""
+    return zlib.crc32(repr(parts).encode())
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what transforms draw from: Python, NumPy and torch, on the CPU."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Leave the random states of Python, NumPy and torch (CPU) as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])

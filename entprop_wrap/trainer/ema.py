@@ -6,7 +6,7 @@ from accelerate.utils import broadcast
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-__all__ = ["make_average", "share_buffers", "share_statistics", "update_average"]
+__all__ = ["make_average", "share_statistics", "update_average"]
 
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -34,10 +34,5 @@ def update_average(average: AveragedModel, model: nn.Module) -> None:
 
 def share_statistics(average: AveragedModel) -> None:
     """Give every process the main process's running statistics, as DDP does in the model's forward passes."""
-    share_buffers(average.module)
-
-
-def share_buffers(model: nn.Module) -> None:
-    """Give every process the main process's buffers of ``model``, in place."""
-    for buffer in model.buffers():
+    for buffer in average.module.buffers():
         broadcast(buffer)

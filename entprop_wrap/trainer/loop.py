@@ -17,8 +17,7 @@ from entprop_wrap.methods.base import StepOutput
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, better
 from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.data_loader import Batches
-from entprop_wrap.trainer.ema import share_buffers, update_average
-from entprop_wrap.trainer.grown_data import GrowingBatches
+from entprop_wrap.trainer.ema import update_average
 from entprop_wrap.trainer.metrics import Meter, MetricsFile
 from entprop_wrap.trainer.run_state import RunState
 from entprop_wrap.utils.files import on_main
@@ -55,7 +54,7 @@ class Loop:
         self,
         config: TrainerConfig,
         state: RunState,
-        batches: Batches | GrowingBatches,
+        batches: Batches,
         train: Train,
         evaluate: Callable[[], dict[str, float]] | None,
         checkpoints: CheckpointFolder,
@@ -92,9 +91,7 @@ class Loop:
         self.state.prepared.model.train()
         for module in self.evaluating:
             module.training = False
-        if isinstance(self.batches, GrowingBatches):
-            self._grow(self.batches)
-        length = self.batches.length(position.epoch)
+        length = len(self.batches)
         batches = self.batches.epoch(position.epoch, start=position.batch)
         while position.batch < length:
             size = min(config.gradient_accumulation_steps, length - position.batch)
@@ -184,16 +181,6 @@ class Loop:
             self._save()
         on_main(self.accelerator, self.checkpoints.prune)
 
-    def _grow(self, batches: GrowingBatches) -> None:
-        position = self.state.position
-        before = len(position.grown)
-        with self.timer.paused():
-            if batches.due(position.epoch):
-                share_buffers(self.state.model)
-            batches.grow(position.epoch, position.grown)
-        if len(position.grown) > before and self.accelerator.is_main_process:
-            logger.info("Step %d: the data has grown to %d images.", position.step, batches.samples)
-
     def _is_best(self, evaluation: dict[str, float]) -> bool:
         metric, best = self.config.keep_best, self.state.position.best
         if metric is None or not better(metric, evaluation[metric], best.get(metric)):
@@ -210,7 +197,7 @@ class Loop:
 
     def _write(self, kind: str, values: dict[str, float], **more: Any) -> None:
         position = self.state.position
-        epoch = position.epoch + position.batch / self.batches.length(position.epoch)
+        epoch = position.epoch + position.batch / len(self.batches)
         if self.accelerator.is_main_process:
             self.metrics.write({"kind": kind, "step": position.step, "epoch": round(epoch, 4), **values, **more})
             logger.info(

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from entprop_wrap.errors import CheckpointError, DivergedError
+from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
 from entprop_wrap.trainer.accelerator import Prepared
 from entprop_wrap.trainer.checkpoint import read_state
 from entprop_wrap.trainer.export import save_weights
@@ -36,7 +37,6 @@ class Position:
         batch: Batches of the current epoch that are done, per process.
         evaluation: The metrics of the evaluation at this step, if there was one.
         best: The best value so far of each metric that a best checkpoint was kept by.
-        grown: SHA-256 of the images that each phase of growth has made.
     """
 
     step: int = 0
@@ -44,7 +44,6 @@ class Position:
     batch: int = 0
     evaluation: dict[str, float] | None = None
     best: dict[str, float] = field(default_factory=dict)
-    grown: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -84,7 +83,9 @@ class RunState:
     def write(self, folder: Path) -> None:
         """Write this process's part of a checkpoint; the main process writes what all share."""
         own = {"random": _random_states(self.generator, self.accelerator.device), "meter": self.meter.state_dict()}
-        torch.save(to_python(own), folder / f"process-{self.accelerator.process_index:05d}.pt")
+        torch.save(to_python(own), self._own(folder, "process", "pt"))
+        if waiting := lagged_state(self.model):
+            save_weights(waiting, self._own(folder, "lagged", "safetensors"))
         if not self.accelerator.is_main_process:
             return
         for model, names in self._models():
@@ -104,10 +105,12 @@ class RunState:
         Raises:
             CheckpointError: Files are missing or unreadable, or do not fit.
         """
+        state, lagged = read_state(folder), self._own(folder, "lagged", "safetensors")
         return {
-            "position": Position(**{entry.name: read_state(folder)[entry.name] for entry in fields(Position)}),
+            "position": Position(**{entry.name: state[entry.name] for entry in fields(Position)}),
             "shared": _read(folder / "optimizer.pt"),
-            "own": _read(folder / f"process-{self.accelerator.process_index:05d}.pt"),
+            "own": _read(self._own(folder, "process", "pt")),
+            "lagged": _read(lagged) if lagged.name in state["files"] else {},
             "weights": [_read_model(model, folder, *names) for model, names in self._models()],
         }
 
@@ -129,9 +132,17 @@ class RunState:
             model.load_state_dict(weights)
         if self.average is not None:
             self.average.n_averaged.fill_(shared["averaged"])
+        lagged = read["lagged"]
+        if lagged and self.identity["channels_last"]:  # which the file does not keep
+            lagged = {**lagged, "images": lagged["images"].contiguous(memory_format=torch.channels_last)}
+        load_lagged_state(self.model, lagged)
         self.meter.load_state_dict(own["meter"], device)
         self.position = read["position"]
         _set_random_states(own["random"], self.generator, device)
+
+    def _own(self, folder: Path, name: str, suffix: str) -> Path:
+        """Return the file of this process."""
+        return folder / f"{name}-{self.accelerator.process_index:05d}.{suffix}"
 
     def _models(self) -> list[tuple[nn.Module, tuple[str, str]]]:
         average = [] if self.average is None else [(self.average.module, ("ema", "ema_auxiliary"))]

@@ -19,19 +19,16 @@ from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, 
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, StepOutput, check_method
+from entprop_wrap.methods.lagged import load_lagged_state
 from entprop_wrap.trainer.accelerator import Prepared, make_accelerator, trackers
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, read_state
 from entprop_wrap.trainer.config import TrainerConfig
-from entprop_wrap.trainer.data_loader import Batches
+from entprop_wrap.trainer.data_loader import Batches, seed_of
 from entprop_wrap.trainer.ema import make_average, share_statistics
-from entprop_wrap.trainer.evaluation import evaluate
 from entprop_wrap.trainer.export import export_model
-from entprop_wrap.trainer.grown_data import growing_batches
-from entprop_wrap.trainer.growth import MaximumEntropyGrowth, steps_of
 from entprop_wrap.trainer.loop import Loop, evaluating_parts
-from entprop_wrap.trainer.metrics import Meter, MetricsFile
+from entprop_wrap.trainer.metrics import Meter, MetricsFile, evaluate
 from entprop_wrap.trainer.optimizer import wrap_with_optimizer
-from entprop_wrap.trainer.reproducible import seed_of
 from entprop_wrap.trainer.run_identity import check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import check_loss, check_pixel_space, training_step
@@ -76,7 +73,6 @@ class Trainer:
         config: All other options.
         optimizer: A ready optimizer over the wrapped model's parameters, instead of one by ``config.optimizer``.
         monitor: Warns of ways in which training fails quietly: ``entprop_wrap.diagnostics.Monitor()``; None: nothing.
-        growth: When and how ``train_data`` grows, see :class:`MaximumEntropyGrowth`; None: it stays as it is.
 
     Attributes:
         model: The model that was given.
@@ -84,7 +80,7 @@ class Trainer:
         checkpoints: The checkpoint folders, with ``latest()`` and ``best()``.
 
     Raises:
-        DataError: Data is empty, has no labels, is no map-style data set, or cannot grow as it is to.
+        DataError: Data is empty, has no labels, or is not a map-style dataset.
         ConfigurationError: Options contradict the machine or each other.
         AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
         OptimizerMismatchError: The optimizer does not train the auxiliary copies.
@@ -103,7 +99,6 @@ class Trainer:
         config: TrainerConfig | None = None,
         optimizer: Optimizer | None = None,
         monitor: Monitor | None = None,
-        growth: MaximumEntropyGrowth | None = None,
     ) -> None:
         method = EntProp() if method is None else check_method(method)
         if not isinstance(model, nn.Module):
@@ -129,10 +124,8 @@ class Trainer:
 
         output = Path(self.config.output_dir)
         self.checkpoints = CheckpointFolder(output / "checkpoints", self.config.keep_last, self.config.keep_best)
-        rest = model, self.loss, self.pixel_space, self.config, self.accelerator, self.checkpoints.path / "growth"
-        self._growing = None if growth is None else growing_batches(growth, self.train_batches, *rest)
-        batches, accumulation = self._growing or self.train_batches, self.config.gradient_accumulation_steps
-        total_steps = sum(steps_of(batches.length(epoch), accumulation) for epoch in range(self.config.epochs))
+        # The last step of an epoch takes the batches that are left.
+        total_steps = self.config.epochs * -(-len(self.train_batches) // self.config.gradient_accumulation_steps)
         on_main(self.accelerator, lambda: check_writable(output))
         # Data and options are sound; from here on the model changes.
         optimizer, schedule = wrap_with_optimizer(model, self.method, optimizer, self.config, total_steps)
@@ -164,7 +157,6 @@ class Trainer:
                 data=self.train_batches.fingerprint,
                 batches=len(self.train_batches),
                 processes=self.accelerator.num_processes,
-                **({} if growth is None else {"growth": growth}),
             ),
             total_steps,
         )
@@ -217,9 +209,8 @@ class Trainer:
             read = together(lambda: checkpoint and state.read(checkpoint))
             set_seed(config.seed, device_specific=True)
             state.generator.manual_seed(seed_of(config.seed, "step", self.accelerator.process_index))
+            load_lagged_state(self.model, {})  # a run begins without what earlier steps of the model have left
             if checkpoint is not None and read is not None:
-                if self._growing is not None:
-                    self._growing.restore(len(read["position"].grown), checkpoint.parent / "growth")
                 state.apply(read)
                 self._say(f"Resumed from {checkpoint}: step {self.position.step} of {state.total_steps}.")
             elif resume:
@@ -230,7 +221,7 @@ class Trainer:
             loop = Loop(
                 config,
                 state,
-                self._growing or self.train_batches,
+                self.train_batches,
                 self._train,
                 None if self.eval_batches is None else self.evaluate,
                 self.checkpoints,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from entprop_wrap.errors import UnsupportedModelError
 
 __all__ = [
     "check_module",
+    "evaluating",
     "no_gradient_sync",
     "plain_model",
     "refuse_container",
@@ -53,6 +54,19 @@ def plain_model(model: nn.Module) -> nn.Module:
             model = compiled
         else:
             return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have all modules in evaluation mode inside the with-block, and as they were afterwards."""
+    training = [module for module in walk(model) if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def no_gradient_sync(model: nn.Module) -> AbstractContextManager[object]:

@@ -68,7 +68,7 @@ def test_every_method_takes_a_step_and_is_a_setting_of_its_own(benchmark, tmp_pa
     recipe = benchmark.sweep.Recipe(batch_size=8, max_train=32)
     settings = benchmark.settings_of(benchmark.TABLES["methods"], recipe, 0.1)
     assert len(set(settings.values())) == len(settings) >= 20
-    steps = [setting for setting in settings.values() if setting.start is None and setting.growth is None]
+    steps = [setting for setting in settings.values() if setting.start is None and not setting.grows]
     benchmark.times(runs, steps, rounds=2)
     assert len(runs.table) == len(steps)
 

@@ -23,7 +23,7 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import uncertainty
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntropyAscent, FastAdvProp, MixProp, Vanilla
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
-from entprop_wrap.train import command, main
+from entprop_wrap.train import command, main, results
 from entprop_wrap.train import methods as method_parts
 from entprop_wrap.train import run as run_parts
 from entprop_wrap.train.options import METHODS, parse
@@ -272,9 +272,11 @@ def test_every_method_by_name(train, tmp_path, folder):
     for name in names:
         lines = (output / f"{name}-seed0" / "metrics.jsonl").read_text().splitlines()
         last = json.loads(lines[-1])
-        assert last["epoch"] == (2 if name == "fast_advprop" else 3), name  # 3 / 1.5 epochs
-        if name in ("vanilla", "me_ada_growth"):
-            assert last["step"] == (3 if name == "vanilla" else 1 + 3 + 6)  # 12 images, then 24, then 48
+        epochs = {"fast_advprop": 2, "me_ada_growth": 1}  # 3 / 1.5; the last of three phases
+        assert last["epoch"] == epochs.get(name, 3), name
+    history = results.read_history(output / "me_ada_growth-seed0")
+    evaluations = [(one["epoch"], one["step"]) for one in history if one["kind"] == "eval"]
+    assert evaluations == [(1, 1), (2, 1 + 3), (3, 1 + 3 + 6)]  # 12 images, then 24, then 48
 
 
 def test_retraining_continues_from_trained_weights(train, tmp_path, folder):
@@ -443,7 +445,7 @@ def test_the_preset_takes_what_is_not_its_own():
 def test_growth_that_does_not_fit_is_found_before_anything_is_trained(train, tmp_path):
     arguments = [*QUICK, "--epochs", 2, "--methods", "vanilla", "me_ada_growth"]
     done = train(*arguments, output=tmp_path / "out")
-    assert "do not fit into a run of 2 epochs: 1 would" in done.code
+    assert "three phases, found 2 epochs" in done.code
     assert done.code.endswith("\nOn this command line: --epochs sets how long.")
     both = command.hint("Write fit(resume=True), or choose a new output_dir.")
     assert both.endswith(": --resume continues, --output starts elsewhere.")

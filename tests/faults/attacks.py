@@ -35,7 +35,7 @@ def run(folder, epochs=3):
         keep_last=3,
         progress=False,
     )
-    method = entprop.EntProp(fraction=0.4)
+    method = entprop.EntProp(fraction=0.4, lagged=True)  # whose images wait between steps
     return entprop.Trainer(make(BatchNormNet), Images(augment=True), Images(seed=1), method=method, config=config)
 
 

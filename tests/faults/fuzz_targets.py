@@ -181,7 +181,6 @@ GOOD: dict[Any, Callable[..., Any]] = {
     ),
     ("Trainer", "optimizer"): lambda **_: None,
     ("TrainerConfig", "optimizer"): lambda **_: "adamw",
-    ("MaximumEntropyGrowth", "source"): lambda **_: None,
     ("model_card", "model"): lambda **_: "net",
     ("model_card", "result"): lambda **_: _result(),
     **{(name, "result"): functools.partial(lambda name, **_: _found(name), name) for name in plots.__all__},

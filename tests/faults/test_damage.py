@@ -28,7 +28,7 @@ def test_no_damage_is_silent(whole, named):
             assert found == ("error" if named else "fallback"), f"{damage} in {file}: {found}"
             counts[found] += 1
     print(f"\nDamage: {dict(counts)}")
-    assert sum(counts.values()) == 10 * 7 * len(attacks.DAMAGES)
+    assert sum(counts.values()) == 10 * 8 * len(attacks.DAMAGES)
     assert attacks.outcome(lambda: checkpoints.to_resume(True)) == "silent"  # whole again
 
 

@@ -1,5 +1,7 @@
 """Every method of the package, at small cost: what each way to train is shown to train."""
 
+from dataclasses import is_dataclass
+
 from entprop_wrap import EntProp, MixUp, methods
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import (
@@ -37,7 +39,7 @@ def named(method):
 def classes_of(module):
     """Return the methods among the public names of a module."""
     found = (getattr(module, name) for name in module.__all__)
-    return {x for x in found if isinstance(x, type) and hasattr(x, "step") and hasattr(x, "auxiliaries")}
+    return {x for x in found if isinstance(x, type) and is_dataclass(x) and hasattr(x, "step")}
 
 
 def check_none_is_missing():

@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 
 import entprop_wrap as entprop
-from entprop_wrap.methods import Vanilla
+from entprop_wrap.methods import EntropyAscent, Vanilla, grow
+from entprop_wrap.methods.lagged import lagged_state
 from tests.helpers.trainer_toys import BatchNormNet, GroupNormNet, Images, make
 
 torch.set_num_threads(1)
+
+ASCENT = EntropyAscent(steps=2, step_size=1.0)
 
 
 def resumable(folder, *, workers=0, stop_after=None):
@@ -54,6 +57,76 @@ def resume(*folders):
         # Whatever the new process has done with its random numbers before must not matter.
         torch.rand(17)
         resumable(folder, workers=int(folder.endswith("workers"))).fit(resume=True)
+
+
+LAGGED = {
+    "plain": {},
+    "accumulated": {"gradient_accumulation_steps": 2, "ema_decay": 0.8, "channels_last": True},
+}
+
+
+def lagged(folder, kind):
+    """A run of 2 epochs of 5 batches, saved after every step; images wait between all of them."""
+    config = entprop.TrainerConfig(
+        epochs=2, batch_size=8, output_dir=folder, save_every_steps=1, keep_last=None, progress=False, **LAGGED[kind]
+    )
+    method = entprop.EntProp(fraction=0.25, lagged=True)
+    return entprop.Trainer(make(BatchNormNet), Images(augment=True), Images(seed=1), method=method, config=config)
+
+
+def resume_lagged(whole, resumed):
+    """Continue in the middle of the first epoch."""
+    for kind in LAGGED:
+        lagged(f"{resumed}/{kind}", kind).fit(resume=f"{whole}/{kind}/checkpoints/step-00000002")
+
+
+def phased(folder, *, resume=False, stop_after=None):
+    """Two phases of 2 epochs: on 20 images, saved after steps 5 and 10, then on 40, saved after 10 and 20."""
+    batches = 0
+
+    def loss(logits, labels):
+        nonlocal batches
+        batches += model.training
+        if batches == stop_after:
+            raise KeyboardInterrupt
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    loss.__qualname__, loss.__module__ = "loss", "tests"
+    model, data = make(BatchNormNet), Images(20, augment=True)
+    for phase in (1, 2):
+        config = entprop.TrainerConfig(
+            epochs=2, batch_size=4, output_dir=f"{folder}/phase{phase}", keep_last=None, progress=False
+        )
+        entprop.Trainer(model, data, Images(8), method=Vanilla(), loss=loss, config=config).fit(resume=resume)
+        if phase == 1:
+            data = grow(model, data, ascent=ASCENT, augment=lambda image: image * torch.rand(1), progress=False)
+    return model, data
+
+
+def resume_phased(*folders):
+    for folder in folders:
+        torch.rand(17)
+        phased(folder, resume=True)
+
+
+def grow_together(folder):
+    """Two processes make a share each, by the statistics of the first; they train on the same data then."""
+    model, _ = phased(folder)
+    data = Images(20)
+    model.bn.running_mean += 0.1 * torch.distributed.get_rank()  # as far as the first does not share its own
+    grown = grow(model, data, ascent=ASCENT, batch_size=3, progress=False).datasets[1]
+    assert torch.equal(grown.labels, data.labels)
+    found = [grown.images, model.bn.running_mean]
+    others = [None, None]
+    torch.distributed.all_gather_object(others, found)
+    assert all(map(torch.equal, *others))
+    torch.save(
+        {"images": grown.images, "model": model.state_dict()},
+        f"{folder}/grown-{torch.distributed.get_rank()}.pt",
+    )
+    torch.distributed.barrier()
+    # Gloo's threads may abort an interpreter that shuts down while containers hold the group (pytorch#179291).
+    os._exit(0)
 
 
 def short(folder, optimizer="sgd", **options):
@@ -117,6 +190,11 @@ def distributed(folder, accumulation=1):
 
 def _resume_together(folder):
     """Processes with dropout, MixUp and statistics of their own go on from the middle of an epoch, bit for bit."""
+    for method in (entprop.EntProp(), entprop.EntProp(lagged=True)):
+        _resume_one_together(f"{folder}/{'lagged' if method.lagged else 'plain'}", method)
+
+
+def _resume_one_together(folder, method):
     ends = []
     for name, resume in (("whole", False), ("resumed", f"{folder}/whole/checkpoints/step-00000003")):
         config = entprop.TrainerConfig(
@@ -129,12 +207,18 @@ def _resume_together(folder):
             keep_last=None,
             progress=False,
         )
-        trainer = entprop.Trainer(make(BatchNormNet), Images(64, augment=True), Images(), config=config)
+        images = Images(64, augment=True)
+        trainer = entprop.Trainer(make(BatchNormNet), images, Images(), method=method, config=config)
         torch.rand(len(name))  # where random numbers stand must not matter
         trainer.fit(resume=resume)
         average = trainer._state.average.module
         ends.append(
-            [(trainer.position, trainer.evaluate()), *trainer.model.state_dict().values(), average.bn.running_var]
+            [
+                (trainer.position, trainer.evaluate()),
+                *trainer.model.state_dict().values(),
+                average.bn.running_var,
+                *lagged_state(trainer.model).values(),
+            ]
         )
     assert ends[0][0] == ends[1][0]
     assert all(map(torch.equal, ends[0][1:], ends[1][1:]))

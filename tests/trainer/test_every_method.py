@@ -9,7 +9,7 @@ from accelerate.utils import set_seed
 
 import entprop_wrap as entprop
 from entprop_wrap import Trainer, TrainerConfig
-from entprop_wrap.trainer.reproducible import seed_of
+from entprop_wrap.trainer.data_loader import seed_of
 from tests.helpers.every_method import METHODS, check_none_is_missing, named
 from tests.helpers.trainer_toys import BatchNormNet, Images, make
 

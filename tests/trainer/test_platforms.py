@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_leaves
 
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from tests.trainer import programs
-from tests.trainer.test_growth import growing
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
 
@@ -30,6 +29,7 @@ def test_a_run_without_double_precision(tmp_path, monkeypatch):
     trainer = programs.short(tmp_path, ema_decay=0.5)
     # The one place for them, behind a copy to the CPU.
     monkeypatch.setattr(torch.Tensor, "double", lambda tensor: torch.tensor(tensor.tolist()))
+    trainer.pixel_space.scale(torch.zeros(1, 3, 1, 1))  # constants are made on the CPU, and then single
     with NoDoubles():
         found = trainer.fit()
         with pytest.raises(TypeError, match="MPS"):
@@ -53,7 +53,7 @@ def test_windows_flushes_only_what_may_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", refusing_fsync)
     monkeypatch.setattr(os, "open", refusing_open)
-    growing(tmp_path, unit="epochs", images=8).fit()
+    programs.short(tmp_path).fit()
     assert len(list(tmp_path.glob("checkpoints/step-*"))) > 1
 
 

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import CheckpointError
+from entprop_wrap.methods import Vanilla
+from entprop_wrap.methods.lagged import lagged_state
 from tests.helpers.launch import python
 from tests.trainer import programs
 
@@ -82,6 +84,30 @@ def test_resume_in_a_new_process_is_bitwise(whole, tmp_path):
         assert lines(folder) == lines(whole)
         exported = load_file(folder / "model/model.safetensors")
         assert equal(exported, load_file(whole / "model/model.safetensors"))
+
+
+def test_images_that_wait_between_lagged_steps_are_resumed_bit_for_bit(tmp_path):
+    for kind in programs.LAGGED:
+        programs.lagged(tmp_path / "whole" / kind, kind).fit()
+    python("tests.trainer.programs", "resume_lagged", tmp_path / "whole", tmp_path / "resumed")
+    for kind, last in (("plain", 10), ("accumulated", 6)):
+        whole, resumed = (tmp_path / name / kind for name in ("whole", "resumed"))
+        for step in (3, last):
+            first, second = (contents(folder / f"checkpoints/step-{step:08d}") for folder in (whole, resumed))
+            assert set(first["lagged-00000.safetensors"]) == {"images", "labels", "partners", "share"}
+            assert equal(first, second), f"{kind}, step {step}"
+        model = "model/model.safetensors"
+        assert equal(load_file(whole / model), load_file(resumed / model))
+
+
+def test_a_run_begins_without_what_waits_for_the_model(tmp_path):
+    first = programs.lagged(tmp_path / "first", "plain")
+    first.fit()
+    assert lagged_state(first.model)
+    config = entprop.TrainerConfig(epochs=1, batch_size=20, output_dir=tmp_path / "second", progress=False)
+    entprop.Trainer(first.model, programs.Images(), method=Vanilla(), config=config).fit()
+    assert not lagged_state(first.model)
+    assert not list(tmp_path.glob("second/checkpoints/*/lagged-*"))
 
 
 def test_checkpoint_files_are_split(whole):

@@ -27,7 +27,6 @@ from entprop_wrap.methods import (
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 from entprop_wrap.robustness import corrupt
 from entprop_wrap.robustness.attacks import PGD as MeasuringPGD
-from entprop_wrap.trainer.growth import MaximumEntropyGrowth
 from entprop_wrap.utils.options import as_python, check_seed
 from tests.helpers.trainer_toys import BatchNormNet, Images, make
 
@@ -49,7 +48,6 @@ INTEGERS = {
     PGD: ("steps",),
     MeasuringPGD: ("restarts",),
     EntropyAscent: ("steps",),
-    MaximumEntropyGrowth: ("phases", "every"),
     Monitor: ("every", "patience"),
 }
 FLAGS = {AdvProp: ("targeted",), FineGrainedAdvProp: ("targeted",), FastAdvProp: ("shuffle",), PGD: ("random_start",)}

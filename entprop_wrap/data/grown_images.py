@@ -1,0 +1,113 @@
+"""Images that were made from a dataset, kept as uint8, in samples that look like its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
+
+from entprop_wrap.data.batches import images_and_labels, refuse_dataset
+from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.validation import check_images
+from entprop_wrap.errors import DataError
+
+__all__ = ["GrownImages", "collate", "form_of", "to_bytes", "without_augmentation"]
+
+
+class GrownImages(Dataset[Any]):
+    """Images in uint8, in samples of the form of other samples.
+
+    Args:
+        images: ``(N, C, H, W)`` uint8.
+        labels: ``(N,)`` or ``(N, C)``.
+        space: Pixel space of the samples.
+        dtype: Of the images of samples.
+        keys: Of image and label in samples that are dicts; None: pairs.
+        plain_labels: Whether labels are Python's integers.
+        augment: Applied to an image whenever it is loaded; None: nothing is.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        space: PixelSpace,
+        *,
+        dtype: torch.dtype,
+        keys: tuple[Any, Any] | None,
+        plain_labels: bool,
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.images, self.labels, self.space = images, labels, space
+        self.dtype, self.keys, self.plain_labels, self.augment = dtype, keys, plain_labels, augment
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        pixels = self.images[index].to(self.dtype)[None] / 255
+        image = (pixels * self.space.scale(pixels) + self.space.bounds(pixels)[0])[0]
+        image = image if self.augment is None else self.augment(image)
+        label: Any = int(self.labels[index]) if self.plain_labels else self.labels[index]
+        return (image, label) if self.keys is None else dict(zip(self.keys, (image, label), strict=True))
+
+
+def to_bytes(images: Tensor, space: PixelSpace) -> Tensor:
+    """Return images ``(N, C, H, W)`` in ``space`` as uint8, rounded."""
+    pixels = (images - space.bounds(images)[0]) / space.scale(images)
+    return (255 * pixels).round().clamp(0, 255).to(torch.uint8)
+
+
+def without_augmentation(dataset: Any) -> Any:
+    """Return ``dataset`` with the grown images in it as they are stored.
+
+    Raises:
+        DataError: It is not a map-style dataset.
+    """
+    if isinstance(dataset, DataLoader):
+        raise DataError("grow() takes a dataset, found a DataLoader. Write grow(model, loader.dataset, ...).")
+    refuse_dataset(dataset, "dataset")
+    if isinstance(dataset, ConcatDataset):
+        return ConcatDataset([without_augmentation(part) for part in dataset.datasets])
+    if isinstance(dataset, GrownImages):
+        dataset = copy.copy(dataset)
+        dataset.augment = None
+    return dataset
+
+
+def form_of(dataset: Any, space: PixelSpace) -> dict[str, Any]:
+    """Return how samples look, after a trial: a grown one makes a batch with another.
+
+    Raises:
+        DataError: It does not.
+    """
+    sample = dataset[0]
+    batch = collate([sample])
+    images, labels = images_and_labels(batch, "dataset")
+    check_images(images, space)
+    keys = None
+    if isinstance(batch, Mapping):
+        keys = tuple(next(key for key, value in batch.items() if value is part) for part in (images, labels))
+    label = sample[1 if keys is None else keys[1]]
+    form: dict[str, Any] = {"dtype": images.dtype, "keys": keys, "plain_labels": not isinstance(label, Tensor)}
+    collate([sample, GrownImages(to_bytes(images, space), labels, space, **form)[0]])
+    return form
+
+
+def collate(samples: list[Any]) -> Any:
+    """Return a batch.
+
+    Raises:
+        DataError: The samples do not make one.
+    """
+    try:
+        return default_collate(samples)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(
+            f"dataset: its samples do not make a batch with grown ones ({error}). Expected an image, a floating-point "
+            "tensor (C, H, W) of one size, and a label, an integer or tensor, and nothing else."
+        ) from error
