@@ -206,7 +206,7 @@ class Trainer:
             )
         with state.prepared.running():
             # Everything is read before anything changes.
-            read = together(lambda: checkpoint and state.read(checkpoint))
+            read = together(lambda: None if checkpoint is None else state.read(checkpoint))
             set_seed(config.seed, device_specific=True)
             state.generator.manual_seed(seed_of(config.seed, "step", self.accelerator.process_index))
             load_lagged_state(self.model, {})  # a run begins without what earlier steps of the model have left

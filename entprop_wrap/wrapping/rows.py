@@ -111,7 +111,7 @@ def _equal(joint: Tensor, parts: list[Tensor]) -> bool:
 @contextmanager
 def _trial(root: nn.Module, registry: Registry, auxiliary: str) -> Iterator[None]:
     """Make the copies differ from the norms, and the model deterministic, inside the with-block."""
-    parameters = [p for copy in registry.copies(auxiliary) for p in copy.parameters(recurse=False)]
+    parameters: list[Tensor] = [p for copy in registry.copies(auxiliary) for p in copy.parameters(recurse=False)]
     buffers = [b for copy in registry.copies(auxiliary) for b in copy.buffers(recurse=False) if b.is_floating_point()]
     before = [tensor.detach().clone() for tensor in (*parameters, *buffers)]
     modes = [(module, module.training) for module in walk(root)]

@@ -193,7 +193,8 @@ class SwitchedNorm(nn.Module):
                 "Write lagged=False."
             )
         split = rows // key.total * key.main
-        main, auxiliary = batch.split([split, rows - split])  # one node in the graph, whose backward is one cat
+        # One node in the graph, whose backward is one cat.
+        main, auxiliary = batch.split([split, rows - split])  # type: ignore[no-untyped-call]
         view = self._entprop_views[key.auxiliary]
         return torch.cat(
             [super().forward(main, *args, **kwargs), self._entprop_base.forward(view, auxiliary, *args, **kwargs)]
