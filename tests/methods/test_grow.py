@@ -157,7 +157,6 @@ class Changed(Images):
         (Changed(lambda image, label: (image[:, : 4 + label], label)), "tensor .* of one size"),
         (Changed(lambda image, label: (object(), label)), "nothing else"),
     ],
-    ids=str,
 )
 def test_data_that_cannot_grow_is_refused(data, message):
     with pytest.raises(DataError, match=message):
