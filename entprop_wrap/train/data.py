@@ -89,7 +89,9 @@ def images(options: Options, space: PixelSpace, size: int) -> Data:
     find(options.dataset)
     train: Callable[[Any], Any] = train_transform(size, normalize=space)
     evaluate: Callable[[Any], Any] = eval_transform(size, normalize=space)
-    logging.getLogger(load_images.__module__).setLevel(logging.ERROR)  # its notes are printed here
+    logger = logging.getLogger(load_images.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # its notes are printed here
     try:
         data = load_images(
             options.dataset,
@@ -108,6 +110,8 @@ def images(options: Options, space: PixelSpace, size: int) -> Data:
         there = Path(options.dataset).expanduser().is_dir()
         start = f"--dataset {options.dataset}:" if there else f"{_no_folder(options.dataset)} and not found:"
         raise DataError(f"{start} {str(error).strip() or type(error).__name__}") from error
+    finally:
+        logger.setLevel(level)
     for note in (*data.notes, *empty(Path(options.dataset)), *untested(data)):
         say(note)
     found = Data(options.dataset.rstrip("/").rsplit("/", 1)[-1], data.classes, data.train, data.eval, space)

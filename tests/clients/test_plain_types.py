@@ -36,7 +36,7 @@ def test_names_stand_for_objects():
         (["entprop_wrap.EntProp", "--m.uncertainty=random"], EntProp(uncertainty=uncertainty.random)),
         (["entprop_wrap.methods.MixProp", "--m.alpha=0.2"], MixProp(MixUp(0.2))),
         (["entprop_wrap.methods.FastAdvProp", "--m.fraction=0.3"], FastAdvProp(fraction=0.3)),
-        (["entprop_wrap.Vanilla", "--m.label_smoothing=0.1"], Vanilla(label_smoothing=0.1)),
+        (["entprop_wrap.methods.Vanilla", "--m.label_smoothing=0.1"], Vanilla(label_smoothing=0.1)),
         (["entprop_wrap.methods.AdvProp", "--m.weight=0.5"], AdvProp(weight=0.5)),
         (["entprop_wrap.methods.AdvProp", "--m.attack.steps=2"], AdvProp(PGD(steps=2))),
     ],

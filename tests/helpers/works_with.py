@@ -10,7 +10,7 @@ from tests.helpers.architectures import ARCHITECTURES
 from tests.wrapping.test_table import BEHAVIOURS, applies
 
 START, END = "<!-- works-with -->", "<!-- /works-with -->"
-PAGE = Path(__file__).parent.parent / "docs" / "works_with.md"
+PAGE = Path(__file__).parents[2] / "docs" / "works_with.md"
 
 
 def table() -> str:

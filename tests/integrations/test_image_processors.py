@@ -83,7 +83,7 @@ def test_what_a_processor_does_not_say_is_not_guessed():
         with pytest.raises(ConfigurationError, match="image_mean="):
             PixelSpace.from_processor(Described(do_normalize=True, **options))
     for name in ("Wav2Vec2FeatureExtractor", "WhisperFeatureExtractor"):
-        with pytest.raises(ConfigurationError, match="no image processor"):
+        with pytest.raises(ConfigurationError, match="is not an image processor"):
             PixelSpace.from_processor(getattr(transformers, name)())
     with pytest.raises(ConfigurationError, match="255"):
         PixelSpace.from_processor(Described(do_normalize=True, image_mean=[127.5] * 3, image_std=[127.5] * 3))

@@ -180,7 +180,7 @@ def test_options_out_of_range_are_refused(options, error):
 
 
 def test_models_that_cannot_be_climbed_are_refused():
-    with pytest.raises(TypeError, match="grow"):
+    with pytest.raises(UnsupportedModelError, match="grow"):
         grow("resnet18", Images(8))
     sharded = nn.Linear(2, 2)
     sharded.weight.device_mesh = "as a DTensor has it"

@@ -146,7 +146,7 @@ def test_statistics_without_affine_parameters_are_not_mixed():
     [
         (toy, "statistics", 'LayerNorm.* has running statistics.*copies="all"'),
         (lambda: nn.BatchNorm1d(8, affine=False), "affine", "BatchNorm1d.* has affine parameters"),
-        (toy, "means", '"all", "affine" or "statistics", found \'means\''),
+        (toy, "means", "'all', 'affine' or 'statistics', found 'means'"),
     ],
 )
 def test_nothing_to_copy(net, copies, message):
