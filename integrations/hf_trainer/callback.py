@@ -134,10 +134,11 @@ class EntPropCallback(TrainerCallback):
                 "Override training_step in a subclass of Trainer instead."
             )
         _check_columns(trainer)
-        _refuse_steps_in_backward(trainer.model)
+        model: Any = trainer.model
+        _refuse_steps_in_backward(model)
         if self.method.auxiliaries:
-            check_optimizer(trainer.model, trainer.optimizer)
-        self.loss = TrainerLoss(trainer, super(EntPropTrainerMixin, trainer).training_step)
+            check_optimizer(model, trainer.optimizer)
+        self.loss = TrainerLoss(trainer, super(EntPropTrainerMixin, trainer).training_step)  # type: ignore[misc]
         self.means = _RunningMeans()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -206,7 +207,8 @@ class EntPropTrainerMixin(PlainCheckpoints):
         """Run the passes of the method on a micro-batch, each with the Trainer's own loss and backward."""
         loss = self.entprop.loss
         if loss is None:  # the callback was removed
-            return super().training_step(model, inputs, num_items_in_batch)
+            own: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return own
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         model, images, labels = loss.begin(model, self._prepare_inputs(inputs), num_items_in_batch)

@@ -75,12 +75,17 @@ def _damage(checkpoint: Path) -> str | None:
     return None
 
 
-class PlainCheckpoints:
+#: What the mixin is mixed into: a Trainer, of which type checkers are told no more than that.
+_Mixed: Any = object
+
+
+class PlainCheckpoints(_Mixed):
     """The part of the Trainer that writes and reads: ``model.safetensors`` stays plain, wherever it goes."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not is_wrapped(self.model):
-            return super()._save(output_dir, state_dict=state_dict)
+            super()._save(output_dir, state_dict=state_dict)
+            return
         copies = auxiliary_state_dict(self.model)
         state_dict = main_state_dict(self.model) if state_dict is None else state_dict
         with without_copies(self.model):

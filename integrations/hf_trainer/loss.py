@@ -51,7 +51,8 @@ class TrainerLoss:
     def begin(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> tuple[nn.Module, Tensor, Tensor]:
         """Take a micro-batch; return the model to train on it, images in and output out, the images and the labels."""
         images, self.labels, constants = _split(inputs, self.images_name, self.labels_name)
-        self.inputs, self.items, self.factor = inputs, items, None
+        self.inputs, self.items = inputs, items
+        self.factor: Tensor | None = None
         own = self.own_loss
         if own is not None:
             takes_labels = _takes(plain_model(model), self.labels_name) and not self.labels.is_floating_point()
@@ -183,7 +184,9 @@ class _ModelsOwnLoss:
 
     def inputs(self, number: int) -> dict[str, Any]:
         """Return what the model needs to compute a loss on ``number`` images; which images does not matter."""
-        items = {"num_items_in_batch": self.items} if self.passes_items and self.items is not None else {}
+        items: dict[str, Any] = (
+            {"num_items_in_batch": self.items} if self.passes_items and self.items is not None else {}
+        )
         return {self.labels_name: self._labels(number), **items}
 
     def _labels(self, number: int) -> Tensor:
@@ -294,7 +297,7 @@ class _ForTheModelOnly(Tensor):
         if name in ("to", "cuda", "contiguous", "detach"):  # from place to place
             return args[0]
         if name in ("size", "dim", "__len__") or name == "__get__":  # shape, device, dtype, ...
-            return super().__torch_function__(function, types, args, kwargs or {})
+            return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         raise UnsupportedModelError(
             f"compute_loss() reads the images itself ({name}), as a teacher's loss does. The images of a pass are "
             "mixed, selected or sorted, so a loss may read the model's logits and the labels only. Write a training "
