@@ -138,7 +138,7 @@ def smooth(labels: Tensor, smoothing: float, classes: int, dtype: torch.dtype = 
 def mean_entropy(logits: Tensor) -> Tensor:
     """Return the mean entropy of the softmax of ``logits`` ``(N, C)``, in nats, with a finite gradient everywhere.
 
-    The gradient of ``selection.entropy`` is NaN where a probability underflows to zero.
+    The gradient of ``uncertainty.entropy`` is NaN where a probability underflows to zero.
     """
     log_probabilities = two_classes(logits)[0].log_softmax(dim=-1)
     return -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean()

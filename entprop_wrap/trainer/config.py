@@ -27,7 +27,7 @@ class TrainerConfig:
 
     Attributes:
         epochs: Passes over the training data, at least 1.
-        batch_size: Images per batch and process, at least 2. Used where data is given as a data set; a DataLoader
+        batch_size: Images per batch and process, at least 2. Used where data is given as a dataset; a DataLoader
             brings its own. The last, incomplete training batch of an epoch is left out.
         eval_batch_size: Likewise for evaluation, at least 1; every image counts there. None: ``batch_size``.
         optimizer: "adamw", "adam" or "sgd", or a function ``(parameter groups) -> Optimizer``, which then sets its own
@@ -48,7 +48,7 @@ class TrainerConfig:
         ema_decay: Keep an exponential moving average of weights and statistics with this decay per step, in (0, 1), and
             evaluate and export it instead of the last weights. None: no average.
         seed: Of everything random, in [0, 2^31]; a process adds its index where processes should differ.
-        workers: Processes that load data, per training process, at least 0. Used where data is given as a data set.
+        workers: Processes that load data, per training process, at least 0. Used where data is given as a dataset.
         output_dir: Folder of metrics, checkpoints and the exported model; on several hosts, a shared one.
         log_every: Steps between two lines of training metrics, at least 1.
         evaluate_every: Epochs between evaluations, at least 1; the last epoch is always followed by one.

@@ -24,14 +24,14 @@ class Batches:
 
     An epoch is a list of lists of indices, drawn from ``(seed, epoch)`` alike on all processes, of which each takes its
     share. A sample is loaded under random states drawn from ``(seed, epoch, index)``: augmentation repeats exactly,
-    with any number of workers, and from the middle of an epoch. What a data set keeps as random state of its own
-    (a ``numpy.random.Generator`` attribute, say) cannot be reached, and goes on from where it is.
+    with any number of workers, and from the middle of an epoch. What a dataset keeps as random state of its own
+    (a ``numpy.random.Generator`` attribute, say) cannot be reached, and continues from where it is.
 
     Args:
-        data: A map-style data set, or a DataLoader over one. Of a DataLoader everything is used but its seed:
+        data: A map-style dataset, or a DataLoader over one. Of a DataLoader everything is used but its seed:
             generators that it carries are seeded for each epoch.
-        batch_size: Images per batch and process, for data sets.
-        workers: Loading processes, for data sets.
+        batch_size: Images per batch and process, for datasets.
+        workers: Loading processes, for datasets.
         training: Shuffle, leave out incomplete batches, and give all processes the same number of them. Else the order
             is kept, and processes short of a batch get the first one again, behind their own :attr:`number`.
         name: What messages call the data.
@@ -194,7 +194,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class ReproducibleBatches(Dataset[Any]):
-    """A data set that loads and collates whole batches, each sample under random states of its own.
+    """A dataset that loads and collates whole batches, each sample under random states of its own.
 
     Args:
         dataset: Anything with ``__getitem__``.

@@ -29,7 +29,7 @@ def describe(value: Any) -> str:
 def identity(
     config: TrainerConfig, model: nn.Module, optimizer: Optimizer, total_steps: int, **more: Any
 ) -> dict[str, Any]:
-    """Return what a resumed run must share with the run it goes on with, as JSON; all other options may change.
+    """Return what a resumed run must share with the run it continues, as JSON; all other options may change.
 
     Args:
         config: Options of the run.

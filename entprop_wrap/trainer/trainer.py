@@ -43,7 +43,7 @@ __all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
-#: A map-style data set of any library, or a DataLoader over one.
+#: A map-style dataset of any library, or a DataLoader over one.
 Data = Dataset[Any] | DataLoader[Any] | Any
 
 
@@ -63,7 +63,7 @@ class Trainer:
 
     Args:
         model: The model on any device, wrapped or plain. It is wrapped here if the method has auxiliaries.
-        train_data: Map-style data set, or DataLoader over one, of ``(image (C, H, W), label)`` or of dicts with
+        train_data: Map-style dataset, or DataLoader over one, of ``(image (C, H, W), label)`` or of dicts with
             "pixel_values", "images" or "image" and "labels" or "label". Order and augmentation depend on
             ``config.seed``, epoch and sample alone, see ``entprop_wrap.trainer.data_loader``.
         eval_data: Likewise; None: no evaluation.
@@ -304,7 +304,7 @@ class Trainer:
         if checkpoint is None and self.position.step:
             raise CheckpointError(
                 "This Trainer has trained already, and kept no checkpoint to go on from. Make a new Trainer; the model "
-                "goes on with the weights it has."
+                "keeps the weights it has."
             )
         if checkpoint is not None:
             check_same_run(checkpoint, read_state(checkpoint)["run"], self._state.identity)
