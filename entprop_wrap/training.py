@@ -12,7 +12,9 @@ from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
-from entprop_wrap.methods.base import Method, Step, StepOutput, check_method
+from entprop_wrap.methods.base import Method, check_method
+from entprop_wrap.methods.step import Step
+from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.modules import check_module, plain_model
 from entprop_wrap.utils.options import check_function, check_generator
 from entprop_wrap.utils.snapshot import Snapshot

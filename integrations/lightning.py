@@ -32,8 +32,9 @@ from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import AuxiliaryNameError, CheckpointError, ConfigurationError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, Pass, asked
 from entprop_wrap.methods import EntProp
-from entprop_wrap.methods.base import Method, StepOutput, check_method
+from entprop_wrap.methods.base import Method, check_method
 from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
+from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.training import training_step
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap

@@ -19,8 +19,10 @@ from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataError, ModelOutputError
 from entprop_wrap.functional.losses import cross_entropy
 from entprop_wrap.methods import EntProp
-from entprop_wrap.methods.base import Method, Step, StepOutput, check_method
+from entprop_wrap.methods.base import Method, check_method
 from entprop_wrap.methods.input_gradient import ImageGradient
+from entprop_wrap.methods.step import Step
+from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.robustness.distributed import check_batches
 from entprop_wrap.robustness.evaluated_model import check_state, device_of, logits
 from entprop_wrap.robustness.pixels import check_batch

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.methods.base import StepOutput
+from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.options import check_integer
 
 __all__ = ["Monitor"]

@@ -13,14 +13,16 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD, Attack, check_attack
 from entprop_wrap.functional.losses import Regularised, mean_entropy
 from entprop_wrap.functional.uncertainty import two_classes
-from entprop_wrap.methods.base import Step, StepOutput
-from entprop_wrap.utils.options import check_choice, check_number, store_as_python
+from entprop_wrap.methods.base import Method
+from entprop_wrap.methods.step import Step
+from entprop_wrap.methods.step_output import StepOutput
+from entprop_wrap.utils.options import check_choice, check_number
 
 __all__ = ["AdversarialTraining"]
 
 
 @dataclass(frozen=True)
-class AdversarialTraining:
+class AdversarialTraining(Method):
     """Train on adversarial images through the model's own norms; no auxiliary copies, on plain or wrapped models.
 
     "pgd": ``L(f(x_adv), y)``, or ``(1 - w) L(f(x_adv), y) + w L(f(x), y)`` with ``clean_weight`` w, where ``x_adv``
@@ -60,7 +62,7 @@ class AdversarialTraining:
     regularise: Literal["adversarial", "clean", "both"] = "both"
 
     def __post_init__(self) -> None:
-        store_as_python(self)
+        super().__post_init__()
         check_attack(self.attack)
         check_choice("kind", self.kind, ("pgd", "trades"))
         check_choice("regularise", self.regularise, ("adversarial", "clean", "both"))
@@ -83,11 +85,6 @@ class AdversarialTraining:
             raise ConfigurationError(
                 "The divergence has no gradient at the image itself: the attack of TRADES needs random_start=True."
             )
-
-    @property
-    def auxiliaries(self) -> tuple[str, ...]:
-        """No auxiliary domain."""
-        return ()
 
     def step(self, step: Step) -> StepOutput:
         """Run the step."""

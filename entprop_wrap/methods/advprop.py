@@ -13,15 +13,17 @@ from torch import Tensor
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD, Attack, check_attack
 from entprop_wrap.functional.losses import Target
-from entprop_wrap.methods.base import Step, StepOutput
-from entprop_wrap.utils.options import check_choice, check_flag, check_name, check_number, store_as_python
+from entprop_wrap.methods.base import Method
+from entprop_wrap.methods.step import Step
+from entprop_wrap.methods.step_output import StepOutput
+from entprop_wrap.utils.options import check_choice, check_flag, check_number
 from entprop_wrap.utils.tensors import to_device
 
 __all__ = ["AdvProp"]
 
 
 @dataclass(frozen=True)
-class AdvProp:
+class AdvProp(Method):
     """Clean images through the main norms, adversarial ones, made through the auxiliary norms, through these.
 
     Cost: ``2 + n`` passes, with n the steps of the attack.
@@ -44,17 +46,11 @@ class AdvProp:
     auxiliary: str = "aux"
 
     def __post_init__(self) -> None:
-        store_as_python(self)
+        super().__post_init__()
         check_attack(self.attack)
         check_statistics(self.attack_statistics)
         check_flag("targeted", self.targeted)
         check_number("weight", self.weight, lambda value: value > 0, "above 0")
-        check_name("auxiliary", self.auxiliary)
-
-    @property
-    def auxiliaries(self) -> tuple[str, ...]:
-        """The one auxiliary domain."""
-        return (self.auxiliary,)
 
     def step(self, step: Step) -> StepOutput:
         """Run the step (slide 15 of the authors' talk: equal weights)."""
@@ -77,19 +73,15 @@ def propagate(
         weights: Of the branches' losses.
         passes: What it costs.
     """
-    target = Target(step.labels)
-    with step.only_local():
-        logits = step.forward(step.images)
-        main_loss = target.loss(step.loss, logits)
-        step.backward(main_loss)
+    logits, main_loss = step.main_pass(step.images, step.labels)
     images, aux_logits, losses = [], [], []
     for position, (auxiliary, branch) in enumerate(branches.items(), start=1):
         images.append(branch(logits.shape[1]))
-        with step.auxiliary(auxiliary), step.only_local() if position < len(branches) else nullcontext():
-            aux_logits.append(step.forward(images[-1]))
-            losses.append(target.loss(step.loss, aux_logits[-1]))
-            step.backward(weights[auxiliary] * losses[-1])
-        aux_logits[-1], losses[-1] = aux_logits[-1].detach(), weights[auxiliary] * losses[-1].detach()
+        weight = weights[auxiliary]
+        with step.only_local() if position < len(branches) else nullcontext():
+            logits_of_branch, loss = step.auxiliary_pass(auxiliary, images[-1], step.labels, weight=weight)
+        aux_logits.append(logits_of_branch)
+        losses.append(weight * loss)
     aux_loss = torch.stack(losses).sum()
     return step.output(
         loss=main_loss + aux_loss,

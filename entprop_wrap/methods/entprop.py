@@ -14,8 +14,10 @@ from entprop_wrap.functional.losses import Target
 from entprop_wrap.functional.mixing import Mixer, find_mixer
 from entprop_wrap.functional.uncertainty import Uncertainty, compute_scores, find_uncertainty, num_selected, top_k
 from entprop_wrap.methods import lagged
-from entprop_wrap.methods.base import Step, StepOutput
+from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.input_gradient import ImageGradient, watching
+from entprop_wrap.methods.step import Step
+from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.options import (
     check_choice,
     check_flag,
@@ -30,7 +32,7 @@ __all__ = ["EntProp"]
 
 
 @dataclass(frozen=True)
-class EntProp:
+class EntProp(Method):
     """Train the most uncertain samples, made harder, through auxiliary norms, and everything else as usual.
 
     A step: the batch, mixed up, goes through the main norms, which gives the loss, the entropy of each sample and,
@@ -104,6 +106,8 @@ class EntProp:
 
     def __post_init__(self) -> None:
         store_as_python(self)
+        if self.auxiliary is not None:
+            check_name("auxiliary", self.auxiliary, ", or None for shared norms")
         check_number("fraction", self.fraction, lambda value: 0 < value <= 1, "in (0, 1], a share of the batch")
         check_integer("attack_steps", self.attack_steps, 0)
         for name in ("epsilon", "step_size"):
@@ -127,8 +131,6 @@ class EntProp:
         check_flag("equal_budget", self.equal_budget)
         if self.equal_budget and not self.lagged:
             raise ConfigurationError("equal_budget=True is an option of the lagged step: write lagged=True, too.")
-        if self.auxiliary is not None:
-            check_name("auxiliary", self.auxiliary, ", or None for shared norms")
 
     @classmethod
     def finetuning(cls, **options: Any) -> EntProp:
@@ -140,11 +142,6 @@ class EntProp:
         """
         mix = {} if "mix" in options else {"alpha": 0.1}
         return cls(**{"fraction": 0.3, "mix_on": "auxiliary", **mix, **options})
-
-    @property
-    def auxiliaries(self) -> tuple[str, ...]:
-        """The one auxiliary domain, if there is one."""
-        return () if self.auxiliary is None else (self.auxiliary,)
 
     @property
     def attack(self) -> tuple[float, float]:
@@ -173,14 +170,10 @@ class EntProp:
             selected = selected[:number]
         step.warn_if_few(number)
         aux_images, aux_target = self._harden(step, images, gradient, target, selected)
-        with step.auxiliary(self.auxiliary):
-            aux_logits = step.forward(aux_images)
-            aux_loss = aux_target.loss(step.loss, aux_logits)
-            weight = number / batch if self.weighting == "per_image" else 1.0
-            step.backward(weight * aux_loss)
-
+        weight = number / batch if self.weighting == "per_image" else 1.0
+        aux_logits, aux_loss = step.auxiliary_pass(self.auxiliary, aux_images, aux_target, weight=weight)
         return step.output(
-            loss=main_loss.detach() + weight * aux_loss.detach(),
+            loss=main_loss.detach() + weight * aux_loss,
             main_loss=main_loss,
             logits=logits,
             passes=(batch + number * max(self.attack_steps, 1)) / batch,

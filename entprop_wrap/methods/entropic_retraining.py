@@ -15,16 +15,18 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.functional.losses import mean_entropy
-from entprop_wrap.methods.base import Step, StepOutput
+from entprop_wrap.methods.base import Method
+from entprop_wrap.methods.step import Step
+from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.modules import plain_model, walk
-from entprop_wrap.utils.options import check_number, shown, store_as_python
+from entprop_wrap.utils.options import check_number, shown
 from entprop_wrap.wrapping.norm_layers import is_norm
 
 __all__ = ["EntropicRetraining", "activation_entropy"]
 
 
 @dataclass(frozen=True)
-class EntropicRetraining:
+class EntropicRetraining(Method):
     """Train on with a *trained* model, on its own data, and steer the entropy of its activations and its outputs.
 
     **Experimental; inspired by** Sperl and Boettinger, "Optimizing Information Loss Towards Robust Neural Networks"
@@ -64,7 +66,7 @@ class EntropicRetraining:
     layers: str = "*"
 
     def __post_init__(self) -> None:
-        store_as_python(self)
+        super().__post_init__()
         for name in ("activation_weight", "output_weight"):
             check_number(name, getattr(self, name), lambda value: True, "of either sign")
         if not self.activation_weight and not self.output_weight:
@@ -73,11 +75,6 @@ class EntropicRetraining:
             raise ConfigurationError(
                 f"layers must be a glob over names such as 'layer4.*', found {shown(self.layers)}."
             )
-
-    @property
-    def auxiliaries(self) -> tuple[str, ...]:
-        """No auxiliary domain."""
-        return ()
 
     def step(self, step: Step) -> StepOutput:
         """Run the step.

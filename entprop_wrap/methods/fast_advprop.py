@@ -12,15 +12,17 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import ascend, check_magnitude, uniform_start
 from entprop_wrap.functional.losses import Target
 from entprop_wrap.functional.uncertainty import num_selected
-from entprop_wrap.methods.base import Step, StepOutput
+from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.input_gradient import input_gradient
-from entprop_wrap.utils.options import check_flag, check_name, check_number, store_as_python
+from entprop_wrap.methods.step import Step
+from entprop_wrap.methods.step_output import StepOutput
+from entprop_wrap.utils.options import check_flag, check_number
 
 __all__ = ["FastAdvProp"]
 
 
 @dataclass(frozen=True)
-class FastAdvProp:
+class FastAdvProp(Method):
     """Most of the batch is trained clean, the rest adversarially; no image is both, no pass is for the attack alone.
 
     The last ``fraction`` of the batch (which is shuffled anyway) gets uniform noise; one pass through the auxiliary
@@ -50,17 +52,11 @@ class FastAdvProp:
     auxiliary: str = "aux"
 
     def __post_init__(self) -> None:
-        store_as_python(self)
+        super().__post_init__()
         check_magnitude("epsilon", self.epsilon)
         for name in ("fraction", "beta"):
             check_number(name, getattr(self, name), lambda value: 0 < value < 1, "in (0, 1)")
         check_flag("shuffle", self.shuffle)
-        check_name("auxiliary", self.auxiliary)
-
-    @property
-    def auxiliaries(self) -> tuple[str, ...]:
-        """The one auxiliary domain."""
-        return (self.auxiliary,)
 
     def equal_cost_epochs(self, epochs: int) -> int:
         """Return the published budget: ``epochs / (1 + fraction)``, rounded down, at least 1.

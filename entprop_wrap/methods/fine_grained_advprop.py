@@ -14,8 +14,10 @@ from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError, ImageError
 from entprop_wrap.functional.attacks import Attack
 from entprop_wrap.methods.advprop import attacked, check_statistics, check_targets, propagate
-from entprop_wrap.methods.base import Step, StepOutput
-from entprop_wrap.utils.options import as_python, check_flag, check_name, check_number, shown, store_as_python
+from entprop_wrap.methods.base import Method
+from entprop_wrap.methods.step import Step
+from entprop_wrap.methods.step_output import StepOutput
+from entprop_wrap.utils.options import as_python, check_flag, check_name, check_number, shown
 
 __all__ = ["Augmentation", "FineGrainedAdvProp"]
 
@@ -24,7 +26,7 @@ Augmentation = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class FineGrainedAdvProp:
+class FineGrainedAdvProp(Method):
     """Clean images through the main norms, and one version of them per auxiliary through the norms of this auxiliary.
 
         FineGrainedAdvProp({"weak": PGD(1 / 255, steps=1), "strong": PGD(), "augmented": TrivialAugmentWide()})
@@ -60,7 +62,7 @@ class FineGrainedAdvProp:
     attack_statistics: Literal["running", "batch"] = "running"
 
     def __post_init__(self) -> None:
-        store_as_python(self)
+        super().__post_init__()
         if not isinstance(self.branches, Mapping) or not self.branches:
             raise ConfigurationError(
                 "branches maps names of auxiliary domains to attacks or augmentations, such as {'weak': "

@@ -18,14 +18,16 @@ from entprop_wrap.data.grown_images import GrownImages, collate, form_of, to_byt
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.data.validation import Checker, check_images, check_labels, checker_of
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
-from entprop_wrap.functional.losses import Loss, Target, cross_entropy, mean_entropy
+from entprop_wrap.functional.losses import Loss, cross_entropy, mean_entropy
 from entprop_wrap.functional.uncertainty import num_selected
-from entprop_wrap.methods.base import Step, StepOutput
+from entprop_wrap.methods.base import Method
+from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_loss import StepLoss
+from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.features import features_of
 from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import check_module, evaluating, plain_model
-from entprop_wrap.utils.options import check_integer, check_name, check_number, shown, store_as_python
+from entprop_wrap.utils.options import check_integer, check_number, shown, store_as_python
 
 __all__ = ["MEADA", "EntropyAscent", "grow"]
 
@@ -125,7 +127,7 @@ class EntropyAscent:
 
 
 @dataclass(frozen=True)
-class MEADA:
+class MEADA(Method):
     """Clean images through the main norms, maximum-entropy images, made from them, through the auxiliary norms.
 
     ME-ADA in one step: what the paper adds to the dataset for good, see :func:`grow`, is made anew from every batch,
@@ -156,11 +158,10 @@ class MEADA:
     auxiliary: str = "aux"
 
     def __post_init__(self) -> None:
-        store_as_python(self)
+        super().__post_init__()
         check_ascent(self.ascent)
         check_number("fraction", self.fraction, lambda value: 0 < value <= 1, "in (0, 1]")
         check_number("weight", self.weight, lambda value: value > 0, "above 0")
-        check_name("auxiliary", self.auxiliary)
 
     @classmethod
     def cifar(cls, **options: Any) -> MEADA:
@@ -172,27 +173,16 @@ class MEADA:
         """Return a step with the published ascent for MNIST."""
         return cls(**{"ascent": EntropyAscent.mnist(), **options})
 
-    @property
-    def auxiliaries(self) -> tuple[str, ...]:
-        """The one auxiliary domain."""
-        return (self.auxiliary,)
-
     def step(self, step: Step) -> StepOutput:
         """Run the step."""
-        with step.only_local():
-            logits = step.forward(step.images)
-            main_loss = Target(step.labels).loss(step.loss, logits)
-            step.backward(main_loss)
+        logits, main_loss = step.main_pass(step.images, step.labels)
         number = num_selected(len(logits), self.fraction)
         step.warn_if_few(number)
         images, labels = step.images[:number], step.labels[:number]
         with step.only_local():
             images = self.ascent.run(step.model, step.forward, images, labels, loss=step.loss, space=step.space)
         weight = self.weight * number / len(logits)
-        with step.auxiliary(self.auxiliary):
-            aux_logits = step.forward(images)
-            aux_loss = Target(labels).loss(step.loss, aux_logits)
-            step.backward(weight * aux_loss)
+        aux_logits, aux_loss = step.auxiliary_pass(self.auxiliary, images, labels, weight=weight)
         return step.output(
             loss=main_loss + weight * aux_loss,
             main_loss=main_loss,

@@ -8,14 +8,16 @@ from typing import cast
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.losses import Target
 from entprop_wrap.functional.mixing import Mixer, find_mixer
-from entprop_wrap.methods.base import Step, StepOutput
-from entprop_wrap.utils.options import check_name, check_number, store_as_python
+from entprop_wrap.methods.base import Method
+from entprop_wrap.methods.step import Step
+from entprop_wrap.methods.step_output import StepOutput
+from entprop_wrap.utils.options import check_number
 
 __all__ = ["MixProp"]
 
 
 @dataclass(frozen=True)
-class MixProp:
+class MixProp(Method):
     """Clean images through the main norms, the same images mixed up through the auxiliary norms.
 
     The paper itself is not public; this follows its description in EntProp (section 4.1.3): both losses on their own
@@ -38,32 +40,21 @@ class MixProp:
     alpha: float | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        store_as_python(self)
+        super().__post_init__()
         check_number("weight", self.weight, lambda value: value > 0, "above 0")
-        check_name("auxiliary", self.auxiliary)
         object.__setattr__(self, "mix", find_mixer(self.mix, self.alpha))
         object.__setattr__(self, "alpha", None)
         if self.mix is None:
             raise ConfigurationError("mix must be a mixer such as MixUp(alpha=1.0), or 'mixup'; found None.")
 
-    @property
-    def auxiliaries(self) -> tuple[str, ...]:
-        """The one auxiliary domain."""
-        return (self.auxiliary,)
-
     def step(self, step: Step) -> StepOutput:
         """Run the step."""
         step.warn_if_mixed()
-        with step.only_local():
-            logits = step.forward(step.images)
-            main_loss = Target(step.labels).loss(step.loss, logits)
-            step.backward(main_loss)
+        logits, main_loss = step.main_pass(step.images, step.labels)
         mix = cast(Mixer, self.mix).draw(step.images.shape, step.generator)
         images = mix.apply(step.images)
-        with step.auxiliary(self.auxiliary):
-            aux_logits = step.forward(images)
-            aux_loss = Target.mixed(step.labels, mix).loss(step.loss, aux_logits)
-            step.backward(self.weight * aux_loss)
+        target = Target.mixed(step.labels, mix)
+        aux_logits, aux_loss = step.auxiliary_pass(self.auxiliary, images, target, weight=self.weight)
         return step.output(
             loss=main_loss + self.weight * aux_loss,
             main_loss=main_loss,

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from entprop_wrap.functional.losses import Regularised
-from entprop_wrap.methods.base import Step, StepOutput
-from entprop_wrap.utils.options import store_as_python
+from entprop_wrap.methods.base import Method
+from entprop_wrap.methods.step import Step
+from entprop_wrap.methods.step_output import StepOutput
 
 __all__ = ["Vanilla"]
 
 
 @dataclass(frozen=True)
-class Vanilla:
+class Vanilla(Method):
     """One pass, one loss. Works on plain and wrapped models; the copies of a wrapped model stay as they are.
 
     Cost: 1 pass.
@@ -32,13 +33,8 @@ class Vanilla:
     entropy_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        store_as_python(self)
+        super().__post_init__()
         Regularised(F.cross_entropy, self.label_smoothing, self.entropy_weight)  # raises if out of range
-
-    @property
-    def auxiliaries(self) -> tuple[str, ...]:
-        """No auxiliary domain."""
-        return ()
 
     def step(self, step: Step) -> StepOutput:
         """Run the step."""

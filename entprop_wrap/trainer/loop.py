@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from entprop_wrap.errors import DivergedError
-from entprop_wrap.methods.base import StepOutput
+from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, better
 from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.data_loader import Batches

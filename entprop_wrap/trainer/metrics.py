@@ -16,8 +16,8 @@ from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.data.validation import Checker, check_images, check_labels, checker_of
 from entprop_wrap.errors import ModelOutputError
 from entprop_wrap.functional.losses import Loss
-from entprop_wrap.methods.base import StepOutput
 from entprop_wrap.methods.step_loss import StepLoss
+from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.trainer.data_loader import Batches
 from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import evaluating, plain_model

@@ -18,8 +18,9 @@ from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
-from entprop_wrap.methods.base import Method, StepOutput, check_method
+from entprop_wrap.methods.base import Method, check_method
 from entprop_wrap.methods.lagged import load_lagged_state
+from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.trainer.accelerator import Prepared, make_accelerator, trackers
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, read_state
 from entprop_wrap.trainer.config import TrainerConfig

@@ -23,7 +23,8 @@ from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, Unsuppor
 from entprop_wrap.integrations.hf_trainer.checkpoints import PlainCheckpoints
 from entprop_wrap.integrations.hf_trainer.loss import TrainerLoss, images_name_of
 from entprop_wrap.methods import EntProp, FastAdvProp
-from entprop_wrap.methods.base import Method, StepOutput, check_method
+from entprop_wrap.methods.base import Method, check_method
+from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.training import training_step
 from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap
 from entprop_wrap.wrapping.norm_layers import Selector

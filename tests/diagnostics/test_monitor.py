@@ -18,7 +18,7 @@ from entprop_wrap.errors import ConfigurationError, DivergedError
 from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.functional.uncertainty import random as random_score
 from entprop_wrap.methods import MixProp, Vanilla
-from entprop_wrap.methods.base import StepOutput
+from entprop_wrap.methods.step_output import StepOutput
 from tests.helpers.trainer_toys import BatchNormNet, Images, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
