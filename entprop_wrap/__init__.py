@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from entprop_wrap.functional import MixUp
     from entprop_wrap.methods import EntProp
     from entprop_wrap.trainer import Trainer, TrainerConfig
-    from entprop_wrap.training import training_step
+    from entprop_wrap.training import TrainingStep, training_step
     from entprop_wrap.wrapping import (
         auxiliary,
         auxiliary_state_dict,
@@ -28,6 +28,7 @@ __all__ = [
     "PixelSpace",
     "Trainer",
     "TrainerConfig",
+    "TrainingStep",
     "auxiliary",
     "auxiliary_state_dict",
     "load_auxiliary_state_dict",
@@ -45,7 +46,7 @@ _ROOMS = {
     "functional": "MixUp",
     "methods": "EntProp",
     "trainer": "Trainer TrainerConfig",
-    "training": "training_step",
+    "training": "TrainingStep training_step",
     "wrapping": (
         "auxiliary auxiliary_state_dict load_auxiliary_state_dict main_state_dict parameter_groups summary unwrap wrap"
     ),

@@ -1,4 +1,4 @@
-"""``training_step``: the one call that replaces forward, loss and ``loss.backward()`` in a training loop."""
+"""The one call that replaces forward, loss and ``loss.backward()`` in a training loop, and the object that holds it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.modules import check_module, plain_model
 from entprop_wrap.utils.options import check_function, check_generator
 from entprop_wrap.utils.snapshot import Snapshot
+from entprop_wrap.wrapping.model import ensure_wrapped
 from entprop_wrap.wrapping.registry import find_registry, refuse_idle_copies, refuse_inside_block
 
-__all__ = ["check_loss", "check_pixel_space", "training_step"]
+__all__ = ["TrainingStep", "check_loss", "check_pixel_space", "training_step"]
 
 
 def training_step(
@@ -31,7 +32,7 @@ def training_step(
     method: Method | None = None,
     pixel_space: PixelSpace | None = None,
     loss: Loss | None = None,
-    backward: Callable[[Tensor], Any] | None = None,
+    backward: Callable[..., Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> StepOutput:
     """Run the forward and backward passes of one step of ``method``; gradients accumulate in ``.grad``.
@@ -70,20 +71,96 @@ def training_step(
         UnsupportedModelError: The switch or the method cannot be right on this model, or the call stands inside
             ``auxiliary()``; the message says which.
     """
-    check_module("training_step()", model)
-    method = EntProp() if method is None else check_method(method)
+    method = _checked("training_step()", model, method, pixel_space, loss, backward, generator)
+    return _run(model, images, labels, method, pixel_space, loss, backward, generator)
+
+
+class TrainingStep:
+    """Model, method and pixel space of a loop of one's own, held and checked once; :func:`training_step` on them.
+
+        step = entprop.TrainingStep(model, EntProp(), PixelSpace(mean, std))
+        optimizer = torch.optim.SGD(entprop.parameter_groups(model, 5e-4), lr=0.1)
+        for images, labels in loader:
+            out = step(images, labels)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    A plain model is wrapped here if the method needs auxiliaries: build the optimizer afterwards. Before a model enters
+    a container (DDP, FSDP2, ``torch.compile``), wrap it.
+
+    Args:
+        model: As in :func:`training_step`, or plain.
+        method: What to do in a step; ``EntProp()`` by default.
+        pixel_space: How the images were normalised; None: they are in [0, 1].
+        loss: As in :func:`training_step`.
+        backward: As in :func:`training_step`.
+        generator: As in :func:`training_step`.
+        options: Of :func:`entprop_wrap.wrap`, for a plain model: ``copies=``, ``include=``, ``exclude=``.
+
+    Raises:
+        AuxiliaryNameError: The model is wrapped, without an auxiliary that the method needs.
+        TypeError: An argument is of another type.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method | None = None,
+        pixel_space: PixelSpace | None = None,
+        *,
+        loss: Loss | None = None,
+        backward: Callable[..., Any] | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:
+        self.method = _checked("TrainingStep()", model, method, pixel_space, loss, backward, generator)
+        ensure_wrapped(model, self.method.auxiliaries, **options)
+        self.model, self.pixel_space, self.loss = model, pixel_space, loss
+        self.backward, self.generator = backward, generator
+
+    def __call__(self, images: Tensor, labels: Tensor) -> StepOutput:
+        """Run one step on images ``(N, C, H, W)`` and labels; see :func:`training_step`."""
+        return _run(self.model, images, labels, self.method, self.pixel_space, self.loss, self.backward, self.generator)
+
+    def __repr__(self) -> str:
+        space = self.pixel_space or PixelSpace()
+        return f"TrainingStep({type(plain_model(self.model)).__name__}, {self.method!r}, {space!r})"
+
+
+def _checked(
+    caller: str,
+    model: object,
+    method: object,
+    pixel_space: object,
+    loss: object,
+    backward: object,
+    generator: object,
+) -> Method:
+    """Return the method, after checks of the types of all arguments but the data."""
+    check_module(caller, model)
     check_pixel_space(pixel_space)
     check_loss(loss)
     if backward is not None:
         check_function("backward", backward, "of a loss", "backward=accelerator.backward")
     check_generator(generator)
+    return EntProp() if method is None else check_method(method)
+
+
+def _run(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    method: Method,
+    pixel_space: PixelSpace | None,
+    loss: Loss | None,
+    backward: Callable[..., Any] | None,
+    generator: torch.Generator | None,
+) -> StepOutput:
     check_trainable(model)
     if method.auxiliaries:
         refuse_idle_copies(find_registry(model), method.auxiliaries)  # raises before anything runs
     refuse_inside_block(model)
-    step = Step(
-        model, images, labels, pixel_space or PixelSpace(), cross_entropy if loss is None else loss, backward, generator
-    )
+    step = Step(model, images, labels, pixel_space or PixelSpace(), cross_entropy if loss is None else loss, backward, generator)
     before = Snapshot(model, gradients=not step.checker.stepped)
     step.checker.watch.begin(before.has_gradients)
     try:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.errors import AuxiliaryNameError, CheckpointError, ConfigurationError, UnsupportedModelError
+from entprop_wrap.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, Pass, asked
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, check_method
@@ -37,7 +37,7 @@ from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.training import training_step
 from entprop_wrap.utils.modules import plain_model
-from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap
+from entprop_wrap.wrapping.model import ensure_wrapped, is_wrapped, unwrap
 from entprop_wrap.wrapping.norm_layers import Selector
 from entprop_wrap.wrapping.optimizer import check_optimizer
 from entprop_wrap.wrapping.registry import find_registry
@@ -172,18 +172,11 @@ class _Fit:
         """Wrap the model after the module has made it: the last moment before there are optimizers."""
         if self.classifier is not None:
             return
-        callback, names = self.callback, tuple(self.callback.method.auxiliaries)
+        callback = self.callback
         self.name, self.classifier = _find_classifier(self.module, callback.model)
-        if names and not is_wrapped(self.classifier):
-            wrap(self.classifier, auxiliaries=names, **callback.selectors)
-            self.ours = True
-            if self.kept is not None and self.kept.belong_to(self.module):
-                load_auxiliary_state_dict(self.module, self.kept.auxiliary)
-        elif names and (missing := set(names) - set(find_registry(self.classifier).auxiliaries)):
-            raise AuxiliaryNameError(
-                f"The model was wrapped without the auxiliary {sorted(missing)[0]!r} that "
-                f"{type(callback.method).__name__} needs. Write wrap(model, auxiliaries={names!r})."
-            )
+        self.ours = ensure_wrapped(self.classifier, callback.method.auxiliaries, **callback.selectors)
+        if self.ours and self.kept is not None and self.kept.belong_to(self.module):
+            load_auxiliary_state_dict(self.module, self.kept.auxiliary)
         self.model = _ModelInContext(self.classifier, self.trainer.precision_plugin.forward_context)
         own = getattr(self.module, "criterion", None) or getattr(self.module, "loss_fn", None)
         self.loss: Loss = callback.loss or (own if callable(own) else F.cross_entropy)

@@ -10,13 +10,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, UnsupportedModelError
+from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.methods.base import Method
 from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.run_state import to_python
-from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap
+from entprop_wrap.wrapping.model import ensure_wrapped, is_wrapped, unwrap
 from entprop_wrap.wrapping.optimizer import check_optimizer, parameter_groups
-from entprop_wrap.wrapping.registry import find_registry
 
 __all__ = ["wrap_with_optimizer"]
 
@@ -38,11 +37,8 @@ def wrap_with_optimizer(
         raise TypeError(
             f"optimizer expects a torch.optim.Optimizer, found {given!r}. By name: TrainerConfig(optimizer='sgd')."
         )
-    wrapped_here = bool(method.auxiliaries) and not is_wrapped(model)
-    if wrapped_here:
-        wrap(model, auxiliaries=method.auxiliaries)
+    wrapped_here = ensure_wrapped(model, method.auxiliaries)
     try:
-        _check_auxiliaries(model, method)
         optimizer = given or build_optimizer(model, config)
         if is_wrapped(model):
             check_optimizer(model, optimizer)
@@ -65,17 +61,6 @@ def _check_steps(model: nn.Module, optimizer: Optimizer) -> None:
             f"Parameters have hooks that run within backward, as layerwise optimizers such as GaLore's and APOLLO's do "
             f"(found with {type(optimizer).__name__}). A step has several backwards: choose an optimizer that steps "
             "after them."
-        )
-
-
-def _check_auxiliaries(model: nn.Module, method: Method) -> None:
-    if not method.auxiliaries:
-        return
-    present = find_registry(model).auxiliaries
-    if missing := [name for name in method.auxiliaries if name not in present]:
-        raise AuxiliaryNameError(
-            f"{type(method).__name__} needs the auxiliaries {method.auxiliaries}; the model has {present}, "
-            f"without {missing}. Write wrap(model, auxiliaries={method.auxiliaries}), or pass a plain model."
         )
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -221,6 +221,31 @@ def is_wrapped(model: nn.Module) -> bool:
     """Return whether ``model`` is, contains or is a part of a wrapped model."""
     check_module("is_wrapped()", model)
     return any(isinstance(module, SwitchedNorm) for module in walk(model))
+
+
+def ensure_wrapped(model: nn.Module, auxiliaries: tuple[str, ...], **options: Any) -> bool:
+    """Wrap ``model`` if there are ``auxiliaries`` and it is plain; return whether it was wrapped here.
+
+    Args:
+        model: The model.
+        auxiliaries: What a method needs.
+        options: Of :func:`wrap`; without effect on a model that is wrapped.
+
+    Raises:
+        AuxiliaryNameError: The model is wrapped, but with other auxiliaries.
+    """
+    if not auxiliaries:
+        return False
+    if not is_wrapped(model):
+        wrap(model, auxiliaries=auxiliaries, **options)
+        return True
+    present = find_registry(model).auxiliaries
+    if missing := [name for name in auxiliaries if name not in present]:
+        raise AuxiliaryNameError(
+            f"The model was wrapped with the auxiliaries {present}, without {missing[0]!r}, which the method needs. "
+            f"Write wrap(model, auxiliaries={tuple(auxiliaries)}), or pass a plain model."
+        )
+    return False
 
 
 def _checked_names(auxiliaries: object) -> tuple[str, ...]:

@@ -19,14 +19,14 @@ from transformers import Trainer, TrainerCallback
 
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.data.validation import check_takes_images
-from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, UnsupportedModelError
+from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer.checkpoints import PlainCheckpoints
 from entprop_wrap.integrations.hf_trainer.loss import TrainerLoss, images_name_of
 from entprop_wrap.methods import EntProp, FastAdvProp
 from entprop_wrap.methods.base import Method, check_method
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.training import training_step
-from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap
+from entprop_wrap.wrapping.model import ensure_wrapped, is_wrapped, unwrap
 from entprop_wrap.wrapping.norm_layers import Selector
 from entprop_wrap.wrapping.optimizer import check_optimizer
 from entprop_wrap.wrapping.registry import find_registry
@@ -92,18 +92,7 @@ class EntPropCallback(TrainerCallback):
 
     def wrap(self, model: nn.Module, optimizer: Any = None) -> nn.Module:
         """Wrap a model of the Trainer if the method needs it; an ``optimizer`` must train its copies."""
-        names = tuple(self.method.auxiliaries)
-        if not names:
-            return model
-        if is_wrapped(model):  # by the user, who has options or an optimizer of their own
-            if missing := set(names) - set(find_registry(model).auxiliaries):
-                raise AuxiliaryNameError(
-                    f"The model was wrapped without the auxiliary {sorted(missing)[0]!r} that "
-                    f"{type(self.method).__name__} needs. Write wrap(model, auxiliaries={names!r})."
-                )
-            return model
-        wrap(model, auxiliaries=names, **self.selectors)
-        if optimizer is not None:
+        if ensure_wrapped(model, self.method.auxiliaries, **self.selectors) and optimizer is not None:
             try:
                 check_optimizer(model, optimizer)
             except Exception:

@@ -1,0 +1,84 @@
+"""``TrainingStep``: model, method and pixel space held once, and the same steps as ``training_step``."""
+
+import copy
+
+import pytest
+import torch
+
+import entprop_wrap as entprop
+from entprop_wrap.errors import AuxiliaryNameError, PixelRangeError, UnsupportedModelError
+from entprop_wrap.methods import AdvProp, Vanilla
+from tests.methods.test_step_loops import gradients
+from tests.reference.models import build
+
+SPACE = entprop.PixelSpace(0.5, 0.25)
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    return (torch.rand(12, 3, 8, 8, dtype=torch.float64) - 0.5) / 0.25, torch.arange(12) % 3
+
+
+@pytest.mark.parametrize(
+    "method", [entprop.EntProp(0.5), AdvProp(), Vanilla()], ids=lambda method: type(method).__name__
+)
+def test_it_is_the_step_that_the_function_runs(method, batch):
+    held, called = (build("batch_norm", dtype=torch.float64) for _ in range(2))
+    step = entprop.TrainingStep(held, method, SPACE, generator=torch.Generator().manual_seed(3))
+    if method.auxiliaries:
+        entprop.wrap(called)
+    for _ in range(2):  # the second accumulates
+        found = step(*batch)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(2):
+        expected = entprop.training_step(called, *batch, method=method, pixel_space=SPACE, generator=generator)
+    assert torch.equal(found.loss, expected.loss)
+    theirs = gradients(called)
+    assert gradients(held).keys() == theirs.keys()
+    assert all(torch.equal(gradient, theirs[name]) for name, gradient in gradients(held).items())
+
+
+def test_it_wraps_a_plain_model_as_told(batch):
+    model = build("batch_norm", dtype=torch.float64)
+    parameters = len(list(model.parameters()))
+    step = entprop.TrainingStep(model, pixel_space=SPACE, copies="statistics")
+    assert entprop.summary(model).auxiliaries == ("aux",)
+    assert len(list(model.parameters())) == parameters
+    assert repr(step).count("(") >= 3, repr(step)
+    step(*batch)
+
+
+def test_it_leaves_a_plain_model_plain_where_nothing_is_to_be_copied(batch):
+    model = build("batch_norm", dtype=torch.float64)
+    names = set(model.state_dict())
+    entprop.TrainingStep(model, entprop.EntProp(auxiliary=None), SPACE)(*batch)
+    assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        (("resnet18",), {}, UnsupportedModelError, r"TrainingStep\(\): expected a torch.nn.Module"),
+        ((AdvProp,), {}, TypeError, "an instance of a training method"),
+        ((None, 0.5), {}, TypeError, "pixel_space expects a PixelSpace"),
+        ((None, None), {"loss": "ce"}, TypeError, "loss expects a function"),
+        ((AdvProp(auxiliary="adv"),), {}, AuxiliaryNameError, "without 'adv'"),
+        ((None, None), {"copy": "all"}, TypeError, "copy"),
+    ],
+)
+def test_what_is_wrong_is_said_when_it_is_made(arguments, options, error, words):
+    model = build("batch_norm", dtype=torch.float64)
+    if error is AuxiliaryNameError:
+        entprop.wrap(model)
+    before = copy.deepcopy(model.state_dict())
+    given = arguments if arguments == ("resnet18",) else (model, *arguments)
+    with pytest.raises(error, match=words):
+        entprop.TrainingStep(*given, **options)
+    assert model.state_dict().keys() == before.keys()
+
+
+def test_the_pixel_space_that_it_holds_is_the_one_that_counts(batch):
+    step = entprop.TrainingStep(build("batch_norm", dtype=torch.float64))
+    with pytest.raises(PixelRangeError):
+        step(*batch)
