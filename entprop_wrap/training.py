@@ -67,7 +67,7 @@ def training_step(
         ModelOutputError: The model returned no logits, or heads that ``loss`` would not train.
         DivergedError: The loss is not finite (CPU, without ``backward``; else ``optimizer.step()`` raises it).
         ConfigurationError: The model is in evaluation mode or frozen as a whole, or the loss is not a mean over images.
-            Of a loss of your own that is found out in the first step, by one more call of it.
+            A loss of your own is tested in the first step, by one more call of it.
         UnsupportedModelError: The switch or the method cannot be right on this model, or the call stands inside
             ``auxiliary()``; the message says which.
     """
@@ -95,7 +95,7 @@ class TrainingStep:
         loss: As in :func:`training_step`.
         backward: As in :func:`training_step`.
         generator: As in :func:`training_step`.
-        options: Of :func:`entprop_wrap.wrap`, for a plain model: ``copies=``, ``include=``, ``exclude=``.
+        options: Options of :func:`entprop_wrap.wrap`, for a plain model: ``copies=``, ``include=``, ``exclude=``.
 
     Raises:
         AuxiliaryNameError: The model is wrapped, without an auxiliary that the method needs.

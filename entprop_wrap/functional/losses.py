@@ -44,7 +44,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Pass:
-    """What a loss is given beyond logits and labels, where it declares further parameters of these names.
+    """The context of a loss beyond logits and labels, passed where it declares parameters of these names.
 
         def loss(logits, labels, outputs, images): ...
 
@@ -188,7 +188,7 @@ class Target:
     Args:
         labels: ``(n,)`` or ``(n, C)``.
         partners: Labels of the partners, alike.
-        share: Of the first labels, in [0, 1].
+        share: Weight of the first labels, in [0, 1].
         index: ``(n,)``: where the labels stand in the batch; None: they are its first n.
         partner_index: Where the partners' do.
     """

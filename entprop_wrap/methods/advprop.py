@@ -35,7 +35,7 @@ class AdvProp(Method):
             EntProp's baseline and Fast AdvProp attack untargeted). Integer labels only.
         attack_statistics: What batch norms normalise with during the attack: "running" (AdvProp, by Fast AdvProp,
             section 3.2) or "batch" (Fast AdvProp, which saw NaN otherwise). Neither records anything.
-        weight: Of the auxiliary loss, above 0; the paper adds both losses.
+        weight: Weight of the auxiliary loss, above 0; the paper adds both losses.
         auxiliary: Name of the auxiliary domain.
     """
 
@@ -70,7 +70,7 @@ def propagate(
     Args:
         step: The batch.
         branches: By auxiliary: from the number of classes to the images of this branch, in the rows of the batch.
-        weights: Of the branches' losses.
+        weights: Weight of each branch's loss.
         passes: What it costs.
     """
     logits, main_loss = step.main_pass(step.images, step.labels)

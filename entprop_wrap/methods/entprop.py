@@ -62,7 +62,7 @@ class EntProp(Method):
             mixer, or None.
         mix_on: "batch" mixes the whole batch before the main pass (Algorithm 1); "auxiliary" keeps the main pass clean
             and mixes the selected images among themselves, and their gradients.
-        auxiliary_target: Of mixed images in the auxiliary pass: "mixed" has both labels, as in the main pass; "source"
+        auxiliary_target: Labels of mixed images in the auxiliary pass: "mixed" has both, as in the main pass; "source"
             only the first, which is the wrong one where ``share < 1/2`` (Algorithm 1 to the letter).
         uncertainty: Score to select by, ``(logits, labels) -> (N,)``, or the name of one; see
             ``entprop_wrap.functional.uncertainty``. The labels are those of the images themselves, also where the
@@ -82,7 +82,7 @@ class EntProp(Method):
             :mod:`entprop_wrap.methods.lagged`.
         equal_budget: With ``lagged``, leave out as many images of the batch as come back from the step before, so that
             a step has exactly the rows of vanilla training (the budget of Fast AdvProp, ICLR 2022).
-        alpha: Of the mixer, where ``mix`` names it; the mixer then has it, and this is None.
+        alpha: Parameter of the mixer that ``mix`` names; then stored there, and None here.
 
     Raises:
         ConfigurationError: An option is out of range.

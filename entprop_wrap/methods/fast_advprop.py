@@ -61,7 +61,7 @@ class FastAdvProp(Method):
     def equal_cost_epochs(self, epochs: int) -> int:
         """Return the published budget: ``epochs / (1 + fraction)``, rounded down, at least 1.
 
-        So many epochs cost no more than ``epochs`` of vanilla training; the paper trains 87 instead of 105 at a
+        They cost no more than ``epochs`` of vanilla training; the paper trains 87 instead of 105 at a
         fraction of 0.2. The learning rate's schedule is to end with them.
         """
         return max(1, math.floor(epochs / (1 + self.fraction) + 1e-9))  # 12 / 1.2 is not to be 9

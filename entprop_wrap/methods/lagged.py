@@ -29,7 +29,7 @@ class Waiting:
 
     Attributes:
         images: ``(m, C, H, W)`` in the pixel space of the step that made them, detached.
-        target: Of the ``m`` images.
+        target: Labels of the ``m`` images.
     """
 
     images: Tensor

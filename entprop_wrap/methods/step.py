@@ -200,7 +200,7 @@ class Step:
 
     @contextmanager
     def _statistics_kept(self) -> Iterator[None]:
-        # On a plain model there is no switch to say it to; what its norms record in the block is taken back.
+        # A plain model has no switch: what its norms record in the block is undone.
         before = Snapshot(self.model)
         try:
             yield

@@ -1,4 +1,4 @@
-"""What one training step computed."""
+"""The result of one training step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["StepOutput"]
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one training step computed. Tensors are detached and stay on the device; reading them is up to you.
+    """Result of one training step. Tensors are detached and stay on the device; reading them is up to you.
 
     Attributes:
         loss: Scalar: what was minimised, ``main_loss + weight * aux_loss``.

@@ -229,7 +229,7 @@ def ensure_wrapped(model: nn.Module, auxiliaries: tuple[str, ...], **options: An
     Args:
         model: The model.
         auxiliaries: What a method needs.
-        options: Of :func:`wrap`; without effect on a model that is wrapped.
+        options: Options of :func:`wrap`; without effect on a model that is wrapped.
 
     Raises:
         AuxiliaryNameError: The model is wrapped, but with other auxiliaries.
