@@ -160,7 +160,9 @@ def _run(
     if method.auxiliaries:
         refuse_idle_copies(find_registry(model), method.auxiliaries)  # raises before anything runs
     refuse_inside_block(model)
-    step = Step(model, images, labels, pixel_space or PixelSpace(), cross_entropy if loss is None else loss, backward, generator)
+    step = Step(
+        model, images, labels, pixel_space or PixelSpace(), cross_entropy if loss is None else loss, backward, generator
+    )
     before = Snapshot(model, gradients=not step.checker.stepped)
     step.checker.watch.begin(before.has_gradients)
     try:

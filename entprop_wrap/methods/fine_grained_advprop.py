@@ -47,8 +47,8 @@ class FineGrainedAdvProp(Method):
 
     Attributes:
         branches: Attack or augmentation by the name of its auxiliary domain; copied.
-        weight: Weight of each branch's loss, above 0; one number, or by name. The sum of all losses is ours, after AdvProp's:
-            the public slides do not give weights.
+        weight: Weight of each branch's loss, above 0; one number, or by name. The sum of all losses is ours, as in
+            AdvProp: the public slides give no weights.
         targeted: Attack towards a random wrong class, as in :class:`AdvProp`.
         attack_statistics: "running" or "batch", as in :class:`AdvProp`.
 

@@ -144,8 +144,8 @@ class MEADA(Method):
         ascent: How images become hard.
         fraction: Share k of the batch that is used for that, in (0, 1], rounded half up and at least 2 images: the
             first rows of the batch, which is shuffled.
-        weight: Weight of each grown image, where a clean one has 1; above 0. At 1, the sum is that of one mean over their
-            union, in which the paper trains, up to the factor ``1 + k``.
+        weight: Weight of each grown image, where a clean one has 1; above 0. At 1, the sum is that of one mean over
+            their union, in which the paper trains, up to the factor ``1 + k``.
         auxiliary: Name of the auxiliary domain.
 
     Raises:

@@ -28,8 +28,8 @@ class MixProp(Method):
 
     Attributes:
         mix: What mixes the auxiliary images; ``MixUp(0.2)`` on ImageNet, ``MixUp(1.0)`` or "mixup" elsewhere.
-        weight: Weight of the auxiliary loss, above 0. EntProp's authors align the scale of both losses with that of vanilla
-            training, without a formula; 1 is the plain sum.
+        weight: Weight of the auxiliary loss, above 0. EntProp's authors align the scale of both losses with that of
+            vanilla training, without a formula; 1 is the plain sum.
         auxiliary: Name of the auxiliary domain.
         alpha: Parameter of the mixer that ``mix`` names; then stored there, and None here.
     """
