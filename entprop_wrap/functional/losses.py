@@ -70,7 +70,7 @@ def asked(function: Callable[..., Any], names: Collection[str], given: int) -> f
 
 
 def takes_any_targets(loss: Loss) -> bool:
-    """Return whether ``loss`` may take labels that are no probabilities over classes, as a binary cross-entropy."""
+    """Return whether ``loss`` may take labels other than probabilities over classes, as a binary cross-entropy."""
     return loss is not cross_entropy and not isinstance(loss, nn.CrossEntropyLoss)
 
 
@@ -187,7 +187,7 @@ class Target:
 
     Args:
         labels: ``(n,)`` or ``(n, C)``.
-        partners: Labels of the partners, alike.
+        partners: Labels of the partners, in the same form.
         share: Weight of the first labels, in [0, 1].
         index: ``(n,)``: where the labels stand in the batch; None: they are its first n.
         partner_index: Where the partners' do.

@@ -154,7 +154,7 @@ def top_k(values: Tensor, number: int) -> Tensor:
     """Return the indices of the ``number`` highest of ``values`` ``(N,)``, highest first, without a device sync.
 
     Raises:
-        ConfigurationError: The scores are no vector of at least ``number`` entries.
+        ConfigurationError: The scores are not a vector of at least ``number`` entries.
     """
     if values.ndim != 1 or len(values) < number:
         raise ConfigurationError(

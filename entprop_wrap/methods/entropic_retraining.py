@@ -1,4 +1,4 @@
-"""Methods whose sources are not public enough to follow: our own variants, labelled as such."""
+"""Entropic retraining: our own variant, since its source is not public."""
 
 from __future__ import annotations
 

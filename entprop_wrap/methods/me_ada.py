@@ -216,7 +216,7 @@ def grow(
     keeps the label. Grown images climb again in the next phase, without ``augment``. To have the others climb without
     random augmentation too, as the paper has it, grow the dataset without one, and augment what is returned.
 
-    With several processes each makes a share and all return the same, by the running statistics of the first.
+    With several processes, each grows a share with the first one's running statistics, and all return the same.
 
     Differences from the official code (garyzhao/ME-ADA): it grows one epoch or step earlier; cuts pixels off to uint8
     for CIFAR where these are rounded, and keeps MNIST as floats, without its last batch. It reports the checkpoint that

@@ -20,7 +20,7 @@ class StepOutput:
     """Result of one training step. Tensors are detached and stay on the device; reading them is up to you.
 
     Attributes:
-        loss: Scalar: what was minimised, ``main_loss + weight * aux_loss``.
+        loss: Scalar: what was minimised, such as ``main_loss + weight * aux_loss``.
         main_loss: Scalar: mean loss of the main pass.
         logits: ``(N, C)``: logits of the main pass, in training mode; of the mixed images where the method mixes them.
         entropy: ``(N,)``: entropy of their softmax, in nats.
@@ -51,7 +51,7 @@ class StepOutput:
         """Return losses and mean entropies as numbers, by the names that logs use; waits for the device.
 
         Raises:
-            LabelError: A batch since the last call held labels out of range (accelerators only, see ``checks``).
+            LabelError: A batch since the last call held labels out of range (accelerators only).
             PixelRangeError: A batch since the last call held images outside the pixel space (accelerators only).
             DivergedError: An optimizer stepped on a loss that was not finite (accelerators only).
         """
