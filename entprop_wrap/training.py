@@ -114,7 +114,7 @@ class TrainingStep:
         **options: Any,
     ) -> None:
         self.method = _checked("TrainingStep()", model, method, pixel_space, loss, backward, generator)
-        ensure_wrapped(model, self.method.auxiliaries, **options)
+        ensure_wrapped(model, self.method, **options)
         self.model, self.pixel_space, self.loss = model, pixel_space, loss
         self.backward, self.generator = backward, generator
 

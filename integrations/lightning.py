@@ -174,7 +174,7 @@ class _Fit:
             return
         callback = self.callback
         self.name, self.classifier = _find_classifier(self.module, callback.model)
-        self.ours = ensure_wrapped(self.classifier, callback.method.auxiliaries, **callback.selectors)
+        self.ours = ensure_wrapped(self.classifier, callback.method, **callback.selectors)
         if self.ours and self.kept is not None and self.kept.belong_to(self.module):
             load_auxiliary_state_dict(self.module, self.kept.auxiliary)
         self.model = _ModelInContext(self.classifier, self.trainer.precision_plugin.forward_context)

@@ -8,6 +8,7 @@ from typing import cast
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.options import check_name, store_as_python
+from entprop_wrap.wrapping.switched_norm import Copies
 
 __all__ = ["Method", "check_method"]
 
@@ -17,7 +18,13 @@ class Method(ABC):
 
     A field ``auxiliary`` names the one auxiliary domain that a method needs; a method of several overrides
     :attr:`auxiliaries`.
+
+    Attributes:
+        copies: Which tensors each domain has of its own where the method wraps a plain model, see
+            :func:`entprop_wrap.wrap`. A model that is wrapped already keeps what it has.
     """
+
+    copies: Copies = "all"
 
     def __post_init__(self) -> None:
         """Turn NumPy's scalars among the options into Python's, and check ``auxiliary``; options of your own follow."""

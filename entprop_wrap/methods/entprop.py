@@ -76,6 +76,8 @@ class EntProp(Method):
         auxiliary: Name of the auxiliary domain; None lets the selected images share the main norms, on a plain or a
             wrapped model: the same step without copies, the control that shows what copies do. Batch norms then record
             the statistics of the batch and of the selected images, one after the other.
+        copies: Where the step wraps a plain model (``TrainingStep``, the trainers): which tensors the auxiliary domain
+            has of its own, "all", "statistics" or "affine", see :func:`entprop_wrap.wrap`.
         lagged: Train the hardened images one step later, in one pass with the next batch: one forward, one backward and
             one all-reduce a step, for gradients of the pixels that are one step old. The norms split that pass by rows,
             which a model's first step tries out. The first step trains the batch alone. See
@@ -100,6 +102,7 @@ class EntProp(Method):
     threshold: float | None = None
     weighting: Literal["per_image", "sum"] = "per_image"
     auxiliary: str | None = "aux"
+    copies: Literal["all", "affine", "statistics"] = "all"
     lagged: bool = False
     equal_budget: bool = False
     alpha: float | None = field(default=None, compare=False, repr=False)
@@ -123,6 +126,7 @@ class EntProp(Method):
             ("mix_on", ("batch", "auxiliary")),
             ("auxiliary_target", ("mixed", "source")),
             ("weighting", ("per_image", "sum")),
+            ("copies", ("all", "affine", "statistics")),
         ):
             check_choice(name, getattr(self, name), allowed)
         if self.threshold is not None:

@@ -37,7 +37,7 @@ def wrap_with_optimizer(
         raise TypeError(
             f"optimizer expects a torch.optim.Optimizer, found {given!r}. By name: TrainerConfig(optimizer='sgd')."
         )
-    wrapped_here = ensure_wrapped(model, method.auxiliaries)
+    wrapped_here = ensure_wrapped(model, method)
     try:
         optimizer = given or build_optimizer(model, config)
         if is_wrapped(model):

@@ -223,27 +223,28 @@ def is_wrapped(model: nn.Module) -> bool:
     return any(isinstance(module, SwitchedNorm) for module in walk(model))
 
 
-def ensure_wrapped(model: nn.Module, auxiliaries: tuple[str, ...], **options: Any) -> bool:
-    """Wrap ``model`` if there are ``auxiliaries`` and it is plain; return whether it was wrapped here.
+def ensure_wrapped(model: nn.Module, method: Any, **options: Any) -> bool:
+    """Wrap ``model`` as ``method`` needs it, unless it is wrapped; return whether it was wrapped here.
 
     Args:
         model: The model.
-        auxiliaries: What a method needs.
+        method: What has ``auxiliaries``, and maybe ``copies``, the default of :func:`wrap`'s.
         options: Options of :func:`wrap`; without effect on a model that is wrapped.
 
     Raises:
         AuxiliaryNameError: The model is wrapped, but with other auxiliaries.
     """
+    auxiliaries = tuple(method.auxiliaries)
     if not auxiliaries:
         return False
     if not is_wrapped(model):
-        wrap(model, auxiliaries=auxiliaries, **options)
+        wrap(model, auxiliaries=auxiliaries, **{"copies": getattr(method, "copies", "all"), **options})
         return True
     present = find_registry(model).auxiliaries
     if missing := [name for name in auxiliaries if name not in present]:
         raise AuxiliaryNameError(
             f"The model was wrapped with the auxiliaries {present}, without {missing[0]!r}, which the method needs. "
-            f"Write wrap(model, auxiliaries={tuple(auxiliaries)}), or pass a plain model."
+            f"Write wrap(model, auxiliaries={auxiliaries}), or pass a plain model."
         )
     return False
 

@@ -92,7 +92,7 @@ class EntPropCallback(TrainerCallback):
 
     def wrap(self, model: nn.Module, optimizer: Any = None) -> nn.Module:
         """Wrap a model of the Trainer if the method needs it; an ``optimizer`` must train its copies."""
-        if ensure_wrapped(model, self.method.auxiliaries, **self.selectors) and optimizer is not None:
+        if ensure_wrapped(model, self.method, **self.selectors) and optimizer is not None:
             try:
                 check_optimizer(model, optimizer)
             except Exception:

@@ -49,6 +49,15 @@ def test_it_wraps_a_plain_model_as_told(batch):
     step(*batch)
 
 
+def test_a_method_says_what_is_copied_and_a_wrapped_model_keeps_what_it_has(batch):
+    told, wrapped = (build("batch_norm", dtype=torch.float64) for _ in range(2))
+    entprop.wrap(wrapped)
+    for model, copied in ((told, False), (wrapped, True)):
+        before = len(list(build("batch_norm").parameters()))
+        entprop.TrainingStep(model, entprop.EntProp(0.7, copies="statistics"), SPACE)(*batch)
+        assert (len(list(model.parameters())) > before) is copied
+
+
 def test_it_leaves_a_plain_model_plain_where_nothing_is_to_be_copied(batch):
     model = build("batch_norm", dtype=torch.float64)
     names = set(model.state_dict())
