@@ -38,8 +38,8 @@ _TOLERANCE = 0.25
 _NOISE = 8.0
 
 
-def check_images(images: Any, space: PixelSpace) -> None:
-    """Check type, shape and layout of a batch.
+def check_images(images: Any, space: PixelSpace, *, half: bool = False) -> None:
+    """Check type, shape and layout of a batch; ``half`` precision is for evaluations.
 
     Raises:
         ImageError: Not a floating ``(N, C, H, W)`` tensor in float32 or float64, or channels that do not fit ``space``.
@@ -50,20 +50,22 @@ def check_images(images: Any, space: PixelSpace) -> None:
     shape = tuple(images.shape)
     if not images.is_floating_point():
         raise ImageError(
-            f"Expected floating-point images, found {images.dtype}. Write images.float() / 255 (pixels in [0, 1]), or "
-            "let the data loader do it: torchvision.transforms.v2.ToDtype(torch.float32, scale=True)."
+            f"Expected floating-point images, found {images.dtype}. Write images.float() / 255, or let the data loader "
+            "do it: torchvision.transforms.v2.ToDtype(torch.float32, scale=True)."
         )
-    if images.dtype in (torch.float16, torch.bfloat16):
+    if images.dtype in (torch.float16, torch.bfloat16) and not half:
         raise ImageError(
-            f"Found {images.dtype} images: a step of 1/255 is lost in their rounding. Expected float32; for speed use "
+            f"Expected float32 images, found {images.dtype}: a step of 1/255 is lost in their rounding. For speed use "
             "autocast (mixed_precision='bf16'), which casts inside the model."
         )
     if images.ndim != 4:
-        raise ImageError(f"Expected images of shape (N, C, H, W), found {shape}.")
+        raise ImageError(f"Expected images of shape (N, C, H, W), found {shape}. For one image write images[None].")
     if shape[-1] in (1, 3, 4) and shape[1] not in (1, 3, 4):
         raise ImageError(f"Found images of shape {shape}, which looks like NHWC. Write images.permute(0, 3, 1, 2).")
     if space.channels not in (None, shape[1]):
         raise ImageError(f"Found {shape[1]} channels; pixel_space has a mean and std for {space.channels}.")
+    if 0 in shape:
+        raise ImageError(f"Expected at least one image, found an empty batch of shape {shape}.")
 
 
 def check_dense(name: str, tensor: Tensor, error: type[EntPropError]) -> None:
