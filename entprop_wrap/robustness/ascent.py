@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
-from entprop_wrap.robustness.evaluated_model import check_finite, check_labels_fit, logits
+from entprop_wrap.errors import UnsupportedModelError
+from entprop_wrap.robustness.evaluated_model import check_evaluation_mode, check_finite, check_labels_fit, logits
 from entprop_wrap.robustness.pixels import to_images
-from entprop_wrap.utils.modules import check_module, plain_model, walk
+from entprop_wrap.utils.modules import check_module
 
 __all__ = ["AttackLoss", "check_attackable", "losses", "pixel_gradient"]
 
@@ -28,8 +28,7 @@ def check_attackable(model: nn.Module) -> None:
         UnsupportedModelError: It is not a module, or float16.
     """
     check_module("The model", model)
-    if any(module.training for module in walk(plain_model(model))):
-        raise ConfigurationError("The model, or a part of it, is in training mode. Write model.eval() first.")
+    check_evaluation_mode(model, "The model")
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         raise UnsupportedModelError(
             "The model is float16, in which small gradients vanish and an attack looks weaker than it is. Write "
@@ -38,12 +37,9 @@ def check_attackable(model: nn.Module) -> None:
 
 
 def losses(found: Tensor, labels: Tensor, loss: AttackLoss) -> Tensor:
-    """Return the loss of each image, ``(N,)``: what an attack raises.
+    """Return what an attack raises, ``(N,)``, by the logits ``(N, C)``.
 
-    Args:
-        found: Logits ``(N, C)``.
-        labels: ``(N,)`` int64.
-        loss: "cross_entropy", or "margin": the largest other logit minus that of the label.
+    It is the cross-entropy, or the "margin": the largest other logit minus that of the label.
     """
     found = found.to(_widest(found))
     if loss == "cross_entropy":
@@ -55,16 +51,9 @@ def losses(found: Tensor, labels: Tensor, loss: AttackLoss) -> Tensor:
 def pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace, loss: AttackLoss) -> Tensor:
     """Return the gradient of each image's loss with respect to its pixels, up to a positive factor per image.
 
-    No parameter gets any gradient. The factor is free, since attacks use signs and directions only, and it is needed:
-    the gradient of a confident prediction is exactly 0 in float32, and the attack would stand still. So the slope at
-    the logits is taken in float64, and scaled to 1 before it goes back through the model.
-
-    Args:
-        model: In evaluation mode.
-        pixels: ``(N, C, H, W)`` in [0, 1].
-        labels: ``(N,)`` int64.
-        space: What the model takes.
-        loss: As in :func:`losses`.
+    No parameter gets any gradient. Attacks use signs and directions only, so the factor is free, and it is needed: the
+    gradient of a confident prediction is exactly 0 in float32, and the attack would stand still. So the slope at the
+    logits is taken in float64, and scaled to 1 before it goes back through the model.
 
     Raises:
         LabelError: Labels do not fit the model.
@@ -78,8 +67,8 @@ def pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: Pixe
         check_finite(found, "The model under attack")
         if not found.requires_grad:
             raise UnsupportedModelError(
-                "The logits do not depend on the images in a way that can be differentiated: the model runs under "
-                "torch.no_grad() inside. Attack it by Transfer(source=...) from another model."
+                "The logits have no gradient: the model runs under torch.no_grad() inside. Attack it by "
+                "Transfer(source=...) from another model."
             )
         values = found.detach().to(_widest(found)).requires_grad_()
         (slope,) = torch.autograd.grad(losses(values, labels, loss).sum(), values)

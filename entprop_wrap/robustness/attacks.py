@@ -2,8 +2,7 @@
 
 An attack is called ``attack(model, images, labels, pixel_space, generator)`` and returns images. Magnitudes are
 fractions of the pixel range, whatever the images are normalised with, and attacked pixels stay valid. The model is
-attacked as it is evaluated: in evaluation mode, with no gradient left on its parameters. Images and labels are checked
-as in an evaluation, and logits must be finite.
+attacked as it is evaluated: in evaluation mode, with no gradient left on its parameters.
 
 High accuracy under one attack does not prove robustness: look at several, at large epsilons, where accuracy must fall
 to 0, and at transfer (Carlini et al. 2019, "On evaluating adversarial robustness", https://arxiv.org/abs/1902.06705).
@@ -22,19 +21,12 @@ from torch import Tensor, nn
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import attacks
-from entprop_wrap.functional.attacks import Gradient, check_magnitude, normalize_l2
+from entprop_wrap.functional.attacks import Gradient, normalize_l2
 from entprop_wrap.robustness.ascent import AttackLoss, check_attackable, losses, pixel_gradient
 from entprop_wrap.robustness.corruptions.random import Draws
 from entprop_wrap.robustness.evaluated_model import check_finite, device_of, logits
 from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
-from entprop_wrap.utils.options import (
-    check_choice,
-    check_generator,
-    check_integer,
-    check_mapping,
-    shown,
-    store_as_python,
-)
+from entprop_wrap.utils.options import check_choice, check_generator, check_integer, check_mapping, shown
 
 __all__ = ["FGSM", "PGD", "Attack", "Transfer", "attacked", "check_attacks"]
 
@@ -52,40 +44,27 @@ class Attack(Protocol):
         pixel_space: PixelSpace | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return attacked images ``(N, C, H, W)`` in ``pixel_space``; labels are class indices ``(N,)``."""
+        """Return attacked images.
 
+        Args:
+            model: In evaluation mode, with parameters of at least 32 bits (or bfloat16).
+            images: ``(N, C, H, W)`` in ``pixel_space``.
+            labels: ``(N,)`` class indices.
+            pixel_space: What images are normalised with; None: nothing.
+            generator: CPU generator of the random starts; None: torch's default. What is drawn for an image does not
+                depend on the batch size or the device.
 
-@dataclass(frozen=True)
-class FGSM:
-    """One step of full size along the sign of the gradient of the cross-entropy, from the image itself.
+        Returns:
+            Images of the same shape and dtype, on the device of the model.
 
-    Attributes:
-        epsilon: Change of each pixel, as a fraction of the pixel range: 4/255.
-
-    Source: Goodfellow et al. (ICLR 2015), section 4.
-    """
-
-    epsilon: float = 4 / 255
-
-    def __post_init__(self) -> None:
-        store_as_python(self)
-        check_magnitude("epsilon", self.epsilon)
-
-    def __call__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        pixel_space: PixelSpace | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return attacked images; draws nothing."""
-        attack = PGD(self.epsilon, steps=1, step_size=self.epsilon, random_start=False)
-        return attack(model, images, labels, pixel_space)
-
-    def at(self, epsilon: float) -> FGSM:
-        """Return the same attack at another magnitude."""
-        return replace(self, epsilon=epsilon)
+        Raises:
+            ConfigurationError: The model is in training mode, or ``pixel_space`` is not a PixelSpace.
+            ImageError: Images of a wrong type or shape, or not finite.
+            PixelRangeError: Images that do not lie in ``pixel_space``.
+            LabelError: Labels of a wrong type or shape, or that do not fit the model.
+            ModelOutputError: The model's logits are NaN or infinite.
+            UnsupportedModelError: The model is float16, in which gradients vanish, or gives no gradient.
+        """
 
 
 @dataclass(frozen=True)
@@ -121,11 +100,6 @@ class PGD(attacks.PGD):
         if self.restarts > 1 and not self.random_start:
             raise ConfigurationError("restarts > 1 without random_start would repeat the same attack. Leave one out.")
 
-    @classmethod
-    def of(cls, attack: attacks.PGD) -> PGD:
-        """Return ``attack``, made for training, as one that measures."""
-        return cls(**{field.name: getattr(attack, field.name) for field in fields(attacks.PGD)})
-
     def run(self, images: Tensor, gradient: Gradient, space: PixelSpace, generator: torch.Generator | None) -> Tensor:
         """Return the attacked images of a training method, which says what to increase.
 
@@ -134,8 +108,7 @@ class PGD(attacks.PGD):
         """
         if self.restarts > 1 or self.loss != "cross_entropy":
             raise ConfigurationError(
-                "A training method attacks once and has an objective of its own: leave out restarts and loss, or write "
-                "entprop_wrap.functional.attacks.PGD(...)."
+                "A training method attacks once, with an objective of its own: leave out restarts and loss."
             )
         return super().run(images, gradient, space, generator)
 
@@ -147,37 +120,17 @@ class PGD(attacks.PGD):
         pixel_space: PixelSpace | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return attacked images.
-
-        Args:
-            model: In evaluation mode, with parameters of at least 32 bits (or bfloat16).
-            images: ``(N, C, H, W)`` in ``pixel_space``.
-            labels: ``(N,)`` class indices.
-            pixel_space: What images are normalised with; None: nothing.
-            generator: CPU generator of the random starts, None for torch's default. What is drawn for an image does
-                not depend on the batch size or the device.
-
-        Returns:
-            Images of the same shape and dtype, on the device of the model.
-
-        Raises:
-            ConfigurationError: The model is in training mode, or ``pixel_space`` is none.
-            ImageError: Images of a wrong type or shape, or not finite.
-            PixelRangeError: Images that do not lie in ``pixel_space``.
-            LabelError: Labels of a wrong type or shape, or that do not fit the model.
-            ModelOutputError: The model's logits are NaN or infinite.
-            UnsupportedModelError: The model is float16, in which gradients vanish, or gives no gradient.
-        """
+        """Return attacked images; see :class:`Attack`."""
         check_attackable(model)
         check_generator(generator)
         space = space_of(pixel_space)
         labels = check_batch(images, labels, space)
         origin = to_pixels(images.detach().to(device_of(model, images)), space)
         labels = labels.to(origin.device)
-        draws = Draws(origin, generator) if self.random_start else None
+        draws = Draws(origin, generator)
         best, highest = origin, torch.full((len(origin), 2), -math.inf, dtype=torch.float64, device="cpu")
         for _ in range(self.restarts):
-            pixels = origin if draws is None else self._start(origin, draws)
+            pixels = self._start(origin, draws) if self.random_start else origin
             for _ in range(self.steps):
                 slope = pixel_gradient(model, pixels, labels, space, self.loss)
                 pixels = self.ascend(pixels, origin, slope, _PIXELS)
@@ -202,6 +155,17 @@ class PGD(attacks.PGD):
 
 
 @dataclass(frozen=True)
+class FGSM(PGD):
+    """One step of full size along the sign of the gradient of the cross-entropy, from the image itself.
+
+    It is :class:`PGD` with other defaults. Source: Goodfellow et al. (ICLR 2015), section 4.
+    """
+
+    steps: int = 1
+    random_start: bool = False
+
+
+@dataclass(frozen=True)
 class Transfer:
     """Attack ``source`` instead of the model under evaluation.
 
@@ -219,14 +183,14 @@ class Transfer:
     """
 
     source: nn.Module
-    attack: FGSM | attacks.PGD = PGD()
+    attack: attacks.PGD = PGD()
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, nn.Module):
             raise ConfigurationError(
                 f"Transfer expects the model to attack first, found {shown(self.source)}. Write Transfer(model, PGD())."
             )
-        check_attack("attack", self.attack)
+        object.__setattr__(self, "attack", check_attack("attack", self.attack))
 
     def __call__(
         self,
@@ -237,7 +201,8 @@ class Transfer:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return images that attack ``source``; ``model`` is not looked at."""
-        found: Tensor = measuring(self.attack)(self.source, images, labels, pixel_space, generator)
+        attack: Any = self.attack
+        found: Tensor = attack(self.source, images, labels, pixel_space, generator)
         return found
 
     def at(self, epsilon: float) -> Transfer:
@@ -263,10 +228,7 @@ def attacked(
     found: Any = attack(model, images, labels, space, generator)
     if not isinstance(found, Tensor) or found.shape != images.shape:
         what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise ConfigurationError(
-            f"{name} must return attacked images as a tensor of the shape {tuple(images.shape)} that it was given; it "
-            f"returned {what}."
-        )
+        raise ConfigurationError(f"{name} must return images of shape {tuple(images.shape)}; it returned {what}.")
     check_batch(found, labels, space)
     return found
 
@@ -275,27 +237,24 @@ def check_attacks(attacks: Any) -> dict[str, Any]:
     """Return attacks by name, each as one that measures.
 
     Raises:
-        ConfigurationError: They are no dict of attacks.
+        ConfigurationError: They are not a dict of attacks.
     """
     found = check_mapping("attacks", attacks, "attacks", 'attacks={"PGD-20": PGD(steps=20)}')
-    for name, attack in found.items():
-        check_attack(f"attacks[{name!r}]", attack)
-    return {name: measuring(attack) for name, attack in found.items()}
+    return {name: check_attack(f"attacks[{name!r}]", attack) for name, attack in found.items()}
 
 
-def check_attack(name: str, attack: Any) -> None:
-    """Raise :class:`ConfigurationError` unless ``attack`` can be called as one; ``name`` is what messages call it."""
-    if isinstance(attack, type):
-        raise ConfigurationError(f"{name} is the class {attack.__name__}. Write {attack.__name__}(...).")
-    if isinstance(attack, nn.Module):
-        raise ConfigurationError(f"{name} is a model, {type(attack).__name__}. Expected an attack such as PGD().")
-    if not callable(measuring(attack)):
+def check_attack(name: str, attack: Any) -> Any:
+    """Return an attack, made from one for training where need be; ``name`` is what messages call it.
+
+    Raises:
+        ConfigurationError: It cannot be called as one.
+    """
+    if isinstance(attack, attacks.PGD) and not isinstance(attack, PGD):
+        return PGD(**{field.name: getattr(attack, field.name) for field in fields(attack)})
+    if isinstance(attack, (type, nn.Module)) or not callable(attack):
+        found = f"the model {type(attack).__name__}" if isinstance(attack, nn.Module) else shown(attack)
         raise ConfigurationError(
-            f"{name} expects an attack such as PGD(), or a function (model, images, labels, pixel_space, generator) -> "
-            f"images; found {shown(attack)}."
+            f"{name} must be an attack such as PGD(), or a function (model, images, labels, pixel_space, generator) -> "
+            f"images; found {found}."
         )
-
-
-def measuring(attack: Any) -> Any:
-    """Return a PGD that was made for training as one that measures, and anything else as it is."""
-    return PGD.of(attack) if isinstance(attack, attacks.PGD) and not isinstance(attack, PGD) else attack
+    return attack

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
@@ -93,16 +92,6 @@ class RobustnessResult:
         return self.clean.mean_class_accuracy
 
     @property
-    def loss(self) -> float:
-        """Mean cross-entropy on clean images, in nats."""
-        return self.clean.loss
-
-    @property
-    def corrupted_loss(self) -> float:
-        """Mean cross-entropy over all corruptions and severities, in nats."""
-        return _mean(scores.loss for scores in self.corrupted.values())
-
-    @property
     def calibration_error(self) -> float:
         """Expected calibration error on clean images (15 bins), in [0, 1]."""
         return self.clean.calibration_error
@@ -137,7 +126,7 @@ class RobustnessResult:
         if not isinstance(baseline, RobustnessResult):
             raise ConfigurationError(
                 f"mCE needs the result of a baseline, found {shown(baseline)}. Write "
-                "result.mce(evaluate_robustness(model, data)), with the same corruptions and severities."
+                "result.mce(evaluate_robustness(baseline, data))."
             )
         if set(baseline.corrupted) != set(self.corrupted) or baseline.images != self.images:
             raise ConfigurationError(
@@ -173,23 +162,20 @@ class RobustnessResult:
             ConfigurationError: ``data`` is something else.
         """
         try:
+            rows = [dict(row) for row in data["corrupted"]]
+            parts = {
+                key: {name: Scores(**scores) for name, scores in data[key].items()} for key in ("shifts", "adversarial")
+            }
             return cls(
                 clean=Scores(**data["clean"]),
-                corrupted={
-                    (row["corruption"], row["severity"]): Scores(
-                        **{key: row[key] for key in row if key not in ("corruption", "severity")}
-                    )
-                    for row in data["corrupted"]
-                },
+                corrupted={(row.pop("corruption"), row.pop("severity")): Scores(**row) for row in rows},
                 seed=data["seed"],
-                shifts={name: Scores(**scores) for name, scores in data["shifts"].items()},
-                adversarial={name: Scores(**scores) for name, scores in data["adversarial"].items()},
                 auxiliaries={name: cls.from_dict(part) for name, part in data["auxiliaries"].items()},
+                **parts,
             )
         except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
             raise ConfigurationError(
-                f"Expected what RobustnessResult.to_dict() returns, found {type(data).__name__} for which reading "
-                f"failed at {error}."
+                f"Expected what RobustnessResult.to_dict() returns, found {type(data).__name__} (failed at {error})."
             ) from error
 
     def to_json(self) -> str:
@@ -207,36 +193,34 @@ class RobustnessResult:
             return cls.from_dict(json.loads(text))
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
-                f"Expected the text that RobustnessResult.to_json() returns, found {shown(text)}: {error}"
+                f"Expected the text of RobustnessResult.to_json(), found {shown(text)}: {error}"
             ) from error
 
     def to_markdown(self) -> str:
         """Return the scores and the table of accuracies in percent, as Markdown."""
-        percent = partial("{:.2f}".format)
         domains = {"main": self, **self.auxiliaries}
-        head = [["domain", *map(escaped, domains)]] if self.auxiliaries else [["score", "%"]]
-        rows = [
-            [label, *(percent(100 * getattr(result, key)) for result in domains.values())]
-            for label, key in (
-                ("SA", "sa"),
-                ("RA", "ra"),
-                ("Hscore", "hscore"),
-                ("Mean class accuracy", "mean_class_accuracy"),
-                ("Calibration error", "calibration_error"),
-            )
-        ]
-        for name in self.shifts:
-            rows.append([f"SA on {escaped(name)}", *(percent(100 * r.shifts[name].accuracy) for r in domains.values())])
-        for name in self.adversarial:
-            rows.append(
-                [f"under {escaped(name)}", *(percent(100 * r.adversarial[name].accuracy) for r in domains.values())]
-            )
+
+        def row(label: str, values: Iterable[float]) -> list[str]:
+            return [label, *(f"{100 * value:.2f}" for value in values)]
+
+        rows = [["domain", *map(escaped, domains)] if self.auxiliaries else ["score", "%"]]
+        for label, key in (
+            ("SA", "sa"),
+            ("RA", "ra"),
+            ("Hscore", "hscore"),
+            ("Mean class accuracy", "mean_class_accuracy"),
+            ("Calibration error", "calibration_error"),
+        ):
+            rows.append(row(label, (getattr(result, key) for result in domains.values())))
+        for key, before in (("shifts", "SA on"), ("adversarial", "under")):
+            for name in getattr(self, key):
+                found = (getattr(result, key)[name].accuracy for result in domains.values())
+                rows.append(row(f"{before} {escaped(name)}", found))
         grid = [["accuracy, %", *map(str, self.severities), "mean"]]
         for name, mean in self.per_corruption.items():
-            cells = (self.table[name, severity] for severity in self.severities)
-            grid.append([name, *(percent(100 * cell) for cell in cells), percent(100 * mean)])
-        grid.append(["mean", *(percent(100 * v) for v in self.per_severity.values()), percent(100 * self.ra)])
-        return "\n\n".join([markdown_table(head + rows), markdown_table(grid), f"RA: {self.protocol}."])
+            grid.append(row(name, [*(self.table[name, severity] for severity in self.severities), mean]))
+        grid.append(row("mean", [*self.per_severity.values(), self.ra]))
+        return "\n\n".join([markdown_table(rows), markdown_table(grid), f"RA: {self.protocol}."])
 
 
 def markdown_table(rows: list[list[str]]) -> str:
