@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from entprop_wrap.robustness.result import escaped, markdown_table
 from entprop_wrap.utils.modules import check_module
-from entprop_wrap.utils.statistics import plain
+from entprop_wrap.utils.statistics import Result
 from entprop_wrap.wrapping.registry import find_registry
 from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX
 
@@ -39,7 +38,7 @@ class LayerGap:
 
 
 @dataclass(frozen=True)
-class DomainGap:
+class DomainGap(Result):
     """Distances between main and auxiliary norms.
 
     Attributes:
@@ -47,10 +46,6 @@ class DomainGap:
     """
 
     layers: tuple[LayerGap, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain types that JSON knows."""
-        return plain(self)
 
     def to_markdown(self) -> str:
         """Return a table by layer."""

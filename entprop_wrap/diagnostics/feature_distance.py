@@ -18,7 +18,7 @@ from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import escaped, markdown_table
 from entprop_wrap.utils.features import features_of
 from entprop_wrap.utils.options import check_seed
-from entprop_wrap.utils.statistics import plain
+from entprop_wrap.utils.statistics import Result
 from entprop_wrap.wrapping.model import is_wrapped
 
 __all__ = ["FeatureDistance", "FeaturePicture", "feature_distance", "feature_picture"]
@@ -27,7 +27,7 @@ _AUXILIARY = "perturbed, auxiliary"
 
 
 @dataclass(frozen=True)
-class FeatureDistance:
+class FeatureDistance(Result):
     """Fréchet distances of a method's images to clean ones, in squared units of the features.
 
     Attributes:
@@ -47,10 +47,6 @@ class FeatureDistance:
     covariance: str
     layer: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain types that JSON knows."""
-        return plain(self)
-
     def to_markdown(self) -> str:
         """Return a table of the distances."""
         rows = [["images", "number", "distance to clean"]]
@@ -61,7 +57,7 @@ class FeatureDistance:
 
 
 @dataclass(frozen=True)
-class FeaturePicture:
+class FeaturePicture(Result):
     """Features of both domains in the plane of their two first principal components.
 
     Attributes:
@@ -73,10 +69,6 @@ class FeaturePicture:
     points: dict[str, tuple[tuple[float, float], ...]]
     labels: dict[str, tuple[int, ...]]
     explained: tuple[float, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain types that JSON knows."""
-        return plain(self)
 
 
 def feature_distance(
@@ -93,30 +85,28 @@ def feature_distance(
 ) -> FeatureDistance:
     """Measure how far mixing, selection and perturbation move images in the model's own feature space.
 
-    As table 6 of EntProp does with the features of an Inception network, which also makes numbers incomparable.
-    Features are taken in evaluation mode. Model and random state are left as they were.
+    As table 6 of EntProp does with the features of an Inception network, which makes the numbers incomparable. Features
+    are taken in evaluation mode.
+
+    Arguments and errors are those of :func:`entropy_stages`, and these:
 
     Args:
         model: A classifier in evaluation mode, wrapped or plain.
-        data: Batches ``(images, labels)`` or dicts, as training sees them: ``fraction`` is one of each batch.
+        data: Batches as training sees them.
         method: The method to look at; None: ``EntProp()``.
         covariance: "sample", or "shrunk" for few images; see :func:`frechet_distance` for their bias.
-        layer: Whose input the features are; None: the classifier's head.
+        layer: Name of the layer whose input the features are; None: the classifier's head.
         pixel_space: What the data is normalised with; None: nothing.
         max_images: Number of images to stop at; None: all.
-        seed: Of mixing, dropout, the halves and the order of data.
+        seed: Seed of mixing, dropout, the halves and the order of data.
         progress: Show a progress bar.
 
     Raises:
-        ConfigurationError: The model is in training mode; a method that selects nothing; an option out of range; fewer
-            than 4 images.
+        ConfigurationError: Fewer than 4 images.
         ModelOutputError: No layer makes the logits: see ``layer``.
-        UnsupportedModelError: The model is inside an ``auxiliary()`` block, or no module.
-        AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
-        DataError, ImageError, PixelRangeError, LabelError: Data of another form, or outside ``pixel_space``.
     """
     check_covariance(covariance)
-    sets, _, name = _collect(model, data, method, layer, pixel_space, max_images, seed, progress, only=None)
+    sets, _, name = _collect(model, data, method, layer, pixel_space, max_images, seed, progress)
     clean = sets["clean"]
     if len(clean) < 4:
         raise ConfigurationError(f"Expected at least 4 images for a distance between two halves, found {len(clean)}.")
@@ -153,7 +143,7 @@ def feature_picture(
     Arguments and errors are those of :func:`feature_distance`.
     """
     sets, labels, _ = _collect(
-        model, data, method, layer, pixel_space, max_images, seed, progress, only=("clean", "perturbed", _AUXILIARY)
+        model, data, method, layer, pixel_space, max_images, seed, progress, ("clean", "perturbed", _AUXILIARY)
     )
     if _AUXILIARY in sets:
         del sets["perturbed"]
@@ -183,8 +173,7 @@ def _collect(
     max_images: int | None,
     seed: int,
     progress: bool,
-    *,
-    only: tuple[str, ...] | None,
+    only: tuple[str, ...] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """Return features in float64 and labels, both by set, and the layer's name."""
     space, seed = space_of(pixel_space), check_seed(seed)

@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 
 from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataError, ModelOutputError
+from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataError
 from entprop_wrap.functional.losses import cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, Step, StepOutput, check_method
 from entprop_wrap.methods.input_gradient import ImageGradient
 from entprop_wrap.robustness.distributed import check_batches
-from entprop_wrap.robustness.evaluated_model import check_state, device_of, logits
+from entprop_wrap.robustness.evaluated_model import check_finite, check_state, device_of, logits
 from entprop_wrap.robustness.pixels import check_batch
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.options import check_flag, check_integer
@@ -68,12 +68,6 @@ class Observer:
     Attributes:
         changed: Stages that did something to some batch so far; "clean" and "selected" always.
 
-    Args:
-        model: In evaluation mode; it is only read.
-        method: Selects images of a batch, as EntProp does; None: ``EntProp()``.
-        space: Pixel space of the images.
-        seed: Of the method's random draws.
-
     Raises:
         ConfigurationError: The method selects nothing.
         AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
@@ -88,8 +82,7 @@ class Observer:
             wrap(self.model, auxiliaries=self.method.auxiliaries)
         elif wanted and (missing := wanted - set(find_registry(self.model).auxiliaries)):
             raise AuxiliaryNameError(
-                f"{type(self.method).__name__} runs in {sorted(missing)}, and the model was wrapped without. Pass the "
-                "method that the model was trained with."
+                f"{type(self.method).__name__} runs in {sorted(missing)}, and the model was wrapped without."
             )
         if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.model.parameters()):
             self.model.float()  # a step of 1/255 is lost in the rounding of half precision
@@ -109,7 +102,9 @@ class Observer:
             self.generator.set_state(state)
         output, passed = self._run(self.method, images, labels)
         if output.selected is None or output.aux_images is None:
-            raise _selects_nothing(self.method)
+            raise ConfigurationError(
+                f"{type(self.method).__name__} selects no images by uncertainty. Expected a method such as EntProp()."
+            )
         if mixed is None:
             found = {"clean": images, "mixed": passed, "selected": passed[output.selected]}
         else:
@@ -132,12 +127,6 @@ class Observer:
             buffer.copy_(value)
         assert step.passed is not None
         return output, step.passed
-
-
-def _selects_nothing(method: Method) -> ConfigurationError:
-    return ConfigurationError(
-        f"{type(method).__name__} selects no images by uncertainty: expected a method such as EntProp(fraction=0.2)."
-    )
 
 
 class _Watched(Step):
@@ -170,20 +159,13 @@ def batches_of(
     least: int = 1,
     name: str = "The data",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield checked batches ``(images, labels)`` up to ``max_images``, with a progress bar.
+    """Yield checked batches ``(images, labels)`` up to ``max_images``; those of fewer than ``least`` are left out.
 
-    Args:
-        data: Iterable of batches, ``(images, labels)`` or dicts.
-        space: Pixel space of the images.
-        max_images: Number of images to stop at; None: all.
-        progress: Show the bar.
-        title: Of the bar.
-        least: Smaller batches at the end of the data are left out.
-        name: What messages call the data.
+    The progress bar has a ``title``, and messages call the data by its ``name``.
 
     Raises:
         ConfigurationError: ``max_images`` is too small.
-        DataError: The data is empty, or no iterable of batches.
+        DataError: The data is empty, or not an iterable of batches.
     """
     check_flag("progress", progress)
     if max_images is not None:
@@ -203,7 +185,7 @@ def batches_of(
             if max_images is not None and max_images - done < least:
                 break
     if not done:
-        raise DataError(f"{name} holds no batch of at least {least} images. Expected a DataLoader with some data.")
+        raise DataError(f"{name} holds no batch of at least {least} images.")
 
 
 @contextmanager
@@ -231,9 +213,5 @@ def logits_in(model: nn.Module, images: Tensor, domain: str | None = None) -> Te
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     with torch.no_grad(), nullcontext() if domain is None else auxiliary(model, domain):
         found = logits(model, images)
-    if not bool(torch.isfinite(found).all()):
-        raise ModelOutputError(
-            "Some logits are NaN or infinite. Expected finite ones: look for diverged weights, or half precision that "
-            "overflows."
-        )
+    check_finite(found, "The model")
     return found

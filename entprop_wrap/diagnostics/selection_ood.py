@@ -20,7 +20,7 @@ from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
 from entprop_wrap.robustness.protocol import conditions_of
 from entprop_wrap.robustness.result import markdown_table
 from entprop_wrap.utils.options import check_seed, shown
-from entprop_wrap.utils.statistics import Interval, bootstrap, plain
+from entprop_wrap.utils.statistics import Interval, Result, bootstrap
 
 __all__ = ["OODScore", "SelectionOOD", "auroc", "fpr95", "selection_ood"]
 
@@ -52,7 +52,7 @@ class OODScore:
 
 
 @dataclass(frozen=True)
-class SelectionOOD:
+class SelectionOOD(Result):
     """Selected images against out-of-distribution ones.
 
     Attributes:
@@ -70,10 +70,6 @@ class SelectionOOD:
     selected: int
     ood: int
     against: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain types that JSON knows."""
-        return plain(self)
 
     def to_markdown(self) -> str:
         """Return a table of AUROC and FPR95 by score and group."""
@@ -102,7 +98,7 @@ def selection_ood(
     """Compare how well out-of-distribution images can be told from selected images, and from random ones.
 
     The method's own step selects, on a copy of the model. Scores are those of the model in evaluation mode, through its
-    main norms; model and random state are left as they were.
+    main norms.
 
     Args:
         model: A classifier in evaluation mode, wrapped or plain.
@@ -113,18 +109,14 @@ def selection_ood(
         severities: From 1 (mild) to 5 (strong).
         pixel_space: What both are normalised with; None: nothing.
         max_images: Number of images to stop at, of ``data`` and of ``ood``; None: all.
-        seed: Of mixing, dropout, corruption, resampling and the order of data.
+        seed: Seed of mixing, dropout, corruption, resampling and the order of data.
         progress: Show a progress bar.
 
     Returns:
         AUROC and FPR95 by score and group, with bootstrap intervals over batches. Below ten batches they are rough.
 
     Raises:
-        ConfigurationError: The model is in training mode; a method that selects nothing, or everything; an option out
-            of range.
-        UnsupportedModelError: The model is inside an ``auxiliary()`` block, or no module.
-        AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
-        DataError, ImageError, PixelRangeError, LabelError: Data of another form, or outside ``pixel_space``.
+        ConfigurationError: The method selects everything, and what :func:`entropy_stages` raises.
     """
     space, seed = space_of(pixel_space), check_seed(seed)
     conditions = [] if ood is not None else conditions_of(corruptions, severities)

@@ -13,22 +13,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
 
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.functional import attacks
 from entprop_wrap.functional.attacks import Gradient, normalize_l2
-from entprop_wrap.robustness.ascent import AttackLoss, check_attackable, losses, pixel_gradient
 from entprop_wrap.robustness.corruptions.random import Draws
-from entprop_wrap.robustness.evaluated_model import check_finite, device_of, logits
+from entprop_wrap.robustness.evaluated_model import (
+    check_evaluation_mode,
+    check_finite,
+    check_labels_fit,
+    device_of,
+    logits,
+)
 from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
+from entprop_wrap.utils.modules import check_module
 from entprop_wrap.utils.options import check_choice, check_generator, check_integer, check_mapping, shown
 
-__all__ = ["FGSM", "PGD", "Attack", "Transfer", "attacked", "check_attacks"]
+__all__ = ["FGSM", "PGD", "Attack", "Transfer", "attacked", "check_attack", "check_attackable", "check_attacks"]
+
+AttackLoss = Literal["cross_entropy", "margin"]
 
 _PIXELS = PixelSpace()
 
@@ -71,16 +80,11 @@ class Attack(Protocol):
 class PGD(attacks.PGD):
     """Projected gradient ascent on the loss, within a ball around the image and within valid pixels.
 
-    The ascent is that of :class:`entprop_wrap.functional.PGD`, which methods train with; this one knows what to
-    increase and may try again. The last iterate counts; of several restarts, for each image the one that is
+    It is :class:`entprop_wrap.functional.attacks.PGD`, which methods train with and which has the other options, with
+    an objective and restarts. The last iterate counts; of several restarts, for each image the one that is
     misclassified, and with the highest loss among those.
 
     Attributes:
-        epsilon: Radius of the ball, as there.
-        steps: Number of steps, at least 1.
-        step_size: Length of a step; None: ``2.5 * epsilon / steps``.
-        random_start: Begin at a point drawn uniformly from the ball, else at the image.
-        norm: "linf" or "l2".
         restarts: Number of attempts, at least 1. More than one needs ``random_start``.
         loss: "cross_entropy", or "margin" (largest other logit minus that of the label), which still has a gradient
             where confidence has saturated the other (Carlini & Wagner 2017, their f6).
@@ -132,14 +136,14 @@ class PGD(attacks.PGD):
         for _ in range(self.restarts):
             pixels = self._start(origin, draws) if self.random_start else origin
             for _ in range(self.steps):
-                slope = pixel_gradient(model, pixels, labels, space, self.loss)
+                slope = _pixel_gradient(model, pixels, labels, space, self.loss)
                 pixels = self.ascend(pixels, origin, slope, _PIXELS)
             if self.restarts == 1:
                 return to_images(pixels, space).to(images.dtype)
             with torch.no_grad():
                 found = logits(model, to_images(pixels, space))
             check_finite(found, "The model under attack")
-            score = torch.stack([(found.argmax(1) != labels).double(), losses(found, labels, self.loss)], 1).cpu()
+            score = torch.stack([(found.argmax(1) != labels).double(), _losses(found, labels, self.loss)], 1).cpu()
             better = (score[:, 0] > highest[:, 0]) | ((score[:, 0] == highest[:, 0]) & (score[:, 1] > highest[:, 1]))
             best = torch.where(better.to(origin.device)[:, None, None, None], pixels, best)
             highest = torch.where(better[:, None], score, highest)
@@ -210,6 +214,67 @@ class Transfer:
         return replace(self, attack=self.attack.at(epsilon))
 
 
+def check_attackable(model: nn.Module) -> None:
+    """Check that an attack on ``model`` can be as strong as it should be.
+
+    Raises:
+        ConfigurationError: The model, or a part of it, is in training mode.
+        UnsupportedModelError: It is not a module, or float16.
+    """
+    check_module("The model", model)
+    check_evaluation_mode(model, "The model")
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "The model is float16, in which small gradients vanish and an attack looks weaker than it is. Write "
+            "model.float(), with torch.autocast for speed."
+        )
+
+
+def _losses(found: Tensor, labels: Tensor, loss: AttackLoss) -> Tensor:
+    """Return what an attack raises, ``(N,)``, by the logits ``(N, C)``.
+
+    It is the cross-entropy, or the "margin": the largest other logit minus that of the label.
+    """
+    found = found.to(_widest(found))
+    if loss == "cross_entropy":
+        return cross_entropy(found, labels, reduction="none")
+    own = one_hot(labels, found.shape[1]).bool()
+    return found.masked_fill(own, -math.inf).amax(1) - found.gather(1, labels[:, None]).squeeze(1)
+
+
+def _pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace, loss: AttackLoss) -> Tensor:
+    """Return the gradient of each image's loss with respect to its pixels, up to a positive factor per image.
+
+    No parameter gets any gradient. Attacks use signs and directions only, so the factor is free, and it is needed: the
+    gradient of a confident prediction is exactly 0 in float32, and the attack would stand still. So the slope at the
+    logits is taken in float64, and scaled to 1 before it goes back through the model.
+
+    Raises:
+        LabelError: Labels do not fit the model.
+        ModelOutputError: Logits are NaN or infinite, where nothing would move.
+        UnsupportedModelError: The logits cannot be differentiated.
+    """
+    with torch.enable_grad():
+        pixels = pixels.detach().requires_grad_()
+        found = logits(model, to_images(pixels, space))
+        check_labels_fit(labels, found.shape[1], "The model")
+        check_finite(found, "The model under attack")
+        if not found.requires_grad:
+            raise UnsupportedModelError(
+                "The logits have no gradient: the model runs under torch.no_grad() inside. Attack it by "
+                "Transfer(source=...) from another model."
+            )
+        values = found.detach().to(_widest(found)).requires_grad_()
+        (slope,) = torch.autograd.grad(_losses(values, labels, loss).sum(), values)
+        slope = slope / slope.abs().amax(1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
+        (gradient,) = torch.autograd.grad(found, pixels, slope.to(found.dtype))
+    return gradient
+
+
+def _widest(values: Tensor) -> torch.dtype:
+    return torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no other
+
+
 def attacked(
     name: str,
     attack: Attack,
@@ -219,11 +284,9 @@ def attacked(
     space: PixelSpace,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Return the images that an attack, which may be anybody's function, makes of a batch; ``name`` is for messages.
+    """Return the images that an attack, which may be anybody's function, makes of a batch, checked.
 
-    Raises:
-        ConfigurationError: It returned something else than images of the same shape.
-        ImageError, PixelRangeError: Images of a wrong type, not finite, or out of ``space``.
+    ``name`` is what messages call it.
     """
     found: Any = attack(model, images, labels, space, generator)
     if not isinstance(found, Tensor) or found.shape != images.shape:

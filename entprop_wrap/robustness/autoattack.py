@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import check_magnitude
-from entprop_wrap.robustness.ascent import check_attackable
+from entprop_wrap.robustness.attacks import check_attackable
 from entprop_wrap.robustness.evaluated_model import check_finite, check_labels_fit, device_of, logits
 from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
 from entprop_wrap.utils.options import check_choice, check_generator, check_number, store_as_python
@@ -35,12 +35,9 @@ _FEWEST_CLASSES = 4
 class AutoAttack:
     """The standard version: APGD on cross-entropy, APGD on the targeted DLR loss, targeted FAB, then Square.
 
-    Each attack is tried on the images that the ones before have left right, so accuracy is that under the strongest of
-    them for each image; there is nothing to tune. It is slow: an image that holds out costs 100 passes for APGD, 900
-    each for targeted APGD and FAB, and 5000 forward passes for Square. A few hundred images are usual.
-
-    The package warns, by the logger "auto-attack", where a model is randomised, or has zero gradients, or where Square
-    finds what gradients did not: then the accuracy may be too high. What is drawn depends on how images are batched.
+    Each attack is tried on the images that the ones before have left right. It is slow: an image that holds out costs
+    1,900 passes and 5,000 forward passes, so a few hundred images are usual. What is drawn depends on how images are
+    batched. The package warns, by the logger "auto-attack", where the accuracy may be too high.
 
     Attributes:
         epsilon: Radius of the ball. For "linf", change of a pixel as a fraction of the pixel range, in (0, 1): 4/255.
@@ -50,8 +47,7 @@ class AutoAttack:
     Raises:
         ImportError: ``pyautoattack`` is not installed: ``pip install entprop-wrap[attacks]``.
 
-    Source: Croce & Hein (ICML 2020), "Reliable evaluation of adversarial robustness with an ensemble of diverse
-        parameter-free attacks".
+    Source: Croce & Hein (ICML 2020).
     """
 
     epsilon: float = 4 / 255

@@ -10,7 +10,7 @@ from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.robustness.result import RobustnessResult, escaped, markdown_table
-from entprop_wrap.utils.options import check_mapping, check_number, shown
+from entprop_wrap.utils.options import check_number
 from entprop_wrap.utils.statistics import t_critical
 
 __all__ = ["Comparison", "Estimate", "compare"]
@@ -127,14 +127,15 @@ def compare(
 def _rows(results: Any) -> dict[str, list[RobustnessResult]]:
     """Return the results of each method as a list; a single result is one seed."""
     example = 'compare({"vanilla": [v0, v1], "EntProp": [e0, e1]})'
-    rows = {
-        name: [row] if isinstance(row, RobustnessResult) else row
-        for name, row in check_mapping("results", results, "results", example).items()
-    }
+    if not isinstance(results, Mapping):
+        raise ConfigurationError(
+            f"Expected a dict of results by method, found {type(results).__name__}. Write {example}."
+        )
+    rows = {name: [row] if isinstance(row, RobustnessResult) else row for name, row in results.items()}
     for name, row in rows.items():
         if not isinstance(row, (list, tuple)) or not all(isinstance(result, RobustnessResult) for result in row):
             raise ConfigurationError(
-                f"Expected results of evaluate_robustness() for {name!r}, found {shown(row)}. Write {example}."
+                f"Expected results of evaluate_robustness() for {name!r}, found {type(row).__name__}. Write {example}."
             )
     return rows
 

@@ -60,11 +60,10 @@ def accuracy_against_epsilon(
         raise ConfigurationError(f"epsilons must be different numbers, found {shown(epsilons)}.")
     check_seed(seed)
     check_flag("progress", progress)
-    base = check_attack("attack", PGD() if attack is None else attack)
-    if not hasattr(base, "at"):
-        raise ConfigurationError(
-            f"attack must have at(epsilon), as PGD() and Transfer(source) do; found {shown(base)}."
-        )
+    base = PGD() if attack is None else attack
+    if isinstance(base, type) or not hasattr(base, "at"):
+        raise ConfigurationError(f"attack must be FGSM(), PGD() or Transfer(source), found {shown(base)}.")
+    base = check_attack("attack", base)
     sized = {epsilon: base.at(epsilon) if epsilon else None for epsilon in sizes}
     subject, space, streams = EvaluatedModel("The model", model), space_of(pixel_space), Streams(seed)
     share = ShardedData(data, space)

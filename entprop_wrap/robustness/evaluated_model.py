@@ -24,17 +24,6 @@ from entprop_wrap.utils.modules import check_module, plain_model, walk
 from entprop_wrap.wrapping.model import auxiliary, is_wrapped
 from entprop_wrap.wrapping.registry import find_registry, find_wrapped
 
-__all__ = [
-    "Condition",
-    "EvaluatedModel",
-    "check_finite",
-    "check_labels_fit",
-    "check_state",
-    "device_of",
-    "evaluated_models",
-    "logits",
-]
-
 #: What images are evaluated under: ``("fog", 3)``, ``("attack", "PGD-20")``, ``("shift", "sketch")``.
 Condition: TypeAlias = tuple[str | int, ...]
 

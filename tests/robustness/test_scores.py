@@ -221,11 +221,11 @@ def test_comparison_refuses_what_cannot_be_compared():
         with pytest.raises(ConfigurationError, match="confidence"):
             compare({"a": [result([0.5] * 4)]}, confidence=confidence)
     for wrong, message in (
-        ({"a": [1]}, r"evaluate_robustness\(\) for 'a', found \[1\]"),
-        ({"a": 1}, "for 'a', found 1"),
-        ({"a": "text"}, "for 'a', found 'text'"),
-        ([result([0.5] * 4)], "results must be a dict of results by name, found list"),
-        (None, "as many results"),
+        ({"a": [1]}, r"evaluate_robustness\(\) for 'a', found list"),
+        ({"a": 1}, "for 'a', found int"),
+        ({"a": "text"}, "for 'a', found str"),
+        ([result([0.5] * 4)], "dict of results by method, found list"),
+        (None, "found NoneType"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             compare(wrong)
