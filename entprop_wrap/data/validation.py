@@ -29,11 +29,7 @@ _NOISE = 8.0
 
 
 def check_images(images: Any, space: PixelSpace, *, half: bool = False) -> None:
-    """Check type, shape and layout of a batch; ``half`` precision is for evaluations.
-
-    Raises:
-        ImageError: Not a floating ``(N, C, H, W)`` tensor in float32 or float64, or channels that do not fit ``space``.
-    """
+    """Check that a batch is a floating ``(N, C, H, W)`` tensor that fits ``space``; ``half`` precision is refused."""
     if not isinstance(images, Tensor):
         raise ImageError(f"Expected images as a tensor (N, C, H, W), found {type(images).__name__}.")
     check_dense("images", images, ImageError)
@@ -89,11 +85,7 @@ def check_batch_size(images: Tensor) -> None:
 
 
 def check_labels(labels: Any, images: Tensor) -> Tensor:
-    """Check type, shape and device of labels; return them as int64 ``(N,)`` or floating ``(N, C)``.
-
-    Raises:
-        LabelError: Labels of another kind.
-    """
+    """Check type, shape and device of labels; return them as int64 ``(N,)`` or floating ``(N, C)``."""
     if not isinstance(labels, Tensor):
         raise LabelError(f"Expected labels as a tensor, found {type(labels).__name__}.")
     check_dense("labels", labels, LabelError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.diagnostics.method_stages import Observer, batches_of, isolated, logits_in
+from entprop_wrap.diagnostics.method_stages import logits_in, observing
 from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.methods.base import Method
 from entprop_wrap.robustness.pixels import space_of
@@ -98,17 +99,14 @@ def entropy_stages(
     Source: the stages of EntProp (Enomoto, UAI 2024, Algorithm 1); figure and wording of the question are ours.
     """
     space, seed = space_of(pixel_space), check_seed(seed)
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Tensor]] = defaultdict(list)
     classes = 0
-    with isolated(model, seed):
-        observer = Observer(model, method, space, seed)
-        for images, labels in batches_of(
-            data, space, max_images=max_images, progress=progress, title="Entropies", least=2
-        ):
-            for stage, version in observer.stages(images, labels).images.items():
+    with observing(model, data, method, space, max_images, seed, progress, "Entropies") as (observer, batches):
+        for stages in batches:
+            for stage, version in stages.images.items():
                 output = logits_in(model, version)
                 classes = output.shape[1]
-                found.setdefault(stage, []).append(entropy(output).double().cpu())
+                found[stage].append(entropy(output).double().cpu())
     found = {stage: batches for stage, batches in found.items() if stage in observer.changed}
     result = EntropyStages(
         values={stage: tuple(torch.cat(batches).tolist()) for stage, batches in found.items()},

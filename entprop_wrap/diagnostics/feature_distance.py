@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.diagnostics.frechet import Covariance, check_covariance, frechet_distance
-from entprop_wrap.diagnostics.method_stages import Observer, batches_of, isolated, logits_in
+from entprop_wrap.diagnostics.frechet import Covariance, frechet_distance
+from entprop_wrap.diagnostics.method_stages import logits_in, observing
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods.base import Method
 from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import escaped, markdown_table
 from entprop_wrap.utils.features import features_of
-from entprop_wrap.utils.options import check_seed
+from entprop_wrap.utils.options import check_choice, check_seed
 from entprop_wrap.utils.statistics import Result
 from entprop_wrap.wrapping.model import is_wrapped
 
@@ -105,7 +106,7 @@ def feature_distance(
         ConfigurationError: Fewer than 4 images.
         ModelOutputError: No layer makes the logits: see ``layer``.
     """
-    check_covariance(covariance)
+    check_choice("covariance", covariance, ("sample", "shrunk"))
     sets, _, name = _collect(model, data, method, layer, pixel_space, max_images, seed, progress)
     clean = sets["clean"]
     if len(clean) < 4:
@@ -177,25 +178,24 @@ def _collect(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """Return features in float64 and labels, both by set, and the layer's name."""
     space, seed = space_of(pixel_space), check_seed(seed)
-    features: dict[str, list[Tensor]] = {}
-    classes: dict[str, list[Tensor]] = {}
+    features: dict[str, list[Tensor]] = defaultdict(list)
+    classes: dict[str, list[Tensor]] = defaultdict(list)
     versions: dict[str, tuple[Tensor, str | None]]
-    with isolated(model, seed):
-        observer = Observer(model, method, space, seed)  # copies the model: before it is given hooks
+    # The observer copies the model before it is given hooks.
+    with (
+        observing(model, data, method, space, max_images, seed, progress, "Features") as (observer, batches),
+        features_of(model, layer=layer) as recorder,
+    ):
         own = observer.method.auxiliaries if is_wrapped(model) else ()
-        with features_of(model, layer=layer) as recorder:
-            for images, labels in batches_of(
-                data, space, max_images=max_images, progress=progress, title="Features", least=2
-            ):
-                stages = observer.stages(images, labels)
-                versions = {name: (version, None) for name, version in stages.images.items()}
-                if own:
-                    versions[_AUXILIARY] = stages.images["perturbed"], own[0]
-                for name, (version, domain) in versions.items():
-                    if only is None or name in only:
-                        logits_in(model, version, domain)
-                        features.setdefault(name, []).append(recorder.last.double().cpu())
-                        classes.setdefault(name, []).append(stages.labels_of(name).cpu())
+        for stages in batches:
+            versions = {name: (version, None) for name, version in stages.images.items()}
+            if own:
+                versions[_AUXILIARY] = stages.images["perturbed"], own[0]
+            for name, (version, domain) in versions.items():
+                if only is None or name in only:
+                    logits_in(model, version, domain)
+                    features[name].append(recorder.last.double().cpu())
+                    classes[name].append(stages.labels_of(name).cpu())
     kept = [name for name in features if name in observer.changed or name == _AUXILIARY or only is not None]
     assert recorder.layer is not None
     return (

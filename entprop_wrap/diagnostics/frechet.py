@@ -10,7 +10,7 @@ from torch import Tensor
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.utils.options import check_choice, shown
 
-__all__ = ["Covariance", "check_covariance", "frechet_distance"]
+__all__ = ["Covariance", "frechet_distance"]
 
 Covariance = Literal["sample", "shrunk"]
 
@@ -40,7 +40,7 @@ def frechet_distance(a: Tensor, b: Tensor, *, covariance: Covariance = "sample")
     Source: Dowson & Landau 1982, equation 16; used for images by Heusel et al. (NeurIPS 2017), and in table 6 of
     EntProp (Enomoto, UAI 2024).
     """
-    check_covariance(covariance)
+    check_choice("covariance", covariance, ("sample", "shrunk"))
     check_values("a", a)
     check_values("b", b)
     for name, features in (("a", a), ("b", b)):
@@ -62,11 +62,6 @@ def check_values(name: str, values: object) -> None:
     real = isinstance(values, Tensor) and not values.is_complex() and not values.is_meta
     if not real or values.layout != torch.strided:  # type: ignore[attr-defined]
         raise ConfigurationError(f"{name} must be a tensor of real numbers, found {shown(values)}.")
-
-
-def check_covariance(covariance: str) -> None:
-    """Raise :class:`ConfigurationError` unless ``covariance`` is one of the two."""
-    check_choice("covariance", covariance, ("sample", "shrunk"))
 
 
 def _fit(features: Tensor, covariance: Covariance) -> tuple[Tensor, Tensor]:

@@ -29,18 +29,15 @@ from entprop_wrap.utils.options import check_flag, check_integer
 from entprop_wrap.wrapping.model import auxiliary, is_wrapped, wrap
 from entprop_wrap.wrapping.registry import find_registry
 
-__all__ = ["Observer", "Stages", "batches_of", "isolated", "logits_in"]
+__all__ = ["Observer", "Stages", "batches_of", "isolated", "logits_in", "observing"]
 
 
 @dataclass(frozen=True)
 class Stages:
     """The images of one batch at each stage of a method, in the order of the stages.
 
-    Attributes:
-        images: By stage: "clean", "mixed", "selected" and "perturbed". ``(N, C, H, W)`` up to the stage before
-            "selected", which are those selected from, and ``(m, C, H, W)`` from there on.
-        selected: ``(m,)``: rows of the batch that were selected.
-        labels: ``(N,)``.
+    ``images`` ``(N or m, C, H, W)`` are "clean", "mixed", "selected" and "perturbed" ones; ``selected`` ``(m,)`` are
+    the rows of the batch that were selected.
     """
 
     images: dict[str, Tensor]
@@ -65,12 +62,7 @@ class Observer:
 
     Every batch meets the copy as the model is: nothing is trained, and buffers are put back.
 
-    Attributes:
-        changed: Stages that did something to some batch so far; "clean" and "selected" always.
-
-    Raises:
-        ConfigurationError: The method selects nothing.
-        AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
+    ``changed`` are the stages that did something to some batch so far; "clean" and "selected" always.
     """
 
     def __init__(self, model: nn.Module, method: Method | None, space: PixelSpace, seed: int) -> None:
@@ -149,6 +141,24 @@ class _Watched(Step):
             (self.leaf.grad,) = torch.autograd.grad(loss, self.leaf, allow_unused=True)
 
 
+@contextmanager
+def observing(
+    model: nn.Module,
+    data: Iterable[Any],
+    method: Method | None,
+    space: PixelSpace,
+    max_images: int | None,
+    seed: int,
+    progress: bool,
+    title: str,
+) -> Iterator[tuple[Observer, Iterator[Stages]]]:
+    """Give an observer and what it sees in each batch of the data, while the model is :func:`isolated`."""
+    with isolated(model, seed):
+        observer = Observer(model, method, space, seed)
+        batches = batches_of(data, space, max_images=max_images, progress=progress, title=title, least=2)
+        yield observer, (observer.stages(images, labels) for images, labels in batches)
+
+
 def batches_of(
     data: Iterable[Any],
     space: PixelSpace,
@@ -159,14 +169,7 @@ def batches_of(
     least: int = 1,
     name: str = "The data",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield checked batches ``(images, labels)`` up to ``max_images``; those of fewer than ``least`` are left out.
-
-    The progress bar has a ``title``, and messages call the data by its ``name``.
-
-    Raises:
-        ConfigurationError: ``max_images`` is too small.
-        DataError: The data is empty, or not an iterable of batches.
-    """
+    """Yield checked batches ``(images, labels)`` up to ``max_images``; those of fewer than ``least`` are left out."""
     check_flag("progress", progress)
     if max_images is not None:
         max_images = check_integer("max_images", max_images, 2)
@@ -190,12 +193,7 @@ def batches_of(
 
 @contextmanager
 def isolated(model: nn.Module, seed: int) -> Iterator[None]:
-    """Check the state of a model, and run the with-block on random numbers of its own, by ``seed``.
-
-    Raises:
-        ConfigurationError: The model is in training mode.
-        UnsupportedModelError: It is not a module, or inside an ``auxiliary()`` block.
-    """
+    """Check the state of a model, and run the with-block on random numbers of its own, by ``seed``."""
     check_state(model, "The model")
     device = device_of(model, torch.empty(0))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -204,11 +202,7 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def logits_in(model: nn.Module, images: Tensor, domain: str | None = None) -> Tensor:
-    """Return logits ``(N, C)`` in the main domain or an auxiliary one, without gradients.
-
-    Raises:
-        ModelOutputError: They are not finite.
-    """
+    """Return logits ``(N, C)``, which must be finite, in the main domain or an auxiliary one, without gradients."""
     # A DDP forward broadcasts buffers, which would wait for other processes.
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     with torch.no_grad(), nullcontext() if domain is None else auxiliary(model, domain):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.diagnostics.frechet import check_values
-from entprop_wrap.diagnostics.method_stages import Observer, batches_of, isolated, logits_in
+from entprop_wrap.diagnostics.method_stages import batches_of, logits_in, observing
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.uncertainty import entropy, least_confidence
 from entprop_wrap.methods.base import Method
@@ -121,12 +121,9 @@ def selection_ood(
     space, seed = space_of(pixel_space), check_seed(seed)
     conditions = [] if ood is not None else conditions_of(corruptions, severities)
     groups: dict[str, list[Tensor]] = {"random": [], "selected": [], "perturbed": [], "rest": [], "ood": []}
-    with isolated(model, seed):
-        observer, draws = Observer(model, method, space, seed), torch.Generator().manual_seed(seed)
-        for images, labels in batches_of(
-            data, space, max_images=max_images, progress=progress, title="Selection", least=2
-        ):
-            stages = observer.stages(images, labels)
+    draws = torch.Generator().manual_seed(seed)
+    with observing(model, data, method, space, max_images, seed, progress, "Selection") as (_, batches):
+        for stages in batches:
             random = logits_in(model, stages.candidates)
             chosen = torch.zeros(len(random), dtype=torch.bool, device=random.device)
             chosen[stages.selected] = True
@@ -143,8 +140,9 @@ def selection_ood(
                 found = [logits_in(model, to_images(version, space)) for version in versions]
                 groups["ood"].append(torch.cat(found).double().cpu())
         if ood is not None:
-            options = {"max_images": max_images, "progress": progress, "title": "Out of distribution", "name": "ood"}
-            found = [logits_in(model, images).double().cpu() for images, _ in batches_of(ood, space, **options)]  # type: ignore[arg-type]
+            title = "Out of distribution"
+            others = batches_of(ood, space, max_images=max_images, progress=progress, title=title, name="ood")
+            found = [logits_in(model, images).double().cpu() for images, _ in others]
             # Cut into as many parts as there are batches, so that these are drawn along with them.
             groups["ood"] = list(torch.cat(found).tensor_split(len(groups["random"])))
     if not sum(map(len, groups["rest"])):

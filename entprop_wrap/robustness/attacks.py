@@ -215,12 +215,7 @@ class Transfer:
 
 
 def check_attackable(model: nn.Module) -> None:
-    """Check that an attack on ``model`` can be as strong as it should be.
-
-    Raises:
-        ConfigurationError: The model, or a part of it, is in training mode.
-        UnsupportedModelError: It is not a module, or float16.
-    """
+    """Check that an attack on ``model`` can be as strong as it should be: in evaluation mode, and not in float16."""
     check_module("The model", model)
     check_evaluation_mode(model, "The model")
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
@@ -248,11 +243,6 @@ def _pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: Pix
     No parameter gets any gradient. Attacks use signs and directions only, so the factor is free, and it is needed: the
     gradient of a confident prediction is exactly 0 in float32, and the attack would stand still. So the slope at the
     logits is taken in float64, and scaled to 1 before it goes back through the model.
-
-    Raises:
-        LabelError: Labels do not fit the model.
-        ModelOutputError: Logits are NaN or infinite, where nothing would move.
-        UnsupportedModelError: The logits cannot be differentiated.
     """
     with torch.enable_grad():
         pixels = pixels.detach().requires_grad_()
@@ -297,21 +287,13 @@ def attacked(
 
 
 def check_attacks(attacks: Any) -> dict[str, Any]:
-    """Return attacks by name, each as one that measures.
-
-    Raises:
-        ConfigurationError: They are not a dict of attacks.
-    """
+    """Return attacks by name, each as one that measures."""
     found = check_mapping("attacks", attacks, "attacks", 'attacks={"PGD-20": PGD(steps=20)}')
     return {name: check_attack(f"attacks[{name!r}]", attack) for name, attack in found.items()}
 
 
 def check_attack(name: str, attack: Any) -> Any:
-    """Return an attack, made from one for training where need be; ``name`` is what messages call it.
-
-    Raises:
-        ConfigurationError: It cannot be called as one.
-    """
+    """Return an attack, made from one for training where need be; ``name`` is what messages call it."""
     if isinstance(attack, attacks.PGD) and not isinstance(attack, PGD):
         return PGD(**{field.name: getattr(attack, field.name) for field in fields(attack)})
     if isinstance(attack, (type, nn.Module)) or not callable(attack):

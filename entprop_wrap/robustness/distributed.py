@@ -22,29 +22,16 @@ __all__ = ["Batch", "ShardedData", "check_batches", "gather"]
 
 
 class Batch(NamedTuple):
-    """A batch of one process.
+    """A batch of one process."""
 
-    Attributes:
-        images: ``(N, C, H, W)``.
-        labels: ``(N,)`` int64, on the CPU.
-        position: Number of images before the first one in the data.
-        counted: False where another process counts these images, and this one only keeps in step.
-    """
-
-    images: Tensor
-    labels: Tensor
-    position: int
-    counted: bool = True
+    images: Tensor  # (N, C, H, W)
+    labels: Tensor  # (N,) int64, on the CPU
+    position: int  # of the first image in the data
+    counted: bool = True  # False where another process counts these images, and this one only keeps in step
 
 
 class ShardedData:
-    """The share of this process in data that every process goes through: corrupting costs far more than loading.
-
-    Args:
-        data: Iterable of batches, ``(images, labels)`` or dicts.
-        space: Pixel space of the images.
-        name: What messages call the data.
-    """
+    """The share of this process in data that every process goes through: corrupting costs far more than loading."""
 
     def __init__(self, data: Iterable[Any], space: PixelSpace, name: str = "The data") -> None:
         check_batches(data, name)

@@ -29,13 +29,7 @@ Condition: TypeAlias = tuple[str | int, ...]
 
 
 class EvaluatedModel:
-    """One model in one domain, and what has been counted of it.
-
-    Args:
-        name: What messages call the model.
-        model: In evaluation mode, outside of ``auxiliary()``.
-        domain: Auxiliary to run in; None for the main domain.
-    """
+    """One model, which messages call ``name``, in one domain (None: the main one), and what has been counted of it."""
 
     def __init__(self, name: str, model: nn.Module, domain: str | None = None) -> None:
         # A DDP forward broadcasts buffers, which would wait for processes that have no batch left.
@@ -50,12 +44,7 @@ class EvaluatedModel:
         return nullcontext() if self.domain is None else auxiliary(self.model, self.domain)
 
     def measure(self, condition: Condition, images: Tensor, labels: Tensor, counted: bool) -> None:
-        """Pass images, and count them under ``condition`` if they are ``counted``.
-
-        Raises:
-            LabelError: Labels do not fit the classes of the model.
-            ModelOutputError: The model returned no logits, or another number of them than before.
-        """
+        """Pass images, and count them under ``condition`` if they are ``counted``."""
         with torch.no_grad(), self.inside():
             found = logits(self.model, images)
         classes = found.shape[1]
@@ -77,23 +66,13 @@ class EvaluatedModel:
                 raise _not_finite(f"{self.name} ({' '.join(map(str, condition))})", str(tally.unusable))
 
     def scores(self, condition: Condition, name: str = "The data") -> Scores:
-        """Return what all processes have counted under a condition; ``name`` is what messages call the data.
-
-        Raises:
-            DataError: Nothing was counted.
-        """
+        """Return what all processes have counted under a condition; ``name`` is what messages call the data."""
         tally = self.tallies.get(condition)
         return Tally.scores([state for state in gather(tally and tally.state()) if state], name)
 
 
 def evaluated_models(models: Mapping[str, nn.Module], auxiliaries: bool) -> dict[str, list[EvaluatedModel]]:
-    """Return what is evaluated of each model: its main domain first, then its auxiliaries if asked for.
-
-    Raises:
-        ConfigurationError: There are no models, or one is in training mode.
-        UnsupportedModelError: One is not a module, or inside ``auxiliary()``.
-        NotWrappedError: ``auxiliaries`` are asked for, and none is wrapped.
-    """
+    """Return what is evaluated of each model: its main domain first, then its auxiliaries if asked for."""
     if not models:
         raise ConfigurationError("Expected at least one model, found an empty dict.")
     for name, model in models.items():
@@ -131,12 +110,7 @@ def _first_tensor(model: nn.Module, default: Tensor) -> Tensor:
 
 
 def check_state(model: nn.Module, name: str) -> None:
-    """Check that a model is in evaluation mode and in its main domain.
-
-    Raises:
-        ConfigurationError: It, or a part of it, is in training mode.
-        UnsupportedModelError: It is not a module, or inside an ``auxiliary()`` block of this thread.
-    """
+    """Check that a model is a module in evaluation mode and, in this thread, in its main domain."""
     check_module(name, model)
     check_evaluation_mode(model, name)
     if any(norm._entprop_switch.thread().block is not None for norm in find_wrapped(model)[1]):

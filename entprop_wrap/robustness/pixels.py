@@ -16,11 +16,7 @@ __all__ = ["check_batch", "space_of", "to_images", "to_pixels"]
 
 
 def space_of(pixel_space: PixelSpace | None) -> PixelSpace:
-    """Return the pixel space that an option says; None: images are in [0, 1].
-
-    Raises:
-        ConfigurationError: It is something else.
-    """
+    """Return the pixel space that an option says, checked; None: images are in [0, 1]."""
     if pixel_space is not None and not isinstance(pixel_space, PixelSpace):
         raise ConfigurationError(
             f"pixel_space must be a PixelSpace or None, found {shown(pixel_space)}. Write PixelSpace(mean, std)."
@@ -43,11 +39,6 @@ def check_batch(images: Any, labels: Any, space: PixelSpace, *, first: bool = Fa
     """Check a batch of floating-point ``(N, C, H, W)`` images in ``space``; return the class indices as int64 ``(N,)``.
 
     On the ``first`` batch, also check that it does not look as if it were in [0, 1] where ``space`` says otherwise.
-
-    Raises:
-        ImageError: Images of another type or shape, or not finite.
-        PixelRangeError: Images out of ``space``.
-        LabelError: Labels of another type or shape.
     """
     check_images(images, space, half=True)
     wide = _wide(images)

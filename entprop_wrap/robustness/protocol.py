@@ -16,11 +16,7 @@ _SEVERITIES = (1, 2, 3, 4, 5)
 def conditions_of(
     corruptions: Sequence[str] | None, severities: Sequence[int], suite: str | None = None
 ) -> list[tuple[str, int]]:
-    """Return every ``(corruption, severity)``: of names from any suite, or of all in ``suite``; None: "c".
-
-    Raises:
-        ConfigurationError: An unknown name, a severity out of range, no entry, or one twice; both names and a suite.
-    """
+    """Return every ``(corruption, severity)``, checked: of names from any suite, or of all in ``suite``; None: "c"."""
     if suite is not None and corruptions is not None:
         raise ConfigurationError("corruptions and suite name the same thing twice. Write one of them.")
     of_suite = tuple(SUITES[check_choice("suite", "c" if suite is None else suite, tuple(SUITES))])

@@ -98,11 +98,7 @@ class Tally:
 
     @staticmethod
     def scores(states: Iterable[tuple[Tensor, ...]], name: str = "The data") -> Scores:
-        """Return the scores of what several tallies have counted, from the :meth:`state` of each.
-
-        Raises:
-            DataError: Nothing was counted.
-        """
+        """Return the scores of what several tallies have counted, from the :meth:`state` of each."""
         added = [torch.stack(parts).sum(0) for parts in zip(*states, strict=True)]
         if not added or not added[0][1].any():
             raise DataError(f"{name} is empty. Expected at least one batch with at least one image.")

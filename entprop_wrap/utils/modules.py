@@ -96,7 +96,7 @@ def refuse_static_graph(model: nn.Module) -> None:
     """Raise :class:`UnsupportedModelError` if ``model`` is in a DDP that expects the same graph in every pass."""
     if any(isinstance(m, nn.parallel.DistributedDataParallel) and m.static_graph for m in _containers(model)):
         raise UnsupportedModelError(
-            "DDP(static_graph=True) expects the same graph in every pass, and each domain has its own. Leave it out."
+            "DDP expects the same graph in every pass, and each domain has its own. Leave out static_graph=True."
         )
 
 

@@ -81,8 +81,8 @@ class Watch:
             gone = bool(once) and not any(map(_nonzero, once))
         if gone:
             raise ConfigurationError(
-                "The gradients of training_step() are gone before optimizer.step(). training_step() runs the backward "
-                "itself: move optimizer.zero_grad() before it, or after optimizer.step()."
+                "The gradients of training_step() are gone: zero_grad() was called in between. training_step() runs "
+                "the backward itself: move optimizer.zero_grad() before it, or after optimizer.step()."
             )
         self._nonzero = (self._nonzero or set()) - {id(parameter) for parameter in trained}
         bad = self._not_finite(optimizer, trained)

@@ -63,11 +63,7 @@ _KNOWN: Mapping[str, Corruption] = {**CORRUPTIONS, **EXTRA_CORRUPTIONS, **C_BAR_
 
 
 def check_corruption(name: str, value: Any) -> Corruption:
-    """Return the corruption called ``value``; ``name`` is what messages call it.
-
-    Raises:
-        ConfigurationError: There is none.
-    """
+    """Return the corruption called ``value``; ``name`` is what messages call the option."""
     if isinstance(value, str) and value in _KNOWN:
         return _KNOWN[value]
     close = difflib.get_close_matches(str(value), _KNOWN, n=1)

@@ -28,14 +28,9 @@ _BITS = 23
 
 
 class Draws:
-    """A stream of random numbers for each image of a batch.
+    """A stream of random numbers for each image of a batch ``(N, ...)``, of its device and dtype.
 
-    Args:
-        pixels: The batch ``(N, ...)``; its length, device and dtype are those of what is drawn.
-        generator: CPU generator of ``N`` seeds, taken at the first draw in the order of the images; None: torch's.
-
-    Raises:
-        ConfigurationError: ``generator`` is not one, or is on another device than the CPU.
+    The generator, on the CPU, gives ``N`` seeds at the first draw, in the order of the images; None: torch's default.
     """
 
     def __init__(self, pixels: Tensor, generator: torch.Generator | None) -> None:
