@@ -18,12 +18,9 @@ __all__ = ["DomainGap", "LayerGap", "domain_gap"]
 
 @dataclass(frozen=True)
 class LayerGap:
-    """The distance of one auxiliary copy from its norm layer.
+    """The distance of one auxiliary copy from its norm layer ``layer`` of class ``kind``.
 
     Attributes:
-        layer: Name of the norm layer.
-        kind: Its class.
-        auxiliary: Name of the auxiliary domain.
         parameters: By parameter ("weight", "bias", ...): ``|aux - main|`` over the mean of ``|aux|`` and ``|main|``, in
             [0, 2]; 0 for equal ones.
         statistics: Symmetrised Kullback-Leibler divergence of the running statistics, read as normal distributions:
@@ -39,11 +36,7 @@ class LayerGap:
 
 @dataclass(frozen=True)
 class DomainGap(Result):
-    """Distances between main and auxiliary norms.
-
-    Attributes:
-        layers: One for each norm layer and auxiliary, in the order of the model.
-    """
+    """Distances between main and auxiliary norms: one for each norm layer and auxiliary, in the order of the model."""
 
     layers: tuple[LayerGap, ...]
 

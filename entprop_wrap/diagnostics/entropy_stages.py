@@ -34,8 +34,6 @@ class EntropyStages(Result):
         stages: Mean entropy by stage, in the order of the method; intervals are over batches.
         changes: By stage, its mean minus that of the stage before it, paired by batch; the first has none.
         classes: Number of classes C; entropy is at most ``log C``.
-        images: Number of images.
-        batches: Number of batches.
     """
 
     values: dict[str, tuple[float, ...]]
@@ -82,9 +80,6 @@ def entropy_stages(
         seed: Seed of mixing, dropout and the order of data.
         progress: Show a progress bar.
 
-    Returns:
-        Means and changes with t-intervals over batches, and the entropy of each image.
-
     Warns:
         UserWarning: Mixing or selection does not raise entropy, or not beyond chance; or perturbed images are no less
             certain than those they were selected from. (A long step lowers the entropy of the selected images without
@@ -125,11 +120,13 @@ def _warn(result: EntropyStages) -> None:
         "mixed": "Look at the images that mix= makes.",
         "selected": "The uncertainty that the method selects by does not follow entropy on this data.",
     }
-    for stage in advice.keys() & result.changes.keys():
-        change = result.changes[stage]
+    for stage, hint in advice.items():
+        change = result.changes.get(stage)
+        if change is None:
+            continue
         if change.value <= 0 or (change.low is not None and change.low <= 0):
             how = "does not raise entropy" if change.value <= 0 else "is not shown to raise entropy"
-            warnings.warn(f"The stage {stage!r} {how}: it changes by {change} nats. {advice[stage]}", stacklevel=3)
+            warnings.warn(f"The stage {stage!r} {how}: it changes by {change} nats. {hint}", stacklevel=3)
     names = list(result.stages)
     before, after = (result.stages.get(name) for name in (names[names.index("selected") - 1], "perturbed"))
     if before is not None and after is not None and after.value <= before.value:

@@ -36,9 +36,7 @@ class FeatureDistance(Result):
             those through the norms that train on them (wrapped models only), to clean images through the main norms.
         floor: Distance between two random halves of the clean images: what sampling noise alone gives at this number.
         images: Number of images by set, "clean" included. Fewer images are further away, see :func:`frechet_distance`.
-        dimensions: Number of features D.
-        covariance: "sample" or "shrunk".
-        layer: Name of the layer whose input the features are.
+        dimensions: Number of features D of what ``layer`` is given.
     """
 
     distances: dict[str, float]

@@ -56,10 +56,9 @@ class Monitor:
     * the main loss is no better than log C, the loss of a guess: finds logits that say nothing, which no score of the
       logits alone can, as the flattest of random logits have the highest energy too.
 
-    Thresholds are judgements, not from a paper: those above; growth of the auxiliary loss to 1.5 times its lowest and
-    by 0.1 log C, twice as much as the main loss grows; 1.5 log C as worse than a guess; validation loss 10 % and 0.02
-    log C above its best. Each must hold ``patience`` times in a row, except for losses that are not finite. Where the
-    loss is not cross-entropy, those in log C mean little.
+    Thresholds are judgements, not from a paper; the constants of this module are the others. Each must hold
+    ``patience`` times in a row, except for losses that are not finite. Where the loss is not cross-entropy, those in
+    log C mean little.
 
     Args:
         every: Steps between two looks; what is judged are the means over them.

@@ -59,9 +59,7 @@ class SelectionOOD(Result):
         scores: By score: "max_probability" (Hendrycks & Gimpel, ICLR 2017), "energy" (Liu et al., NeurIPS 2020,
             temperature 1) and "entropy". A method that selects by entropy makes the first and the last look good by
             construction; the energy is the least circular of the three.
-        images: Number of images.
-        selected: Number of selected ones.
-        ood: Number of out-of-distribution images.
+        images, selected, ood: Numbers of images, of selected and of out-of-distribution ones.
         against: What the out-of-distribution images are.
     """
 

@@ -35,7 +35,7 @@ from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_
 from entprop_wrap.utils.modules import check_module
 from entprop_wrap.utils.options import check_choice, check_generator, check_integer, check_mapping, shown
 
-__all__ = ["FGSM", "PGD", "Attack", "Transfer", "attacked", "check_attack", "check_attackable", "check_attacks"]
+__all__ = ["FGSM", "PGD", "Attack", "PixelAttack", "Transfer", "attacked", "check_attack", "check_attacks"]
 
 AttackLoss = Literal["cross_entropy", "margin"]
 
@@ -76,8 +76,41 @@ class Attack(Protocol):
         """
 
 
+class PixelAttack:
+    """An attack on pixels in [0, 1]: ``attack(model, pixels, labels, space, generator) -> pixels``."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        pixel_space: PixelSpace | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return attacked images, as :class:`Attack` says."""
+        check_module("The model", model)
+        check_evaluation_mode(model, "The model")
+        if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+            raise UnsupportedModelError(
+                "The model is float16, in which small gradients vanish and an attack looks weaker than it is. Write "
+                "model.float(), with torch.autocast for speed."
+            )
+        check_generator(generator)
+        space = space_of(pixel_space)
+        labels = check_batch(images, labels, space)
+        pixels = to_pixels(images.detach().to(device_of(model, images)), space)
+        found = self.attack_pixels(model, pixels, labels.to(pixels.device), space, generator)
+        return to_images(found, space).to(images.dtype)
+
+    def attack_pixels(
+        self, model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace, generator: torch.Generator | None
+    ) -> Tensor:
+        """Return attacked pixels ``(N, C, H, W)``, at least float32, on the device of the model."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class PGD(attacks.PGD):
+class PGD(PixelAttack, attacks.PGD):
     """Projected gradient ascent on the loss, within a ball around the image and within valid pixels.
 
     It is :class:`entprop_wrap.functional.attacks.PGD`, which methods train with and which has the other options, with
@@ -116,22 +149,11 @@ class PGD(attacks.PGD):
             )
         return super().run(images, gradient, space, generator)
 
-    def __call__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        pixel_space: PixelSpace | None = None,
-        generator: torch.Generator | None = None,
+    def attack_pixels(
+        self, model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace, generator: torch.Generator | None
     ) -> Tensor:
-        """Return attacked images; see :class:`Attack`."""
-        check_attackable(model)
-        check_generator(generator)
-        space = space_of(pixel_space)
-        labels = check_batch(images, labels, space)
-        origin = to_pixels(images.detach().to(device_of(model, images)), space)
-        labels = labels.to(origin.device)
-        draws = Draws(origin, generator)
+        """Return attacked pixels."""
+        origin, draws = pixels, Draws(pixels, generator)
         best, highest = origin, torch.full((len(origin), 2), -math.inf, dtype=torch.float64, device="cpu")
         for _ in range(self.restarts):
             pixels = self._start(origin, draws) if self.random_start else origin
@@ -139,7 +161,7 @@ class PGD(attacks.PGD):
                 slope = _pixel_gradient(model, pixels, labels, space, self.loss)
                 pixels = self.ascend(pixels, origin, slope, _PIXELS)
             if self.restarts == 1:
-                return to_images(pixels, space).to(images.dtype)
+                return pixels
             with torch.no_grad():
                 found = logits(model, to_images(pixels, space))
             check_finite(found, "The model under attack")
@@ -147,7 +169,7 @@ class PGD(attacks.PGD):
             better = (score[:, 0] > highest[:, 0]) | ((score[:, 0] == highest[:, 0]) & (score[:, 1] > highest[:, 1]))
             best = torch.where(better.to(origin.device)[:, None, None, None], pixels, best)
             highest = torch.where(better[:, None], score, highest)
-        return to_images(best, space).to(images.dtype)
+        return best
 
     def _start(self, origin: Tensor, draws: Draws) -> Tensor:
         if self.norm == "linf":
@@ -212,17 +234,6 @@ class Transfer:
     def at(self, epsilon: float) -> Transfer:
         """Return the same attack at another magnitude."""
         return replace(self, attack=self.attack.at(epsilon))
-
-
-def check_attackable(model: nn.Module) -> None:
-    """Check that an attack on ``model`` can be as strong as it should be: in evaluation mode, and not in float16."""
-    check_module("The model", model)
-    check_evaluation_mode(model, "The model")
-    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
-        raise UnsupportedModelError(
-            "The model is float16, in which small gradients vanish and an attack looks weaker than it is. Write "
-            "model.float(), with torch.autocast for speed."
-        )
 
 
 def _losses(found: Tensor, labels: Tensor, loss: AttackLoss) -> Tensor:

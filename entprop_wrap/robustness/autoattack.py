@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import check_magnitude
-from entprop_wrap.robustness.attacks import check_attackable
-from entprop_wrap.robustness.evaluated_model import check_finite, check_labels_fit, device_of, logits
-from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
-from entprop_wrap.utils.options import check_choice, check_generator, check_number, store_as_python
+from entprop_wrap.robustness.attacks import PixelAttack
+from entprop_wrap.robustness.evaluated_model import check_finite, check_labels_fit, logits
+from entprop_wrap.robustness.pixels import to_images
+from entprop_wrap.utils.options import check_choice, check_number, store_as_python
 
 __all__ = ["AutoAttack"]
 
@@ -32,12 +32,13 @@ _FEWEST_CLASSES = 4
 
 
 @dataclass(frozen=True)
-class AutoAttack:
+class AutoAttack(PixelAttack):
     """The standard version: APGD on cross-entropy, APGD on the targeted DLR loss, targeted FAB, then Square.
 
     Each attack is tried on the images that the ones before have left right. It is slow: an image that holds out costs
-    1,900 passes and 5,000 forward passes, so a few hundred images are usual. What is drawn depends on how images are
-    batched. The package warns, by the logger "auto-attack", where the accuracy may be too high.
+    1,900 passes and 5,000 forward passes, so a few hundred images are usual. It needs at least 4 classes. What is
+    drawn depends on how images are batched. The package warns, by the logger "auto-attack", where the accuracy may be
+    too high.
 
     Attributes:
         epsilon: Radius of the ball. For "linf", change of a pixel as a fraction of the pixel range, in (0, 1): 4/255.
@@ -62,27 +63,11 @@ class AutoAttack:
             check_number("epsilon", self.epsilon, lambda value: value > 0, "above 0")
         _package()  # what is missing is to be known before hours of evaluation, not after
 
-    def __call__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        pixel_space: PixelSpace | None = None,
-        generator: torch.Generator | None = None,
+    def attack_pixels(
+        self, model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace, generator: torch.Generator | None
     ) -> Tensor:
-        """Return attacked images, as :class:`Attack` says; those whose prediction no attack changes stay as they are.
-
-        ``generator`` gives one seed for the batch.
-
-        Raises:
-            ConfigurationError: The model has fewer than 4 classes.
-        """
-        check_attackable(model)
-        check_generator(generator)
-        space = space_of(pixel_space)
-        labels = check_batch(images, labels, space)
-        device = device_of(model, images)
-        pixels, labels = to_pixels(images.detach().to(device), space).float(), labels.to(device)
+        """Return attacked pixels."""
+        pixels = pixels.float()
         with torch.no_grad():
             clean = logits(model, to_images(pixels, space))
         check_finite(clean, "The model under attack")
@@ -105,12 +90,12 @@ class AutoAttack:
             norm={"linf": "Linf", "l2": "L2"}[self.norm],
             eps=self.epsilon,
             seed=int(torch.randint(2**31, (), generator=generator)),
-            device=device,
+            device=pixels.device,
         )
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(_TARGETS, classes - 1)
-        with _undisturbed(model, device):
-            found, _ = attack.run_standard_evaluation(pixels, labels, batch_size=len(pixels))
-        return to_images(found, space).to(images.dtype)
+        with _undisturbed(model, pixels.device):
+            found: Tensor = attack.run_standard_evaluation(pixels, labels, batch_size=len(pixels))[0]
+        return found
 
     def at(self, epsilon: float) -> AutoAttack:
         """Return the same attack at another magnitude."""

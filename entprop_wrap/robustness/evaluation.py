@@ -56,20 +56,17 @@ def evaluate_robustness(  # type: ignore[misc]  # the overloads leave the option
         print(result.to_markdown())
 
     The corruptions are drawn from the seed and an image's place in the data alone: two runs, two models and two batch
-    sizes see the same images. With several models each batch is corrupted once for all of them. Several processes share
-    the batches of data that each of them has whole, and return the same result. For mixed precision, call this inside
-    ``torch.autocast``.
+    sizes see the same images. Several processes share the batches of data that each of them has whole, and return the
+    same result. For mixed precision, call this inside ``torch.autocast``.
 
     Args:
         model: A classifier, wrapped or not, in evaluation mode, on any device; or several of them by name.
-        data: Batches ``(images, labels)``, or dicts with "pixel_values", "images" or "image" and "labels" or "label":
-            a DataLoader without augmentation, say. Images are ``(N, 3, H, W)``, floating point, in ``pixel_space``, at
-            least 32 px; labels are class indices ``(N,)``.
-        pixel_space: What the data is normalised with; None: nothing, images are in [0, 1]. Corruption happens to
-            pixels in [0, 1] at the size the model sees.
+        data: Batches ``(images, labels)``, or dicts with "pixel_values", "images" or "image" and "labels" or "label".
+            Images are ``(N, 3, H, W)``, floating point, in ``pixel_space``, at least 32 px; labels are class indices.
+        pixel_space: What the data is normalised with; None: nothing, images are in [0, 1].
         corruptions: Names from any of the ``SUITES``; None: all of ``suite``.
-        suite: "c", the 15 of ImageNet-C (None: these); "c-bar", the 10 of ImageNet-C-bar, which resemble neither those
-            nor the usual augmentations; or "extra", the 4 that the authors of ImageNet-C keep for validation.
+        suite: "c", the 15 of ImageNet-C (None: these); "c-bar", the 10 of ImageNet-C-bar; or "extra", the 4 that the
+            authors of ImageNet-C keep for validation.
         severities: From 1 (mild) to 5 (strong).
         seed: Seed of corruptions and attacks.
         auxiliaries: Also evaluate each auxiliary domain of wrapped models, as ``result.auxiliaries``.
@@ -81,8 +78,7 @@ def evaluate_robustness(  # type: ignore[misc]  # the overloads leave the option
         The result, or a dict of results by the names of the models. Accuracies are in [0, 1].
 
     Raises:
-        ConfigurationError: A model is in training mode; an unknown corruption, severity or option; attacks or shifts
-            that are not a dict of them, or attacks that do not fit the model or return no images.
+        ConfigurationError: A model is in training mode; an option is out of range; an attack does not fit the model.
         UnsupportedModelError: A model is inside an ``auxiliary()`` block, or not a module.
         NotWrappedError: ``auxiliaries=True``, and no model is wrapped.
         DataError: The data is empty, of an unknown form, or not the same on every process.

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
@@ -47,7 +48,7 @@ class RobustnessResult:
     @property
     def ra(self) -> float:
         """Plain mean accuracy over all corruptions and severities of :attr:`protocol` (robust accuracy)."""
-        return _mean(self.table.values())
+        return fmean(self.table.values())
 
     @property
     def hscore(self) -> float:
@@ -62,14 +63,12 @@ class RobustnessResult:
     @property
     def per_corruption(self) -> dict[str, float]:
         """Mean accuracy over severities, by corruption."""
-        return {name: _mean(self.table[name, severity] for severity in self.severities) for name in self.corruptions}
+        return {name: fmean(self.table[name, s] for s in self.severities) for name in self.corruptions}
 
     @property
     def per_severity(self) -> dict[int, float]:
         """Mean accuracy over corruptions, by severity."""
-        return {
-            severity: _mean(self.table[name, severity] for name in self.corruptions) for severity in self.severities
-        }
+        return {s: fmean(self.table[name, s] for name in self.corruptions) for s in self.severities}
 
     @property
     def corruptions(self) -> tuple[str, ...]:
@@ -99,7 +98,7 @@ class RobustnessResult:
     @property
     def corrupted_calibration_error(self) -> float:
         """Mean of the expected calibration errors of all corruptions and severities (15 bins each), in [0, 1]."""
-        return _mean(scores.calibration_error for scores in self.corrupted.values())
+        return fmean(scores.calibration_error for scores in self.corrupted.values())
 
     @property
     def is_full(self) -> bool:
@@ -125,8 +124,7 @@ class RobustnessResult:
         """
         if not isinstance(baseline, RobustnessResult):
             raise ConfigurationError(
-                f"mCE needs the result of a baseline, found {shown(baseline)}. Write "
-                "result.mce(evaluate_robustness(baseline, data))."
+                f"mCE needs the result of a baseline, found {shown(baseline)}. Write mce(evaluate_robustness(...))."
             )
         if set(baseline.corrupted) != set(self.corrupted) or baseline.images != self.images:
             raise ConfigurationError(
@@ -134,10 +132,8 @@ class RobustnessResult:
             )
         ours, theirs = self.per_corruption, baseline.per_corruption
         if perfect := [name for name in theirs if theirs[name] == 1]:
-            raise ConfigurationError(
-                f"mCE divides by the errors of the baseline, which makes none under {perfect[0]!r}."
-            )
-        return _mean((1 - ours[name]) / (1 - theirs[name]) for name in ours)
+            raise ConfigurationError(f"mCE divides by the errors of the baseline; it has none under {perfect[0]!r}.")
+        return fmean((1 - ours[name]) / (1 - theirs[name]) for name in ours)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain types that JSON knows; :meth:`from_dict` reads it back."""
@@ -233,8 +229,3 @@ def markdown_table(rows: list[list[str]]) -> str:
 def escaped(name: str) -> str:
     """Return a name on one line that Markdown shows as it is."""
     return re.sub(r"([\\`*_{}\[\]<>()#|~])", r"\\\1", " ".join(str(name).split()))
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)

@@ -176,7 +176,9 @@ def _channels(call: _Call) -> int | None:
 
 
 def _same(output: Any, logits: Tensor) -> bool:
-    return isinstance(output, Tensor) and output.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    if output is logits or not isinstance(output, Tensor):
+        return output is logits
+    return output.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
 
 
 def _first_tensor(values: tuple[Any, ...]) -> Tensor | None:

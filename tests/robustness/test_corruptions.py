@@ -112,15 +112,6 @@ def test_equals_the_reference_on_the_same_draws(name, size, close):
         assert np.mean(np.abs(single - expected) > close) < 1e-3, f"float32, severity {severity}"
 
 
-@pytest.mark.parametrize("side", [32, 96])
-@pytest.mark.parametrize("name", [*C_BAR_CORRUPTIONS])
-def test_c_bar_is_stronger_at_each_severity(name, side):
-    images = photos(side, side)
-    quality = [psnr(corrupt(images, name, severity, seeded()), images) for severity in SEVERITIES]
-    assert quality == sorted(quality, reverse=True)
-    assert quality[0] > quality[-1] + 1.0
-
-
 def test_pixelate_samples_as_pillow_does_at_every_width():
     rng = np.random.default_rng(0)
     for width in range(32, 230):
@@ -133,23 +124,15 @@ def test_pixelate_samples_as_pillow_does_at_every_width():
 
 
 @pytest.mark.parametrize("size", [32, 96])
-@pytest.mark.parametrize("name", [*REFERENCES])
-def test_is_as_strong_as_the_reference_and_in_its_order(name, size):
-    images = photos(size, size).repeat(8 if size == 32 else 4, 1, 1, 1)
-    rng = np.random.default_rng(0)
-    found, expected = [], []
-    for severity in SEVERITIES:
-        found.append(psnr(corrupt(images.float(), name, severity, seeded(severity)).double(), images))
-        plain = [torch.from_numpy(REFERENCES[name](image.numpy(), severity, rng)) for image in images]
-        expected.append(psnr(torch.stack(plain), images))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2.0)
-    steps, expected_steps = np.diff(found), np.diff(expected)
-    if name in OUT_OF_ORDER[size]:
-        assert expected_steps.max() > -0.3, "the reference is in order: take it off the list"
-        clear = np.abs(expected_steps) > 1.0
-        assert (np.sign(steps) == np.sign(expected_steps))[clear].all()
-    else:
-        assert steps.max() < 0, f"PSNR by severity: {found}"
+@pytest.mark.parametrize("name", ALL)
+def test_is_stronger_at_each_severity(name, size):
+    images = photos(size, size).repeat(4, 1, 1, 1)
+    quality = [
+        psnr(corrupt(images.float(), name, severity, seeded(severity)).double(), images) for severity in SEVERITIES
+    ]
+    highest = np.diff(quality).max()
+    assert highest > -0.3 if name in OUT_OF_ORDER[size] else highest < 0, quality
+    assert name in OUT_OF_ORDER[size] or quality[0] > quality[-1] + 1.0
 
 
 def test_pictures_of_frost_are_kept_and_cropped_everywhere():
@@ -354,7 +337,11 @@ def test_refuses_wrong_severities_and_names():
     for severity in (0, 6, -1, 2.0, True, "3", None):
         with pytest.raises(ConfigurationError, match="severity must be an integer of at least 1"):
             corrupt(GOOD, "fog", severity)
-    for name, match in (("motion_blurr", "Did you mean 'motion_blur'"), ("xyz", "Known are: gaussian_noise")):
+    for name, match in (
+        ("motion_blurr", "Did you mean 'motion_blur'"),
+        ("xyz", "Known are: gaussian_noise"),
+        (["fog"], r"found \['fog'\]"),
+    ):
         with pytest.raises(ConfigurationError, match=match):
             corrupt(GOOD, name, 1)
 

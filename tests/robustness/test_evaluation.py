@@ -76,7 +76,7 @@ def test_a_suite_is_all_of_its_corruptions():
         evaluate(corruptions=("fog",), suite="c")
 
 
-def test_batch_size_changes_nothing():
+def test_batch_size_changes_nothing():  # nor does a last batch of one image
     options = {"severities": (2,), "corruptions": None, "attacks": {"PGD": PGD(1 / 255, steps=2)}}
     whole, parts = (evaluate(data=loader(13, size), **options) for size in (13, 3))
     assert whole.table == parts.table
@@ -126,14 +126,20 @@ def test_models_share_corrupted_batches(monkeypatch):
     assert both["vanilla"].clean != both["EntProp"].clean
 
 
-@pytest.mark.parametrize("keys", [("pixel_values", "labels"), ("images", "label"), ("image", "labels")])
-def test_dict_batches(keys):
-    data = [dict(zip(keys, batch, strict=True)) for batch in loader()]
-    assert evaluate(data=data) == evaluate()
-
-
-def test_a_stream_of_batches_is_read_once():
-    assert evaluate(data=iter(loader())) == evaluate()
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(
+            {"data": [dict(zip(keys, batch, strict=True)) for batch in loader()]}
+            for keys in (("pixel_values", "labels"), ("images", "label"), ("image", "labels"))
+        ),
+        {"data": iter(loader())},
+        {"model": torch.compile(classifier(), backend="eager")},
+    ],
+    ids=["pixel_values", "images", "image", "a stream", "compiled"],
+)
+def test_forms_of_data_and_models_that_change_nothing(options):
+    assert evaluate(**options) == evaluate()
 
 
 def test_pixels_and_normalised_images_agree():
@@ -167,11 +173,6 @@ def test_real_architectures(name):
     assert evaluate(wrapped, data) == found
 
 
-def test_compiled_models():
-    model = torch.compile(classifier(), backend="eager")
-    assert evaluate(model) == evaluate()
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_models_take_images_in_their_own_dtype(dtype):
     assert evaluate(classifier().to(dtype)).images == 11
@@ -187,10 +188,6 @@ def test_autocast_is_respected():
 def test_half_precision_images_are_corrupted_in_float32():
     data = [(x.half(), y) for x, y in loader()]
     assert abs(evaluate(data=data).clean.loss - evaluate().clean.loss) < 0.01
-
-
-def test_a_last_batch_of_one_image_counts():
-    assert evaluate(data=loader(9, 4)).images == 9
 
 
 def test_auxiliary_domains():
@@ -258,7 +255,10 @@ def test_an_attack_that_does_not_fit_the_model_is_found_after_one_pass():
     model = classifier()
     model.register_forward_hook(lambda *_: passes.append(1))
     with pytest.raises(ConfigurationError, match="too few"):
-        evaluate_robustness(model, loader(), pixel_space=SPACE, attacks={"a": unfit}, progress=False)
+        evaluate(model, attacks={"a": unfit}, corruptions=None)
+    assert len(passes) == 1
+    with pytest.raises(DataError, match=r"shifts\['sketch'\]: expected an iterable"):
+        evaluate(model, shifts={"sketch": 3})
     assert len(passes) == 1
 
 
@@ -267,13 +267,6 @@ def test_an_attack_may_be_any_function():
     assert found.adversarial["black"].images == 11
     with pytest.raises(PixelRangeError):
         evaluate(attacks={"outside": lambda model, x, y, space, generator: x + 9})
-
-
-def test_a_shift_that_is_no_data_is_found_before_anything_runs():
-    model = classifier()
-    model.register_forward_hook(lambda *_: pytest.fail("it ran"))
-    with pytest.raises(DataError, match=r"shifts\['sketch'\]: expected an iterable"):
-        evaluate(model, shifts={"sketch": 3})
 
 
 def test_the_model_is_left_as_it_was():
@@ -376,14 +369,11 @@ def test_batches_that_are_refused(images, labels, error, message):
         evaluate(data=[(images, labels)])
 
 
-def test_normalised_images_without_a_pixel_space_are_refused():
+def test_pixel_spaces_that_do_not_fit_the_images():
     with pytest.raises(PixelRangeError, match="looks normalised"):
         evaluate(data=[(IMAGES, LABELS)], pixel_space=None)
-
-
-def test_interpolation_may_overshoot_a_little():
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (SPACE.mean, SPACE.std))
-    assert evaluate(data=[((RAW * 1.1 - 0.05 - mean) / std, LABELS)]).images == 4
+    assert evaluate(data=[((RAW * 1.1 - 0.05 - mean) / std, LABELS)]).images == 4  # interpolation overshoots a little
 
 
 @pytest.mark.parametrize("data", [[], DataLoader(TensorDataset(RAW[:0], LABELS[:0]), 4)])

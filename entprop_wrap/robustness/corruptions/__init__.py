@@ -23,7 +23,6 @@ from torch import Tensor
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.robustness.corruptions import blur, digital, noise, occlusions, overlays, weather
 from entprop_wrap.robustness.corruptions.base import Corruption
-from entprop_wrap.robustness.corruptions.jpeg import jpeg_compression
 from entprop_wrap.robustness.corruptions.refraction import caustic_refraction
 from entprop_wrap.robustness.corruptions.spatter import spatter
 from entprop_wrap.utils.options import shown
@@ -39,7 +38,8 @@ def _named(*corruptions: Corruption) -> Mapping[str, Corruption]:
 CORRUPTIONS: Mapping[str, Corruption] = _named(
     *(noise.gaussian_noise, noise.shot_noise, noise.impulse_noise),
     *(blur.defocus_blur, blur.glass_blur, blur.motion_blur, blur.zoom_blur, weather.snow, weather.frost, weather.fog),
-    *(digital.brightness, digital.contrast, digital.elastic_transform, digital.pixelate, jpeg_compression),
+    *(digital.brightness, digital.contrast, digital.elastic_transform, digital.pixelate),
+    digital.jpeg_compression,
 )
 
 #: The four held-out corruptions, which no published score includes.

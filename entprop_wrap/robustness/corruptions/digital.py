@@ -1,7 +1,10 @@
-"""Digital corruptions: brightness, contrast, elastic, pixelate, saturate (Hendrycks & Dietterich 2019, section 4.1)."""
+"""Digital corruptions: brightness, contrast, elastic, pixelate, JPEG, saturate (Hendrycks & Dietterich 2019)."""
 
 from __future__ import annotations
 
+import io
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +13,7 @@ from entprop_wrap.robustness.corruptions.base import SMALL_SIDE, corruption
 from entprop_wrap.robustness.corruptions.filters import gaussian_blur_2d, lines, shrink_and_enlarge
 from entprop_wrap.robustness.corruptions.random import Draws
 
-__all__ = ["brightness", "contrast", "elastic_transform", "pixelate", "saturate"]
+__all__ = ["brightness", "contrast", "elastic_transform", "jpeg_compression", "pixelate", "saturate"]
 
 
 @corruption((0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3))
@@ -61,6 +64,21 @@ def pixelate(pixels: Tensor, draws: Draws, share: float) -> Tensor:
     """
     height, width = pixels.shape[-2:]
     return shrink_and_enlarge(pixels, int(height * share), int(width * share))
+
+
+@corruption((25, 18, 15, 10, 7), (80, 65, 58, 50, 40))
+def jpeg_compression(pixels: Tensor, draws: Draws, quality: int) -> Tensor:
+    """Round to bytes, compress as JPEG, and decompress, on the CPU. Nothing is drawn."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("jpeg_compression needs Pillow: pip install pillow.") from error
+    decoded = []
+    for image in (pixels * 255.0).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        decoded.append(torch.from_numpy(np.array(Image.open(file))))
+    return torch.stack(decoded).permute(0, 3, 1, 2).to(pixels) / 255.0
 
 
 @corruption(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +14,8 @@ __all__ = ["gaussian_noise", "impulse_noise", "shot_noise", "speckle_noise"]
 
 # Below this rate counts are found by summing the distribution, above it by expanding its quantiles.
 _FEW = 4.0
+# Such a count exceeds this less often than draws can tell, 1e-7.
+_MOST = 18
 # Turns every difference between two floats from 1e-30 upwards into 1 or more.
 _STEEP = 1e30
 
@@ -51,26 +52,22 @@ def speckle_noise(pixels: Tensor, draws: Draws, sigma: float) -> Tensor:
 
 
 def _poisson(rate: Tensor, probability: Tensor, highest: float) -> Tensor:
-    """Counts at which the Poisson distribution of each ``rate`` up to ``highest`` reaches each ``probability``."""
+    """Return the counts at which the Poisson distribution of each ``rate`` up to ``highest`` reaches a probability."""
     if highest <= _FEW:
-        return _sum_up(rate, probability, highest)
-    counts = _expand(rate.clamp(min=_FEW), probability)
-    if highest <= 4.0 * _FEW:
-        # With most pixels below, doing all of them both ways costs less than picking them out.
-        few = _sum_up(rate.clamp(max=_FEW), probability, _FEW)
-        return torch.lerp(counts, few, (rate < _FEW).to(rate.dtype))
-    rate, counts = rate.flatten(), counts.flatten()
-    picked = (rate < _FEW).nonzero().squeeze(1)
-    counts[picked] = _sum_up(rate.take(picked), probability.take(picked), _FEW)
+        return _sum_up(rate, probability)
+    rate, chance = rate.flatten(), probability.flatten()
+    counts = _expand(rate.clamp(min=_FEW), chance)
+    few = (rate < _FEW).nonzero().squeeze(1)
+    counts[few] = _sum_up(rate.take(few), chance.take(few))
     return counts.view_as(probability)
 
 
-def _sum_up(rate: Tensor, probability: Tensor, highest: float) -> Tensor:
-    """Poisson quantiles for rates up to ``highest``, a small one: how many partial sums stay below the probability."""
+def _sum_up(rate: Tensor, probability: Tensor) -> Tensor:
+    """Return Poisson quantiles for small rates: how many partial sums stay below the probability."""
     target = probability * rate.exp()
     power, partial = torch.ones_like(rate), torch.ones_like(rate)
     counts, below = torch.zeros_like(rate), torch.empty_like(rate)
-    for count in range(_most(highest)):
+    for count in range(_MOST):
         if count:
             partial.add_(power.mul_(rate), alpha=1.0 / math.factorial(count))
         # 1 where the sum is below and 0 elsewhere; a comparison costs a CPU twice as much.
@@ -78,20 +75,8 @@ def _sum_up(rate: Tensor, probability: Tensor, highest: float) -> Tensor:
     return counts
 
 
-@lru_cache(maxsize=16)
-def _most(rate: float) -> int:
-    """The least count that a Poisson variable of ``rate`` exceeds less often than draws can tell, 1e-7."""
-    count, mass = 0, math.exp(-rate)
-    beyond = 1.0 - mass
-    while beyond > 1e-7:
-        count += 1
-        mass *= rate / count
-        beyond -= mass
-    return count
-
-
 def _expand(rate: Tensor, probability: Tensor) -> Tensor:
-    """Poisson quantiles for rates from ``_FEW`` upwards, to the order ``1 / rate``.
+    """Return Poisson quantiles for rates from ``_FEW`` upwards, to the order ``1 / rate``.
 
     Source: M. Giles, "Algorithm 955: Approximation of the Inverse Poisson Cumulative Distribution Function" (2016),
     section 2.2.
