@@ -1,4 +1,4 @@
-"""What data a Trainer and an evaluation take: which datasets, and which form of batches."""
+"""Datasets, loaders and batches in the forms that a Trainer and an evaluation take."""
 
 from __future__ import annotations
 

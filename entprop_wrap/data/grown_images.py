@@ -25,8 +25,8 @@ class GrownImages(Dataset[Any]):
         images: ``(N, C, H, W)`` uint8.
         labels: ``(N,)`` or ``(N, C)``.
         space: Pixel space of the samples.
-        dtype: Of the images of samples.
-        keys: Of image and label in samples that are dicts; None: pairs.
+        dtype: Type of the images.
+        keys: Keys of image and label in samples that are dicts; None: pairs.
         plain_labels: Whether labels are Python's integers.
         augment: Applied to an image whenever it is loaded; None: nothing is.
     """

@@ -1,4 +1,4 @@
-"""How a batch of images relates to pixels in [0, 1]."""
+"""The relation of a batch of images to pixels in [0, 1]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a batch must look like: shapes and types every step, values where looking costs no device sync."""
+"""Checks of batches: shapes and types in every step, values where looking costs no device sync."""
 
 from __future__ import annotations
 

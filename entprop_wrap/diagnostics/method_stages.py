@@ -1,4 +1,4 @@
-"""What a method does to images, seen from outside: its own step runs on a copy of the model, and is watched."""
+"""The stages of a method, seen from outside: its own step runs on a copy of the model, and is watched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which process evaluates which images: each batch of the data on one of them, in turn."""
+"""The share of a process in an evaluation: each batch of the data is evaluated on one process, in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between the images that a model takes and the pixels in [0, 1] that are corrupted and attacked."""
+"""Conversion between the images that a model takes and pixels in [0, 1], and checks of batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What RA is the mean over: corruptions and severities, checked and put in words."""
+"""Corruptions and severities that RA is the mean over, checked and put in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation found: SA, RA and Hscore, the table that they are made of, and over what exactly."""
+"""The result of an evaluation: SA, RA and Hscore, the table that they are made of, and its protocol."""
 
 from __future__ import annotations
 

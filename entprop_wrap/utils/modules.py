@@ -1,4 +1,4 @@
-"""What other libraries put around a model: DDP, FSDP, ``torch.compile``, DataParallel, DeepSpeed."""
+"""Containers that other libraries put around a model: DDP, FSDP, ``torch.compile``, DataParallel, DeepSpeed."""
 
 from __future__ import annotations
 

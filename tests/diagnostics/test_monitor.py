@@ -71,7 +71,7 @@ def train(model, monitor, images, labels, held_out, *, method, steps=120, learni
 
 def run(monitor, method=None, rows=slice(0, 600), **options):
     images, labels = digits()
-    held_out = images[600:800], labels[600:800]
+    held_out = images[600:900], labels[600:900]
     return train(
         network(), monitor, images[rows], labels[rows], held_out, method=method or EntProp(fraction=0.3), **options
     )
