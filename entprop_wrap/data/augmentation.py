@@ -52,16 +52,7 @@ def augmentation(name: str, *, sigma: float = 0.1) -> Callable[[Any], Any] | Non
 
 
 class AugmentedImages(Dataset[tuple[Tensor, Any]]):
-    """A dataset of normalised images with an augmentation after all else: as bytes, which torchvision's expect.
-
-    Args:
-        images: Map-style dataset of ``(image (3, H, W), label)``.
-        name: Name of the augmentation, see :func:`augmentation`.
-        space: Pixel space of the images.
-
-    Raises:
-        ConfigurationError: The name is unknown.
-    """
+    """A dataset of ``(image (3, H, W), label)`` in ``space`` with an :func:`augmentation` after all else, as bytes."""
 
     def __init__(self, images: Any, name: str, space: PixelSpace) -> None:
         self.images, self.space, self.augment = images, space, augmentation(name)

@@ -1,4 +1,4 @@
-"""What data a Trainer and an evaluation take: which datasets, and which form of batches."""
+"""Datasets, loaders and batches in the forms that a Trainer and an evaluation take."""
 
 from __future__ import annotations
 
@@ -17,14 +17,9 @@ _LABELS = ("labels", "label")
 
 
 def images_and_labels(batch: Any, name: str = "The data") -> tuple[Tensor, Tensor]:
-    """Return ``images (N, C, H, W)`` and ``labels`` of a batch.
+    """Return images and labels of a batch: a pair, or a mapping with "pixel_values", "images" or "image", and labels.
 
-    Args:
-        batch: ``(images, labels)``, or a mapping with "pixel_values", "images" or "image", and "labels" or "label".
-        name: What messages call the data.
-
-    Raises:
-        DataError: The batch is of another form; the message says what it holds.
+    ``name`` is what messages call the data.
     """
     if isinstance(batch, Mapping):
         images = next((batch[key] for key in _IMAGES if key in batch), None)
@@ -38,7 +33,7 @@ def images_and_labels(batch: Any, name: str = "The data") -> tuple[Tensor, Tenso
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         raise DataError(
             f"{name}: expected batches (images, labels) of tensors, or dicts with 'pixel_values', 'images' or 'image' "
-            f"and 'labels' or 'label'; found {found}. Return both from the dataset, or from a DataLoader's collate_fn."
+            f"and 'labels' or 'label'; found {found}."
         )
     return images, labels
 
@@ -48,7 +43,7 @@ def refuse_dataset(data: Any, name: str) -> None:
     if isinstance(data, IterableDataset) or not _has_rows(data):
         raise DataError(
             f"{name}: expected a map-style dataset (with __len__ and __getitem__) or a DataLoader over one, found "
-            f"{type(data).__name__}. A stream has no order to repeat and no place to resume from: load it whole."
+            f"{type(data).__name__}. Load a stream whole."
         )
     if isinstance(data, Mapping):
         raise DataError(
@@ -69,13 +64,11 @@ def refuse_loader(loader: DataLoader[Any], name: str) -> None:
     if isinstance(loader.dataset, IterableDataset):
         refuse_dataset(loader.dataset, name)
     if loader.batch_sampler is None:
-        raise DataError(
-            f"{name}: expected a DataLoader that makes batches, found batch_size=None. Write batch_size=64, say."
-        )
+        raise DataError(f"{name}: expected a DataLoader that makes batches, found batch_size=None.")
     if isinstance(getattr(loader.batch_sampler, "sampler", None), DistributedSampler):
         raise DataError(
-            f"{name}: found a DataLoader with a DistributedSampler. Expected one over the whole data: the Trainer "
-            "gives each process its share."
+            f"{name}: found a DataLoader with a DistributedSampler. Expected one over the whole data, which the "
+            "Trainer shares out."
         )
     if len(loader.dataset) == 0:  # type: ignore[arg-type]
         raise DataError(f"{name} is empty. Expected at least one batch.")

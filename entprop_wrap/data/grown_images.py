@@ -25,8 +25,8 @@ class GrownImages(Dataset[Any]):
         images: ``(N, C, H, W)`` uint8.
         labels: ``(N,)`` or ``(N, C)``.
         space: Pixel space of the samples.
-        dtype: Of the images of samples.
-        keys: Of image and label in samples that are dicts; None: pairs.
+        dtype: Type of the images.
+        keys: Keys of image and label in samples that are dicts; None: pairs.
         plain_labels: Whether labels are Python's integers.
         augment: Applied to an image whenever it is loaded; None: nothing is.
     """
@@ -63,11 +63,7 @@ def to_bytes(images: Tensor, space: PixelSpace) -> Tensor:
 
 
 def without_augmentation(dataset: Any) -> Any:
-    """Return ``dataset`` with the grown images in it as they are stored.
-
-    Raises:
-        DataError: It is not a map-style dataset.
-    """
+    """Return ``dataset``, a map-style one, with the grown images in it as they are stored."""
     if isinstance(dataset, DataLoader):
         raise DataError("grow() takes a dataset, found a DataLoader. Write grow(model, loader.dataset, ...).")
     refuse_dataset(dataset, "dataset")
@@ -80,11 +76,7 @@ def without_augmentation(dataset: Any) -> Any:
 
 
 def form_of(dataset: Any, space: PixelSpace) -> dict[str, Any]:
-    """Return how samples look, after a trial: a grown one makes a batch with another.
-
-    Raises:
-        DataError: It does not.
-    """
+    """Return how samples look, after a trial: a grown one makes a batch with another."""
     sample = dataset[0]
     batch = collate([sample])
     images, labels = images_and_labels(batch, "dataset")
@@ -99,15 +91,11 @@ def form_of(dataset: Any, space: PixelSpace) -> dict[str, Any]:
 
 
 def collate(samples: list[Any]) -> Any:
-    """Return a batch.
-
-    Raises:
-        DataError: The samples do not make one.
-    """
+    """Return a batch, or raise :class:`DataError` where the samples do not make one."""
     try:
         return default_collate(samples)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(
             f"dataset: its samples do not make a batch with grown ones ({error}). Expected an image, a floating-point "
-            "tensor (C, H, W) of one size, and a label, an integer or tensor, and nothing else."
+            "tensor (C, H, W) of one size, and a label."
         ) from error

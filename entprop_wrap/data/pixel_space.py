@@ -1,4 +1,4 @@
-"""How a batch of images relates to pixels in [0, 1]."""
+"""The relation of a batch of images to pixels in [0, 1]."""
 
 from __future__ import annotations
 
@@ -46,10 +46,7 @@ class PixelSpace:
             values = value if isinstance(value, tuple) else (value,)
             object.__setattr__(self, name, tuple(float(check_number(name, v, *_RANGES[name])) for v in values))
         if max(self.std) > 1:
-            raise ConfigurationError(
-                f"mean={self.mean}, std={self.std} look like the 0-255 scale. Expected fractions of the pixel range: "
-                f"divide both by 255."
-            )
+            raise ConfigurationError(f"mean={self.mean}, std={self.std} look like the 0-255 scale: divide both by 255.")
         if len({len(self.mean), len(self.std), 1}) > 2:
             raise ConfigurationError(f"mean has {len(self.mean)} channels and std {len(self.std)}; expected as many.")
 
@@ -74,8 +71,7 @@ class PixelSpace:
             raise ConfigurationError(f"{kind} turns pixels into colour indices, which have no gradient.")
         if not any(hasattr(processor, name) for name in ("do_rescale", "image_mean")):
             raise ConfigurationError(
-                f"{kind} is not an image processor that says how it normalises: it has no do_rescale and no "
-                "image_mean. Write PixelSpace(mean=..., std=...) with what the data is normalised with."
+                f"{kind} is not an image processor that says how it normalises. Write PixelSpace(mean=..., std=...)."
             )
         scale, shift, rescales = 255.0, 0.0, getattr(processor, "do_rescale", True)
         if rescales:
@@ -88,8 +84,7 @@ class PixelSpace:
             if not mean or not std:
                 raise ConfigurationError(
                     f"{kind} normalises, but has image_mean={getattr(processor, 'image_mean', None)} and image_std="
-                    f"{getattr(processor, 'image_std', None)}. Expected a number per channel: write "
-                    "PixelSpace(mean=..., std=...) with what the data is normalised with."
+                    f"{getattr(processor, 'image_std', None)}. Write PixelSpace(mean=..., std=...)."
                 )
         if getattr(processor, "do_flip_channel_order", False) or kind.startswith("PPLCNet"):
             mean, std = mean[::-1], std[::-1]  # RGB becomes BGR after all else; PP-LCNet has no option that says so

@@ -1,4 +1,4 @@
-"""What a batch must look like: shapes and types every step, values where looking costs no device sync."""
+"""Checks of batches: shapes and types in every step, values where looking costs no device sync."""
 
 from __future__ import annotations
 
@@ -21,16 +21,6 @@ from entprop_wrap.errors import (
 )
 from entprop_wrap.utils.optimizer_steps import Watch
 
-__all__ = [
-    "Checker",
-    "check_batch_size",
-    "check_dense",
-    "check_images",
-    "check_labels",
-    "check_takes_images",
-    "checker_of",
-]
-
 #: Interpolation without clamping overshoots valid pixels; further out than this, in pixel units, is another space.
 _TOLERANCE = 0.25
 
@@ -38,32 +28,30 @@ _TOLERANCE = 0.25
 _NOISE = 8.0
 
 
-def check_images(images: Any, space: PixelSpace) -> None:
-    """Check type, shape and layout of a batch.
-
-    Raises:
-        ImageError: Not a floating ``(N, C, H, W)`` tensor in float32 or float64, or channels that do not fit ``space``.
-    """
+def check_images(images: Any, space: PixelSpace, *, half: bool = False) -> None:
+    """Check that a batch is a floating ``(N, C, H, W)`` tensor that fits ``space``; ``half`` precision is refused."""
     if not isinstance(images, Tensor):
         raise ImageError(f"Expected images as a tensor (N, C, H, W), found {type(images).__name__}.")
     check_dense("images", images, ImageError)
     shape = tuple(images.shape)
     if not images.is_floating_point():
         raise ImageError(
-            f"Expected floating-point images, found {images.dtype}. Write images.float() / 255 (pixels in [0, 1]), or "
-            "let the data loader do it: torchvision.transforms.v2.ToDtype(torch.float32, scale=True)."
+            f"Expected floating-point images, found {images.dtype}. Write images.float() / 255, or let the data loader "
+            "do it: torchvision.transforms.v2.ToDtype(torch.float32, scale=True)."
         )
-    if images.dtype in (torch.float16, torch.bfloat16):
+    if images.dtype in (torch.float16, torch.bfloat16) and not half:
         raise ImageError(
-            f"Found {images.dtype} images: a step of 1/255 is lost in their rounding. Expected float32; for speed use "
+            f"Expected float32 images, found {images.dtype}: a step of 1/255 is lost in their rounding. For speed use "
             "autocast (mixed_precision='bf16'), which casts inside the model."
         )
     if images.ndim != 4:
-        raise ImageError(f"Expected images of shape (N, C, H, W), found {shape}.")
+        raise ImageError(f"Expected images of shape (N, C, H, W), found {shape}. For one image write images[None].")
     if shape[-1] in (1, 3, 4) and shape[1] not in (1, 3, 4):
         raise ImageError(f"Found images of shape {shape}, which looks like NHWC. Write images.permute(0, 3, 1, 2).")
     if space.channels not in (None, shape[1]):
         raise ImageError(f"Found {shape[1]} channels; pixel_space has a mean and std for {space.channels}.")
+    if 0 in shape:
+        raise ImageError(f"Expected at least one image, found an empty batch of shape {shape}.")
 
 
 def check_dense(name: str, tensor: Tensor, error: type[EntPropError]) -> None:
@@ -77,13 +65,12 @@ def check_takes_images(model: nn.Module) -> None:
     name = getattr(model, "main_input_name", None)
     if name == "input_ids":
         raise UnsupportedModelError(
-            f"{type(model).__name__} takes {name}, which are indices and have no gradient. Expected a model that takes "
-            "images (N, C, H, W)."
+            f"{type(model).__name__} takes {name}, which have no gradient. Expected a model of images (N, C, H, W)."
         )
     if name == "pixel_values" and "spatial_shapes" in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(
-            f"{type(model).__name__} takes patches of images of several sizes and their shapes, which cannot be mixed: "
-            "expected a model that takes images (N, C, H, W), such as SiglipForImageClassification."
+            f"{type(model).__name__} takes patches of images of several sizes, which cannot be mixed. Expected a "
+            "model of images (N, C, H, W), such as SiglipForImageClassification."
         )
 
 
@@ -91,19 +78,14 @@ def check_batch_size(images: Tensor) -> None:
     """Raise :class:`ImageError` if a training batch holds a single image."""
     if len(images) < 2:
         raise ImageError(
-            f"Expected a batch of at least 2 images, found {len(images)}: batch statistics and selection need more. "
-            "Drop the last incomplete batch (DataLoader(..., drop_last=True); in the Hugging Face Trainer "
-            "TrainingArguments(dataloader_drop_last=True), which leaves out evaluation images, too) or choose another "
-            "batch size."
+            f"Expected a batch of at least 2 images, found {len(images)}. Choose another batch size, or drop the last "
+            "batch: DataLoader(..., drop_last=True), or TrainingArguments(dataloader_drop_last=True), which leaves out "
+            "evaluation images, too."
         )
 
 
 def check_labels(labels: Any, images: Tensor) -> Tensor:
-    """Check type, shape and device of labels; return them as int64 ``(N,)`` or floating ``(N, C)``.
-
-    Raises:
-        LabelError: Labels of another kind.
-    """
+    """Check type, shape and device of labels; return them as int64 ``(N,)`` or floating ``(N, C)``."""
     if not isinstance(labels, Tensor):
         raise LabelError(f"Expected labels as a tensor, found {type(labels).__name__}.")
     check_dense("labels", labels, LabelError)
@@ -113,19 +95,19 @@ def check_labels(labels: Any, images: Tensor) -> Tensor:
     if labels.is_floating_point():
         if labels.ndim != 2 or shape[0] != batch:
             raise LabelError(
-                f"Floating-point labels are probabilities of shape ({batch}, C); found {labels.dtype} of shape "
-                f"{shape}. For class indices write labels.long(); for a model with one logit labels[:, None]."
+                f"Floating-point labels are probabilities ({batch}, C), found shape {shape}. For class indices write "
+                "labels.long(); for a model with one logit labels[:, None]."
             )
         return labels
     if labels.dtype == torch.bool or labels.is_complex():
         raise LabelError(f"Expected integer class indices or floating-point probabilities, found {labels.dtype}.")
     if labels.ndim == 2 and shape[0] == batch and shape[1] > 1:
         raise LabelError(
-            f"Expected {batch} class indices of shape ({batch},); found {labels.dtype} of shape {shape}. If labels are "
-            "one-hot, write labels.float() for probabilities, or labels.argmax(1) for indices."
+            f"Expected {batch} class indices ({batch},), found shape {shape}. If labels are one-hot, write "
+            "labels.float() for probabilities, or labels.argmax(1) for indices."
         )
     if shape != (batch,):
-        raise LabelError(f"Expected {batch} class indices of shape ({batch},), one per image; found shape {shape}.")
+        raise LabelError(f"Expected {batch} class indices ({batch},), one per image; found shape {shape}.")
     return labels.long()
 
 
@@ -158,21 +140,8 @@ class Checker:
             inside = bool(((low >= (lower - slack).flatten()) & (high <= (upper + slack).flatten())).all())
             if not inside and not self._erased(images.detach(), lower, upper, slack):
                 raise _image_problem(low, high, lower, upper)
-            if self.first and float(low.min()) >= 0 and float(high.max()) <= 1 and float(lower.max()) <= -0.5:
-                warnings.warn(
-                    f"The first batch spans [{float(low.min()):.2f}, {float(high.max()):.2f}], which looks like pixels "
-                    f"in [0, 1], but pixel_space={space} says that images are normalised. If they are not, leave "
-                    "pixel_space out.",
-                    stacklevel=5,
-                )
-            if self.first and float(upper.max()) > 50 and float(high.max()) < float(upper.max()) / 50:
-                warnings.warn(
-                    f"The first batch spans [{float(low.min()):.2f}, {float(high.max()):.2f}], next to nothing of "
-                    f"[{float(lower.min()):.0f}, {float(upper.max()):.0f}], the range of pixel_space={space}. If the "
-                    "image processor has do_rescale=False because pixels come to it in [0, 1], pass pixel_space="
-                    "PixelSpace(image_mean, image_std).",
-                    stacklevel=5,
-                )
+            if self.first:
+                _warn_of_space(float(low.min()), float(high.max()), float(lower.max()), float(upper.max()), space)
             self.first, self.space_seen = False, True
         else:
             good = self._mostly_inside(images.detach(), lower, upper, slack)
@@ -237,8 +206,8 @@ class Checker:
         for message, (error, flag) in pending.items():
             if bool(flag):
                 raise error(
-                    f"A batch since the last look at the metrics was wrong: {message}. Weights may have been trained "
-                    "on it; go back to the last checkpoint. Run on the CPU to have each batch checked before its step."
+                    f"A batch since the last look at the metrics was wrong: {message}. Go back to the last "
+                    "checkpoint, and run on the CPU to have each batch checked before its step."
                 )
 
     def _note(self, message: str, flag: Tensor, error: type[EntPropError]) -> None:
@@ -254,6 +223,23 @@ def checker_of(model: nn.Module) -> Checker:
     return _checkers.setdefault(model, Checker())
 
 
+def _warn_of_space(smallest: float, largest: float, lower: float, upper: float, space: PixelSpace) -> None:
+    span = f"The first batch spans [{smallest:.2f}, {largest:.2f}], "
+    if smallest >= 0 and largest <= 1 and lower <= -0.5:
+        warnings.warn(
+            f"{span}which looks like pixels in [0, 1], but pixel_space={space} says that images are normalised. If "
+            "they are not, leave pixel_space out.",
+            stacklevel=6,
+        )
+    if upper > 50 and largest < upper / 50:
+        warnings.warn(
+            f"{span}next to nothing of [{lower:.0f}, {upper:.0f}], the range of pixel_space={space}. If the image "
+            "processor has do_rescale=False because pixels come to it in [0, 1], write PixelSpace(image_mean, "
+            "image_std).",
+            stacklevel=6,
+        )
+
+
 def _image_problem(low: Tensor, high: Tensor, lower: Tensor, upper: Tensor) -> EntPropError:
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
         return ImageError("Found images that are not finite (NaN or infinity). Look at the data or its augmentation.")
@@ -262,9 +248,8 @@ def _image_problem(low: Tensor, high: Tensor, lower: Tensor, upper: Tensor) -> E
         hint = "It looks like 0-255: divide by 255, or pass pixel_space=PixelSpace(mean=0, std=1/255)."
     elif smallest < 0:
         hint = (
-            "It looks normalised: pass pixel_space=PixelSpace(mean, std) with what the data is normalised with. If it "
-            "says so already, and random erasing fills most images with noise: erase with a constant (timm: --remode "
-            "const), or before normalising."
+            "It looks normalised: pass pixel_space=PixelSpace(mean, std). If you do, and random erasing fills images "
+            "with noise: erase with a constant (timm: --remode const), or before normalising."
         )
     else:
         hint = "Clamp it to valid pixels."

@@ -1,4 +1,4 @@
-"""What a method does to your data and your model, measured; and a monitor that watches it do so.
+"""Measurements of what a method does to your data and your model, and a monitor for a training run.
 
 All of it leaves the model and torch's random state as they were, and runs on one process. Plots are in
 ``entprop_wrap.diagnostics.plots``, which needs matplotlib.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from entprop_wrap.robustness.result import escaped, markdown_table
 from entprop_wrap.utils.modules import check_module
-from entprop_wrap.utils.statistics import plain
+from entprop_wrap.utils.statistics import Result
 from entprop_wrap.wrapping.registry import find_registry
 from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX
 
@@ -19,12 +18,9 @@ __all__ = ["DomainGap", "LayerGap", "domain_gap"]
 
 @dataclass(frozen=True)
 class LayerGap:
-    """The distance of one auxiliary copy from its norm layer.
+    """The distance of one auxiliary copy from its norm layer ``layer`` of class ``kind``.
 
     Attributes:
-        layer: Name of the norm layer.
-        kind: Its class.
-        auxiliary: Name of the auxiliary domain.
         parameters: By parameter ("weight", "bias", ...): ``|aux - main|`` over the mean of ``|aux|`` and ``|main|``, in
             [0, 2]; 0 for equal ones.
         statistics: Symmetrised Kullback-Leibler divergence of the running statistics, read as normal distributions:
@@ -39,18 +35,10 @@ class LayerGap:
 
 
 @dataclass(frozen=True)
-class DomainGap:
-    """Distances between main and auxiliary norms.
-
-    Attributes:
-        layers: One for each norm layer and auxiliary, in the order of the model.
-    """
+class DomainGap(Result):
+    """Distances between main and auxiliary norms: one for each norm layer and auxiliary, in the order of the model."""
 
     layers: tuple[LayerGap, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain types that JSON knows."""
-        return plain(self)
 
     def to_markdown(self) -> str:
         """Return a table by layer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.diagnostics.method_stages import Observer, batches_of, isolated, logits_in
+from entprop_wrap.diagnostics.method_stages import logits_in, observing
 from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.methods.base import Method
 from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import markdown_table
 from entprop_wrap.utils.options import check_seed
-from entprop_wrap.utils.statistics import Interval, mean_difference, mean_of, plain
+from entprop_wrap.utils.statistics import Interval, Result, mean_difference, mean_of
 
 __all__ = ["EntropyStages", "entropy_stages"]
 
 
 @dataclass(frozen=True)
-class EntropyStages:
+class EntropyStages(Result):
     """Entropy of the images at each stage of a method, in nats.
 
     Attributes:
@@ -33,8 +34,6 @@ class EntropyStages:
         stages: Mean entropy by stage, in the order of the method; intervals are over batches.
         changes: By stage, its mean minus that of the stage before it, paired by batch; the first has none.
         classes: Number of classes C; entropy is at most ``log C``.
-        images: Number of images.
-        batches: Number of batches.
     """
 
     values: dict[str, tuple[float, ...]]
@@ -43,10 +42,6 @@ class EntropyStages:
     classes: int
     images: int
     batches: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain types that JSON knows."""
-        return plain(self)
 
     def to_markdown(self) -> str:
         """Return a table of the stages, in nats."""
@@ -71,10 +66,9 @@ def entropy_stages(
 ) -> EntropyStages:
     """Measure the entropy of clean, mixed, selected and perturbed images, as one and the same model sees them.
 
-    The method's own step, with a training pass and all, says which images are mixed, selected and moved, and how; it
-    runs on a copy of the model. Entropies are those that the model itself gives in evaluation mode, through its main
-    norms, at every stage. Model and random state are left as they were. A stage that the method leaves out, or that
-    changes no pixel, is absent.
+    The method's own step says which images are mixed, selected and moved; it runs on a copy of the model. Entropies are
+    those that the model itself gives in evaluation mode, through its main norms, at every stage. A stage that the
+    method leaves out, or that changes no pixel, is absent.
 
     Args:
         model: A classifier in evaluation mode, wrapped or plain; as a plain one would be on its first step.
@@ -83,52 +77,42 @@ def entropy_stages(
         method: The method to look at; None: ``EntProp()``. It has to select images.
         pixel_space: What the data is normalised with; None: nothing.
         max_images: Number of images to stop at; None: all.
-        seed: Of mixing, dropout and the order of data.
+        seed: Seed of mixing, dropout and the order of data.
         progress: Show a progress bar.
 
-    Returns:
-        Means and changes with t-intervals over batches, and the entropy of each image.
-
     Warns:
-        UserWarning: Mixing or selection does not raise entropy, or not beyond chance; or an attack takes it back: the
-            perturbed images are no less certain than those selected from. A long attack step lowers the entropy of the
-            selected images without that: it climbs the loss, past the boundary to the next class.
+        UserWarning: Mixing or selection does not raise entropy, or not beyond chance; or perturbed images are no less
+            certain than those they were selected from. (A long step lowers the entropy of the selected images without
+            that: it climbs the loss, past the boundary to the next class.)
 
     Raises:
         ConfigurationError: The model is in training mode; a method that selects nothing; an option out of range.
-        UnsupportedModelError: The model is inside an ``auxiliary()`` block, or no module.
+        UnsupportedModelError: The model is inside an ``auxiliary()`` block, or not a module.
         AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
         DataError, ImageError, PixelRangeError, LabelError: Data of another form, or outside ``pixel_space``.
 
     Source: the stages of EntProp (Enomoto, UAI 2024, Algorithm 1); figure and wording of the question are ours.
     """
     space, seed = space_of(pixel_space), check_seed(seed)
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Tensor]] = defaultdict(list)
     classes = 0
-    with isolated(model, seed):
-        observer = Observer(model, method, space, seed)
-        for images, labels in batches_of(
-            data, space, max_images=max_images, progress=progress, title="Entropies", least=2
-        ):
-            for stage, version in observer.stages(images, labels).images.items():
+    with observing(model, data, method, space, max_images, seed, progress, "Entropies") as (observer, batches):
+        for stages in batches:
+            for stage, version in stages.images.items():
                 output = logits_in(model, version)
                 classes = output.shape[1]
-                found.setdefault(stage, []).append(entropy(output).double().cpu())
-    result = _result({stage: batches for stage, batches in found.items() if stage in observer.changed}, classes)
-    _warn(result)
-    return result
-
-
-def _result(found: dict[str, list[Tensor]], classes: int) -> EntropyStages:
-    names = list(found)
-    return EntropyStages(
+                found[stage].append(entropy(output).double().cpu())
+    found = {stage: batches for stage, batches in found.items() if stage in observer.changed}
+    result = EntropyStages(
         values={stage: tuple(torch.cat(batches).tolist()) for stage, batches in found.items()},
         stages={stage: mean_of(batches) for stage, batches in found.items()},
-        changes={stage: mean_difference(found[stage], found[before]) for before, stage in itertools.pairwise(names)},
+        changes={stage: mean_difference(found[stage], found[before]) for before, stage in itertools.pairwise(found)},
         classes=classes,
         images=sum(map(len, found["clean"])),
         batches=len(found["clean"]),
     )
+    _warn(result)
+    return result
 
 
 def _warn(result: EntropyStages) -> None:
@@ -136,16 +120,13 @@ def _warn(result: EntropyStages) -> None:
         "mixed": "Look at the images that mix= makes.",
         "selected": "The uncertainty that the method selects by does not follow entropy on this data.",
     }
-    for stage, change in result.changes.items():
-        if stage == "perturbed":
+    for stage, hint in advice.items():
+        change = result.changes.get(stage)
+        if change is None:
             continue
-        if change.value <= 0:
-            how = "does not raise entropy"
-        elif change.low is not None and change.low <= 0:
-            how = "is not shown to raise entropy"
-        else:
-            continue
-        warnings.warn(f"The stage {stage!r} {how}: it changes by {change} nats. {advice[stage]}", stacklevel=3)
+        if change.value <= 0 or (change.low is not None and change.low <= 0):
+            how = "does not raise entropy" if change.value <= 0 else "is not shown to raise entropy"
+            warnings.warn(f"The stage {stage!r} {how}: it changes by {change} nats. {hint}", stacklevel=3)
     names = list(result.stages)
     before, after = (result.stages.get(name) for name in (names[names.index("selected") - 1], "perturbed"))
     if before is not None and after is not None and after.value <= before.value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.diagnostics.frechet import Covariance, check_covariance, frechet_distance
-from entprop_wrap.diagnostics.method_stages import Observer, batches_of, isolated, logits_in
+from entprop_wrap.diagnostics.frechet import Covariance, frechet_distance
+from entprop_wrap.diagnostics.method_stages import logits_in, observing
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods.base import Method
 from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import escaped, markdown_table
 from entprop_wrap.utils.features import features_of
-from entprop_wrap.utils.options import check_seed
-from entprop_wrap.utils.statistics import plain
+from entprop_wrap.utils.options import check_choice, check_seed
+from entprop_wrap.utils.statistics import Result
 from entprop_wrap.wrapping.model import is_wrapped
 
 __all__ = ["FeatureDistance", "FeaturePicture", "feature_distance", "feature_picture"]
@@ -27,7 +28,7 @@ _AUXILIARY = "perturbed, auxiliary"
 
 
 @dataclass(frozen=True)
-class FeatureDistance:
+class FeatureDistance(Result):
     """Fréchet distances of a method's images to clean ones, in squared units of the features.
 
     Attributes:
@@ -35,9 +36,7 @@ class FeatureDistance:
             those through the norms that train on them (wrapped models only), to clean images through the main norms.
         floor: Distance between two random halves of the clean images: what sampling noise alone gives at this number.
         images: Number of images by set, "clean" included. Fewer images are further away, see :func:`frechet_distance`.
-        dimensions: Number of features D.
-        covariance: "sample" or "shrunk".
-        layer: Name of the layer whose input the features are.
+        dimensions: Number of features D of what ``layer`` is given.
     """
 
     distances: dict[str, float]
@@ -46,10 +45,6 @@ class FeatureDistance:
     dimensions: int
     covariance: str
     layer: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain types that JSON knows."""
-        return plain(self)
 
     def to_markdown(self) -> str:
         """Return a table of the distances."""
@@ -61,7 +56,7 @@ class FeatureDistance:
 
 
 @dataclass(frozen=True)
-class FeaturePicture:
+class FeaturePicture(Result):
     """Features of both domains in the plane of their two first principal components.
 
     Attributes:
@@ -73,10 +68,6 @@ class FeaturePicture:
     points: dict[str, tuple[tuple[float, float], ...]]
     labels: dict[str, tuple[int, ...]]
     explained: tuple[float, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain types that JSON knows."""
-        return plain(self)
 
 
 def feature_distance(
@@ -93,30 +84,28 @@ def feature_distance(
 ) -> FeatureDistance:
     """Measure how far mixing, selection and perturbation move images in the model's own feature space.
 
-    As table 6 of EntProp does with the features of an Inception network, which also makes numbers incomparable.
-    Features are taken in evaluation mode. Model and random state are left as they were.
+    As table 6 of EntProp does with the features of an Inception network, which makes the numbers incomparable. Features
+    are taken in evaluation mode.
+
+    Arguments and errors are those of :func:`entropy_stages`, and these:
 
     Args:
         model: A classifier in evaluation mode, wrapped or plain.
-        data: Batches ``(images, labels)`` or dicts, as training sees them: ``fraction`` is one of each batch.
+        data: Batches as training sees them.
         method: The method to look at; None: ``EntProp()``.
         covariance: "sample", or "shrunk" for few images; see :func:`frechet_distance` for their bias.
-        layer: Whose input the features are; None: the classifier's head.
+        layer: Name of the layer whose input the features are; None: the classifier's head.
         pixel_space: What the data is normalised with; None: nothing.
         max_images: Number of images to stop at; None: all.
-        seed: Of mixing, dropout, the halves and the order of data.
+        seed: Seed of mixing, dropout, the halves and the order of data.
         progress: Show a progress bar.
 
     Raises:
-        ConfigurationError: The model is in training mode; a method that selects nothing; an option out of range; fewer
-            than 4 images.
+        ConfigurationError: Fewer than 4 images.
         ModelOutputError: No layer makes the logits: see ``layer``.
-        UnsupportedModelError: The model is inside an ``auxiliary()`` block, or no module.
-        AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
-        DataError, ImageError, PixelRangeError, LabelError: Data of another form, or outside ``pixel_space``.
     """
-    check_covariance(covariance)
-    sets, _, name = _collect(model, data, method, layer, pixel_space, max_images, seed, progress, only=None)
+    check_choice("covariance", covariance, ("sample", "shrunk"))
+    sets, _, name = _collect(model, data, method, layer, pixel_space, max_images, seed, progress)
     clean = sets["clean"]
     if len(clean) < 4:
         raise ConfigurationError(f"Expected at least 4 images for a distance between two halves, found {len(clean)}.")
@@ -153,7 +142,7 @@ def feature_picture(
     Arguments and errors are those of :func:`feature_distance`.
     """
     sets, labels, _ = _collect(
-        model, data, method, layer, pixel_space, max_images, seed, progress, only=("clean", "perturbed", _AUXILIARY)
+        model, data, method, layer, pixel_space, max_images, seed, progress, ("clean", "perturbed", _AUXILIARY)
     )
     if _AUXILIARY in sets:
         del sets["perturbed"]
@@ -183,30 +172,28 @@ def _collect(
     max_images: int | None,
     seed: int,
     progress: bool,
-    *,
-    only: tuple[str, ...] | None,
+    only: tuple[str, ...] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """Return features in float64 and labels, both by set, and the layer's name."""
     space, seed = space_of(pixel_space), check_seed(seed)
-    features: dict[str, list[Tensor]] = {}
-    classes: dict[str, list[Tensor]] = {}
+    features: dict[str, list[Tensor]] = defaultdict(list)
+    classes: dict[str, list[Tensor]] = defaultdict(list)
     versions: dict[str, tuple[Tensor, str | None]]
-    with isolated(model, seed):
-        observer = Observer(model, method, space, seed)  # copies the model: before it is given hooks
+    # The observer copies the model before it is given hooks.
+    with (
+        observing(model, data, method, space, max_images, seed, progress, "Features") as (observer, batches),
+        features_of(model, layer=layer) as recorder,
+    ):
         own = observer.method.auxiliaries if is_wrapped(model) else ()
-        with features_of(model, layer=layer) as recorder:
-            for images, labels in batches_of(
-                data, space, max_images=max_images, progress=progress, title="Features", least=2
-            ):
-                stages = observer.stages(images, labels)
-                versions = {name: (version, None) for name, version in stages.images.items()}
-                if own:
-                    versions[_AUXILIARY] = stages.images["perturbed"], own[0]
-                for name, (version, domain) in versions.items():
-                    if only is None or name in only:
-                        logits_in(model, version, domain)
-                        features.setdefault(name, []).append(recorder.last.double().cpu())
-                        classes.setdefault(name, []).append(stages.labels_of(name).cpu())
+        for stages in batches:
+            versions = {name: (version, None) for name, version in stages.images.items()}
+            if own:
+                versions[_AUXILIARY] = stages.images["perturbed"], own[0]
+            for name, (version, domain) in versions.items():
+                if only is None or name in only:
+                    logits_in(model, version, domain)
+                    features[name].append(recorder.last.double().cpu())
+                    classes[name].append(stages.labels_of(name).cpu())
     kept = [name for name in features if name in observer.changed or name == _AUXILIARY or only is not None]
     assert recorder.layer is not None
     return (

@@ -10,7 +10,7 @@ from torch import Tensor
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.utils.options import check_choice, shown
 
-__all__ = ["Covariance", "check_covariance", "frechet_distance"]
+__all__ = ["Covariance", "frechet_distance"]
 
 Covariance = Literal["sample", "shrunk"]
 
@@ -21,11 +21,10 @@ def frechet_distance(a: Tensor, b: Tensor, *, covariance: Covariance = "sample")
     ``|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2))``. With ``A = R'R`` and ``B = S'S`` the last trace is the sum of
     the singular values of ``R S'``, which is exact for singular covariances too: fewer images than dimensions.
 
-    "sample" covariances are unbiased, but the distance is not: finite samples of one distribution are apart by about
-    their sampling noise, the more so the fewer images there are for a dimension. Compare distances of equal numbers of
-    images only. "shrunk" draws each covariance towards a multiple of the identity (Ledoit & Wolf 2004, "A
-    well-conditioned estimator for large-dimensional covariance matrices"), by less the more images there are: far
-    less noise, but differences in shape and correlation count too little.
+    Two samples of one distribution are apart by about their sampling noise, the more so the fewer images there are for
+    a
+    dimension: compare distances of equal numbers of images only. "shrunk" covariances, drawn towards a multiple of the
+    identity (Ledoit & Wolf 2004), have far less noise, but count differences in shape and correlation too little.
 
     Args:
         a: ``(N, D)``, N at least 2.
@@ -41,9 +40,9 @@ def frechet_distance(a: Tensor, b: Tensor, *, covariance: Covariance = "sample")
     Source: Dowson & Landau 1982, equation 16; used for images by Heusel et al. (NeurIPS 2017), and in table 6 of
     EntProp (Enomoto, UAI 2024).
     """
-    check_covariance(covariance)
-    for name, features in (("a", a), ("b", b)):
-        check_values(name, features)
+    check_choice("covariance", covariance, ("sample", "shrunk"))
+    check_values("a", a)
+    check_values("b", b)
     for name, features in (("a", a), ("b", b)):
         if features.ndim != 2 or len(features) < 2 or features.shape[1] != a.shape[1]:
             raise ConfigurationError(
@@ -63,11 +62,6 @@ def check_values(name: str, values: object) -> None:
     real = isinstance(values, Tensor) and not values.is_complex() and not values.is_meta
     if not real or values.layout != torch.strided:  # type: ignore[attr-defined]
         raise ConfigurationError(f"{name} must be a tensor of real numbers, found {shown(values)}.")
-
-
-def check_covariance(covariance: str) -> None:
-    """Raise :class:`ConfigurationError` unless ``covariance`` is one of the two."""
-    check_choice("covariance", covariance, ("sample", "shrunk"))
 
 
 def _fit(features: Tensor, covariance: Covariance) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from entprop_wrap.robustness.evaluated_model import check_finite, logits
 from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.options import check_name, check_seed
-from entprop_wrap.utils.statistics import Interval, mean_of, plain
+from entprop_wrap.utils.statistics import Interval, Result, mean_of
 from entprop_wrap.wrapping.model import auxiliary as auxiliary_domain
 
 __all__ = ["InputJacobian", "input_jacobian"]
@@ -27,7 +27,7 @@ _ENTRIES = 2**27
 
 
 @dataclass(frozen=True)
-class InputJacobian:
+class InputJacobian(Result):
     """Norms of the Jacobian ``d logits / d pixels`` of each image; pixels are in [0, 1] whatever the normalisation.
 
     Attributes:
@@ -44,10 +44,6 @@ class InputJacobian:
     spectral_mean: Interval
     images: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain types that JSON knows."""
-        return plain(self)
-
 
 def input_jacobian(
     model: nn.Module,
@@ -61,8 +57,7 @@ def input_jacobian(
 ) -> InputJacobian:
     """Measure the Jacobian of the logits with respect to the pixels of each image, exactly.
 
-    By ``torch.func.vjp``: a forward pass, and as many backward passes as there are classes. Model and random state are
-    left as they were.
+    It takes a forward pass, and as many backward passes as there are classes.
 
     Args:
         model: A classifier in evaluation mode, wrapped or plain, that treats images of a batch independently there.
@@ -70,13 +65,12 @@ def input_jacobian(
         auxiliary: Auxiliary domain to run in; None: the main one.
         pixel_space: What the data is normalised with; None: nothing.
         max_images: Number of images to stop at; None: all.
-        seed: Of the order of data.
+        seed: Seed of the order of data.
         progress: Show a progress bar.
 
     Raises:
         ConfigurationError: The model is in training mode; an option out of range.
-        UnsupportedModelError: The model is inside an ``auxiliary()`` block, is not a module, or uses reentrant
-            checkpointing.
+        UnsupportedModelError: The model is inside an ``auxiliary()`` block, or uses reentrant checkpointing.
         NotWrappedError, AuxiliaryNameError: There is no such auxiliary domain.
         ModelOutputError: Logits or Jacobians are not finite.
         DataError, ImageError, PixelRangeError, LabelError: Data of another form, or outside ``pixel_space``.
@@ -112,40 +106,15 @@ def _parts(model: nn.Module, images: Tensor, auxiliary: str | None) -> list[Tens
 
 def _norms(model: nn.Module, images: Tensor, space: PixelSpace, auxiliary: str | None) -> tuple[Tensor, Tensor]:
     """Return the Frobenius and the spectral norms ``(N,)``, in float64 on the CPU."""
+    pixels = images.detach().clone().requires_grad_()
     with torch.enable_grad(), _inside(model, auxiliary):
-        output, pull_back = _vjp(model, images.detach().clone())
+        output = logits(model, pixels)
         check_finite(output, "The model")  # a bias of NaN leaves the Jacobian finite
         # One row of the Jacobians of all images at once: in evaluation mode no image knows of another. Class by class,
         # because vmap over the classes is slower on most models (attention, grouped convolutions) and holds them all.
-        rows = []
-        for of_class in torch.eye(output.shape[1], dtype=output.dtype, device=output.device):
-            row = pull_back(of_class.expand_as(output)).detach()
-            rows.append(row.float() if row.dtype in (torch.float16, torch.bfloat16) else row)
-    jacobian = torch.stack(rows)
-    jacobian = (jacobian * space.scale(images)).transpose(0, 1).flatten(2)  # (N, classes, pixels)
-    gram = (jacobian @ jacobian.mT).double().cpu()
-    if not bool(torch.isfinite(gram).all()):
-        raise ModelOutputError(
-            "Some Jacobians are NaN or infinite. Expected finite ones: look for diverged weights, or half precision."
-        )
-    squares = torch.linalg.eigvalsh(gram)
-    return squares.sum(1).clamp(min=0).sqrt(), squares[:, -1].clamp(min=0).sqrt()
-
-
-def _vjp(model: nn.Module, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Return the logits, and the function that pulls their cotangents back to the images."""
-    try:
-        output, pull_back, *_ = torch.func.vjp(lambda pixels: logits(model, pixels), images)
-        return output, lambda cotangents: pull_back(cotangents)[0]
-    except RuntimeError:
-        # torch.func refuses what saves tensors by hooks, such as activation checkpointing, and autograd functions of
-        # the old style. Autograd itself takes both, and a model that is broken raises there again.
-        images.requires_grad_()
-        output = logits(model, images)
-
-    def pull_back_again(cotangents: Tensor) -> Tensor:
+        ones = torch.eye(output.shape[1], dtype=output.dtype, device=output.device)
         try:
-            return torch.autograd.grad(output, images, cotangents, retain_graph=True)[0]
+            rows = [torch.autograd.grad(output, pixels, one.expand_as(output), retain_graph=True)[0] for one in ones]
         except RuntimeError as error:
             if "checkpoint" not in str(error).lower():
                 raise
@@ -153,8 +122,14 @@ def _vjp(model: nn.Module, images: Tensor) -> tuple[Tensor, Callable[[Tensor], T
                 "Jacobians need the gradient of the images alone, which reentrant activation checkpointing cannot "
                 "give. Write use_reentrant=False, or switch checkpointing off."
             ) from error
-
-    return output, pull_back_again
+    jacobian = torch.stack(rows)
+    jacobian = jacobian.float() if jacobian.dtype in (torch.float16, torch.bfloat16) else jacobian
+    jacobian = (jacobian * space.scale(jacobian[0])).transpose(0, 1).flatten(2)  # (N, classes, pixels)
+    gram = (jacobian @ jacobian.mT).double().cpu()
+    if not bool(torch.isfinite(gram).all()):
+        raise ModelOutputError("Some Jacobians are NaN or infinite. Look for diverged weights, or half precision.")
+    squares = torch.linalg.eigvalsh(gram)
+    return squares.sum(1).clamp(min=0).sqrt(), squares[:, -1].clamp(min=0).sqrt()
 
 
 def _inside(model: nn.Module, auxiliary: str | None) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""What a method does to images, seen from outside: its own step runs on a copy of the model, and is watched."""
+"""The stages of a method, seen from outside: its own step runs on a copy of the model, and is watched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataError, ModelOutputError
+from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataError
 from entprop_wrap.functional.losses import cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, check_method
@@ -24,25 +24,22 @@ from entprop_wrap.methods.input_gradient import ImageGradient
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.robustness.distributed import check_batches
-from entprop_wrap.robustness.evaluated_model import check_state, device_of, logits
+from entprop_wrap.robustness.evaluated_model import check_finite, check_state, device_of, logits
 from entprop_wrap.robustness.pixels import check_batch
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.options import check_flag, check_integer
 from entprop_wrap.wrapping.model import auxiliary, is_wrapped, wrap
 from entprop_wrap.wrapping.registry import find_registry
 
-__all__ = ["Observer", "Stages", "batches_of", "isolated", "logits_in"]
+__all__ = ["Observer", "Stages", "batches_of", "isolated", "logits_in", "observing"]
 
 
 @dataclass(frozen=True)
 class Stages:
     """The images of one batch at each stage of a method, in the order of the stages.
 
-    Attributes:
-        images: By stage: "clean", "mixed", "selected" and "perturbed". ``(N, C, H, W)`` up to the stage before
-            "selected", which are those selected from, and ``(m, C, H, W)`` from there on.
-        selected: ``(m,)``: rows of the batch that were selected.
-        labels: ``(N,)``.
+    ``images`` ``(N or m, C, H, W)`` are "clean", "mixed", "selected" and "perturbed" ones; ``selected`` ``(m,)`` are
+    the rows of the batch that were selected.
     """
 
     images: dict[str, Tensor]
@@ -67,18 +64,7 @@ class Observer:
 
     Every batch meets the copy as the model is: nothing is trained, and buffers are put back.
 
-    Attributes:
-        changed: Stages that did something to some batch so far; "clean" and "selected" always.
-
-    Args:
-        model: In evaluation mode; it is only read.
-        method: Selects images of a batch, as EntProp does; None: ``EntProp()``.
-        space: Pixel space of the images.
-        seed: Of the method's random draws.
-
-    Raises:
-        ConfigurationError: The method selects nothing.
-        AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
+    ``changed`` are the stages that did something to some batch so far; "clean" and "selected" always.
     """
 
     def __init__(self, model: nn.Module, method: Method | None, space: PixelSpace, seed: int) -> None:
@@ -90,8 +76,7 @@ class Observer:
             wrap(self.model, auxiliaries=self.method.auxiliaries)
         elif wanted and (missing := wanted - set(find_registry(self.model).auxiliaries)):
             raise AuxiliaryNameError(
-                f"{type(self.method).__name__} runs in {sorted(missing)}, and the model was wrapped without. Pass the "
-                "method that the model was trained with."
+                f"{type(self.method).__name__} runs in {sorted(missing)}, and the model was wrapped without."
             )
         if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.model.parameters()):
             self.model.float()  # a step of 1/255 is lost in the rounding of half precision
@@ -111,7 +96,9 @@ class Observer:
             self.generator.set_state(state)
         output, passed = self._run(self.method, images, labels)
         if output.selected is None or output.aux_images is None:
-            raise _selects_nothing(self.method)
+            raise ConfigurationError(
+                f"{type(self.method).__name__} selects no images by uncertainty. Expected a method such as EntProp()."
+            )
         if mixed is None:
             found = {"clean": images, "mixed": passed, "selected": passed[output.selected]}
         else:
@@ -136,12 +123,6 @@ class Observer:
         return output, step.passed
 
 
-def _selects_nothing(method: Method) -> ConfigurationError:
-    return ConfigurationError(
-        f"{type(method).__name__} selects no images by uncertainty: expected a method such as EntProp(fraction=0.2)."
-    )
-
-
 class _Watched(Step):
     """A step that keeps the images of its first pass, and whose backwards give images gradients, and weights none."""
 
@@ -162,6 +143,24 @@ class _Watched(Step):
             (self.leaf.grad,) = torch.autograd.grad(loss, self.leaf, allow_unused=True)
 
 
+@contextmanager
+def observing(
+    model: nn.Module,
+    data: Iterable[Any],
+    method: Method | None,
+    space: PixelSpace,
+    max_images: int | None,
+    seed: int,
+    progress: bool,
+    title: str,
+) -> Iterator[tuple[Observer, Iterator[Stages]]]:
+    """Give an observer and what it sees in each batch of the data, while the model is :func:`isolated`."""
+    with isolated(model, seed):
+        observer = Observer(model, method, space, seed)
+        batches = batches_of(data, space, max_images=max_images, progress=progress, title=title, least=2)
+        yield observer, (observer.stages(images, labels) for images, labels in batches)
+
+
 def batches_of(
     data: Iterable[Any],
     space: PixelSpace,
@@ -172,21 +171,7 @@ def batches_of(
     least: int = 1,
     name: str = "The data",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield checked batches ``(images, labels)`` up to ``max_images``, with a progress bar.
-
-    Args:
-        data: Iterable of batches, ``(images, labels)`` or dicts.
-        space: Pixel space of the images.
-        max_images: Number of images to stop at; None: all.
-        progress: Show the bar.
-        title: Of the bar.
-        least: Smaller batches at the end of the data are left out.
-        name: What messages call the data.
-
-    Raises:
-        ConfigurationError: ``max_images`` is too small.
-        DataError: The data is empty, or no iterable of batches.
-    """
+    """Yield checked batches ``(images, labels)`` up to ``max_images``; those of fewer than ``least`` are left out."""
     check_flag("progress", progress)
     if max_images is not None:
         max_images = check_integer("max_images", max_images, 2)
@@ -205,17 +190,12 @@ def batches_of(
             if max_images is not None and max_images - done < least:
                 break
     if not done:
-        raise DataError(f"{name} holds no batch of at least {least} images. Expected a DataLoader with some data.")
+        raise DataError(f"{name} holds no batch of at least {least} images.")
 
 
 @contextmanager
 def isolated(model: nn.Module, seed: int) -> Iterator[None]:
-    """Check the state of a model, and run the with-block on random numbers of its own, by ``seed``.
-
-    Raises:
-        ConfigurationError: The model is in training mode.
-        UnsupportedModelError: It is not a module, or inside an ``auxiliary()`` block.
-    """
+    """Check the state of a model, and run the with-block on random numbers of its own, by ``seed``."""
     check_state(model, "The model")
     device = device_of(model, torch.empty(0))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -224,18 +204,10 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def logits_in(model: nn.Module, images: Tensor, domain: str | None = None) -> Tensor:
-    """Return logits ``(N, C)`` in the main domain or an auxiliary one, without gradients.
-
-    Raises:
-        ModelOutputError: They are not finite.
-    """
+    """Return logits ``(N, C)``, which must be finite, in the main domain or an auxiliary one, without gradients."""
     # A DDP forward broadcasts buffers, which would wait for other processes.
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     with torch.no_grad(), nullcontext() if domain is None else auxiliary(model, domain):
         found = logits(model, images)
-    if not bool(torch.isfinite(found).all()):
-        raise ModelOutputError(
-            "Some logits are NaN or infinite. Expected finite ones: look for diverged weights, or half precision that "
-            "overflows."
-        )
+    check_finite(found, "The model")
     return found

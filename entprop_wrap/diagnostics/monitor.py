@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods.step_output import StepOutput
-from entprop_wrap.utils.options import check_integer
+from entprop_wrap.utils.options import check_integer, shown
 
 __all__ = ["Monitor"]
 
@@ -43,25 +43,22 @@ class Monitor:
         monitor.update(entprop.training_step(model, images, labels))    # each step
         monitor.evaluated({"loss": validation_loss})                    # after each evaluation
 
-    or ``Trainer(..., monitor=Monitor())``, where the numbers are those of the first process. Updates wait for nothing:
-    sums stay on the device and are read once in ``every`` steps. A monitor is not part of checkpoints; in a resumed run
-    it starts afresh. It changes nothing and draws no random numbers.
+    or ``Trainer(..., monitor=Monitor())``, where the numbers are those of the first process. Sums stay on the device
+    and are read once in ``every`` steps. A monitor changes nothing, and is not part of checkpoints.
 
-    A method that selects by entropy makes its selected images look uncertain by construction, so "selection" has three
-    rules, all once the mean entropy is below 0.9 log C, which are these:
+    Entropies are judged once their mean is below 0.9 log C. As a method that selects by entropy makes its selected
+    images look uncertain by construction, "selection" has three rules:
 
     * the mean entropy of selected images is less than 5 % above that of all: finds a selection by another score;
     * by the energy ``-logsumexp(logits)`` (Liu et al., NeurIPS 2020), the AUROC of selected images against all, in the
-      mean over steps, is not two standard errors above 1/2. An AUROC does not depend on the scale of the logits. This
-      finds images that are uncertain between classes that they all resemble much, which are typical images;
-    * the main loss is no better than log C, the loss of a guess: finds logits that say nothing. No score of the logits
-      alone can: the flattest of random logits have the highest energy too (AUROC 0.8 against the others, with 10
-      classes), as the energy of centred logits grows with their spread. Only labels tell noise from knowledge.
+      mean over steps, is not two standard errors above 1/2: finds images that are uncertain between classes that they
+      all resemble much, which are typical images;
+    * the main loss is no better than log C, the loss of a guess: finds logits that say nothing, which no score of the
+      logits alone can, as the flattest of random logits have the highest energy too.
 
-    Thresholds are judgements, not from a paper: those above; growth of the auxiliary loss to 1.5 times its lowest and
-    by 0.1 log C, twice as much as the main loss grows; 1.5 log C as worse than a guess; validation loss 10 % and 0.02
-    log C above its best. Each must hold ``patience`` times in a row, except for losses that are not finite. Where the
-    loss is not cross-entropy, those in log C mean little.
+    Thresholds are judgements, not from a paper; the constants of this module are the others. Each must hold
+    ``patience`` times in a row, except for losses that are not finite. Where the loss is not cross-entropy, those in
+    log C mean little.
 
     Args:
         every: Steps between two looks; what is judged are the means over them.
@@ -97,17 +94,13 @@ class Monitor:
             raise TypeError(f"update() expects what training_step() returns, found {type(output).__name__}.")
         nothing = torch.zeros_like(output.main_loss)
         self._has = output.aux_loss is not None, output.selected is not None
-        further = nothing if output.selected is None else _energy_auroc(output.logits, output.selected)
-        values = torch.stack(
-            [
-                output.main_loss.float(),
-                (nothing if output.aux_loss is None else output.aux_loss).float(),
-                output.entropy.mean().float(),
-                (nothing if output.selected is None else output.entropy[output.selected].mean()).float(),
-                further.float(),
-                further.float() ** 2,
-            ]
-        ).detach()
+        aux = nothing if output.aux_loss is None else output.aux_loss
+        selected = further = nothing
+        if output.selected is not None:
+            selected = output.entropy[output.selected].mean()
+            further = _energy_auroc(output.logits, output.selected)
+        found = (output.main_loss, aux, output.entropy.mean(), selected, further, further**2)
+        values = torch.stack([value.detach().float() for value in found])
         finite = values.isfinite()
         both = torch.cat([torch.where(finite, values, 0.0), finite.float()])
         self._pending = both if self._pending is None else self._pending + both
@@ -124,18 +117,16 @@ class Monitor:
         Raises:
             ConfigurationError: There is no such number.
         """
-        if not isinstance(metrics, Mapping):
+        found = metrics.get("loss", metrics.get("eval_loss")) if isinstance(metrics, Mapping) else None
+        if found is None:
             raise ConfigurationError(
-                f"evaluated() expects a mapping with 'loss', found {metrics!r}. Write evaluated({{'loss': loss}})."
+                f"evaluated() expects a mapping with 'loss', found {shown(metrics)}. Write evaluated({{'loss': loss}})."
             )
-        loss = metrics.get("loss", metrics.get("eval_loss"))
-        if loss is None:
-            raise ConfigurationError(f"evaluated() expects a mapping with 'loss', found {sorted(metrics)}.")
         self._read()
         total, number = self._since
         self._since = [0.0, 0.0]
         if number:  # else nothing was trained in between
-            self._evaluations.append((float(loss), total / number))
+            self._evaluations.append((float(found), total / number))
             self._judge_validation()
 
     def _read(self) -> None:
@@ -156,8 +147,8 @@ class Monitor:
         if auxiliary and lost:
             self._warn(
                 "auxiliary loss",
-                f"The auxiliary loss was not finite in {lost} of the last {steps} steps. Lower the learning rate or "
-                "epsilon, clip gradients, or use bf16 for fp16.",
+                f"The auxiliary loss was not finite in {lost} of the last {steps} steps. Lower the learning rate, clip "
+                "gradients, or use bf16 for fp16.",
             )
         if 0 in sums[_VALUES:]:
             return  # no mean to judge
@@ -178,17 +169,15 @@ class Monitor:
             self._warn(
                 "selection",
                 f"Selected images are no further out of the distribution than random ones: the main loss of {main:.3g} "
-                f"is no better than a guess ({guess:.3g}), and yet the mean entropy is {entropy:.3g} nats, {long}, so "
-                "that entropy says nothing of the images. Check labels and data, lower the learning rate, or begin to "
-                "select once the model has learnt something. (Where the loss is not cross-entropy, ignore this.)",
+                f"is no better than a guess ({guess:.3g}) at a mean entropy of {entropy:.3g} nats, {long}, so entropy "
+                "says nothing. Check labels and data, or lower the learning rate. (Ignore this for other losses.)",
             )
         if self._again("entropy", began and selected - entropy <= _LEAST_LEAD * entropy):
             self._warn(
                 "selection",
                 f"Selected images are no more uncertain than random ones: mean entropy {selected:.3g} against "
-                f"{entropy:.3g} nats of all, {long}. Select fewer (fraction=), "
-                "by another uncertainty=, or mix (mix=MixUp()); if all entropies are near 0, the model is certain of "
-                "its training data: train for less long, or regularise.",
+                f"{entropy:.3g} nats of all, {long}. Select fewer (fraction=), by another uncertainty=, or mix; if all "
+                "entropies are near 0, train for less long, or regularise.",
             )
         if self._again("energy", began and further - _ERRORS * error <= 0.5):
             self._warn(
@@ -231,8 +220,7 @@ class Monitor:
                 "validation",
                 f"Training and validation part: since evaluation {best + 1} the validation loss has gone from "
                 f"{lowest:.3g} to {now:.3g}, and the training loss from {train_then:.3g} to {train_now:.3g}. Keep the "
-                "earlier weights, train for less long, or regularise: more augmentation, a larger fraction, weight "
-                "decay.",
+                "earlier weights, train for less long, or regularise.",
             )
 
     def _again(self, key: str, holds: bool) -> bool:

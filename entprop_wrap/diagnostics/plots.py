@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,25 +36,23 @@ def plot_gap(result: DomainGap, axes: Any = None) -> Any:
     """
     axes = _axes(axes, result, DomainGap)
     many = len({gap.auxiliary for gap in result.layers}) > 1
-    lines: dict[str, tuple[list[int], list[float]]] = {}
-    places: dict[str, int] = {}
+    names = list(dict.fromkeys(gap.layer for gap in result.layers))
+    lines: dict[str, dict[int, float]] = defaultdict(dict)
     for gap in result.layers:
-        place = places.setdefault(gap.layer, len(places))
-        numbers = {**gap.parameters, **({} if gap.statistics is None else {"statistics": gap.statistics})}
-        for name, number in numbers.items():
-            x, y = lines.setdefault(f"{name}, {gap.auxiliary}" if many else name, ([], []))
-            x.append(place)
-            y.append(number)
-    right: Any = axes.twinx() if any(gap.statistics is not None for gap in result.layers) else None
+        for name, number in {**gap.parameters, "statistics": gap.statistics}.items():
+            if number is not None:
+                lines[f"{name}, {gap.auxiliary}" if many else name][names.index(gap.layer)] = number
+    right: Any = None
     handles = []
-    for number, (name, (x, y)) in enumerate(lines.items()):
-        statistics = right is not None and name.startswith("statistics")
-        side = right if statistics else axes
-        handles += side.plot(x, y, "--" if statistics else "-", marker=".", color=f"C{number}", label=name)
+    for index, (name, line) in enumerate(lines.items()):
+        statistics = name.startswith("statistics")
+        if statistics and right is None:
+            right = axes.twinx()
+            right.set_ylabel("divergence of statistics (nats)")
+        side, style = (right, "--") if statistics else (axes, "-")
+        handles += side.plot([*line], [*line.values()], style, marker=".", color=f"C{index}", label=name)
     axes.set(xlabel="norm layer", ylabel="relative distance of parameters", title="Gap between the domains")
-    axes.set_xticks(list(places.values()), list(places), rotation=90, fontsize=6)
-    if right is not None:
-        right.set_ylabel("divergence of statistics (nats)")
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
     axes.legend(handles=handles)
     return axes
 

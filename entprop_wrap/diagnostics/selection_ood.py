@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.diagnostics.frechet import check_values
-from entprop_wrap.diagnostics.method_stages import Observer, batches_of, isolated, logits_in
+from entprop_wrap.diagnostics.method_stages import batches_of, logits_in, observing
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.uncertainty import entropy, least_confidence
 from entprop_wrap.methods.base import Method
@@ -20,7 +20,7 @@ from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
 from entprop_wrap.robustness.protocol import conditions_of
 from entprop_wrap.robustness.result import markdown_table
 from entprop_wrap.utils.options import check_seed, shown
-from entprop_wrap.utils.statistics import Interval, bootstrap, plain
+from entprop_wrap.utils.statistics import Interval, Result, bootstrap
 
 __all__ = ["OODScore", "SelectionOOD", "auroc", "fpr95", "selection_ood"]
 
@@ -52,16 +52,14 @@ class OODScore:
 
 
 @dataclass(frozen=True)
-class SelectionOOD:
+class SelectionOOD(Result):
     """Selected images against out-of-distribution ones.
 
     Attributes:
         scores: By score: "max_probability" (Hendrycks & Gimpel, ICLR 2017), "energy" (Liu et al., NeurIPS 2020,
             temperature 1) and "entropy". A method that selects by entropy makes the first and the last look good by
             construction; the energy is the least circular of the three.
-        images: Number of images.
-        selected: Number of selected ones.
-        ood: Number of out-of-distribution images.
+        images, selected, ood: Numbers of images, of selected and of out-of-distribution ones.
         against: What the out-of-distribution images are.
     """
 
@@ -70,10 +68,6 @@ class SelectionOOD:
     selected: int
     ood: int
     against: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain types that JSON knows."""
-        return plain(self)
 
     def to_markdown(self) -> str:
         """Return a table of AUROC and FPR95 by score and group."""
@@ -102,7 +96,7 @@ def selection_ood(
     """Compare how well out-of-distribution images can be told from selected images, and from random ones.
 
     The method's own step selects, on a copy of the model. Scores are those of the model in evaluation mode, through its
-    main norms; model and random state are left as they were.
+    main norms.
 
     Args:
         model: A classifier in evaluation mode, wrapped or plain.
@@ -113,28 +107,21 @@ def selection_ood(
         severities: From 1 (mild) to 5 (strong).
         pixel_space: What both are normalised with; None: nothing.
         max_images: Number of images to stop at, of ``data`` and of ``ood``; None: all.
-        seed: Of mixing, dropout, corruption, resampling and the order of data.
+        seed: Seed of mixing, dropout, corruption, resampling and the order of data.
         progress: Show a progress bar.
 
     Returns:
         AUROC and FPR95 by score and group, with bootstrap intervals over batches. Below ten batches they are rough.
 
     Raises:
-        ConfigurationError: The model is in training mode; a method that selects nothing, or everything; an option out
-            of range.
-        UnsupportedModelError: The model is inside an ``auxiliary()`` block, or no module.
-        AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
-        DataError, ImageError, PixelRangeError, LabelError: Data of another form, or outside ``pixel_space``.
+        ConfigurationError: The method selects everything, and what :func:`entropy_stages` raises.
     """
     space, seed = space_of(pixel_space), check_seed(seed)
     conditions = [] if ood is not None else conditions_of(corruptions, severities)
     groups: dict[str, list[Tensor]] = {"random": [], "selected": [], "perturbed": [], "rest": [], "ood": []}
-    with isolated(model, seed):
-        observer, draws = Observer(model, method, space, seed), torch.Generator().manual_seed(seed)
-        for images, labels in batches_of(
-            data, space, max_images=max_images, progress=progress, title="Selection", least=2
-        ):
-            stages = observer.stages(images, labels)
+    draws = torch.Generator().manual_seed(seed)
+    with observing(model, data, method, space, max_images, seed, progress, "Selection") as (_, batches):
+        for stages in batches:
             random = logits_in(model, stages.candidates)
             chosen = torch.zeros(len(random), dtype=torch.bool, device=random.device)
             chosen[stages.selected] = True
@@ -151,8 +138,9 @@ def selection_ood(
                 found = [logits_in(model, to_images(version, space)) for version in versions]
                 groups["ood"].append(torch.cat(found).double().cpu())
         if ood is not None:
-            options = {"max_images": max_images, "progress": progress, "title": "Out of distribution", "name": "ood"}
-            found = [logits_in(model, images).double().cpu() for images, _ in batches_of(ood, space, **options)]  # type: ignore[arg-type]
+            title = "Out of distribution"
+            others = batches_of(ood, space, max_images=max_images, progress=progress, title=title, name="ood")
+            found = [logits_in(model, images).double().cpu() for images, _ in others]
             # Cut into as many parts as there are batches, so that these are drawn along with them.
             groups["ood"] = list(torch.cat(found).tensor_split(len(groups["random"])))
     if not sum(map(len, groups["rest"])):

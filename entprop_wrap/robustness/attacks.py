@@ -2,8 +2,7 @@
 
 An attack is called ``attack(model, images, labels, pixel_space, generator)`` and returns images. Magnitudes are
 fractions of the pixel range, whatever the images are normalised with, and attacked pixels stay valid. The model is
-attacked as it is evaluated: in evaluation mode, with no gradient left on its parameters. Images and labels are checked
-as in an evaluation, and logits must be finite.
+attacked as it is evaluated: in evaluation mode, with no gradient left on its parameters.
 
 High accuracy under one attack does not prove robustness: look at several, at large epsilons, where accuracy must fall
 to 0, and at transfer (Carlini et al. 2019, "On evaluating adversarial robustness", https://arxiv.org/abs/1902.06705).
@@ -14,29 +13,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
 
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.functional import attacks
-from entprop_wrap.functional.attacks import Gradient, check_magnitude, normalize_l2
-from entprop_wrap.robustness.ascent import AttackLoss, check_attackable, losses, pixel_gradient
+from entprop_wrap.functional.attacks import Gradient, normalize_l2
 from entprop_wrap.robustness.corruptions.random import Draws
-from entprop_wrap.robustness.evaluated_model import check_finite, device_of, logits
-from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
-from entprop_wrap.utils.options import (
-    check_choice,
-    check_generator,
-    check_integer,
-    check_mapping,
-    shown,
-    store_as_python,
+from entprop_wrap.robustness.evaluated_model import (
+    check_evaluation_mode,
+    check_finite,
+    check_labels_fit,
+    device_of,
+    logits,
 )
+from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
+from entprop_wrap.utils.modules import check_module
+from entprop_wrap.utils.options import check_choice, check_generator, check_integer, check_mapping, shown
 
-__all__ = ["FGSM", "PGD", "Attack", "Transfer", "attacked", "check_attacks"]
+__all__ = ["FGSM", "PGD", "Attack", "PixelAttack", "Transfer", "attacked", "check_attack", "check_attacks"]
+
+AttackLoss = Literal["cross_entropy", "margin"]
 
 _PIXELS = PixelSpace()
 
@@ -52,24 +53,31 @@ class Attack(Protocol):
         pixel_space: PixelSpace | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return attacked images ``(N, C, H, W)`` in ``pixel_space``; labels are class indices ``(N,)``."""
+        """Return attacked images.
+
+        Args:
+            model: In evaluation mode, with parameters of at least 32 bits (or bfloat16).
+            images: ``(N, C, H, W)`` in ``pixel_space``.
+            labels: ``(N,)`` class indices.
+            pixel_space: What images are normalised with; None: nothing.
+            generator: CPU generator of the random starts; None: torch's default. What is drawn for an image does not
+                depend on the batch size or the device.
+
+        Returns:
+            Images of the same shape and dtype, on the device of the model.
+
+        Raises:
+            ConfigurationError: The model is in training mode, or ``pixel_space`` is not a PixelSpace.
+            ImageError: Images of a wrong type or shape, or not finite.
+            PixelRangeError: Images that do not lie in ``pixel_space``.
+            LabelError: Labels of a wrong type or shape, or that do not fit the model.
+            ModelOutputError: The model's logits are NaN or infinite.
+            UnsupportedModelError: The model is float16, in which gradients vanish, or gives no gradient.
+        """
 
 
-@dataclass(frozen=True)
-class FGSM:
-    """One step of full size along the sign of the gradient of the cross-entropy, from the image itself.
-
-    Attributes:
-        epsilon: Change of each pixel, as a fraction of the pixel range: 4/255.
-
-    Source: Goodfellow et al. (ICLR 2015), section 4.
-    """
-
-    epsilon: float = 4 / 255
-
-    def __post_init__(self) -> None:
-        store_as_python(self)
-        check_magnitude("epsilon", self.epsilon)
+class PixelAttack:
+    """An attack on pixels in [0, 1]: ``attack(model, pixels, labels, space, generator) -> pixels``."""
 
     def __call__(
         self,
@@ -79,29 +87,37 @@ class FGSM:
         pixel_space: PixelSpace | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return attacked images; draws nothing."""
-        attack = PGD(self.epsilon, steps=1, step_size=self.epsilon, random_start=False)
-        return attack(model, images, labels, pixel_space)
+        """Return attacked images, as :class:`Attack` says."""
+        check_module("The model", model)
+        check_evaluation_mode(model, "The model")
+        if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+            raise UnsupportedModelError(
+                "The model is float16, in which small gradients vanish and an attack looks weaker than it is. Write "
+                "model.float(), with torch.autocast for speed."
+            )
+        check_generator(generator)
+        space = space_of(pixel_space)
+        labels = check_batch(images, labels, space)
+        pixels = to_pixels(images.detach().to(device_of(model, images)), space)
+        found = self.attack_pixels(model, pixels, labels.to(pixels.device), space, generator)
+        return to_images(found, space).to(images.dtype)
 
-    def at(self, epsilon: float) -> FGSM:
-        """Return the same attack at another magnitude."""
-        return replace(self, epsilon=epsilon)
+    def attack_pixels(
+        self, model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace, generator: torch.Generator | None
+    ) -> Tensor:
+        """Return attacked pixels ``(N, C, H, W)``, at least float32, on the device of the model."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class PGD(attacks.PGD):
+class PGD(PixelAttack, attacks.PGD):
     """Projected gradient ascent on the loss, within a ball around the image and within valid pixels.
 
-    The ascent is that of :class:`entprop_wrap.functional.PGD`, which methods train with; this one knows what to
-    increase and may try again. The last iterate counts; of several restarts, for each image the one that is
+    It is :class:`entprop_wrap.functional.attacks.PGD`, which methods train with and which has the other options, with
+    an objective and restarts. The last iterate counts; of several restarts, for each image the one that is
     misclassified, and with the highest loss among those.
 
     Attributes:
-        epsilon: Radius of the ball, as there.
-        steps: Number of steps, at least 1.
-        step_size: Length of a step; None: ``2.5 * epsilon / steps``.
-        random_start: Begin at a point drawn uniformly from the ball, else at the image.
-        norm: "linf" or "l2".
         restarts: Number of attempts, at least 1. More than one needs ``random_start``.
         loss: "cross_entropy", or "margin" (largest other logit minus that of the label), which still has a gradient
             where confidence has saturated the other (Carlini & Wagner 2017, their f6).
@@ -121,11 +137,6 @@ class PGD(attacks.PGD):
         if self.restarts > 1 and not self.random_start:
             raise ConfigurationError("restarts > 1 without random_start would repeat the same attack. Leave one out.")
 
-    @classmethod
-    def of(cls, attack: attacks.PGD) -> PGD:
-        """Return ``attack``, made for training, as one that measures."""
-        return cls(**{field.name: getattr(attack, field.name) for field in fields(attacks.PGD)})
-
     def run(self, images: Tensor, gradient: Gradient, space: PixelSpace, generator: torch.Generator | None) -> Tensor:
         """Return the attacked images of a training method, which says what to increase.
 
@@ -134,63 +145,31 @@ class PGD(attacks.PGD):
         """
         if self.restarts > 1 or self.loss != "cross_entropy":
             raise ConfigurationError(
-                "A training method attacks once and has an objective of its own: leave out restarts and loss, or write "
-                "entprop_wrap.functional.attacks.PGD(...)."
+                "A training method attacks once, with an objective of its own: leave out restarts and loss."
             )
         return super().run(images, gradient, space, generator)
 
-    def __call__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        pixel_space: PixelSpace | None = None,
-        generator: torch.Generator | None = None,
+    def attack_pixels(
+        self, model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace, generator: torch.Generator | None
     ) -> Tensor:
-        """Return attacked images.
-
-        Args:
-            model: In evaluation mode, with parameters of at least 32 bits (or bfloat16).
-            images: ``(N, C, H, W)`` in ``pixel_space``.
-            labels: ``(N,)`` class indices.
-            pixel_space: What images are normalised with; None: nothing.
-            generator: CPU generator of the random starts, None for torch's default. What is drawn for an image does
-                not depend on the batch size or the device.
-
-        Returns:
-            Images of the same shape and dtype, on the device of the model.
-
-        Raises:
-            ConfigurationError: The model is in training mode, or ``pixel_space`` is none.
-            ImageError: Images of a wrong type or shape, or not finite.
-            PixelRangeError: Images that do not lie in ``pixel_space``.
-            LabelError: Labels of a wrong type or shape, or that do not fit the model.
-            ModelOutputError: The model's logits are NaN or infinite.
-            UnsupportedModelError: The model is float16, in which gradients vanish, or gives no gradient.
-        """
-        check_attackable(model)
-        check_generator(generator)
-        space = space_of(pixel_space)
-        labels = check_batch(images, labels, space)
-        origin = to_pixels(images.detach().to(device_of(model, images)), space)
-        labels = labels.to(origin.device)
-        draws = Draws(origin, generator) if self.random_start else None
+        """Return attacked pixels."""
+        origin, draws = pixels, Draws(pixels, generator)
         best, highest = origin, torch.full((len(origin), 2), -math.inf, dtype=torch.float64, device="cpu")
         for _ in range(self.restarts):
-            pixels = origin if draws is None else self._start(origin, draws)
+            pixels = self._start(origin, draws) if self.random_start else origin
             for _ in range(self.steps):
-                slope = pixel_gradient(model, pixels, labels, space, self.loss)
+                slope = _pixel_gradient(model, pixels, labels, space, self.loss)
                 pixels = self.ascend(pixels, origin, slope, _PIXELS)
             if self.restarts == 1:
-                return to_images(pixels, space).to(images.dtype)
+                return pixels
             with torch.no_grad():
                 found = logits(model, to_images(pixels, space))
             check_finite(found, "The model under attack")
-            score = torch.stack([(found.argmax(1) != labels).double(), losses(found, labels, self.loss)], 1).cpu()
+            score = torch.stack([(found.argmax(1) != labels).double(), _losses(found, labels, self.loss)], 1).cpu()
             better = (score[:, 0] > highest[:, 0]) | ((score[:, 0] == highest[:, 0]) & (score[:, 1] > highest[:, 1]))
             best = torch.where(better.to(origin.device)[:, None, None, None], pixels, best)
             highest = torch.where(better[:, None], score, highest)
-        return to_images(best, space).to(images.dtype)
+        return best
 
     def _start(self, origin: Tensor, draws: Draws) -> Tensor:
         if self.norm == "linf":
@@ -199,6 +178,17 @@ class PGD(attacks.PGD):
         # The volume within radius r grows as r^d, so that r is the d-th root of a uniform number.
         radius = draws.uniform((1, 1, 1)) ** (1 / origin[0].numel())
         return (origin + self.epsilon * radius * normalize_l2(drawn)).clamp_(0, 1)
+
+
+@dataclass(frozen=True)
+class FGSM(PGD):
+    """One step of full size along the sign of the gradient of the cross-entropy, from the image itself.
+
+    It is :class:`PGD` with other defaults. Source: Goodfellow et al. (ICLR 2015), section 4.
+    """
+
+    steps: int = 1
+    random_start: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,14 +209,14 @@ class Transfer:
     """
 
     source: nn.Module
-    attack: FGSM | attacks.PGD = PGD()
+    attack: attacks.PGD = PGD()
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, nn.Module):
             raise ConfigurationError(
                 f"Transfer expects the model to attack first, found {shown(self.source)}. Write Transfer(model, PGD())."
             )
-        check_attack("attack", self.attack)
+        object.__setattr__(self, "attack", check_attack("attack", self.attack))
 
     def __call__(
         self,
@@ -237,12 +227,53 @@ class Transfer:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return images that attack ``source``; ``model`` is not looked at."""
-        found: Tensor = measuring(self.attack)(self.source, images, labels, pixel_space, generator)
+        attack: Any = self.attack
+        found: Tensor = attack(self.source, images, labels, pixel_space, generator)
         return found
 
     def at(self, epsilon: float) -> Transfer:
         """Return the same attack at another magnitude."""
         return replace(self, attack=self.attack.at(epsilon))
+
+
+def _losses(found: Tensor, labels: Tensor, loss: AttackLoss) -> Tensor:
+    """Return what an attack raises, ``(N,)``, by the logits ``(N, C)``.
+
+    It is the cross-entropy, or the "margin": the largest other logit minus that of the label.
+    """
+    found = found.to(_widest(found))
+    if loss == "cross_entropy":
+        return cross_entropy(found, labels, reduction="none")
+    own = one_hot(labels, found.shape[1]).bool()
+    return found.masked_fill(own, -math.inf).amax(1) - found.gather(1, labels[:, None]).squeeze(1)
+
+
+def _pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace, loss: AttackLoss) -> Tensor:
+    """Return the gradient of each image's loss with respect to its pixels, up to a positive factor per image.
+
+    No parameter gets any gradient. Attacks use signs and directions only, so the factor is free, and it is needed: the
+    gradient of a confident prediction is exactly 0 in float32, and the attack would stand still. So the slope at the
+    logits is taken in float64, and scaled to 1 before it goes back through the model.
+    """
+    with torch.enable_grad():
+        pixels = pixels.detach().requires_grad_()
+        found = logits(model, to_images(pixels, space))
+        check_labels_fit(labels, found.shape[1], "The model")
+        check_finite(found, "The model under attack")
+        if not found.requires_grad:
+            raise UnsupportedModelError(
+                "The logits have no gradient: the model runs under torch.no_grad() inside. Attack it by "
+                "Transfer(source=...) from another model."
+            )
+        values = found.detach().to(_widest(found)).requires_grad_()
+        (slope,) = torch.autograd.grad(_losses(values, labels, loss).sum(), values)
+        slope = slope / slope.abs().amax(1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
+        (gradient,) = torch.autograd.grad(found, pixels, slope.to(found.dtype))
+    return gradient
+
+
+def _widest(values: Tensor) -> torch.dtype:
+    return torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no other
 
 
 def attacked(
@@ -254,48 +285,32 @@ def attacked(
     space: PixelSpace,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Return the images that an attack, which may be anybody's function, makes of a batch; ``name`` is for messages.
+    """Return the images that an attack, which may be anybody's function, makes of a batch, checked.
 
-    Raises:
-        ConfigurationError: It returned something else than images of the same shape.
-        ImageError, PixelRangeError: Images of a wrong type, not finite, or out of ``space``.
+    ``name`` is what messages call it.
     """
     found: Any = attack(model, images, labels, space, generator)
     if not isinstance(found, Tensor) or found.shape != images.shape:
         what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise ConfigurationError(
-            f"{name} must return attacked images as a tensor of the shape {tuple(images.shape)} that it was given; it "
-            f"returned {what}."
-        )
+        raise ConfigurationError(f"{name} must return images of shape {tuple(images.shape)}; it returned {what}.")
     check_batch(found, labels, space)
     return found
 
 
 def check_attacks(attacks: Any) -> dict[str, Any]:
-    """Return attacks by name, each as one that measures.
-
-    Raises:
-        ConfigurationError: They are no dict of attacks.
-    """
+    """Return attacks by name, each as one that measures."""
     found = check_mapping("attacks", attacks, "attacks", 'attacks={"PGD-20": PGD(steps=20)}')
-    for name, attack in found.items():
-        check_attack(f"attacks[{name!r}]", attack)
-    return {name: measuring(attack) for name, attack in found.items()}
+    return {name: check_attack(f"attacks[{name!r}]", attack) for name, attack in found.items()}
 
 
-def check_attack(name: str, attack: Any) -> None:
-    """Raise :class:`ConfigurationError` unless ``attack`` can be called as one; ``name`` is what messages call it."""
-    if isinstance(attack, type):
-        raise ConfigurationError(f"{name} is the class {attack.__name__}. Write {attack.__name__}(...).")
-    if isinstance(attack, nn.Module):
-        raise ConfigurationError(f"{name} is a model, {type(attack).__name__}. Expected an attack such as PGD().")
-    if not callable(measuring(attack)):
+def check_attack(name: str, attack: Any) -> Any:
+    """Return an attack, made from one for training where need be; ``name`` is what messages call it."""
+    if isinstance(attack, attacks.PGD) and not isinstance(attack, PGD):
+        return PGD(**{field.name: getattr(attack, field.name) for field in fields(attack)})
+    if isinstance(attack, (type, nn.Module)) or not callable(attack):
+        found = f"the model {type(attack).__name__}" if isinstance(attack, nn.Module) else shown(attack)
         raise ConfigurationError(
-            f"{name} expects an attack such as PGD(), or a function (model, images, labels, pixel_space, generator) -> "
-            f"images; found {shown(attack)}."
+            f"{name} must be an attack such as PGD(), or a function (model, images, labels, pixel_space, generator) -> "
+            f"images; found {found}."
         )
-
-
-def measuring(attack: Any) -> Any:
-    """Return a PGD that was made for training as one that measures, and anything else as it is."""
-    return PGD.of(attack) if isinstance(attack, attacks.PGD) and not isinstance(attack, PGD) else attack
+    return attack

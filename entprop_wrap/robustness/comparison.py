@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +22,7 @@ class Estimate:
 
     Attributes:
         mean: In the unit of the values.
-        half_width: Of the t-interval around the mean; None for one seed, which says nothing of the spread.
+        half_width: Half the t-interval around the mean; None for one seed, which says nothing of the spread.
     """
 
     mean: float
@@ -30,12 +31,10 @@ class Estimate:
     @classmethod
     def of(cls, values: Sequence[float], confidence: float = 0.95) -> Estimate:
         """Return mean and two-sided t-interval of independent values, taken to be normally distributed."""
-        number = len(values)
-        mean = math.fsum(values) / number
+        mean, number = statistics.fmean(values), len(values)
         if number < 2:
             return cls(mean, None)
-        variance = math.fsum((value - mean) ** 2 for value in values) / (number - 1)
-        return cls(mean, t_critical(confidence, number - 1) * math.sqrt(variance / number))
+        return cls(mean, t_critical(confidence, number - 1) * statistics.stdev(values) / math.sqrt(number))
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,10 @@ class Comparison:
     Attributes:
         baseline: The method that differences are taken to.
         seeds: Number of seeds.
-        confidence: Of all intervals, in (0, 1).
+        confidence: Confidence of all intervals, in (0, 1).
         protocol: What RA is the mean over.
         scores: Estimates by method and score: "SA", "RA", "Hscore", and those of shifts and attacks.
-        differences: Of the method minus the baseline, seed by seed, in the same form.
+        differences: The method minus the baseline, seed by seed, in the same form.
     """
 
     baseline: str
@@ -64,24 +63,15 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """Return a table of scores and a table of differences, in percent and percentage points, as Markdown."""
-        keys = list(self.scores[self.baseline])
-        heads = list(map(escaped, keys))
-        scores = [["method", *heads]]
-        scores += [
-            [escaped(name), *(_percent(row[key], "{:.2f}") for key in keys)] for name, row in self.scores.items()
-        ]
-        changes = [[f"minus {escaped(self.baseline)}", *heads]]
-        changes += [
-            [escaped(name), *(_percent(row[key], "{:+.2f}") for key in keys)] for name, row in self.differences.items()
-        ]
+        note = "One seed: nothing is known of the spread, and a difference may be chance."
         if self.seeds > 1:
             note = (
                 f"Mean and {100 * self.confidence:g} % t-interval over {self.seeds} seeds; differences are paired by "
                 "seed, and their intervals are not corrected for the number of comparisons."
             )
-        else:
-            note = "One seed: nothing is known of the spread, and a difference may be chance."
-        tables = [markdown_table(scores)] + ([markdown_table(changes)] if self.differences else [])
+        tables = [_table("method", self.scores, "{:.2f}")]
+        if self.differences:
+            tables.append(_table(f"minus {escaped(self.baseline)}", self.differences, "{:+.2f}"))
         return "\n\n".join([*tables, f"{note} RA: {self.protocol}."])
 
 
@@ -92,24 +82,22 @@ def compare(
 
         compare({"vanilla": [v0, v1, v2], "EntProp": [e0, e1, e2]}).to_markdown()
 
-    Results at the same place belong together: same seed of training, same data. That is what pairing makes use of: what
-    a seed does to all methods alike drops out of the differences.
+    Results at the same place belong together, by the same seed of training and the same data: what a seed does to all
+    methods alike drops out of the differences.
 
     Args:
         results: For each method its results, in the order of the seeds, or one result: a single seed, from which no
             interval can be had. The first method is the baseline.
-        confidence: Of all intervals, in (0, 1).
+        confidence: Confidence of all intervals, in (0, 1).
 
     Raises:
         ConfigurationError: No results, something else, not as many for each method, or of different protocols.
     """
     confidence = check_number("confidence", confidence, lambda value: 0 < value < 1, "in (0, 1), such as 0.95")
     rows = _rows(results)
-    lengths = {name: len(row) for name, row in rows.items()}
-    if not lengths or len(set(lengths.values())) > 1 or 0 in lengths.values():
-        raise ConfigurationError(
-            f"Expected as many results for each method, one for each seed; found {lengths or 'none'}."
-        )
+    if not rows or len(set(map(len, rows.values()))) > 1 or not all(rows.values()):
+        found = {name: len(row) for name, row in rows.items()} or "none"
+        raise ConfigurationError(f"Expected as many results for each method, one for each seed; found {found}.")
     first = next(iter(rows.values()))[0]
     for name, row in rows.items():
         for result in row:
@@ -122,42 +110,33 @@ def compare(
         name: {key: [_values(result)[key] for result in row] for key in _values(first)} for name, row in rows.items()
     }
     baseline, *others = values
-    return Comparison(
-        baseline=baseline,
-        seeds=lengths[baseline],
-        confidence=confidence,
-        protocol=first.protocol,
-        scores={
-            name: {key: Estimate.of(column, confidence) for key, column in row.items()} for name, row in values.items()
-        },
-        differences={
-            name: {
-                key: Estimate.of([a - b for a, b in zip(column, values[baseline][key], strict=True)], confidence)
-                for key, column in values[name].items()
-            }
-            for name in others
-        },
+    changes = {
+        name: {
+            key: [a - b for a, b in zip(column, values[baseline][key], strict=True)]
+            for key, column in values[name].items()
+        }
+        for name in others
+    }
+    scores, differences = (
+        {name: {key: Estimate.of(column, confidence) for key, column in row.items()} for name, row in table.items()}
+        for table in (values, changes)
     )
+    return Comparison(baseline, len(rows[baseline]), confidence, first.protocol, scores, differences)
 
 
 def _rows(results: Any) -> dict[str, list[RobustnessResult]]:
     """Return the results of each method as a list; a single result is one seed."""
-    example = 'Write compare({"vanilla": [v0, v1], "EntProp": [e0, e1]}).'
+    example = 'compare({"vanilla": [v0, v1], "EntProp": [e0, e1]})'
     if not isinstance(results, Mapping):
-        raise ConfigurationError(f"Expected a dict of results by method, found {type(results).__name__}. {example}")
-    rows = {}
-    for name, row in results.items():
-        row = [row] if isinstance(row, RobustnessResult) else row
-        if isinstance(row, str) or not isinstance(row, Sequence):
+        raise ConfigurationError(
+            f"Expected a dict of results by method, found {type(results).__name__}. Write {example}."
+        )
+    rows = {name: [row] if isinstance(row, RobustnessResult) else row for name, row in results.items()}
+    for name, row in rows.items():
+        if not isinstance(row, (list, tuple)) or not all(isinstance(result, RobustnessResult) for result in row):
             raise ConfigurationError(
-                f"Expected a result or a list of them for {name!r}, found {type(row).__name__}. {example}"
+                f"Expected results of evaluate_robustness() for {name!r}, found {type(row).__name__}. Write {example}."
             )
-        for result in row:
-            if not isinstance(result, RobustnessResult):
-                raise ConfigurationError(
-                    f"Expected results of evaluate_robustness() for {name!r}, found {type(result).__name__}. {example}"
-                )
-        rows[name] = list(row)
     return rows
 
 
@@ -175,8 +154,10 @@ def _measured(result: RobustnessResult) -> str:
     return f"{', '.join(_values(result))} over {result.protocol}"
 
 
-def _rows_of(estimates: Mapping[str, Mapping[str, Estimate]], keys: Sequence[str], form: str) -> list[list[str]]:
-    return [[escaped(name), *(_percent(row[key], form) for key in keys)] for name, row in estimates.items()]
+def _table(head: str, estimates: dict[str, dict[str, Estimate]], form: str) -> str:
+    keys = next(iter(estimates.values()))
+    rows = [[escaped(name), *(_percent(row[key], form) for key in keys)] for name, row in estimates.items()]
+    return markdown_table([[head, *map(escaped, keys)], *rows])
 
 
 def _percent(estimate: Estimate, form: str) -> str:

@@ -11,11 +11,10 @@ from tqdm.auto import tqdm
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import attacks
-from entprop_wrap.robustness.attacks import FGSM, PGD, Transfer, attacked, measuring
-from entprop_wrap.robustness.distributed import ShardedData, gather
+from entprop_wrap.robustness.attacks import PGD, Transfer, attacked, check_attack
+from entprop_wrap.robustness.distributed import ShardedData
 from entprop_wrap.robustness.evaluated_model import EvaluatedModel, check_state
 from entprop_wrap.robustness.pixels import space_of
-from entprop_wrap.robustness.scores import Tally
 from entprop_wrap.robustness.streams import Streams
 from entprop_wrap.utils.options import check_flag, check_number, check_seed, check_sequence, shown
 
@@ -27,7 +26,7 @@ def accuracy_against_epsilon(
     data: Iterable[Any],
     epsilons: Sequence[float] = (0, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 32 / 255),
     *,
-    attack: FGSM | attacks.PGD | Transfer | None = None,
+    attack: attacks.PGD | Transfer | None = None,
     pixel_space: PixelSpace | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -44,7 +43,7 @@ def accuracy_against_epsilon(
         epsilons: Fractions of the pixel range (for ``norm="l2"``, lengths in that unit); 0 means no attack.
         attack: What to do at each epsilon, its own being replaced; None: :class:`PGD` as it comes.
         pixel_space: What the data is normalised with; None: nothing.
-        seed: Of random starts.
+        seed: Seed of random starts.
         progress: Show a progress bar, on the first process.
 
     Raises:
@@ -53,19 +52,18 @@ def accuracy_against_epsilon(
         DataError, ImageError, LabelError, ModelOutputError: As :func:`~entprop_wrap.robustness.evaluate_robustness`.
     """
     check_state(model, "The model")
-    sizes = check_sequence("epsilons", epsilons, "different numbers", "epsilons=(0, 4 / 255)")
-    sizes = tuple(
-        check_number("An entry of epsilons", size, lambda value: value >= 0, "of at least 0") for size in sizes
-    )
+    sizes = [
+        check_number("An entry of epsilons", size, lambda value: value >= 0, "of at least 0")
+        for size in check_sequence("epsilons", epsilons, "different numbers", "epsilons=(0, 4 / 255)")
+    ]
     if len(set(sizes)) < len(sizes):
         raise ConfigurationError(f"epsilons must be different numbers, found {shown(epsilons)}.")
     check_seed(seed)
     check_flag("progress", progress)
-    base = PGD() if attack is None else measuring(attack)
+    base = PGD() if attack is None else attack
     if isinstance(base, type) or not hasattr(base, "at"):
-        raise ConfigurationError(
-            f"attack must be FGSM(), PGD() or Transfer(source), which have at(epsilon); found {shown(base)}."
-        )
+        raise ConfigurationError(f"attack must be FGSM(), PGD() or Transfer(source), found {shown(base)}.")
+    base = check_attack("attack", base)
     sized = {epsilon: base.at(epsilon) if epsilon else None for epsilon in sizes}
     subject, space, streams = EvaluatedModel("The model", model), space_of(pixel_space), Streams(seed)
     share = ShardedData(data, space)
@@ -74,15 +72,9 @@ def accuracy_against_epsilon(
             for epsilon, one in sized.items():
                 images = batch.images
                 if one is not None:
-                    generator = streams.at(batch.position, "epsilon", share.salt)
+                    generator = streams.at(batch.position, "epsilon")
                     images = attacked("attack", one, subject.model, images, batch.labels, space, generator)
-                subject.measure(("epsilon", str(epsilon)), images, batch.labels, batch.own)
+                subject.measure(("epsilon", str(epsilon)), images, batch.labels, batch.counted)
                 bar.update()
             subject.check_logits()
-    states = gather({condition: tally.state() for condition, tally in subject.tallies.items()})
-
-    def accuracy(epsilon: float) -> float:
-        condition = ("epsilon", str(epsilon))
-        return Tally.scores([state[condition] for state in states if condition in state]).accuracy
-
-    return {epsilon: accuracy(epsilon) for epsilon in sized}
+    return {epsilon: subject.scores(("epsilon", str(epsilon))).accuracy for epsilon in sized}

@@ -17,36 +17,19 @@ from entprop_wrap.errors import (
     NotWrappedError,
     UnsupportedModelError,
 )
-from entprop_wrap.robustness.scores import Tally
+from entprop_wrap.robustness.distributed import gather
+from entprop_wrap.robustness.scores import Scores, Tally
 from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import check_module, plain_model, walk
 from entprop_wrap.wrapping.model import auxiliary, is_wrapped
 from entprop_wrap.wrapping.registry import find_registry, find_wrapped
-
-__all__ = [
-    "Condition",
-    "EvaluatedModel",
-    "check_finite",
-    "check_labels_fit",
-    "check_state",
-    "describe",
-    "device_of",
-    "evaluated_models",
-    "logits",
-]
 
 #: What images are evaluated under: ``("fog", 3)``, ``("attack", "PGD-20")``, ``("shift", "sketch")``.
 Condition: TypeAlias = tuple[str | int, ...]
 
 
 class EvaluatedModel:
-    """One model in one domain, and what has been counted of it.
-
-    Args:
-        name: What messages call the model.
-        model: In evaluation mode, outside of ``auxiliary()``.
-        domain: Auxiliary to run in; None for the main domain.
-    """
+    """One model, which messages call ``name``, in one domain (None: the main one), and what has been counted of it."""
 
     def __init__(self, name: str, model: nn.Module, domain: str | None = None) -> None:
         # A DDP forward broadcasts buffers, which would wait for processes that have no batch left.
@@ -60,54 +43,42 @@ class EvaluatedModel:
         """Return the context in which the model runs in its domain."""
         return nullcontext() if self.domain is None else auxiliary(self.model, self.domain)
 
-    def measure(self, condition: Condition, images: Tensor, labels: Tensor, count: int) -> None:
-        """Count the first ``count`` images of a batch under ``condition``.
-
-        Raises:
-            LabelError: Labels do not fit the classes of the model.
-            ModelOutputError: The model returned no logits, or another number of them than before.
-        """
+    def measure(self, condition: Condition, images: Tensor, labels: Tensor, counted: bool) -> None:
+        """Pass images, and count them under ``condition`` if they are ``counted``."""
         with torch.no_grad(), self.inside():
             found = logits(self.model, images)
         classes = found.shape[1]
-        if self.classes is None:
-            self.classes = classes
-        elif self.classes != classes:
+        if self.classes not in (None, classes):
             raise ModelOutputError(
                 f"{self.name}: expected as many logits for every batch, found {self.classes} and then {classes}."
             )
+        self.classes = classes
+        check_labels_fit(labels, classes, self.name)
         if condition not in self.tallies:
             self.tallies[condition] = Tally(classes, found.device)
-        check_labels_fit(labels, classes, self.name)
-        self.tallies[condition].add(found[:count], labels[:count])
+        if counted:
+            self.tallies[condition].add(found, labels)
 
     def check_logits(self) -> None:
         """Raise :class:`ModelOutputError` if logits so far were not all finite; waits for the device."""
         for condition, tally in self.tallies.items():
             if tally.unusable:
-                raise ModelOutputError(
-                    f"{self.name}: the logits of {tally.unusable} images are NaN or infinite ({describe(condition)}). "
-                    "Expected finite logits: look for diverged weights, or half precision that overflows."
-                )
+                raise _not_finite(f"{self.name} ({' '.join(map(str, condition))})", str(tally.unusable))
+
+    def scores(self, condition: Condition, name: str = "The data") -> Scores:
+        """Return what all processes have counted under a condition; ``name`` is what messages call the data."""
+        tally = self.tallies.get(condition)
+        return Tally.scores([state for state in gather(tally and tally.state()) if state], name)
 
 
 def evaluated_models(models: Mapping[str, nn.Module], auxiliaries: bool) -> dict[str, list[EvaluatedModel]]:
-    """Return what is evaluated of each model: its main domain first, then its auxiliaries if asked for.
-
-    Raises:
-        ConfigurationError: There are no models, or one is in training mode.
-        UnsupportedModelError: One is not a module, or inside ``auxiliary()``.
-        NotWrappedError: ``auxiliaries`` are asked for, and none is wrapped.
-    """
+    """Return what is evaluated of each model: its main domain first, then its auxiliaries if asked for."""
     if not models:
         raise ConfigurationError("Expected at least one model, found an empty dict.")
     for name, model in models.items():
         check_state(model, name)
     if auxiliaries and not any(map(is_wrapped, models.values())):
-        raise NotWrappedError(
-            "auxiliaries=True needs a wrapped model, but none is. An exported or unwrapped model has no auxiliary "
-            "norms left: evaluate before unwrap(), or leave auxiliaries out."
-        )
+        raise NotWrappedError("auxiliaries=True needs a wrapped model, but none is. Evaluate before unwrap().")
     return {
         name: [
             EvaluatedModel(name, model, domain)
@@ -131,11 +102,6 @@ def device_of(model: nn.Module, images: Tensor) -> torch.device:
     return _first_tensor(model, images).device
 
 
-def describe(condition: Condition) -> str:
-    """Return a condition in words: "fog 3"."""
-    return " ".join(map(str, condition))
-
-
 def _first_tensor(model: nn.Module, default: Tensor) -> Tensor:
     """Return the first parameter or buffer in a dtype that computations happen in."""
     usual = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -144,37 +110,36 @@ def _first_tensor(model: nn.Module, default: Tensor) -> Tensor:
 
 
 def check_state(model: nn.Module, name: str) -> None:
-    """Check that a model is in evaluation mode and in its main domain.
-
-    Raises:
-        ConfigurationError: It, or a part of it, is in training mode.
-        UnsupportedModelError: It is not a module, or inside an ``auxiliary()`` block of this thread.
-    """
+    """Check that a model is a module in evaluation mode and, in this thread, in its main domain."""
     check_module(name, model)
-    # What DDP and torch.compile put around a model has a mode of its own, which changes nothing.
-    model = plain_model(model)
-    if model.training:
-        raise ConfigurationError(f"{name} is in training mode. Write model.eval() before the evaluation.")
-    if any(module.training for module in walk(model)):
-        part = next(key for key, module in model.named_modules() if module.training)
-        raise ConfigurationError(
-            f"{name}: its part {part!r} is in training mode, so scores would depend on the batch. Write model.eval()."
-        )
+    check_evaluation_mode(model, name)
     if any(norm._entprop_switch.thread().block is not None for norm in find_wrapped(model)[1]):
         raise UnsupportedModelError(
-            f"{name} is inside an auxiliary() block. Expected the main domain: call it after the with-block, or write "
-            "auxiliaries=True to have the auxiliary domains evaluated as well."
+            f"{name} is inside an auxiliary() block. Call it after the with-block, or write auxiliaries=True."
         )
+
+
+def check_evaluation_mode(model: nn.Module, name: str) -> None:
+    """Raise :class:`ConfigurationError` if a model, or a part of it, is in training mode."""
+    # What DDP and torch.compile put around a model has a mode of its own, which changes nothing.
+    model = plain_model(model)
+    if any(module.training for module in walk(model)):
+        part = next(key for key, module in model.named_modules() if module.training)
+        which = f"{name}: its part {part!r}" if part else name
+        raise ConfigurationError(f"{which} is in training mode. Write model.eval() first.")
 
 
 def check_finite(found: Tensor, name: str) -> None:
     """Raise :class:`ModelOutputError` unless logits ``(N, C)`` are all finite; waits for their device."""
     if not bool(torch.isfinite(found).all()):
-        unusable = int((~torch.isfinite(found)).any(1).sum())
-        raise ModelOutputError(
-            f"{name}: the logits of {unusable} of {len(found)} images are NaN or infinite. Expected finite logits: "
-            "look for diverged weights, or half precision that overflows."
-        )
+        raise _not_finite(name, f"{int((~torch.isfinite(found)).any(1).sum())} of {len(found)}")
+
+
+def _not_finite(name: str, images: str) -> ModelOutputError:
+    return ModelOutputError(
+        f"{name}: the logits of {images} images are NaN or infinite. Look for diverged weights, or half precision that "
+        "overflows."
+    )
 
 
 def check_labels_fit(labels: Tensor, classes: int, name: str) -> None:

@@ -12,12 +12,11 @@ from tqdm.auto import tqdm
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.robustness.attacks import Attack, attacked, check_attacks
 from entprop_wrap.robustness.corruptions import corrupt
-from entprop_wrap.robustness.distributed import Batch, ShardedData, gather
-from entprop_wrap.robustness.evaluated_model import Condition, EvaluatedModel, describe, device_of, evaluated_models
+from entprop_wrap.robustness.distributed import Batch, ShardedData
+from entprop_wrap.robustness.evaluated_model import Condition, EvaluatedModel, device_of, evaluated_models
 from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
 from entprop_wrap.robustness.protocol import conditions_of
 from entprop_wrap.robustness.result import RobustnessResult
-from entprop_wrap.robustness.scores import Scores, Tally
 from entprop_wrap.robustness.streams import Streams
 from entprop_wrap.utils.options import check_flag, check_mapping, check_seed
 
@@ -28,40 +27,16 @@ _CLEAN = ("clean images",)
 
 
 @overload
-def evaluate_robustness(
-    model: nn.Module,
-    data: Iterable[Any],
-    *,
-    pixel_space: PixelSpace | None = ...,
-    corruptions: Sequence[str] | None = ...,
-    suite: str | None = ...,
-    severities: Sequence[int] = ...,
-    seed: int = ...,
-    auxiliaries: bool = ...,
-    shifts: Mapping[str, Iterable[Any]] | None = ...,
-    attacks: Mapping[str, Attack] | None = ...,
-    progress: bool = ...,
-) -> RobustnessResult: ...
+def evaluate_robustness(model: nn.Module, data: Iterable[Any], **options: Any) -> RobustnessResult: ...
 
 
 @overload
 def evaluate_robustness(
-    model: Mapping[str, nn.Module],
-    data: Iterable[Any],
-    *,
-    pixel_space: PixelSpace | None = ...,
-    corruptions: Sequence[str] | None = ...,
-    suite: str | None = ...,
-    severities: Sequence[int] = ...,
-    seed: int = ...,
-    auxiliaries: bool = ...,
-    shifts: Mapping[str, Iterable[Any]] | None = ...,
-    attacks: Mapping[str, Attack] | None = ...,
-    progress: bool = ...,
+    model: Mapping[str, nn.Module], data: Iterable[Any], **options: Any
 ) -> dict[str, RobustnessResult]: ...
 
 
-def evaluate_robustness(
+def evaluate_robustness(  # type: ignore[misc]  # the overloads leave the options to this one
     model: nn.Module | Mapping[str, nn.Module],
     data: Iterable[Any],
     *,
@@ -81,22 +56,19 @@ def evaluate_robustness(
         print(result.to_markdown())
 
     The corruptions are drawn from the seed and an image's place in the data alone: two runs, two models and two batch
-    sizes see the same images. With several models each batch is corrupted once for all of them. Every image counts
-    once, also with several processes (see :mod:`.sharing`); all of them return the same result. For mixed precision,
-    call this inside ``torch.autocast``.
+    sizes see the same images. Several processes share the batches of data that each of them has whole, and return the
+    same result. For mixed precision, call this inside ``torch.autocast``.
 
     Args:
         model: A classifier, wrapped or not, in evaluation mode, on any device; or several of them by name.
-        data: Batches ``(images, labels)``, or dicts with "pixel_values", "images" or "image" and "labels" or "label":
-            a DataLoader without augmentation, say. Images are ``(N, 3, H, W)``, floating point, in ``pixel_space``, at
-            least 32 px; labels are class indices ``(N,)``.
-        pixel_space: What the data is normalised with; None: nothing, images are in [0, 1]. Corruption happens to
-            pixels in [0, 1] at the size the model sees.
+        data: Batches ``(images, labels)``, or dicts with "pixel_values", "images" or "image" and "labels" or "label".
+            Images are ``(N, 3, H, W)``, floating point, in ``pixel_space``, at least 32 px; labels are class indices.
+        pixel_space: What the data is normalised with; None: nothing, images are in [0, 1].
         corruptions: Names from any of the ``SUITES``; None: all of ``suite``.
-        suite: "c", the 15 of ImageNet-C (None: these); "c-bar", the 10 of ImageNet-C-bar, which resemble neither those
-            nor the usual augmentations; or "extra", the 4 that the authors of ImageNet-C keep for validation.
+        suite: "c", the 15 of ImageNet-C (None: these); "c-bar", the 10 of ImageNet-C-bar; or "extra", the 4 that the
+            authors of ImageNet-C keep for validation.
         severities: From 1 (mild) to 5 (strong).
-        seed: Of corruptions and attacks.
+        seed: Seed of corruptions and attacks.
         auxiliaries: Also evaluate each auxiliary domain of wrapped models, as ``result.auxiliaries``.
         shifts: Other data of the same classes and pixel space by name ("sketch", say), evaluated without corruption.
         attacks: Attacks by name, on the clean images of ``data``: ``{"PGD-20 4/255": PGD(4 / 255, steps=20)}``.
@@ -106,15 +78,15 @@ def evaluate_robustness(
         The result, or a dict of results by the names of the models. Accuracies are in [0, 1].
 
     Raises:
-        ConfigurationError: A model is in training mode; an unknown corruption, severity or option; attacks that are no
-            dict of attacks, do not fit the model, or return no images; shifts that are no dict.
-        UnsupportedModelError: A model is inside an ``auxiliary()`` block, or no module.
+        ConfigurationError: A model is in training mode; an option is out of range; an attack does not fit the model.
+        UnsupportedModelError: A model is inside an ``auxiliary()`` block, or not a module.
         NotWrappedError: ``auxiliaries=True``, and no model is wrapped.
-        DataError: The data is empty or of an unknown form.
+        DataError: The data is empty, of an unknown form, or not the same on every process.
         ImageError: Images of a wrong type or shape, too small, or not finite.
         PixelRangeError: Images that do not lie in ``pixel_space``.
         LabelError: Labels of a wrong type or shape, or that do not fit the model.
         ModelOutputError: No logits, or logits that are NaN or infinite.
+        ImportError: Pillow is not installed, for "jpeg_compression".
 
     Source: EntProp (Enomoto, UAI 2024), section 4.1; protocol of Hendrycks & Dietterich (ICLR 2019).
     """
@@ -137,74 +109,53 @@ def evaluate_robustness(
     hidden = not progress or share.process > 0
     with tqdm(total=passes or None, desc="Robustness", unit="pass", disable=hidden) as bar:
         for batch in share:
-            bar.set_postfix_str(describe(_CLEAN), refresh=False)
             for subject in subjects:
-                subject.measure(_CLEAN, batch.images, batch.labels, batch.own)
-                bar.update()
+                subject.measure(_CLEAN, batch.images, batch.labels, batch.counted)
+            bar.update(len(subjects))
             for name, attack in attacks.items():
-                bar.set_postfix_str(name, refresh=False)
                 for subject in subjects:
-                    generator = streams.at(batch.position, "attack", name, share.salt)
+                    generator = streams.at(batch.position, "attack", name)
                     with subject.inside():
                         images = attacked(
                             f"attacks[{name!r}]", attack, subject.model, batch.images, batch.labels, space, generator
                         )
-                    subject.measure(("attack", name), images, batch.labels, batch.own)
-                    bar.update()
+                    subject.measure(("attack", name), images, batch.labels, batch.counted)
+                bar.update(len(subjects))
             # After the attacks: one that does not fit the model is to fail before the many passes, not after.
-            for condition, images in _corrupted(batch, subjects, conditions, space, streams, share.salt):
-                bar.set_postfix_str(describe(condition), refresh=False)
+            for condition, images in _corrupted(batch, subjects, conditions, space, streams):
                 for subject in subjects:
-                    subject.measure(condition, images, batch.labels, batch.own)
-                    bar.update()
+                    subject.measure(condition, images, batch.labels, batch.counted)
+                bar.update(len(subjects))
             for subject in subjects:
                 subject.check_logits()
     for name, other in others.items():
         for batch in other:
             for subject in subjects:
-                subject.measure(("shift", name), batch.images, batch.labels, batch.own)
+                subject.measure(("shift", name), batch.images, batch.labels, batch.counted)
                 subject.check_logits()
 
-    results = {}
-    for name, (main, *domains) in groups.items():
-        found = {subject.domain or "": _result(subject, conditions, seed, others, attacks) for subject in domains}
-        results[name] = replace(_result(main, conditions, seed, others, attacks), auxiliaries=found)
+    def result(subject: EvaluatedModel) -> RobustnessResult:
+        return RobustnessResult(
+            clean=subject.scores(_CLEAN),
+            corrupted={condition: subject.scores(condition) for condition in conditions},
+            seed=seed,
+            shifts={name: subject.scores(("shift", name), f"shifts[{name!r}]") for name in shifts},
+            adversarial={name: subject.scores(("attack", name)) for name in attacks},
+        )
+
+    results = {
+        name: replace(result(main), auxiliaries={subject.domain or "": result(subject) for subject in domains})
+        for name, (main, *domains) in groups.items()
+    }
     return results if several else results[_ALONE]
 
 
 def _corrupted(
-    batch: Batch,
-    subjects: list[EvaluatedModel],
-    conditions: list[tuple[str, int]],
-    space: PixelSpace,
-    streams: Streams,
-    salt: int,
+    batch: Batch, subjects: list[EvaluatedModel], conditions: list[tuple[str, int]], space: PixelSpace, streams: Streams
 ) -> Iterator[tuple[Condition, Tensor]]:
     """Yield the images of a batch under each corruption."""
     # Accelerators corrupt much faster than a CPU; what is drawn is the same on all of them.
     pixels = to_pixels(batch.images.to(device_of(subjects[0].model, batch.images)), space)
     for name, severity in conditions:
-        corrupted = corrupt(pixels, name, severity, streams.at(batch.position, name, severity, salt))
+        corrupted = corrupt(pixels, name, severity, streams.at(batch.position, name, severity))
         yield (name, severity), to_images(corrupted, space).to(batch.images.dtype)
-
-
-def _result(
-    subject: EvaluatedModel,
-    conditions: list[tuple[str, int]],
-    seed: int,
-    shifts: Iterable[str],
-    attacks: Iterable[str],
-) -> RobustnessResult:
-    """Add up what all processes have counted."""
-    states = gather({condition: tally.state() for condition, tally in subject.tallies.items()})
-
-    def scores(condition: Condition, name: str = "The data") -> Scores:
-        return Tally.scores([state[condition] for state in states if condition in state], name)
-
-    return RobustnessResult(
-        clean=scores(_CLEAN),
-        corrupted={condition: scores(condition) for condition in conditions},
-        seed=seed,
-        shifts={name: scores(("shift", name), f"shifts[{name!r}]") for name in shifts},
-        adversarial={name: scores(("attack", name)) for name in attacks},
-    )

@@ -1,4 +1,4 @@
-"""Between the images that a model takes and the pixels in [0, 1] that are corrupted and attacked."""
+"""Conversion between the images that a model takes and pixels in [0, 1], and checks of batches."""
 
 from __future__ import annotations
 
@@ -8,30 +8,25 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.data.validation import Checker, check_dense
-from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, PixelRangeError
+from entprop_wrap.data.validation import Checker, check_images, check_labels
+from entprop_wrap.errors import ConfigurationError, LabelError, PixelRangeError
 from entprop_wrap.utils.options import shown
 
 __all__ = ["check_batch", "space_of", "to_images", "to_pixels"]
 
 
 def space_of(pixel_space: PixelSpace | None) -> PixelSpace:
-    """Return the pixel space that an option says; None: images are in [0, 1].
-
-    Raises:
-        ConfigurationError: It is something else.
-    """
+    """Return the pixel space that an option says, checked; None: images are in [0, 1]."""
     if pixel_space is not None and not isinstance(pixel_space, PixelSpace):
         raise ConfigurationError(
-            f"pixel_space must be a PixelSpace or None, found {shown(pixel_space)}. Write PixelSpace(mean, std), such "
-            "as PixelSpace((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
+            f"pixel_space must be a PixelSpace or None, found {shown(pixel_space)}. Write PixelSpace(mean, std)."
         )
-    return PixelSpace() if pixel_space is None else pixel_space
+    return pixel_space or PixelSpace()
 
 
 def to_pixels(images: Tensor, space: PixelSpace) -> Tensor:
-    """Return images of ``space`` as pixels, clamped to [0, 1]: interpolation overshoots a little."""
-    wide = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
+    """Return images of ``space`` as pixels, at least float32, clamped to [0, 1]: interpolation overshoots a little."""
+    wide = _wide(images)
     return ((wide - space.bounds(wide)[0]) / space.scale(wide)).clamp(0, 1)
 
 
@@ -41,42 +36,12 @@ def to_images(pixels: Tensor, space: PixelSpace) -> Tensor:
 
 
 def check_batch(images: Any, labels: Any, space: PixelSpace, *, first: bool = False) -> Tensor:
-    """Check a batch, and return the labels as int64 ``(N,)``.
+    """Check a batch of floating-point ``(N, C, H, W)`` images in ``space``; return the class indices as int64 ``(N,)``.
 
-    Args:
-        images: Expected to be ``(N, C, H, W)``, floating point, and in ``space``.
-        labels: Expected to be ``(N,)`` class indices.
-        space: Pixel space of the images.
-        first: Also check that the batch does not look as if it were in [0, 1] where ``space`` says otherwise.
-
-    Raises:
-        ConfigurationError: ``space`` is none.
-        ImageError: Images of another type or shape, or not finite.
-        PixelRangeError: Images out of ``space``.
-        LabelError: Labels of another type or shape.
+    On the ``first`` batch, also check that it does not look as if it were in [0, 1] where ``space`` says otherwise.
     """
-    space_of(space)
-    if not isinstance(images, Tensor):
-        raise ImageError(f"Expected images as a tensor (N, C, H, W), found {type(images).__name__}.")
-    if not isinstance(labels, Tensor):
-        raise LabelError(f"Expected labels as a tensor of class indices (N,), found {type(labels).__name__}.")
-    for name, tensor, error in (("images", images, ImageError), ("labels", labels, LabelError)):
-        check_dense(name, tensor, error)
-    shape = tuple(images.shape)
-    if not images.is_floating_point():
-        raise ImageError(
-            f"Expected floating-point images, found {images.dtype}. Write images.float() / 255 for bytes, or let the "
-            "data loader do it: torchvision.transforms.v2.ToDtype(torch.float32, scale=True)."
-        )
-    if images.ndim != 4:
-        raise ImageError(f"Expected images of shape (N, C, H, W), found {shape}.")
-    if shape[-1] in (1, 3, 4) and shape[1] not in (1, 3, 4):
-        raise ImageError(f"Found images of shape {shape}, which looks like NHWC. Write images.permute(0, 3, 1, 2).")
-    if space.channels not in (None, shape[1]):
-        raise ImageError(f"Found {shape[1]} channels; pixel_space has a mean and std for {space.channels}.")
-    if 0 in shape:
-        raise ImageError(f"Found an empty batch of shape {shape}. Expected at least one image.")
-    wide = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
+    check_images(images, space, half=True)
+    wide = _wide(images)
     if first:
         low, high = (float(value) for value in torch.aminmax(wide))
         # Natural images do not fill [0, 1] so exactly once they are normalised.
@@ -88,17 +53,16 @@ def check_batch(images: Any, labels: Any, space: PixelSpace, *, first: bool = Fa
     checker = Checker()
     checker.first = wide.device.type != "cpu"  # an accelerator looks at the values of a first batch only
     checker.images(wide, space)
-    return _class_indices(labels, shape[0])
-
-
-def _class_indices(labels: Tensor, batch: int) -> Tensor:
-    if labels.is_floating_point() and labels.ndim == 2:
+    if isinstance(labels, Tensor) and not labels.is_meta:
+        labels = labels.to(images.device)
+    indices = check_labels(labels, images)
+    if indices.is_floating_point():
         raise LabelError(
-            f"Found soft labels of shape {tuple(labels.shape)}; accuracy needs one class for each image. Write "
-            "labels.argmax(1), or leave MixUp out of the evaluation data."
+            f"Expected one class for each image, found soft labels {tuple(indices.shape)}. Write labels.argmax(1), or "
+            "leave MixUp out of the evaluation data."
         )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise LabelError(f"Expected integer class indices, found {labels.dtype}. Write labels.long().")
-    if tuple(labels.shape) != (batch,):
-        raise LabelError(f"Expected {batch} class indices of shape ({batch},), found shape {tuple(labels.shape)}.")
-    return labels.long()
+    return indices
+
+
+def _wide(images: Tensor) -> Tensor:
+    return images.float() if images.dtype in (torch.float16, torch.bfloat16) else images

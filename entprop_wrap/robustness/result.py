@@ -1,4 +1,4 @@
-"""What an evaluation found: SA, RA and Hscore, the table that they are made of, and over what exactly."""
+"""The result of an evaluation: SA, RA and Hscore, the table that they are made of, and its protocol."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from statistics import fmean
 from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
@@ -48,7 +48,7 @@ class RobustnessResult:
     @property
     def ra(self) -> float:
         """Plain mean accuracy over all corruptions and severities of :attr:`protocol` (robust accuracy)."""
-        return _mean(self.table.values())
+        return fmean(self.table.values())
 
     @property
     def hscore(self) -> float:
@@ -63,14 +63,12 @@ class RobustnessResult:
     @property
     def per_corruption(self) -> dict[str, float]:
         """Mean accuracy over severities, by corruption."""
-        return {name: _mean(self.table[name, severity] for severity in self.severities) for name in self.corruptions}
+        return {name: fmean(self.table[name, s] for s in self.severities) for name in self.corruptions}
 
     @property
     def per_severity(self) -> dict[int, float]:
         """Mean accuracy over corruptions, by severity."""
-        return {
-            severity: _mean(self.table[name, severity] for name in self.corruptions) for severity in self.severities
-        }
+        return {s: fmean(self.table[name, s] for name in self.corruptions) for s in self.severities}
 
     @property
     def corruptions(self) -> tuple[str, ...]:
@@ -93,16 +91,6 @@ class RobustnessResult:
         return self.clean.mean_class_accuracy
 
     @property
-    def loss(self) -> float:
-        """Mean cross-entropy on clean images, in nats."""
-        return self.clean.loss
-
-    @property
-    def corrupted_loss(self) -> float:
-        """Mean cross-entropy over all corruptions and severities, in nats."""
-        return _mean(scores.loss for scores in self.corrupted.values())
-
-    @property
     def calibration_error(self) -> float:
         """Expected calibration error on clean images (15 bins), in [0, 1]."""
         return self.clean.calibration_error
@@ -110,7 +98,7 @@ class RobustnessResult:
     @property
     def corrupted_calibration_error(self) -> float:
         """Mean of the expected calibration errors of all corruptions and severities (15 bins each), in [0, 1]."""
-        return _mean(scores.calibration_error for scores in self.corrupted.values())
+        return fmean(scores.calibration_error for scores in self.corrupted.values())
 
     @property
     def is_full(self) -> bool:
@@ -136,8 +124,7 @@ class RobustnessResult:
         """
         if not isinstance(baseline, RobustnessResult):
             raise ConfigurationError(
-                f"mCE needs the result of a baseline, found {shown(baseline)}. Write "
-                "result.mce(evaluate_robustness(model, data)), with the same corruptions and severities."
+                f"mCE needs the result of a baseline, found {shown(baseline)}. Write mce(evaluate_robustness(...))."
             )
         if set(baseline.corrupted) != set(self.corrupted) or baseline.images != self.images:
             raise ConfigurationError(
@@ -145,10 +132,8 @@ class RobustnessResult:
             )
         ours, theirs = self.per_corruption, baseline.per_corruption
         if perfect := [name for name in theirs if theirs[name] == 1]:
-            raise ConfigurationError(
-                f"mCE divides by the errors of the baseline, which makes none under {perfect[0]!r}."
-            )
-        return _mean((1 - ours[name]) / (1 - theirs[name]) for name in ours)
+            raise ConfigurationError(f"mCE divides by the errors of the baseline; it has none under {perfect[0]!r}.")
+        return fmean((1 - ours[name]) / (1 - theirs[name]) for name in ours)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain types that JSON knows; :meth:`from_dict` reads it back."""
@@ -173,23 +158,20 @@ class RobustnessResult:
             ConfigurationError: ``data`` is something else.
         """
         try:
+            rows = [dict(row) for row in data["corrupted"]]
+            parts = {
+                key: {name: Scores(**scores) for name, scores in data[key].items()} for key in ("shifts", "adversarial")
+            }
             return cls(
                 clean=Scores(**data["clean"]),
-                corrupted={
-                    (row["corruption"], row["severity"]): Scores(
-                        **{key: row[key] for key in row if key not in ("corruption", "severity")}
-                    )
-                    for row in data["corrupted"]
-                },
+                corrupted={(row.pop("corruption"), row.pop("severity")): Scores(**row) for row in rows},
                 seed=data["seed"],
-                shifts={name: Scores(**scores) for name, scores in data["shifts"].items()},
-                adversarial={name: Scores(**scores) for name, scores in data["adversarial"].items()},
                 auxiliaries={name: cls.from_dict(part) for name, part in data["auxiliaries"].items()},
+                **parts,
             )
         except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
             raise ConfigurationError(
-                f"Expected what RobustnessResult.to_dict() returns, found {type(data).__name__} for which reading "
-                f"failed at {error}."
+                f"Expected what RobustnessResult.to_dict() returns, found {type(data).__name__} (failed at {error})."
             ) from error
 
     def to_json(self) -> str:
@@ -207,36 +189,34 @@ class RobustnessResult:
             return cls.from_dict(json.loads(text))
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
-                f"Expected the text that RobustnessResult.to_json() returns, found {shown(text)}: {error}"
+                f"Expected the text of RobustnessResult.to_json(), found {shown(text)}: {error}"
             ) from error
 
     def to_markdown(self) -> str:
         """Return the scores and the table of accuracies in percent, as Markdown."""
-        percent = partial("{:.2f}".format)
         domains = {"main": self, **self.auxiliaries}
-        head = [["domain", *map(escaped, domains)]] if self.auxiliaries else [["score", "%"]]
-        rows = [
-            [label, *(percent(100 * getattr(result, key)) for result in domains.values())]
-            for label, key in (
-                ("SA", "sa"),
-                ("RA", "ra"),
-                ("Hscore", "hscore"),
-                ("Mean class accuracy", "mean_class_accuracy"),
-                ("Calibration error", "calibration_error"),
-            )
-        ]
-        for name in self.shifts:
-            rows.append([f"SA on {escaped(name)}", *(percent(100 * r.shifts[name].accuracy) for r in domains.values())])
-        for name in self.adversarial:
-            rows.append(
-                [f"under {escaped(name)}", *(percent(100 * r.adversarial[name].accuracy) for r in domains.values())]
-            )
+
+        def row(label: str, values: Iterable[float]) -> list[str]:
+            return [label, *(f"{100 * value:.2f}" for value in values)]
+
+        rows = [["domain", *map(escaped, domains)] if self.auxiliaries else ["score", "%"]]
+        for label, key in (
+            ("SA", "sa"),
+            ("RA", "ra"),
+            ("Hscore", "hscore"),
+            ("Mean class accuracy", "mean_class_accuracy"),
+            ("Calibration error", "calibration_error"),
+        ):
+            rows.append(row(label, (getattr(result, key) for result in domains.values())))
+        for key, before in (("shifts", "SA on"), ("adversarial", "under")):
+            for name in getattr(self, key):
+                found = (getattr(result, key)[name].accuracy for result in domains.values())
+                rows.append(row(f"{before} {escaped(name)}", found))
         grid = [["accuracy, %", *map(str, self.severities), "mean"]]
         for name, mean in self.per_corruption.items():
-            cells = (self.table[name, severity] for severity in self.severities)
-            grid.append([name, *(percent(100 * cell) for cell in cells), percent(100 * mean)])
-        grid.append(["mean", *(percent(100 * v) for v in self.per_severity.values()), percent(100 * self.ra)])
-        return "\n\n".join([markdown_table(head + rows), markdown_table(grid), f"RA: {self.protocol}."])
+            grid.append(row(name, [*(self.table[name, severity] for severity in self.severities), mean]))
+        grid.append(row("mean", [*self.per_severity.values(), self.ra]))
+        return "\n\n".join([markdown_table(rows), markdown_table(grid), f"RA: {self.protocol}."])
 
 
 def markdown_table(rows: list[list[str]]) -> str:
@@ -249,8 +229,3 @@ def markdown_table(rows: list[list[str]]) -> str:
 def escaped(name: str) -> str:
     """Return a name on one line that Markdown shows as it is."""
     return re.sub(r"([\\`*_{}\[\]<>()#|~])", r"\\\1", " ".join(str(name).split()))
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError, DataError
-from entprop_wrap.utils.options import as_python, is_number, shown
+from entprop_wrap.utils.options import check_number
 
-__all__ = ["BINS", "Scores", "Tally", "hscore"]
+__all__ = ["Scores", "Tally", "hscore"]
 
 #: Bins of the calibration error, as Guo et al. (2017) have them.
-BINS = 15
+_BINS = 15
 
 
 def hscore(sa: float, ra: float) -> float:
@@ -25,22 +25,19 @@ def hscore(sa: float, ra: float) -> float:
         ra: Accuracy on corrupted ones, in the same unit.
 
     Raises:
-        ConfigurationError: An accuracy is not a number of at least 0 and at most 100; or one is above 1 and the other
-            in (0, 1], which looks like percent and a fraction. Where it is less than 1 percent, pass fractions.
+        ConfigurationError: An accuracy is not a number from 0 to 100; or one is above 1 and the other in (0, 1], which
+            looks like percent and a fraction. Where an accuracy is below 1 percent, pass fractions.
 
     Source: EntProp (Enomoto, UAI 2024), section 4.1.
     """
-    if not (is_number(sa) and is_number(ra) and 0 <= sa <= 100 and 0 <= ra <= 100):
-        raise ConfigurationError(
-            "Expected two accuracies as numbers of at least 0 and at most 1, or at most 100 in percent; found "
-            f"sa={shown(sa)} and ra={shown(ra)}."
-        )
+    sa, ra = (
+        check_number(name, value, lambda value: 0 <= value <= 100, "of at least 0 and at most 1 (or 100, in percent)")
+        for name, value in (("sa", sa), ("ra", ra))
+    )
     if 0 < min(sa, ra) <= 1 < max(sa, ra):
         raise ConfigurationError(
-            f"Expected two accuracies in one unit, found sa={sa!r} and ra={ra!r}, which look like percent and a "
-            "fraction of 1. Divide percent by 100, both of them if both are percent."
+            f"Expected two accuracies in one unit, found sa={sa!r} and ra={ra!r}. Divide percent by 100."
         )
-    sa, ra = as_python(sa), as_python(ra)
     return 2 * sa * ra / (sa + ra) if sa + ra else 0.0
 
 
@@ -65,35 +62,24 @@ class Scores:
 
 
 class Tally:
-    """Counts from which :class:`Scores` are made. Adding waits for no device; sums are float64, so counts are exact.
-
-    Args:
-        classes: Number of logits C.
-        device: Where counting happens.
-    """
+    """Counts from which :class:`Scores` are made. Adding waits for no device; sums are float64, so counts are exact."""
 
     def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
-        self.classes = classes
         # MPS has no float64.
         self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
         self._by_class = torch.zeros(2, classes, dtype=torch.float64, device=self.device)  # right, seen
-        self._by_bin = torch.zeros(2, BINS, dtype=torch.float64, device=self.device)  # right, sum of confidence
+        self._by_bin = torch.zeros(2, _BINS, dtype=torch.float64, device=self.device)  # right, sum of confidence
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._unusable = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            logits: ``(N, C)``, floating point. Rows that are not finite are counted by :attr:`unusable`.
-            labels: ``(N,)`` int64 in [0, C - 1].
-        """
+        """Count a batch of logits ``(N, C)`` and int64 labels ``(N,)``."""
         logits, labels = logits.detach().to(self.device), labels.to(self.device)
         log_probabilities = logits.double().log_softmax(1)
         right = (logits.argmax(1) == labels).double()
         confidence = log_probabilities.amax(1).exp()
         # A bin is open below and closed above; NaN goes anywhere, since unusable logits make no score.
-        bins = (confidence.nan_to_num() * BINS).ceil().long().sub_(1).clamp_(0, BINS - 1)
+        bins = (confidence.nan_to_num() * _BINS).ceil().long().sub_(1).clamp_(0, _BINS - 1)
         self._by_class[0].index_add_(0, labels, right)
         self._by_class[1].index_add_(0, labels, torch.ones_like(right))
         self._by_bin[0].index_add_(0, bins, right)
@@ -112,15 +98,7 @@ class Tally:
 
     @staticmethod
     def scores(states: Iterable[tuple[Tensor, ...]], name: str = "The data") -> Scores:
-        """Return the scores of what one or several tallies have counted.
-
-        Args:
-            states: Results of :meth:`state`, one for each process.
-            name: What messages call the data.
-
-        Raises:
-            DataError: Nothing was counted.
-        """
+        """Return the scores of what several tallies have counted, from the :meth:`state` of each."""
         added = [torch.stack(parts).sum(0) for parts in zip(*states, strict=True)]
         if not added or not added[0][1].any():
             raise DataError(f"{name} is empty. Expected at least one batch with at least one image.")

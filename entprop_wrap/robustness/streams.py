@@ -6,17 +6,13 @@ import hashlib
 
 import torch
 
-from entprop_wrap.robustness.corruptions.random import Draws
+from entprop_wrap.robustness.corruptions.random import image_seeds
 
 __all__ = ["Streams"]
 
 
 class Streams:
-    """One stream of image seeds for each purpose, such as ``("fog", 3)``, which any batch can be taken from.
-
-    Args:
-        seed: Of all streams.
-    """
+    """One stream of image seeds for each purpose, such as ``("fog", 3)``, by the ``seed`` of all."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -29,10 +25,9 @@ class Streams:
         """
         generator, drawn = self._streams.get(purpose, (None, 0))
         if generator is None or drawn > position:
-            digest = hashlib.sha256(repr((self.seed, *purpose)).encode()).digest()
+            # The 0 keeps the draws of results that were published.
+            digest = hashlib.sha256(repr((self.seed, *purpose, 0)).encode()).digest()
             generator, drawn = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True)), 0
-        Draws(
-            torch.empty(position - drawn, 0), generator
-        )  # draws a seed for each image in between, as a corruption does
+        image_seeds(position - drawn, generator)
         self._streams[purpose] = generator, position
         return torch.Generator().set_state(generator.get_state())

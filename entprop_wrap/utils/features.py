@@ -53,9 +53,7 @@ class Features:
             ConfigurationError: The model has not been called inside the with-block.
         """
         if self._last is None:
-            raise ConfigurationError(
-                "No pass was recorded. Call the model that was passed to features_of(), inside the with-block."
-            )
+            raise ConfigurationError("No pass was recorded. Call the model inside the with-block.")
         return self._last
 
     def _begin(self, module: nn.Module, args: Any) -> None:
@@ -69,8 +67,13 @@ class Features:
     def _end(self, root: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         calls, self._running = list(self._calls), False
         self._calls.clear()
-        batch = len(_first_tensor((*args, *kwargs.values())))
-        call = _head(calls, output, batch) if self._wanted is None else _only(calls, self._wanted)
+        given = _first_tensor((*args, *kwargs.values()))
+        if given is None:
+            raise ModelOutputError("The model was called without a tensor: expected model(images).")
+        batch = len(given)
+        if self._wanted is not None and len(calls) != 1:
+            raise ModelOutputError(f"Expected {self._wanted!r} to run once in a pass, found {len(calls)} times.")
+        call = calls[0] if self._wanted is not None else _head(calls, output, batch)
         self.layer, self._last = call.name, _pooled(call, batch)
 
 
@@ -82,8 +85,7 @@ def features_of(model: nn.Module, *, layer: str | None = None) -> Iterator[Featu
             logits = model(images)
             features.last  # (N, D)
 
-    The head is the innermost module with parameters whose output is the logits: a linear layer, a module of your own,
-    or a whole block where the logits are computed from what its layers give. Features are what it is given, after
+    The head is the innermost module with parameters whose output is the logits. Features are what it is given, after
     dropout if there is any, and differentiable where gradients are on. Compiled models run eagerly inside the block.
 
     Args:
@@ -110,7 +112,7 @@ def features_of(model: nn.Module, *, layer: str | None = None) -> Iterator[Featu
         if wanted:
 
             def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any, name: str = name) -> None:
-                features._note(name, module, _first_tensor((*args, *kwargs.values()), None), output)
+                features._note(name, module, _first_tensor((*args, *kwargs.values())), output)
 
             handles.append(module.register_forward_hook(note, with_kwargs=True, prepend=True))
     # Before other hooks of the root, which may put another tensor in the place of the logits.
@@ -137,17 +139,10 @@ def _head(calls: list[_Call], output: Any, batch: int) -> _Call:
     if not found:
         last = f"; the last layers to run: {', '.join(repr(call.name) for call in calls[-3:])}" if calls else ""
         raise ModelOutputError(
-            f"No layer of the model makes its {classes} logits: expected one with {classes} outputs at the end{last}. "
-            "Say which layer's input to take: layer='name' in features_of(), from model.named_modules()."
+            f"No layer of the model makes its {classes} logits{last}. Say which layer's input to take: layer='name', "
+            "from model.named_modules()."
         )
     return found[0]
-
-
-def _only(calls: list[_Call], name: str) -> _Call:
-    if len(calls) != 1:
-        times = f"at least {len(calls)} times" if calls else "not at all"
-        raise ModelOutputError(f"Expected the layer {name!r} to run once in a pass; it ran {times}. Choose another.")
-    return calls[0]
 
 
 def _pooled(call: _Call, batch: int) -> Tensor:
@@ -156,7 +151,7 @@ def _pooled(call: _Call, batch: int) -> Tensor:
         found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
         raise ModelOutputError(
             f"Expected the layer {call.name!r} to be given one row or map for each of {batch} images; found {found}. "
-            "Choose another layer: layer='name' in features_of()."
+            "Choose another: layer='name'."
         )
     if value.ndim == 2:
         return value
@@ -181,16 +176,10 @@ def _channels(call: _Call) -> int | None:
 
 
 def _same(output: Any, logits: Tensor) -> bool:
-    if not isinstance(output, Tensor):
-        return False
-    return output is logits or output.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    if output is logits or not isinstance(output, Tensor):
+        return output is logits
+    return output.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
 
 
-_MISSING: Any = object()
-
-
-def _first_tensor(values: tuple[Any, ...], default: Any = _MISSING) -> Any:
-    found = next((value for value in values if isinstance(value, Tensor)), default)
-    if found is _MISSING:
-        raise ModelOutputError("The model was called without a tensor: expected model(images).")
-    return found
+def _first_tensor(values: tuple[Any, ...]) -> Tensor | None:
+    return next((value for value in values if isinstance(value, Tensor)), None)

@@ -18,8 +18,6 @@ from safetensors import SafetensorError
 
 from entprop_wrap.errors import CheckpointError, ConfigurationError, EntPropError
 
-__all__ = ["check_writable", "flush", "flush_folder", "locked", "on_main", "sha256", "together", "writing"]
-
 T = TypeVar("T")
 
 #: Seconds to wait for a lock: loading processes of a killed run notice its end, and give it up, after five.
@@ -81,9 +79,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise CheckpointError(
-            f"Another run is at work in {folder}. Wait for its end, or choose another output_dir."
-        ) from error
+        raise CheckpointError(f"Another run is at work in {folder}. Wait, or choose another output_dir.") from error
     try:
         yield
     finally:

@@ -13,11 +13,9 @@ __all__ = ["logits_of", "raw_logits"]
 
 
 def logits_of(output: Any, batch: int, *, differentiable: bool = True, least: int = 2) -> Tensor:
-    """Return the logits ``(N, C)`` in what a model returned: a tensor, ``.logits``, ``["logits"]``, or a tuple's first.
+    """Return the logits ``(N, C)``, C at least ``least``, in what a model returned.
 
-    Raises:
-        ModelOutputError: There are none, or fewer than ``least`` classes, or they are not ``differentiable`` though
-            they should be.
+    They are a tensor, ``.logits``, ``["logits"]``, or a tuple's first item.
     """
     logits = raw_logits(output)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < least:
@@ -26,13 +24,12 @@ def logits_of(output: Any, batch: int, *, differentiable: bool = True, least: in
             found += f" with {sorted(map(str, output))}"
         raise ModelOutputError(
             f"Expected logits of shape ({batch}, C) with C > 1 from the model, as a tensor, a tuple's first item, or "
-            f"under 'logits'; found {found}. Use a classification model, such as AutoModelForImageClassification; for "
-            "one logit pass a binary loss, loss=torch.nn.BCEWithLogitsLoss()."
+            f"under 'logits'; found {found}. Use a classification model; for one logit pass a binary loss, "
+            "loss=torch.nn.BCEWithLogitsLoss()."
         )
     if differentiable and not logits.requires_grad:
         raise ModelOutputError(
-            "The logits do not depend on anything that can be differentiated: the model ran without gradients, or "
-            "detached its output. Leave out torch.no_grad() around the step."
+            "The logits have no gradient. Leave out torch.no_grad() around the step, or detach() in the model."
         )
     # Losses, entropies and comparisons of logits are not to be trusted in half precision.
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

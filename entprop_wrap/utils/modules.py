@@ -1,4 +1,4 @@
-"""What other libraries put around a model: DDP, FSDP, ``torch.compile``, DataParallel, DeepSpeed."""
+"""Containers that other libraries put around a model: DDP, FSDP, ``torch.compile``, DataParallel, DeepSpeed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from entprop_wrap.errors import UnsupportedModelError
-
-__all__ = [
-    "check_module",
-    "evaluating",
-    "no_gradient_sync",
-    "plain_model",
-    "refuse_container",
-    "refuse_static_graph",
-    "refuse_wrapping",
-    "walk",
-]
 
 
 def check_module(caller: str, model: object) -> None:
@@ -74,46 +63,41 @@ def no_gradient_sync(model: nn.Module) -> AbstractContextManager[object]:
 
     FSDP2 reduces each backward into the sharded gradient, so two backwards are right as they are.
     """
-    while (compiled := model._modules.get("_orig_mod")) is not None:
-        model = compiled
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.no_sync()
-    return nullcontext()
+    *_, inside = _containers(model)
+    return inside.no_sync() if isinstance(inside, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
-#: Containers whose training step is not ours to split, by class name, and why.
+#: Containers whose training step cannot be split, by class name, and why.
 _NO_STEP = {
-    "DeepSpeedEngine": (
-        "DeepSpeed steps its engine at every synchronised backward, so two backwards would be two steps."
-    ),
-    "FullyShardedDataParallel": (
-        "FSDP1 flattens parameters, so that norm layers lose their own, and its hooks expect one backward a step."
-    ),
+    "DeepSpeedEngine": "DeepSpeed steps its engine at every synchronised backward: two would be two steps.",
+    "FullyShardedDataParallel": "FSDP1 flattens parameters, and its hooks expect one backward a step.",
 }
+
+
+def _containers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the model and what is compiled in it."""
+    inside: nn.Module | None = model
+    while inside is not None:
+        yield inside
+        inside = inside._modules.get("_orig_mod")
 
 
 def refuse_container(model: nn.Module) -> None:
     """Raise :class:`UnsupportedModelError` if ``model`` is in a container in which a step of ours cannot be right."""
-    inside: nn.Module | None = model
-    while inside is not None:  # compiled around it, or ours around the Hugging Face Trainer's
+    for inside in _containers(model):
         if why := _NO_STEP.get(type(inside).__name__):
             raise UnsupportedModelError(
                 f"{why} Expected a plain, DDP or FSDP2 model: choose one of these with `accelerate config`, or write "
                 "torch.distributed.fsdp.fully_shard(model)."
             )
-        inside = inside._modules.get("_orig_mod")
 
 
 def refuse_static_graph(model: nn.Module) -> None:
     """Raise :class:`UnsupportedModelError` if ``model`` is in a DDP that expects the same graph in every pass."""
-    inside: nn.Module | None = model
-    while inside is not None:
-        if isinstance(inside, nn.parallel.DistributedDataParallel) and inside.static_graph:
-            raise UnsupportedModelError(
-                "DDP(static_graph=True) expects the same graph in every pass; passes of different domains have "
-                "different ones. Leave out static_graph=True (and call no _set_static_graph())."
-            )
-        inside = inside._modules.get("_orig_mod")
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) and m.static_graph for m in _containers(model)):
+        raise UnsupportedModelError(
+            "DDP expects the same graph in every pass, and each domain has its own. Leave out static_graph=True."
+        )
 
 
 def refuse_wrapping(model: nn.Module) -> None:

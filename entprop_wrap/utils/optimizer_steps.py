@@ -1,8 +1,8 @@
-"""What an optimizer is about to step on: gradients that are there, finite, and those of a whole training step.
+"""Checks of the gradients that an optimizer is about to step on: there, finite, and of a whole training step.
 
-A training step runs its backwards itself. Loops that were written around another forward may wipe the gradients after
-it, step inside a backward that is not the last, or step on a loss that is NaN. Each is seen by one hook that torch
-calls before the step of any optimizer; a gradient scaler that skips a step never gets there.
+A training step runs its backwards itself. A loop may wipe the gradients after it, step inside a backward that is not
+the last, or step on a loss that is NaN. One hook sees each, before any optimizer steps; a step that a gradient scaler
+skips never gets there.
 """
 
 from __future__ import annotations
@@ -81,9 +81,8 @@ class Watch:
             gone = bool(once) and not any(map(_nonzero, once))
         if gone:
             raise ConfigurationError(
-                "The gradients of training_step() are gone before optimizer.step(): zero_grad() was called in between. "
-                "training_step() runs the backward itself: move optimizer.zero_grad() before it, or after "
-                "optimizer.step()."
+                "The gradients of training_step() are gone: zero_grad() was called in between. training_step() runs "
+                "the backward itself: move optimizer.zero_grad() before it, or after optimizer.step()."
             )
         self._nonzero = (self._nonzero or set()) - {id(parameter) for parameter in trained}
         bad = self._not_finite(optimizer, trained)
@@ -91,8 +90,8 @@ class Watch:
             self._note(bad)
         elif bad is not None and bool(bad):
             raise DivergedError(
-                "The loss of the last training_step() is not finite, nor are the gradients. The weights are as before: "
-                "optimizer.step() would lose them. Lower the learning rate, clip gradients, or look at the data."
+                "The loss and gradients of the last training_step() are not finite; the weights are as before. Lower "
+                "the learning rate, clip gradients, or look at the data."
             )
 
     def after_step(self, optimizer: Optimizer) -> None:

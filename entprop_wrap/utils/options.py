@@ -19,35 +19,12 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 
-__all__ = [
-    "as_python",
-    "check_choice",
-    "check_flag",
-    "check_function",
-    "check_generator",
-    "check_integer",
-    "check_mapping",
-    "check_name",
-    "check_number",
-    "check_seed",
-    "check_sequence",
-    "check_text",
-    "check_truth",
-    "is_integer",
-    "is_number",
-    "shown",
-    "store_as_python",
-]
-
 #: The largest integer of a tensor.
 _MOST = 2**63 - 1
 
 
 def as_python(value: Any) -> Any:
-    """Return a scalar of NumPy as Python's own, other real numbers as a float, and anything else as it is.
-
-    Integers that no tensor can hold become floats, too.
-    """
+    """Return a scalar of NumPy as Python's own, other real numbers and huge integers as a float, the rest as it is."""
     value = _item(value)
     usual = isinstance(value, float) or (isinstance(value, int) and abs(value) <= _MOST)
     return float(value) if is_number(value) and not usual else value
@@ -94,9 +71,9 @@ def check_seed(value: Any, name: str = "seed") -> int:
 
 def check_flag(name: str, value: Any) -> bool:
     """Return True or False."""
-    if not isinstance(as_python(value), bool):
+    if not isinstance(flag := as_python(value), bool):
         _refuse(name, "True or False", value)
-    return bool(value)
+    return flag
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
@@ -110,9 +87,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
 def check_name(name: str, value: Any, otherwise: str = "") -> str:
     """Return the name of an auxiliary domain; ``otherwise`` says what else could stand there."""
     if not isinstance(value := as_python(value), str) or not value:
-        raise ConfigurationError(
-            f"{name} must be the name of an auxiliary domain such as 'aux'{otherwise}; found {shown(value)}."
-        )
+        _refuse(name, f"the name of an auxiliary domain such as 'aux'{otherwise}", value)
     return value
 
 
@@ -160,8 +135,7 @@ def check_generator(value: Any) -> None:
     if value is not None and (not isinstance(value, torch.Generator) or value.device.type != "cpu"):
         found = f"one on {value.device}" if isinstance(value, torch.Generator) else shown(value)
         raise ConfigurationError(
-            f"generator expects a CPU generator, found {found}: a draw on the device would wait for it. Write "
-            "generator=torch.Generator().manual_seed(...)."
+            f"generator expects a CPU generator, found {found}. Write generator=torch.Generator().manual_seed(...)."
         )
 
 
@@ -189,10 +163,10 @@ def _refuse(name: str, expected: str, value: Any, hint: str = "") -> NoReturn:
 def _hint(name: str, value: Any) -> str:
     if isinstance(value := _item(value), bool):
         return f" Write {name}={int(value)} if that is meant."
-    if isinstance(value, str):
-        try:
-            float(value)
-        except ValueError:
-            return ""
-        return f" Write {name}={value.strip()}, without quotes."
-    return ""
+    if not isinstance(value, str):
+        return ""
+    try:
+        float(value)
+    except ValueError:
+        return ""
+    return f" Write {name}={value.strip()}, without quotes."

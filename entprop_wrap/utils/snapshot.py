@@ -13,14 +13,10 @@ __all__ = ["Snapshot"]
 
 
 class Snapshot:
-    """Buffers and gradients of ``model`` as they are now.
+    """Buffers and gradients of ``model``, in its container or not, as they are now.
 
-    Buffers are copied, in one kernel per type on an accelerator. Gradients are copied on request only: in a loop that
-    does not accumulate there are none before a step, and to put that back needs no copy.
-
-    Args:
-        model: In its container or not.
-        gradients: Copy gradients that exist; else :meth:`restore` leaves what was added to them.
+    Buffers are copied. ``gradients`` that exist are on request only; else :meth:`restore` leaves what was added to
+    them.
     """
 
     def __init__(self, model: nn.Module, *, gradients: bool = False) -> None:

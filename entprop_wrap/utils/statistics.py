@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import bisect
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Interval", "bootstrap", "mean_difference", "mean_of", "plain"]
+__all__ = ["Interval", "Result", "bootstrap", "mean_difference", "mean_of", "t_critical"]
 
 _CONFIDENCE = 0.95
+
+
+class Result:
+    """A dataclass of numbers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain types that JSON knows."""
+        found: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        return found
 
 
 @dataclass(frozen=True)
@@ -39,13 +51,25 @@ def mean_of(batches: Sequence[Tensor]) -> Interval:
     The mean is a ratio of two sums over batches; its variance is that of the linearised ratio (Cochran 1977, "Sampling
     techniques", section 9A).
     """
-    return _interval(_mean(batches), _residuals(batches))
+    return mean_difference(batches, [torch.zeros_like(batch) for batch in batches])
 
 
 def mean_difference(batches: Sequence[Tensor], before: Sequence[Tensor]) -> Interval:
     """Return the mean of ``batches`` minus that of ``before``, paired by batch, with a t-interval over batches."""
-    residuals = [a - b for a, b in zip(_residuals(batches), _residuals(before), strict=True)]
-    return _interval(_mean(batches) - _mean(before), residuals)
+    (mean, residuals), (other, others) = _residuals(batches), _residuals(before)
+    value, number = mean - other, len(batches)
+    if number < 2:
+        return Interval(value)
+    differences = [a - b for a, b in zip(residuals, others, strict=True)]
+    half = t_critical(_CONFIDENCE, number - 1) * statistics.stdev(differences, 0.0) * math.sqrt(number)
+    return Interval(value, value - half, value + half)
+
+
+def _residuals(batches: Sequence[Tensor]) -> tuple[float, list[float]]:
+    """Return the mean, and what each batch adds to its deviation; these sum to 0."""
+    number = sum(map(len, batches))
+    mean = math.fsum(float(batch.double().sum()) for batch in batches) / number
+    return mean, [float((batch.double() - mean).sum()) / number for batch in batches]
 
 
 def bootstrap(
@@ -71,53 +95,18 @@ def bootstrap(
     return [Interval(*one) for one in zip(values, low, high, strict=True)]
 
 
-def plain(result: Any) -> dict[str, Any]:
-    """Return a result as plain types that JSON knows."""
-    found: dict[str, Any] = asdict(result)
-    return found
-
-
-def _mean(batches: Sequence[Tensor]) -> float:
-    return math.fsum(float(b.double().sum()) for b in batches) / sum(map(len, batches))
-
-
-def _residuals(batches: Sequence[Tensor]) -> list[float]:
-    mean, number = _mean(batches), sum(map(len, batches))
-    return [float((b.double() - mean).sum()) / number for b in batches]
-
-
-def _interval(value: float, residuals: Sequence[float]) -> Interval:
-    number = len(residuals)
-    if number < 2:
-        return Interval(value)
-    deviation = math.sqrt(math.fsum(r * r for r in residuals) * number / (number - 1))
-    half = t_critical(_CONFIDENCE, number - 1) * deviation
-    return Interval(value, value - half, value + half)
-
-
 def t_critical(confidence: float, degrees: int) -> float:
     """Return t with ``P(|T| <= t) = confidence`` for Student's T with ``degrees`` degrees of freedom.
 
-    The probability of integer degrees is a finite sum over the angle ``atan(t / sqrt(degrees))`` (Abramowitz & Stegun
-    1964, equations 26.7.3 and 26.7.4); the angle is found by bisection.
+    With ``T = sqrt(degrees) tan(angle)`` the density of the angle is proportional to ``cos(angle) ** (degrees - 1)``.
     """
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        angle = (low + high) / 2
-        if _within(angle, degrees) < confidence:
-            low = angle
-        else:
-            high = angle
-    return math.tan(high) * math.sqrt(degrees)
+    nodes, weights = np.polynomial.legendre.leggauss(200)
 
+    def area(angle: float) -> float:
+        return float(weights @ np.cos(angle * (nodes + 1) / 2) ** (degrees - 1)) * angle
 
-def _within(angle: float, degrees: int) -> float:
-    """Return ``P(|T| <= sqrt(degrees) * tan(angle))``."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= (k - 1) / k * cosine**2
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+    steps = 2**52
+    found = bisect.bisect_left(
+        range(steps), confidence * area(math.pi / 2), key=lambda k: area(k / steps * math.pi / 2)
+    )
+    return math.tan(found / steps * math.pi / 2) * math.sqrt(degrees)

@@ -187,7 +187,7 @@ def test_accuracy_falls_with_epsilon_to_zero():
 def _generator_of_the_curve():
     from entprop_wrap.robustness.streams import Streams
 
-    return Streams(0).at(0, "epsilon", 0)
+    return Streams(0).at(0, "epsilon")
 
 
 def test_magnitudes_scale_together():
@@ -265,7 +265,11 @@ def test_logits_that_are_not_finite_are_refused(attack, value):
 
 
 def test_labels_that_are_refused():
-    for labels, message in ((torch.zeros(3).long(), "4 class indices"), (torch.zeros(4), "integer"), ([0] * 4, "list")):
+    for labels, message in (
+        (torch.zeros(3).long(), "4 class indices"),
+        (torch.zeros(4), r"labels\.long"),
+        ([0] * 4, "list"),
+    ):
         with pytest.raises(LabelError, match=message):
             FGSM()(classifier(), pixels(4), labels)
 

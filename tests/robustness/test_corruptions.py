@@ -1,5 +1,6 @@
 """The corruption suite against plain per-image code, and what it promises to every caller."""
 
+import sys
 from functools import cache
 
 import numpy as np
@@ -10,9 +11,16 @@ from scipy import stats
 from sklearn.datasets import load_sample_images
 
 from entprop_wrap.errors import ConfigurationError, ImageError, PixelRangeError
-from entprop_wrap.robustness.corruptions import C_BAR_CORRUPTIONS, CORRUPTIONS, EXTRA_CORRUPTIONS, SUITES, base, corrupt
+from entprop_wrap.robustness.corruptions import (
+    C_BAR_CORRUPTIONS,
+    CORRUPTIONS,
+    EXTRA_CORRUPTIONS,
+    SUITES,
+    Corruption,
+    base,
+    corrupt,
+)
 from entprop_wrap.robustness.corruptions.filters import shrink_and_enlarge
-from entprop_wrap.robustness.corruptions.noise import shot_noise
 from entprop_wrap.robustness.corruptions.random import Draws
 from entprop_wrap.robustness.corruptions.textures import panes
 from tests.reference import corruptions_c_bar
@@ -81,52 +89,27 @@ class Replay:
 # Against the reference
 
 
-@pytest.mark.parametrize("size", [(32, 32), (40, 53), (97, 120)], ids=str)
-@pytest.mark.parametrize("name", sorted(set(REFERENCES) - {"shot_noise", "jpeg_compression"}))
-def test_equals_the_reference_on_the_same_draws(name, size):
+COMPARED = [
+    *(
+        (name, size, 1e-4)
+        for name in sorted(REFERENCES.keys() - {"shot_noise"})
+        for size in ((32, 32), (40, 53), (97, 120))
+    ),
+    *((name, (side, side), 1e-3) for name in C_BAR_CORRUPTIONS for side in (32, 45, 97)),  # the web has steep edges
+]
+
+
+@pytest.mark.parametrize(("name", "size", "close"), COMPARED, ids=str)
+def test_equals_the_reference_on_the_same_draws(name, size, close):
     image = photos(*size)[:1]
-    for severity in SEVERITIES:
-        expected = REFERENCES[name](image[0].numpy(), severity, Replay(severity))
+    reference = (REFERENCES | corruptions_c_bar.REFERENCES)[name]
+    for severity in SEVERITIES if size == (32, 32) or name in REFERENCES else (1, 5):
+        expected = reference(image[0].numpy(), severity, Replay(severity))
         found = corrupt(image, name, severity, seeded(severity))[0].numpy()
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=f"severity {severity}")
         single = corrupt(image.float(), name, severity, seeded(severity))[0].numpy()
         # A value at a threshold may fall on its other side in float32.
-        assert np.mean(np.abs(single - expected) > 1e-4) < 1e-3, f"float32, severity {severity}"
-
-
-@pytest.mark.parametrize("side", [32, 45, 97])
-@pytest.mark.parametrize("name", [*C_BAR_CORRUPTIONS])
-def test_c_bar_equals_the_reference_on_the_same_draws(name, side):
-    image = photos(side, side)[:1]
-    for severity in SEVERITIES if side == 32 else (1, 5):
-        expected = corruptions_c_bar.REFERENCES[name](image[0].numpy(), severity, Replay(severity))
-        found = corrupt(image, name, severity, seeded(severity))[0].numpy()
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=f"severity {severity}")
-        single = corrupt(image.float(), name, severity, seeded(severity))[0].numpy()
-        # At a threshold a value may fall on its other side in float32, and the web of light has steep edges.
-        assert np.mean(np.abs(single - expected) > 1e-3) < 1e-3, f"float32, severity {severity}"
-
-
-@pytest.mark.parametrize("side", [32, 96])
-@pytest.mark.parametrize("name", [*C_BAR_CORRUPTIONS])
-def test_c_bar_is_stronger_at_each_severity(name, side):
-    images = photos(side, side)
-    quality = [psnr(corrupt(images, name, severity, seeded()), images) for severity in SEVERITIES]
-    assert quality == sorted(quality, reverse=True)
-    assert quality[0] > quality[-1] + 1.0
-
-
-@pytest.mark.parametrize("size", [(32, 32), (45, 61), (96, 96), (144, 180)], ids=str)
-def test_jpeg_is_that_of_pillow(size):
-    image = photos(*size)
-    for severity in SEVERITIES:
-        expected = torch.stack(
-            [torch.from_numpy(REFERENCES["jpeg_compression"](one.numpy(), severity)) for one in image]
-        )
-        found = corrupt(image, "jpeg_compression", severity)
-        assert float((found - expected).abs().mean()) < 1 / 255, f"severity {severity}"
-        assert psnr(found, expected) > 45.0, f"severity {severity}"
-        torch.testing.assert_close(found * 255, (found * 255).round(), rtol=0, atol=1e-4)
+        assert np.mean(np.abs(single - expected) > close) < 1e-3, f"float32, severity {severity}"
 
 
 def test_pixelate_samples_as_pillow_does_at_every_width():
@@ -141,23 +124,15 @@ def test_pixelate_samples_as_pillow_does_at_every_width():
 
 
 @pytest.mark.parametrize("size", [32, 96])
-@pytest.mark.parametrize("name", [*REFERENCES])
-def test_is_as_strong_as_the_reference_and_in_its_order(name, size):
-    images = photos(size, size).repeat(8 if size == 32 else 4, 1, 1, 1)
-    rng = np.random.default_rng(0)
-    found, expected = [], []
-    for severity in SEVERITIES:
-        found.append(psnr(corrupt(images.float(), name, severity, seeded(severity)).double(), images))
-        plain = [torch.from_numpy(REFERENCES[name](image.numpy(), severity, rng)) for image in images]
-        expected.append(psnr(torch.stack(plain), images))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2.0)
-    steps, expected_steps = np.diff(found), np.diff(expected)
-    if name in OUT_OF_ORDER[size]:
-        assert expected_steps.max() > -0.3, "the reference is in order: take it off the list"
-        clear = np.abs(expected_steps) > 1.0
-        assert (np.sign(steps) == np.sign(expected_steps))[clear].all()
-    else:
-        assert steps.max() < 0, f"PSNR by severity: {found}"
+@pytest.mark.parametrize("name", ALL)
+def test_is_stronger_at_each_severity(name, size):
+    images = photos(size, size).repeat(4, 1, 1, 1)
+    quality = [
+        psnr(corrupt(images.float(), name, severity, seeded(severity)).double(), images) for severity in SEVERITIES
+    ]
+    highest = np.diff(quality).max()
+    assert highest > -0.3 if name in OUT_OF_ORDER[size] else highest < 0, quality
+    assert name in OUT_OF_ORDER[size] or quality[0] > quality[-1] + 1.0
 
 
 def test_pictures_of_frost_are_kept_and_cropped_everywhere():
@@ -227,7 +202,7 @@ def test_shot_noise_counts_photons(side, severity):
     photons = {96: [60, 25, 12, 5, 3], 32: [500, 250, 100, 75, 50]}[side][severity - 1]
     for brightness in (0.01, 0.1, 0.6):
         images = torch.full((12 if side == 96 else 100, 3, side, side), brightness, dtype=torch.float64)
-        counts = (shot_noise(images, severity, seeded()) * photons).round().long().flatten()
+        counts = (corrupt(images, "shot_noise", severity, seeded()) * photons).round().long().flatten()
         expected = stats.poisson.pmf(np.arange(int(counts.max()) + 1), photons * brightness)
         if photons > (counts.max() + 1):  # nothing was clipped
             frequency = np.bincount(counts.numpy()) / len(counts)
@@ -291,13 +266,8 @@ def test_keeps_shape_dtype_and_the_input(name, dtype):
         assert not found.requires_grad
         assert not torch.equal(found, copy)
     assert torch.equal(images, copy)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_half_precision_is_single_precision_rounded(name):
-    images = photos(32, 32)[:1].to(torch.bfloat16)
-    expected = corrupt(images.float(), name, 3, seeded()).to(torch.bfloat16)
-    assert torch.equal(corrupt(images, name, 3, seeded()), expected)
+    if dtype.itemsize == 2:  # worked on in single precision, and rounded
+        assert torch.equal(found, corrupt(copy.float(), name, 5, seeded()).to(dtype))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
@@ -331,6 +301,7 @@ def test_the_tables():
     assert list(SUITES) == ["c", "extra", "c-bar"]
     for suite in SUITES.values():
         assert [function.__name__ for function in suite.values()] == list(suite)
+        assert {type(function) for function in suite.values()} == {Corruption}  # which makes all checks
     with pytest.raises(TypeError):
         CORRUPTIONS["fog"] = None
 
@@ -340,16 +311,15 @@ def test_the_tables():
 GOOD = torch.full((2, 3, 32, 32), 0.5)
 
 
-@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(
     ("images", "error", "match"),
     [
-        (GOOD * 255, PixelRangeError, "divide bytes by 255"),
+        (GOOD * 255, PixelRangeError, "Divide bytes by 255"),
         (GOOD - 1.0, PixelRangeError, "undo the normalisation"),
-        ((GOOD * 255).byte(), ImageError, "floating point"),
-        (GOOD * float("nan"), ImageError, "finite"),
-        (GOOD * float("inf"), ImageError, "finite"),
-        (GOOD[0], ImageError, "unsqueeze"),
+        ((GOOD * 255).byte(), ImageError, "floating-point"),
+        (GOOD * float("nan"), ImageError, "not finite"),
+        (GOOD * float("inf"), ImageError, "not finite"),
+        (GOOD[0], ImageError, r"images\[None\]"),
         (GOOD[:, :1], ImageError, "expand"),
         (GOOD.permute(0, 2, 3, 1), ImageError, "permute"),
         (GOOD[:, :, :31], ImageError, "at least 32 px"),
@@ -358,36 +328,40 @@ GOOD = torch.full((2, 3, 32, 32), 0.5)
     ],
     ids=["bytes as floats", "normalised", "bytes", "nan", "inf", "3d", "grey", "hwc", "31 px", "empty", "numpy"],
 )
-def test_refuses_wrong_images(name, images, error, match):
+def test_refuses_wrong_images(images, error, match):
     with pytest.raises(error, match=match):
-        corrupt(images, name, 1)
+        corrupt(images, "brightness", 1)
 
 
-@pytest.mark.parametrize("severity", [0, 6, -1, 2.0, True, "3", None])
-@pytest.mark.parametrize("name", ALL)
-def test_refuses_wrong_severities(name, severity):
-    with pytest.raises(ConfigurationError, match="severity must be an integer of at least 1"):
-        corrupt(GOOD, name, severity)
-
-
-def test_refuses_unknown_names_and_says_what_is_close():
-    with pytest.raises(ConfigurationError, match="Did you mean 'motion_blur'"):
-        corrupt(GOOD, "motion_blurr", 1)
-    with pytest.raises(ConfigurationError, match="Known are: gaussian_noise"):
-        corrupt(GOOD, "xyz", 1)
+def test_refuses_wrong_severities_and_names():
+    for severity in (0, 6, -1, 2.0, True, "3", None):
+        with pytest.raises(ConfigurationError, match="severity must be an integer of at least 1"):
+            corrupt(GOOD, "fog", severity)
+    for name, match in (
+        ("motion_blurr", "Did you mean 'motion_blur'"),
+        ("xyz", "Known are: gaussian_noise"),
+        (["fog"], r"found \['fog'\]"),
+    ):
+        with pytest.raises(ConfigurationError, match=match):
+            corrupt(GOOD, name, 1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_refuses_a_generator_on_a_gpu():
-    with pytest.raises(ConfigurationError, match=r"write torch\.Generator\(\)"):
+    with pytest.raises(ConfigurationError, match=r"Write generator=torch\.Generator\(\)"):
         corrupt(GOOD, "fog", 1, torch.Generator("cuda"))
+
+
+def test_jpeg_without_pillow_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match="pip install pillow"):
+        corrupt(GOOD, "jpeg_compression", 1)
 
 
 def test_a_wrong_image_late_in_the_batch_draws_nothing(monkeypatch):
     monkeypatch.setattr(base, "_SLICE", GOOD[0].numel())
-    images = torch.cat([GOOD, torch.full((1, 3, 32, 32), float("nan"))])
     generator = seeded()
     before = generator.get_state()
     with pytest.raises(ImageError, match="finite"):
-        corrupt(images, "fog", 1, generator)
+        corrupt(torch.cat([GOOD, GOOD * float("nan")]), "fog", 1, generator)
     assert torch.equal(before, generator.get_state())

@@ -59,12 +59,9 @@ def test_hscore_at_its_edges():
         for pair in ((bad, 0.5), (0.5, bad)):
             with pytest.raises(ConfigurationError, match="at least 0"):
                 hscore(*pair)
-
-
-@pytest.mark.parametrize(("sa", "ra"), [(50, 0.5), (0.5, 50), (1.5, 0.2), (1, 50)])
-def test_hscore_of_percent_and_a_fraction_is_refused(sa, ra):
-    with pytest.raises(ConfigurationError, match=f"one unit, found sa={sa} and ra={ra}"):
-        hscore(sa, ra)
+    for sa, ra in ((50, 0.5), (0.5, 50), (1.5, 0.2), (1, 50)):  # percent and a fraction
+        with pytest.raises(ConfigurationError, match=f"one unit, found sa={sa} and ra={ra}"):
+            hscore(sa, ra)
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -124,12 +121,9 @@ def test_results_survive_json_and_pickle():
     for wrong in ({}, {"clean": {}}, []):
         with pytest.raises(ConfigurationError, match="to_dict"):
             RobustnessResult.from_dict(wrong)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", None, b"\xff", 5])
-def test_text_that_is_not_a_result(text):
-    with pytest.raises(ConfigurationError, match=r"Expected (the text|what)"):
-        RobustnessResult.from_json(text)
+    for text in ("", "{", "[]", "3", None, b"\xff", 5):
+        with pytest.raises(ConfigurationError, match=r"Expected (the text|what)"):
+            RobustnessResult.from_json(text)
 
 
 def test_markdown_shows_names_as_they_are():
@@ -148,17 +142,13 @@ def test_markdown_shows_names_as_they_are():
 
 def test_markdown_holds_every_number():
     found = result([0.7, 0.5, 0.6, 0.2], shifts={"sketch": Scores(5, 0.25, 0.2, 1, 0)})
-    text = replace(found, clean=replace(found.clean, mean_class_accuracy=0.7)).to_markdown()
-    for line in (
-        "| SA | 80.00 |",
-        "| RA | 50.00 |",
-        "| SA on sketch | 25.00 |",
-        "| Mean class accuracy | 70.00 |",
-        "| Calibration error | 5.00 |",
-        "| fog | 70.00 | 50.00 | 60.00 |",
-        "| mean | 65.00 | 35.00 | 50.00 |",
-    ):
-        assert line in text.splitlines()
+    lines = replace(found, clean=replace(found.clean, mean_class_accuracy=0.7)).to_markdown().splitlines()
+    assert {"| SA | 80.00 |", "| RA | 50.00 |", "| SA on sketch | 25.00 |", "| Mean class accuracy | 70.00 |"} < {
+        *lines
+    }
+    assert {"| Calibration error | 5.00 |", "| fog | 70.00 | 50.00 | 60.00 |", "| mean | 65.00 | 35.00 | 50.00 |"} < {
+        *lines
+    }
 
 
 def test_mce_is_relative_to_a_baseline():
@@ -221,8 +211,8 @@ def test_comparison_refuses_what_cannot_be_compared():
         with pytest.raises(ConfigurationError, match="confidence"):
             compare({"a": [result([0.5] * 4)]}, confidence=confidence)
     for wrong, message in (
-        ({"a": [1]}, "evaluate_robustness.* for 'a', found int"),
-        ({"a": 1}, "a result or a list of them for 'a', found int"),
+        ({"a": [1]}, r"evaluate_robustness\(\) for 'a', found list"),
+        ({"a": 1}, "for 'a', found int"),
         ({"a": "text"}, "for 'a', found str"),
         ([result([0.5] * 4)], "dict of results by method, found list"),
         (None, "found NoneType"),

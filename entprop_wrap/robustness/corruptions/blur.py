@@ -9,124 +9,97 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entprop_wrap.robustness.corruptions.base import Levels, begin, finish, in_slices
+from entprop_wrap.robustness.corruptions.base import corruption
 from entprop_wrap.robustness.corruptions.filters import add_shifted, correlate, gaussian_blur_2d, zoom_centre
 from entprop_wrap.robustness.corruptions.random import Draws
 
 __all__ = ["defocus_blur", "gaussian_blur", "glass_blur", "motion_blur", "move", "zoom_blur"]
 
-# Radius of the disk and standard deviation of its softened edge, in pixels.
-_DEFOCUS = Levels(
-    ((3.0, 0.1), (4.0, 0.5), (6.0, 0.5), (8.0, 0.5), (10.0, 0.5)),
-    ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1)),
-)
-# Standard deviation and furthest copy in pixels, and the number of rounds.
-_GLASS = Levels(
-    ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
-    ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
-)
-# Radius and standard deviation of the trail, in pixels.
-_MOTION = Levels(
-    ((10, 3.0), (15, 5.0), (15, 8.0), (15, 12.0), (20, 15.0)),
-    ((6, 1.0), (6, 1.5), (6, 2.0), (8, 2.0), (9, 2.5)),
-)
-# How many enlargements are averaged, from 1 upwards, and the step between two of them.
-_ZOOM = Levels(
-    ((12, 0.01), (16, 0.01), (11, 0.02), (13, 0.02), (11, 0.03)),
-    ((7, 0.01), (12, 0.01), (16, 0.01), (21, 0.01), (26, 0.01)),
-)
 # Up to this many taps, adding shifted images costs less than a product of spectra.
 _FEW_TAPS = 32
 
-# Standard deviation, in pixels.
-_GAUSSIAN = Levels((1.0, 2.0, 3.0, 4.0, 6.0), (0.4, 0.6, 0.7, 0.8, 1.0))
 
-
-@in_slices()
-def defocus_blur(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Average over a disk, as a lens out of focus does. Nothing is drawn."""
-    pixels, (radius, softness) = begin(images, severity, _DEFOCUS)
+@corruption(
+    ((3.0, 0.1), (4.0, 0.5), (6.0, 0.5), (8.0, 0.5), (10.0, 0.5)),
+    ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1)),
+)
+def defocus_blur(pixels: Tensor, draws: Draws, radius: float, softness: float) -> Tensor:
+    """Average over a disk with a softened edge, as a lens out of focus does. Nothing is drawn."""
     kernel = _disk(radius, softness)
     if int(kernel.count_nonzero()) > _FEW_TAPS:
-        return finish(correlate(pixels, kernel.to(pixels).unsqueeze(0), "reflect"), images)
-    edge = len(kernel) // 2
-    padded = F.pad(pixels, (edge,) * 4, mode="reflect")
+        return correlate(pixels, kernel.to(pixels).unsqueeze(0), "reflect")
+    padded = F.pad(pixels, (len(kernel) // 2,) * 4, mode="reflect")
     taps = [(row, column, float(kernel[row, column])) for row, column in kernel.nonzero().tolist()]
-    return finish(add_shifted(padded, taps, *pixels.shape[-2:]), images)
+    return add_shifted(padded, taps, *pixels.shape[-2:])
 
 
-@in_slices()
-def glass_blur(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption(
+    ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+    ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
+)
+def glass_blur(pixels: Tensor, draws: Draws, sigma: float, reach: int, rounds: int) -> Tensor:
     """Blur, let pixels be overwritten by near neighbours, and blur again, as behind frosted glass.
 
-    The released code means to swap pixels one after the other, but its swap assigns through views, so each pixel
-    is overwritten by its neighbour and the neighbour stays. The datasets were made that way, and so is this:
-    exactly that process in distribution, with all chains of copies resolved at once (see :func:`_copied_from`).
-    Its rounding down to bytes between the steps is left out.
-
-    By PSNR, neither published table is in order.
+    The released code means to swap pixels one after the other, but its swap assigns through views, so each pixel is
+    overwritten by its neighbour and the neighbour stays. The datasets were made that way, and so is this. Rounding down
+    to bytes between the steps is left out. By PSNR, neither published table is in order.
     """
-    pixels, (sigma, reach, rounds) = begin(images, severity, _GLASS)
-    draws = Draws(pixels, generator)
     height, width = pixels.shape[-2:]
     blurred = gaussian_blur_2d(pixels, sigma).flatten(2)
     for _ in range(rounds):
         shifts = draws.below(2 * reach, (2, height, width)) - reach
         source = _copied_from(shifts, reach).flatten(1)
         blurred = blurred.gather(2, source.unsqueeze(1).expand_as(blurred))
-    return finish(gaussian_blur_2d(blurred.view_as(pixels), sigma), images)
+    return gaussian_blur_2d(blurred.view_as(pixels), sigma)
 
 
-@in_slices()
-def motion_blur(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption(
+    ((10, 3.0), (15, 5.0), (15, 8.0), (15, 12.0), (20, 15.0)),
+    ((6, 1.0), (6, 1.5), (6, 2.0), (8, 2.0), (9, 2.5)),
+)
+def motion_blur(pixels: Tensor, draws: Draws, radius: int, sigma: float) -> Tensor:
     """Smear along a straight line at an angle within 45 degrees of the horizontal, one angle per image."""
-    pixels, (radius, sigma) = begin(images, severity, _MOTION)
-    angles = Draws(pixels, generator).uniform((), -45.0, 45.0)
-    return finish(move(pixels, radius, sigma, angles), images)
+    return move(pixels, radius, sigma, draws.uniform((), -45.0, 45.0))
 
 
-@in_slices(imagenet=8.0, cifar=2.0)
-def zoom_blur(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption(
+    ((12, 0.01), (16, 0.01), (11, 0.02), (13, 0.02), (11, 0.03)),
+    ((7, 0.01), (12, 0.01), (16, 0.01), (21, 0.01), (26, 0.01)),
+    slices=(8.0, 2.0),
+)
+def zoom_blur(pixels: Tensor, draws: Draws, count: int, step: float) -> Tensor:
     """Average the image with enlargements of its centre, as when driving towards it. Nothing is drawn."""
-    pixels, (count, step) = begin(images, severity, _ZOOM)
     height, width = pixels.shape[-2:]
-    # All planes of all images as the channels of one, next to each other in memory: resizing is then up to seven
-    # times as fast, since the weights are the same for all.
+    # All planes of all images as the channels of one, next to each other in memory: resizing is then up to seven times
+    # as fast. Whole vectors of the CPU only: what is left over is rounded differently, by its place in the batch.
     planes = pixels.reshape(1, -1, height, width)
-    count_planes = planes.shape[1]
-    # Whole vectors of the CPU only: what is left over is rounded differently, by where an image is in its batch.
-    planes = F.pad(planes, (0, 0, 0, 0, 0, -count_planes % 16)).contiguous(memory_format=torch.channels_last)
+    number = planes.shape[1]
+    planes = F.pad(planes, (0, 0, 0, 0, 0, -number % 16)).contiguous(memory_format=torch.channels_last)
     total = planes * 2.0  # the image itself, and its enlargement by 1
     for index in range(1, count):
-        # The released code counts with NumPy's arange, whose step has the rounding error of 1 + step in it; where a
+        # NumPy's arange, with which the released code counts, has the rounding error of 1 + step in its step; where a
         # size lies on the edge between two whole numbers of pixels that decides.
         factor = 1.0 + index * ((1.0 + step) - 1.0)
         crop_height, crop_width = math.ceil(height / factor), math.ceil(width / factor)
         top, left = (height - crop_height) // 2, (width - crop_width) // 2
         crop = planes[..., top : top + crop_height, left : left + crop_width]
         total += zoom_centre(crop, factor, height, width)
-    return finish(total[:, :count_planes].contiguous().div_(count + 1).view(pixels.shape), images)
+    return total[:, :number].contiguous().div_(count + 1).view(pixels.shape)
 
 
-@in_slices()
-def gaussian_blur(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption((1.0, 2.0, 3.0, 4.0, 6.0), (0.4, 0.6, 0.7, 0.8, 1.0))
+def gaussian_blur(pixels: Tensor, draws: Draws, sigma: float) -> Tensor:
     """Blur with a Gaussian. Nothing is drawn."""
-    pixels, sigma = begin(images, severity, _GAUSSIAN)
-    return finish(gaussian_blur_2d(pixels, sigma), images)
+    return gaussian_blur_2d(pixels, sigma)
 
 
 def move(pixels: Tensor, radius: int, sigma: float, degrees: Tensor) -> Tensor:
-    """Blur along a line, one angle per image, as ImageMagick's motion blur does (its ``effect.c``).
+    """Blur along a line, as ImageMagick's motion blur does (its ``effect.c``).
 
-    The trail is half a Gaussian that starts at the pixel and reads ``2 * radius + 1`` whole pixels along the line,
-    the edge repeated outside the image. Those without weight in float32 are left out.
-
-    Args:
-        pixels: ``(N, C, H, W)``.
-        radius: Half the length of the trail, in pixels.
-        sigma: Standard deviation of the trail, in pixels.
-        degrees: ``(N,)`` angles, clockwise from the right, of where the trail reads.
+    The trail is half a Gaussian of deviation ``sigma`` that starts at the pixel and reads ``2 * radius + 1`` whole
+    pixels at the image's angle ``(N,)``, clockwise from the right; the edge is repeated outside the image.
     """
+    # Taps without weight in float32 are left out.
     length = min(2 * radius + 1, math.ceil(6.0 * sigma))
     distance = torch.arange(length, device=pixels.device, dtype=pixels.dtype)
     weights = torch.exp(-0.5 * (distance / sigma) ** 2)
@@ -151,18 +124,12 @@ def move(pixels: Tensor, radius: int, sigma: float, degrees: Tensor) -> Tensor:
 
 
 def _copied_from(shifts: Tensor, reach: int) -> Tensor:
-    """Resolve one round of sequential copies ``image[p] = image[p + shift(p)]``, last pixel first.
+    """Return the flat index ``(N, H, W)`` of the pixel whose original value ends up at each place.
 
-    A copy reads an original value if its source comes later in that order, and a copied value if the source was
-    overwritten before. So a pixel follows its sources for as long as they are overwritten ones; all chains are
-    followed at once by doubling the stride, and since each step goes forward they end.
-
-    Args:
-        shifts: ``(N, 2, H, W)``, rows and columns, from ``-reach`` to ``reach - 1``.
-        reach: Pixels with an index up to ``reach``, or beyond the side less ``reach``, are never overwritten.
-
-    Returns:
-        ``(N, H, W)`` flat indices of the pixels whose original values end up at each place.
+    Pixels are overwritten one by one, ``image[p] = image[p + shift(p)]``, last pixel first, by ``shifts`` ``(N, 2, H,
+    W)`` from ``-reach`` to ``reach - 1``; those nearer to the edge than ``reach`` are not. A copy reads a copied value
+    if its source was overwritten before, so a pixel follows its sources for as long as they are overwritten ones. All
+    chains are followed at once by doubling the stride, and since each step goes forward they end.
     """
     height, width = shifts.shape[-2:]
     here = torch.arange(height * width, device=shifts.device, dtype=torch.int32).view(height, width)

@@ -1,101 +1,96 @@
-"""Digital corruptions: brightness, contrast, elastic, pixelate, saturate (Hendrycks & Dietterich 2019, section 4.1)."""
+"""Digital corruptions: brightness, contrast, elastic, pixelate, JPEG, saturate (Hendrycks & Dietterich 2019)."""
 
 from __future__ import annotations
 
+import io
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entprop_wrap.robustness.corruptions.base import Levels, begin, finish, in_slices
+from entprop_wrap.robustness.corruptions.base import SMALL_SIDE, corruption
 from entprop_wrap.robustness.corruptions.filters import gaussian_blur_2d, lines, shrink_and_enlarge
 from entprop_wrap.robustness.corruptions.random import Draws
 
-__all__ = ["brightness", "contrast", "elastic_transform", "pixelate", "saturate"]
+__all__ = ["brightness", "contrast", "elastic_transform", "jpeg_compression", "pixelate", "saturate"]
 
-# Added to the value of HSV.
-_BRIGHTNESS = Levels((0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3))
-# What is left of the distance to the mean colour.
-_CONTRAST = Levels((0.4, 0.3, 0.2, 0.1, 0.05), (0.75, 0.5, 0.4, 0.3, 0.15))
-# Displacement, its smoothness (a standard deviation), and how far corners move: fractions of 244 px on images of
-# 224 px (a slip of the released code that made the dataset), and of the side for small images.
-_ELASTIC = Levels(
+
+@corruption((0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3))
+def brightness(pixels: Tensor, draws: Draws, offset: float) -> Tensor:
+    """Raise the value of HSV and leave hue and saturation as they are. Nothing is drawn.
+
+    With both kept, a colour is proportional to its value, so no conversion is needed.
+    """
+    pixels = pixels.clamp(min=1e-30)  # black is the darkest grey, and needs no case of its own
+    value = pixels.amax(dim=1, keepdim=True)
+    return pixels.mul_((value + offset).clamp_(max=1.0).div_(value))
+
+
+@corruption((0.4, 0.3, 0.2, 0.1, 0.05), (0.75, 0.5, 0.4, 0.3, 0.15))
+def contrast(pixels: Tensor, draws: Draws, kept: float) -> Tensor:
+    """Pull every colour towards the mean colour of its image. Nothing is drawn."""
+    return torch.lerp(pixels.mean(dim=(2, 3), keepdim=True), pixels, kept)
+
+
+@corruption(
     ((2.0, 0.7, 0.1), (2.0, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)),
     ((0.0, 0.0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
 )
-_ELASTIC_SIDE = Levels((244 / 224,) * 5, (1.0,) * 5)
-# Share of the side that is left.
-_PIXELATE = Levels((0.6, 0.5, 0.4, 0.3, 0.25), (0.95, 0.9, 0.85, 0.75, 0.65))
-# Factor and offset of the saturation of HSV.
-_SATURATE = Levels(
-    ((0.3, 0.0), (0.1, 0.0), (2.0, 0.0), (5.0, 0.1), (20.0, 0.2)),
-    ((0.3, 0.0), (0.1, 0.0), (1.5, 0.0), (2.0, 0.1), (2.5, 0.2)),
-)
-
-
-@in_slices()
-def brightness(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Raise the value of HSV and leave hue and saturation as they are. Nothing is drawn.
-
-    With both kept, a colour is proportional to its value, so no conversion is needed: black turns grey, all else
-    is scaled.
-    """
-    pixels, offset = begin(images, severity, _BRIGHTNESS)
-    pixels = pixels.clamp(min=1e-30)  # black is the darkest grey, and needs no case of its own
-    value = pixels.amax(dim=1, keepdim=True)
-    return finish(pixels.mul_((value + offset).clamp_(max=1.0).div_(value)), images)
-
-
-@in_slices()
-def contrast(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Pull every colour towards the mean colour of its image. Nothing is drawn."""
-    pixels, kept = begin(images, severity, _CONTRAST)
-    return finish(torch.lerp(pixels.mean(dim=(2, 3), keepdim=True), pixels, kept), images)
-
-
-@in_slices()
-def elastic_transform(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+def elastic_transform(pixels: Tensor, draws: Draws, strength: float, smoothness: float, corner: float) -> Tensor:
     """Shift three points of the image at random and the rest along with them, then stretch it locally.
 
-    The constants are fractions of the short side, as published; two linear interpolations, as in the released code.
-
-    ImageNet-C changes its kind between severity 2 (large moves) and 3 (fine ripples), and by PSNR neither published
-    table is in order.
+    Displacement, its smoothness (a standard deviation) and how far corners move are fractions of the short side; on
+    ImageNet-C of 244 px where images have 224, a slip of the released code that made the dataset. ImageNet-C changes
+    its kind between severity 2 (large moves) and 3 (fine ripples), and by PSNR neither published table is in order.
     """
-    pixels, (strength, smoothness, corner) = begin(images, severity, _ELASTIC)
     height, width = pixels.shape[-2:]
-    short = min(height, width)
-    unit = short * _ELASTIC_SIDE.at(severity, short)
-    draws = Draws(pixels, generator)
+    unit = min(height, width) * (1.0 if min(height, width) < SMALL_SIDE else 244 / 224)
     moves = draws.uniform((3, 2), -corner * unit, corner * unit)
     moved = _sample(pixels, *_affine_places(moves, height, width), corners_are_centres=True)
     if strength == 0.0:  # the mildest level of CIFAR-C is the affine part alone
-        return finish(moved, images)
+        return moved
     noise = draws.uniform((2, height, width), -1.0, 1.0)
     shift = gaussian_blur_2d(noise, smoothness * unit, truncate=3.0, border="reflect") * (strength * unit)
     y, x = lines(pixels)
-    return finish(_sample(moved, shift[:, 0] + x, shift[:, 1] + y, corners_are_centres=False), images)
+    return _sample(moved, shift[:, 0] + x, shift[:, 1] + y, corners_are_centres=False)
 
 
-@in_slices()
-def pixelate(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Average down with a box filter and enlarge again without smoothing. Nothing is drawn.
+@corruption((0.6, 0.5, 0.4, 0.3, 0.25), (0.95, 0.9, 0.85, 0.75, 0.65))
+def pixelate(pixels: Tensor, draws: Draws, share: float) -> Tensor:
+    """Average down to a share of the side with a box filter, and enlarge without smoothing. Nothing is drawn.
 
     The rounding to bytes after each step of the released code is left out.
     """
-    pixels, share = begin(images, severity, _PIXELATE)
     height, width = pixels.shape[-2:]
-    return finish(shrink_and_enlarge(pixels, int(height * share), int(width * share)), images)
+    return shrink_and_enlarge(pixels, int(height * share), int(width * share))
 
 
-@in_slices()
-def saturate(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption((25, 18, 15, 10, 7), (80, 65, 58, 50, 40))
+def jpeg_compression(pixels: Tensor, draws: Draws, quality: int) -> Tensor:
+    """Round to bytes, compress as JPEG, and decompress, on the CPU. Nothing is drawn."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("jpeg_compression needs Pillow: pip install pillow.") from error
+    decoded = []
+    for image in (pixels * 255.0).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        decoded.append(torch.from_numpy(np.array(Image.open(file))))
+    return torch.stack(decoded).permute(0, 3, 1, 2).to(pixels) / 255.0
+
+
+@corruption(
+    ((0.3, 0.0), (0.1, 0.0), (2.0, 0.0), (5.0, 0.1), (20.0, 0.2)),
+    ((0.3, 0.0), (0.1, 0.0), (1.5, 0.0), (2.0, 0.1), (2.5, 0.2)),
+)
+def saturate(pixels: Tensor, draws: Draws, factor: float, offset: float) -> Tensor:
     """Change the saturation of HSV and leave hue and value as they are. Nothing is drawn.
 
-    Grey has no hue; as in the released code it counts as red, so that the offsets of severities 4 and 5 tint it.
-
-    The first two severities wash colours out, the others deepen them, so the order is not by strength.
+    Grey has no hue; as in the released code it counts as red, so that the offsets of severities 4 and 5 tint it. The
+    first two severities wash colours out, the others deepen them, so the order is not by strength.
     """
-    pixels, (factor, offset) = begin(images, severity, _SATURATE)
     value, low = pixels.amax(dim=1, keepdim=True), pixels.amin(dim=1, keepdim=True)
     # 1 for the weakest channel and 0 for the strongest: the part of a colour that saturation acts on.
     spread = value - low
@@ -104,7 +99,7 @@ def saturate(images: Tensor, severity: int, generator: torch.Generator | None = 
     red = pixels.new_tensor([0.0, 1.0, 1.0]).view(1, 3, 1, 1)
     saturation = spread / value.masked_fill(value <= 0.0, 1.0)
     saturation = (saturation * factor + offset).clamp_(max=1.0)
-    return finish(value - value * saturation * torch.where(grey, red, depth), images)
+    return value - value * saturation * torch.where(grey, red, depth)
 
 
 def _affine_places(moves: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
-"""Linear filters for batches of images: sums of shifted images, matrices along each axis, and products of spectra.
+"""Linear filters for batches of images.
 
-A one-dimensional filter with any border rule, or a resampling, is a matrix; applied from both sides it costs two
-matrix products, whatever its radius. Filters with few taps are sums of shifted images. Other two-dimensional kernels
-without short factors (a disk) are applied as a product of spectra.
+A one-dimensional filter with any border rule, or a resampling, is a matrix, applied along each axis. Filters with few
+taps are sums of shifted images; other two-dimensional kernels (a disk) are applied as a product of spectra.
 """
 
 from __future__ import annotations
@@ -28,13 +27,9 @@ _SHORT = 0.1
 
 
 def gaussian_blur_2d(values: Tensor, sigma: float, truncate: float = 4.0, border: Border = "nearest") -> Tensor:
-    """Blur the last two dimensions with a Gaussian of ``sigma`` pixels, cut off at ``truncate`` sigmas.
+    """Blur images ``(N, C, H, W)`` with a Gaussian of ``sigma`` pixels, cut off at ``truncate`` sigmas.
 
-    Args:
-        values: ``(N, C, H, W)``.
-        sigma: Standard deviation in pixels; one below ``0.5 / truncate`` changes nothing.
-        truncate: Where the kernel ends, in sigmas.
-        border: ``"nearest"`` repeats the edge, ``"reflect"`` mirrors about the edge of the last pixel.
+    The border "nearest" repeats the edge, "reflect" mirrors about the edge of the last pixel.
     """
     radius = int(truncate * sigma + 0.5)
     if radius == 0:
@@ -45,11 +40,7 @@ def gaussian_blur_2d(values: Tensor, sigma: float, truncate: float = 4.0, border
         padded = _surround(values, radius, border)
         padded = add_shifted(padded, [(at, 0, weight) for at, weight in enumerate(weights)], height, padded.shape[-1])
         return add_shifted(padded, [(0, at, weight) for at, weight in enumerate(weights)], height, width)
-    return _separable(
-        values,
-        _gaussian_matrix(height, radius, sigma, border),
-        _gaussian_matrix(width, radius, sigma, border),
-    )
+    return _separable(values, *(_gaussian_matrix(side, radius, sigma, border) for side in (height, width)))
 
 
 def lines(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,18 +71,8 @@ def zoom_centre(values: Tensor, factor: float, height: int, width: int) -> Tenso
 
 
 def add_shifted(padded: Tensor, taps: Sequence[Tap], height: int, width: int) -> Tensor:
-    """Return the weighted sum of the windows ``(..., height, width)`` of ``padded`` that start at each tap.
-
-    A row and the next lie one after the other in memory, so that a window with all that is between its rows is one
-    run of numbers, which adds up several times as fast as its rows do.
-
-    Args:
-        padded: ``(..., H, W)``.
-        taps: Row and column of the first pixel of a window, within ``[0, H - height]`` and ``[0, W - width]``, and
-            its weight. At least one.
-        height: Of the result, in pixels.
-        width: Of the result, in pixels.
-    """
+    """Return the weighted sum of the windows ``(..., height, width)`` of ``padded`` that start at each tap."""
+    # A window with all that is between its rows is one run of memory, which adds up several times as fast as its rows.
     stride = padded.shape[-1]
     runs, length = padded.contiguous().flatten(-2), (height - 1) * stride + width
     total = padded.new_zeros(*padded.shape[:-2], height * stride)
@@ -102,12 +83,9 @@ def add_shifted(padded: Tensor, taps: Sequence[Tap], height: int, width: int) ->
 
 
 def correlate(values: Tensor, kernels: Tensor, border: Literal["replicate", "reflect"]) -> Tensor:
-    """Correlate images with one kernel each, or with one kernel for all, in the Fourier domain.
+    """Correlate images ``(N, C, H, W)`` with kernels ``(N or 1, K, K)``, K odd, in the Fourier domain.
 
-    Args:
-        values: ``(N, C, H, W)``.
-        kernels: ``(N, K, K)`` or ``(1, K, K)`` with odd ``K``; the tap at the centre reads the pixel itself.
-        border: ``"replicate"`` repeats the edge; ``"reflect"`` mirrors about the last pixel (``K // 2 < H, W``).
+    The border "replicate" repeats the edge; "reflect" mirrors about the last pixel (``K // 2 < H, W``).
     """
     height, width = values.shape[-2:]
     size = kernels.shape[-1]
@@ -135,7 +113,7 @@ def _surround(values: Tensor, radius: int, border: Border) -> Tensor:
 
 
 def _gaussian(radius: int, sigma: float) -> Tensor:
-    """The ``2 * radius + 1`` weights of a Gaussian, float64 on the CPU, with sum 1."""
+    """Return the ``2 * radius + 1`` weights of a Gaussian, float64 on the CPU, with sum 1."""
     taps = torch.arange(-radius, radius + 1, dtype=torch.float64)
     weights = torch.exp(-0.5 * (taps / sigma) ** 2)
     return weights / weights.sum()
@@ -143,7 +121,7 @@ def _gaussian(radius: int, sigma: float) -> Tensor:
 
 @lru_cache(maxsize=128)
 def _gaussian_matrix(size: int, radius: int, sigma: float, border: Border) -> Tensor:
-    """The ``(size, size)`` matrix of a Gaussian filter, float64 on the CPU."""
+    """Return the ``(size, size)`` matrix of a Gaussian filter, float64 on the CPU."""
     index = _fold(torch.arange(size).unsqueeze(1) + torch.arange(-radius, radius + 1), size, border)
     matrix = torch.zeros(size, size, dtype=torch.float64)
     return matrix.scatter_add_(1, index, _gaussian(radius, sigma).expand(size, -1))
@@ -159,11 +137,10 @@ def _fold(index: Tensor, size: int, border: Border) -> Tensor:
 
 @lru_cache(maxsize=128)
 def _box_matrix(source: int, target: int) -> Tensor:
-    """The ``(target, source)`` matrix of a box filter as Pillow's ``resize`` samples it.
+    """Return the ``(target, source)`` matrix of a box filter as Pillow's ``resize`` samples it.
 
-    A source pixel counts fully when its centre lies within the footprint of the target pixel, and not at all
-    otherwise; a footprint is never narrower than one source pixel. Where a centre lies on the edge of a footprint
-    the rounding of the last bit decides, so the arithmetic goes in Pillow's order, its whole limits included.
+    A source pixel counts when its centre lies within the footprint of the target pixel, of at least one source pixel.
+    For a centre on the edge the rounding of the last bit decides, so the arithmetic goes in Pillow's order.
     """
     scale = source / target
     footprint = max(scale, 1.0)

@@ -3,90 +3,71 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from entprop_wrap.robustness.corruptions.base import Levels, begin, finish, in_slices
+from entprop_wrap.robustness.corruptions.base import corruption
 from entprop_wrap.robustness.corruptions.random import Draws
 
 __all__ = ["gaussian_noise", "impulse_noise", "shot_noise", "speckle_noise"]
 
-# Standard deviation, in units of the pixel range.
-_GAUSSIAN = Levels((0.08, 0.12, 0.18, 0.26, 0.38), (0.04, 0.06, 0.08, 0.09, 0.10))
-# Photons that a white pixel collects.
-_SHOT = Levels((60.0, 25.0, 12.0, 5.0, 3.0), (500.0, 250.0, 100.0, 75.0, 50.0))
-# Share of the values that are replaced.
-_IMPULSE = Levels((0.03, 0.06, 0.09, 0.17, 0.27), (0.01, 0.02, 0.03, 0.05, 0.07))
-# Standard deviation, in units of the pixel itself.
-_SPECKLE = Levels((0.15, 0.2, 0.35, 0.45, 0.6), (0.06, 0.1, 0.12, 0.16, 0.2))
-
 # Below this rate counts are found by summing the distribution, above it by expanding its quantiles.
 _FEW = 4.0
+# Such a count exceeds this less often than draws can tell, 1e-7.
+_MOST = 18
 # Turns every difference between two floats from 1e-30 upwards into 1 or more.
 _STEEP = 1e30
 
 
-@in_slices()
-def gaussian_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption((0.08, 0.12, 0.18, 0.26, 0.38), (0.04, 0.06, 0.08, 0.09, 0.10))
+def gaussian_noise(pixels: Tensor, draws: Draws, sigma: float) -> Tensor:
     """Add independent normal noise to every value, as in low light."""
-    pixels, sigma = begin(images, severity, _GAUSSIAN)
-    noise = Draws(pixels, generator).normal(pixels.shape[1:])
-    return finish(noise.mul_(sigma).add_(pixels), images)
+    return draws.normal(pixels.shape[1:]).mul_(sigma).add_(pixels)
 
 
-@in_slices()
-def shot_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption((60.0, 25.0, 12.0, 5.0, 3.0), (500.0, 250.0, 100.0, 75.0, 50.0))
+def shot_noise(pixels: Tensor, draws: Draws, photons: float) -> Tensor:
     """Replace every value by a Poisson count of photons, as in electronic sensors.
 
     Counts are exact in distribution where fewer than 4 photons are expected. Elsewhere they come from the quantile
-    expansion, and at most one draw in 600 is off by one photon.
+    expansion, and at most one draw in 600 is off by one photon. The constants are the photons of a white pixel.
     """
-    pixels, photons = begin(images, severity, _SHOT)
-    probability = Draws(pixels, generator).uniform(pixels.shape[1:])
-    return finish(_poisson(pixels * photons, probability, photons).div_(photons), images)
+    return _poisson(pixels * photons, draws.uniform(pixels.shape[1:]), photons).div_(photons)
 
 
-@in_slices()
-def impulse_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption((0.03, 0.06, 0.09, 0.17, 0.27), (0.01, 0.02, 0.03, 0.05, 0.07))
+def impulse_noise(pixels: Tensor, draws: Draws, share: float) -> Tensor:
     """Set some values to 0 and as many to 1: salt and pepper in each channel, as from bit errors."""
-    pixels, amount = begin(images, severity, _IMPULSE)
-    chance = Draws(pixels, generator).uniform(pixels.shape[1:])
+    chance = draws.uniform(pixels.shape[1:])
     # Products and maxima, because selecting by a mask costs a CPU ten times as much.
-    kept, salt = (chance >= amount / 2).to(pixels.dtype), (chance > 1.0 - amount / 2).to(pixels.dtype)
-    return finish(torch.maximum(kept.mul_(pixels), salt), images)
+    kept, salt = (chance >= share / 2).to(pixels.dtype), (chance > 1.0 - share / 2).to(pixels.dtype)
+    return torch.maximum(kept.mul_(pixels), salt)
 
 
-@in_slices()
-def speckle_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption((0.15, 0.2, 0.35, 0.45, 0.6), (0.06, 0.1, 0.12, 0.16, 0.2))
+def speckle_noise(pixels: Tensor, draws: Draws, sigma: float) -> Tensor:
     """Add normal noise in proportion to each value: the brighter, the noisier."""
-    pixels, sigma = begin(images, severity, _SPECKLE)
-    noise = Draws(pixels, generator).normal(pixels.shape[1:])
-    return finish(noise.mul_(sigma).add_(1.0).mul_(pixels), images)
+    return draws.normal(pixels.shape[1:]).mul_(sigma).add_(1.0).mul_(pixels)
 
 
 def _poisson(rate: Tensor, probability: Tensor, highest: float) -> Tensor:
-    """Counts at which the Poisson distribution of each ``rate`` up to ``highest`` reaches each ``probability``."""
+    """Return the counts at which the Poisson distribution of each ``rate`` up to ``highest`` reaches a probability."""
     if highest <= _FEW:
-        return _sum_up(rate, probability, highest)
-    counts = _expand(rate.clamp(min=_FEW), probability)
-    if highest <= 4.0 * _FEW:
-        # With most pixels below, doing all of them both ways costs less than picking them out.
-        few = _sum_up(rate.clamp(max=_FEW), probability, _FEW)
-        return torch.lerp(counts, few, (rate < _FEW).to(rate.dtype))
-    rate, counts = rate.flatten(), counts.flatten()
-    picked = (rate < _FEW).nonzero().squeeze(1)
-    counts[picked] = _sum_up(rate.take(picked), probability.take(picked), _FEW)
+        return _sum_up(rate, probability)
+    rate, chance = rate.flatten(), probability.flatten()
+    counts = _expand(rate.clamp(min=_FEW), chance)
+    few = (rate < _FEW).nonzero().squeeze(1)
+    counts[few] = _sum_up(rate.take(few), chance.take(few))
     return counts.view_as(probability)
 
 
-def _sum_up(rate: Tensor, probability: Tensor, highest: float) -> Tensor:
-    """Poisson quantiles for rates up to ``highest``, a small one: how many partial sums stay below the probability."""
+def _sum_up(rate: Tensor, probability: Tensor) -> Tensor:
+    """Return Poisson quantiles for small rates: how many partial sums stay below the probability."""
     target = probability * rate.exp()
     power, partial = torch.ones_like(rate), torch.ones_like(rate)
     counts, below = torch.zeros_like(rate), torch.empty_like(rate)
-    for count in range(_most(highest)):
+    for count in range(_MOST):
         if count:
             partial.add_(power.mul_(rate), alpha=1.0 / math.factorial(count))
         # 1 where the sum is below and 0 elsewhere; a comparison costs a CPU twice as much.
@@ -94,20 +75,8 @@ def _sum_up(rate: Tensor, probability: Tensor, highest: float) -> Tensor:
     return counts
 
 
-@lru_cache(maxsize=16)
-def _most(rate: float) -> int:
-    """The least count that a Poisson variable of ``rate`` exceeds less often than draws can tell, 1e-7."""
-    count, mass = 0, math.exp(-rate)
-    beyond = 1.0 - mass
-    while beyond > 1e-7:
-        count += 1
-        mass *= rate / count
-        beyond -= mass
-    return count
-
-
 def _expand(rate: Tensor, probability: Tensor) -> Tensor:
-    """Poisson quantiles for rates from ``_FEW`` upwards, to the order ``1 / rate``.
+    """Return Poisson quantiles for rates from ``_FEW`` upwards, to the order ``1 / rate``.
 
     Source: M. Giles, "Algorithm 955: Approximation of the Inverse Poisson Cumulative Distribution Function" (2016),
     section 2.2.

@@ -2,7 +2,7 @@
 
 Five of the ten corruptions of ImageNet-C-bar (Mintun, Kirillov & Xie 2021, "On Interaction Between Augmentations and
 Corruptions in Natural Corruption Robustness", https://arxiv.org/abs/2102.11273), as their released code defines them.
-All are called as :class:`~.inputs.Corruption` says. Lengths are relative to the short side.
+Lengths are relative to the short side. Only brownish noise was published with strengths for 32 px, too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from entprop_wrap.robustness.corruptions.base import Levels, begin, finish, in_slices
+from entprop_wrap.robustness.corruptions.base import corruption
 from entprop_wrap.robustness.corruptions.filters import lines
 from entprop_wrap.robustness.corruptions.random import Draws
 
@@ -26,13 +26,6 @@ __all__ = [
     "spectral_noise",
 ]
 
-# Amplitudes, as fractions of the pixel range. Only brownish noise was published with strengths for 32 px, too.
-_FREQUENCY = Levels.of(19.6 / 255, (1.0, 1.5, 2.0, 4.5, 5.0))
-_RINGS = Levels.of(12.8 / 255, (3.0, 5.0, 8.0, 9.0, 10.0))
-_PLASMA = Levels.of(6.4 / 255, (4.75, 7.0, 8.5, 9.25, 10.0))
-_PERLIN = Levels.of(0.05, (4.6, 5.2, 5.8, 7.6, 8.8))
-_BROWNISH = Levels.of(6.4 / 255, (1.0, 2.0, 3.0, 4.0, 5.0), (2.5, 4.0, 5.5, 6.5, 7.0))
-
 # Most foldings of plasma, octaves of Perlin noise above the first, its cells along 224 px, and the length of its table.
 _FOLDS = 6
 _OCTAVES = (2, 4, 8, 16)
@@ -40,26 +33,23 @@ _CELLS = 7.0
 _TABLE = 256
 
 
-@in_slices()
-def single_frequency_greyscale(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption((1.0, 1.5, 2.0, 4.5, 5.0))
+def single_frequency_greyscale(pixels: Tensor, draws: Draws, strength: float) -> Tensor:
     """Add a grey plane wave of random direction, frequency and phase."""
-    pixels, intensity = begin(images, severity, _FREQUENCY)
-    draws = Draws(pixels, generator)
     first = draws.uniform((1, 1), -math.pi, math.pi)
     second = draws.uniform((1, 1), -1.0, 1.0) * first.abs()
     swap, phase = draws.below(2, (1, 1)) == 1, draws.uniform((1, 1), 0.0, 2.0 * math.pi)
     along_x, along_y = torch.where(swap, second, first), torch.where(swap, first, second)
     y, x = lines(pixels)
     wave = (x * along_x + y * along_y + phase).sin_().unsqueeze(1)
-    return finish(torch.add(pixels, wave, alpha=intensity), images)
+    return torch.add(pixels, wave, alpha=19.6 / 255 * strength)
 
 
-@in_slices()
-def cocentric_sine_waves(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption((3.0, 5.0, 8.0, 9.0, 10.0))
+def cocentric_sine_waves(pixels: Tensor, draws: Draws, strength: float) -> Tensor:
     """Add rings around a random centre, each rising from dark to bright, with wavy edges."""
-    pixels, intensity = begin(images, severity, _RINGS)
     height, width = pixels.shape[-2:]
-    draws, side = Draws(pixels, generator), min(height, width)
+    side = min(height, width)
     left, top = draws.uniform((1, 1), 0.0, width), draws.uniform((1, 1), 0.0, height)
     frequency = draws.uniform((1, 1), 0.0, 10.0)
     amplitude, ring = draws.uniform((1, 1), 0.0, side / 10), draws.uniform((1, 1), 0.0, side / 10)
@@ -67,14 +57,13 @@ def cocentric_sine_waves(images: Tensor, severity: int, generator: torch.Generat
     x, y = x - left, y - top
     distance = (x.square() + y.square()).sqrt_() + (torch.atan2(x, y) * frequency).sin_() * amplitude
     rings = (distance.remainder(ring) / ring).sub_(0.5).unsqueeze(1)
-    return finish(torch.add(pixels, rings, alpha=intensity), images)
+    return torch.add(pixels, rings, alpha=12.8 / 255 * strength)
 
 
-@in_slices()
-def plasma_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption((4.75, 7.0, 8.5, 9.25, 10.0))
+def plasma_noise(pixels: Tensor, draws: Draws, strength: float) -> Tensor:
     """Lay coloured plasma over the image: waves of a plane that was folded several times by waves."""
-    pixels, intensity = begin(images, severity, _PLASMA)
-    draws = Draws(pixels, generator)
+    intensity = 6.4 / 255 * strength
     time, folds = draws.uniform((1, 1), 0.0, 6.0 * math.pi), draws.below(3, (1, 1)) + 4
     growth = 2.25 - draws.uniform((1, 1), 0.5, 1.0)
     scale = draws.uniform((1, 1), 0.075, 0.2) * min(pixels.shape[-2:])
@@ -87,17 +76,15 @@ def plasma_noise(images: Tensor, severity: int, generator: torch.Generator | Non
         across, along = across - 0.3 * along, along + 0.3 * across
         x, y = torch.where(fold < folds, x + across, x), torch.where(fold < folds, y + along, y)
     noise = torch.stack([(x - time).sin_(), ((x + y + time.sin()) * 0.5).sin_(), (y + time).sin_()], dim=1)
-    return finish(pixels * (1.0 - intensity) + noise * intensity, images)
+    return pixels * (1.0 - intensity) + noise * intensity
 
 
-@in_slices()
-def perlin_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption((4.6, 5.2, 5.8, 7.6, 8.8))
+def perlin_noise(pixels: Tensor, draws: Draws, strength: float) -> Tensor:
     """Blend the image with grey turbulence: five octaves of Perlin noise, folded at zero.
 
     Source of the noise: K. Perlin, "An Image Synthesizer" (1985), with a table of gradients, as released.
     """
-    pixels, blend = begin(images, severity, _PERLIN)
-    draws = Draws(pixels, generator)
     gradients = draws.uniform((_TABLE, 2), -1.0, 1.0)
     gradients = gradients / gradients.norm(dim=2, keepdim=True)
     table = draws.uniform((_TABLE,)).argsort(dim=1)
@@ -106,25 +93,20 @@ def perlin_noise(images: Tensor, severity: int, generator: torch.Generator | Non
     for octave in _OCTAVES:
         turbulence += _perlin(gradients, table, y * octave, x * octave).abs() / octave
     noise = (0.5 * turbulence + 0.5).clamp_(max=1.0).unsqueeze(1)
-    return finish(torch.lerp(pixels, noise, blend), images)
+    return torch.lerp(pixels, noise, 0.05 * strength)
 
 
-@in_slices()
-def brownish_noise(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption((1.0, 2.0, 3.0, 4.0, 5.0), (2.5, 4.0, 5.5, 6.5, 7.0))
+def brownish_noise(pixels: Tensor, draws: Draws, strength: float) -> Tensor:
     """Add noise whose amplitude falls with the square of its frequency, in each channel."""
-    pixels, intensity = begin(images, severity, _BROWNISH)
-    noise = spectral_noise(Draws(pixels, generator), pixels, lambda distance: 1.0 / (distance.square() + 1.0), 3)
-    return finish(torch.add(pixels, noise, alpha=intensity), images)
+    noise = spectral_noise(draws, pixels, lambda distance: 1.0 / (distance.square() + 1.0), 3)
+    return torch.add(pixels, noise, alpha=6.4 / 255 * strength)
 
 
 def spectral_noise(draws: Draws, pixels: Tensor, power: Callable[[Tensor], Tensor], planes: int) -> Tensor:
-    """Return noise ``(N, planes, H, W)`` of deviation 1: random phases at each frequency, of a given amplitude.
+    """Return noise ``(N, planes, H, W)`` of deviation 1: random phases at each frequency.
 
-    Args:
-        draws: Of the images.
-        pixels: The images ``(N, 3, H, W)``.
-        power: From the distance to the zero frequency, in cycles per short side, to the amplitude.
-        planes: Planes an image.
+    ``power`` gives the amplitude by the distance to the zero frequency, in cycles per short side.
     """
     height, width = pixels.shape[-2:]
     y, x = lines(pixels)

@@ -1,14 +1,14 @@
-"""Random numbers that are a function of (seed of the image, position) only, on every device and at every batch size.
+"""Random numbers by the seed of an image and a position only, equal on every device and at every batch size.
 
-torch's own generators give other numbers on a GPU than on a CPU, and other numbers for 8 images than for 4 + 4. Here
-one 64-bit seed per image comes from the caller's CPU generator; everything else is a hash of that seed and a counter,
-computed in integer arithmetic on the device of the images. The hash is a two-round keyed mix; each round is the
-32-bit finaliser with shifts (16, 15, 16) and the two odd multipliers of C. Wellons, "Prospecting for Hash Functions"
-(2018), which has the lowest measured avalanche bias of its form. It is made for images, not for secrets.
+torch's own generators give other numbers on a GPU, and other numbers for 8 images than for 4 + 4. Here each image takes
+one 64-bit seed from the caller's CPU generator; everything else is a hash of that seed and a counter, in integer
+arithmetic on the device of the images: a two-round keyed mix by the 32-bit finaliser of C. Wellons, "Prospecting for
+Hash Functions" (2018), of the lowest measured avalanche bias of its form. It is made for images, not for secrets.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from entprop_wrap.utils.options import check_generator
 
-__all__ = ["Draws"]
+__all__ = ["Draws", "image_seeds"]
 
 # As signed 32-bit integers, which wrap around in torch on every device.
 _FIRST = 0x7FEB352D
@@ -28,30 +28,26 @@ _BITS = 23
 
 
 class Draws:
-    """A stream of random numbers for each image of a batch.
+    """A stream of random numbers for each image of a batch ``(N, ...)``, of its device and dtype.
 
-    Args:
-        pixels: The batch ``(N, ...)``; its length, device and dtype are those of what is drawn.
-        generator: A CPU generator, from which ``N`` seeds are taken, in the order of the images; ``None`` for
-            torch's default CPU generator.
-
-    Raises:
-        ConfigurationError: ``generator`` is not one, or is on another device than the CPU.
+    The generator, on the CPU, gives ``N`` seeds at the first draw, in the order of the images; None: torch's default.
     """
 
     def __init__(self, pixels: Tensor, generator: torch.Generator | None) -> None:
         check_generator(generator)
-        seeds = torch.randint(-(2**63), 2**63 - 1, (len(pixels),), generator=generator)
+        self._pixels, self._generator, self._position = pixels, generator, 0
+
+    @functools.cached_property
+    def _keys(self) -> Tensor:
+        seeds = image_seeds(len(self._pixels), self._generator)
         # The high half first, by an arithmetic shift; the low half re-centred into the range of int32.
         keys = torch.stack([seeds >> 32, (seeds & 0xFFFFFFFF) - 2**31]).to(torch.int32)
-        self._keys = keys.to(pixels.device).unsqueeze(-1)
-        self._dtype = pixels.dtype
-        self._position = 0
+        return keys.to(self._pixels.device).unsqueeze(-1)
 
     def uniform(self, shape: Sequence[int], low: float = 0.0, high: float = 1.0) -> Tensor:
         """Draw ``(N, *shape)`` uniform values from the open interval ``(low, high)``."""
         values = self._integers(math.prod(shape)).bitwise_right_shift_(32 - _BITS).bitwise_and_(2**_BITS - 1)
-        unit: Tensor = values.to(self._dtype).add_(0.5).mul_(2.0**-_BITS)
+        unit: Tensor = values.to(self._pixels.dtype).add_(0.5).mul_(2.0**-_BITS)
         if (low, high) != (0.0, 1.0):
             unit = unit.mul_(high - low).add_(low)
         return unit.view(-1, *shape)
@@ -69,10 +65,6 @@ class Draws:
         """Draw ``(N, *shape)`` integers (int32) from 0 to ``bound - 1``, each as likely within ``bound / 2**16``."""
         return (((self._integers(math.prod(shape)) >> 16) & 0xFFFF) * bound >> 16).view(-1, *shape)
 
-    def zeros(self, shape: Sequence[int]) -> Tensor:
-        """Return ``(N, *shape)`` zeros of the same dtype and device; draws nothing."""
-        return torch.zeros(self._keys.shape[1], *shape, dtype=self._dtype, device=self._keys.device)
-
     def _integers(self, count: int) -> Tensor:
         """The next ``count`` 32-bit integers of every stream, ``(N, count)``, int32."""
         first, second = self._keys
@@ -80,6 +72,11 @@ class Draws:
         self._position += count
         mixed = _mix(counter.to(torch.int32) + first)
         return _mix(mixed.bitwise_xor_(second))
+
+
+def image_seeds(count: int, generator: torch.Generator | None) -> Tensor:
+    """Draw the seeds of the next ``count`` images."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator)
 
 
 def _mix(values: Tensor) -> Tensor:

@@ -8,14 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entprop_wrap.robustness.corruptions.base import Levels, begin, finish, in_slices
+from entprop_wrap.robustness.corruptions.base import corruption
 from entprop_wrap.robustness.corruptions.filters import gaussian_blur_2d, lines
 from entprop_wrap.robustness.corruptions.random import Draws
 
 __all__ = ["caustic_refraction"]
 
-# Severity, of which displacement and light are multiples.
-_CAUSTIC = Levels.of(1.0, (2.35, 3.2, 4.9, 6.6, 9.15))
 # Of the released code: pi in its number of digits, and where its waves begin.
 _TURN, _START = 6.28318530718, 250.0
 _INDEX = 4.0
@@ -23,15 +21,13 @@ _INDEX = 4.0
 _STRAIGHT = 1.0 - 1e-3
 
 
-@in_slices()
-def caustic_refraction(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption((2.35, 3.2, 4.9, 6.6, 9.15))
+def caustic_refraction(pixels: Tensor, draws: Draws, strength: float) -> Tensor:
     """Bend the image at the slopes of a web of light, as on the ground of a pool, and shade it by them.
 
     Places are not rounded to a thousandth of a pixel, as they are in the released code.
     """
-    pixels, strength = begin(images, severity, _CAUSTIC)
-    height, width = pixels.shape[-2:]
-    draws, side = Draws(pixels, generator), min(height, width)
+    side = min(pixels.shape[-2:])
     time, size = draws.uniform((1, 1), 0.5, 2.0), draws.uniform((1, 1), 0.75, 1.25) * side
     y, x = lines(pixels)
     web = gaussian_blur_2d(_caustics(y / size, x / size, time).unsqueeze(1), 1.0, truncate=4.0, border="reflect")
@@ -45,7 +41,7 @@ def caustic_refraction(images: Tensor, severity: int, generator: torch.Generator
     bent = (incoming - (incoming.sin() / _INDEX).asin()).sin() / slope.sqrt().clamp(min=1e-12)
     bent = torch.where(normal >= _STRAIGHT, 0.0, bent) * (0.05 * strength * side)
     moved = _read(pixels, y + bent * down, x + bent * right)
-    return finish(moved + ((down - right) * (0.2 * strength)).unsqueeze(1), images)
+    return moved + ((down - right) * (0.2 * strength)).unsqueeze(1)
 
 
 def _caustics(y: Tensor, x: Tensor, time: Tensor) -> Tensor:

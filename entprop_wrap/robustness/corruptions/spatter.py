@@ -6,30 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entprop_wrap.robustness.corruptions.base import Levels, begin, finish, in_slices
-from entprop_wrap.robustness.corruptions.filters import gaussian_blur_2d
+from entprop_wrap.robustness.corruptions.base import corruption
+from entprop_wrap.robustness.corruptions.filters import add_shifted, gaussian_blur_2d
 from entprop_wrap.robustness.corruptions.random import Draws
 
 __all__ = ["spatter"]
-
-# Mean, deviation and smoothness (in pixels) of the liquid, the level above which it sticks, its strength, or for
-# mud the smoothness of its edge in pixels, and whether it is mud.
-_SPATTER = Levels(
-    (
-        (0.65, 0.3, 4.0, 0.69, 0.6, False),
-        (0.65, 0.3, 3.0, 0.68, 0.6, False),
-        (0.65, 0.3, 2.0, 0.68, 0.5, False),
-        (0.65, 0.3, 1.0, 0.65, 1.5, True),
-        (0.67, 0.4, 1.0, 0.65, 1.5, True),
-    ),
-    (
-        (0.62, 0.1, 0.7, 0.7, 0.5, False),
-        (0.65, 0.1, 0.8, 0.7, 0.5, False),
-        (0.65, 0.3, 1.0, 0.69, 0.5, False),
-        (0.65, 0.1, 0.7, 0.69, 0.6, True),
-        (0.65, 0.1, 0.5, 0.68, 0.6, True),
-    ),
-)
 
 # Colours in bytes, (red, green, blue).
 _WATER = (175.0, 238.0, 238.0)
@@ -46,33 +27,46 @@ _WEAK, _STRONG = 50.0, 150.0
 _FADE = 8
 
 
-@in_slices()
-def spatter(images: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
+@corruption(
+    (
+        (0.65, 0.3, 4.0, 0.69, 0.6, False),
+        (0.65, 0.3, 3.0, 0.68, 0.6, False),
+        (0.65, 0.3, 2.0, 0.68, 0.5, False),
+        (0.65, 0.3, 1.0, 0.65, 1.5, True),
+        (0.67, 0.4, 1.0, 0.65, 1.5, True),
+    ),
+    (
+        (0.62, 0.1, 0.7, 0.7, 0.5, False),
+        (0.65, 0.1, 0.8, 0.7, 0.5, False),
+        (0.65, 0.3, 1.0, 0.69, 0.5, False),
+        (0.65, 0.1, 0.7, 0.69, 0.6, True),
+        (0.65, 0.1, 0.5, 0.68, 0.6, True),
+    ),
+)
+def spatter(
+    pixels: Tensor, draws: Draws, mean: float, deviation: float, sigma: float, least: float, strength: float, mud: bool
+) -> Tensor:
     """Cover parts of the image with drops: shaded pale water up to severity 3, brown mud at 4 and 5.
 
-    Water is shaded by the distance to the edges of the drops, which the released code finds with Canny's detector;
-    so is this, with exact distances where that code uses a 5 x 5 approximation.
-
-    Water and mud are different corruptions, so severities are not in order of PSNR.
+    The liquid is smooth noise, and sticks where it is above ``least``. ``strength`` is the brightness of water, or the
+    smoothness of the edge of mud, in pixels. Water is shaded by the distance to the edges of the drops, found by
+    Canny's detector as in the released code; distances are exact where that code uses a 5 x 5 approximation.
     """
-    pixels, (mean, deviation, sigma, least, strength, mud) = begin(images, severity, _SPATTER)
-    noise = Draws(pixels, generator).normal((1, *pixels.shape[-2:])) * deviation + mean
+    noise = draws.normal((1, *pixels.shape[-2:])) * deviation + mean
     liquid = gaussian_blur_2d(noise, sigma)
     if mud:
         cover = gaussian_blur_2d((liquid > least).to(pixels.dtype), strength)
         cover = torch.where(cover < 0.8, 0.0, cover)
-        brown = pixels.new_tensor(_MUD).view(1, 3, 1, 1) / 255.0
-        return finish(torch.lerp(pixels, brown, cover), images)
+        return torch.lerp(pixels, pixels.new_tensor(_MUD).view(1, 3, 1, 1) / 255.0, cover)
     liquid = torch.where(liquid < least, 0.0, liquid).mul_(255.0).floor_().clamp_(max=255.0)
     light = liquid * _shading(liquid)
     brightest = light.amax(dim=(2, 3), keepdim=True)
     light = light * (strength / brightest.masked_fill(brightest <= 0.0, 1.0))  # no drop at all: nothing to add
-    pale = pixels.new_tensor(_WATER).view(1, 3, 1, 1) / 255.0
-    return finish(pixels + light * pale, images)
+    return pixels + light * (pixels.new_tensor(_WATER).view(1, 3, 1, 1) / 255.0)
 
 
 def _shading(liquid: Tensor) -> Tensor:
-    """Relief of the drops from the upper left, ``(N, 1, H, W)`` in bytes, for a liquid in bytes."""
+    """Return the relief of the drops from the upper left, ``(N, 1, H, W)`` in bytes, for a liquid in bytes."""
     distance = _distance(_edges(liquid)).to(liquid.dtype)
     levels = _equalise(torch.floor(_mean_3x3(distance)))
     relief = _stencil(F.pad(levels, (1, 1, 1, 1), mode="reflect"), _LAMP).clamp_(0.0, 255.0)
@@ -80,7 +74,7 @@ def _shading(liquid: Tensor) -> Tensor:
 
 
 def _edges(liquid: Tensor) -> Tensor:
-    """Canny's edges (1986), with Sobel slopes and their sum of absolute values; ``(N, 1, H, W)`` bool."""
+    """Return Canny's edges (1986), with Sobel slopes and their sum of absolute values; ``(N, 1, H, W)`` bool."""
     padded = F.pad(liquid, (1, 1, 1, 1), mode="replicate")
     across, down = _stencil(padded, _SOBEL), _stencil(padded.mT, _SOBEL).mT
     steepness = across.abs() + down.abs()
@@ -107,7 +101,7 @@ def _edges(liquid: Tensor) -> Tensor:
 
 
 def _distance(edges: Tensor) -> Tensor:
-    """Euclidean distance of each pixel to the nearest edge, no more than ``_FLAT``, ``(N, 1, H, W)``."""
+    """Return the Euclidean distance of each pixel to the nearest edge, no more than ``_FLAT``, ``(N, 1, H, W)``."""
     height, width = edges.shape[-2:]
     # Squares of distances, in short integers for speed.
     far = torch.where(edges, 0, _FLAT**2).to(torch.int16)
@@ -136,11 +130,7 @@ def _mean_3x3(values: Tensor) -> Tensor:
 
 
 def _stencil(padded: Tensor, weights: tuple[tuple[float, float, float], ...]) -> Tensor:
-    """Correlate ``(..., H + 2, W + 2)`` with 3 x 3 weights, to ``(..., H, W)``."""
+    """Correlate ``(N, 1, H + 2, W + 2)`` with 3 x 3 weights, to ``(N, 1, H, W)``."""
     height, width = padded.shape[-2] - 2, padded.shape[-1] - 2
-    total = torch.zeros_like(padded[..., :height, :width])
-    for row, line in enumerate(weights):
-        for column, weight in enumerate(line):
-            if weight:
-                total.add_(padded[..., row : row + height, column : column + width], alpha=weight)
-    return total
+    taps = [(row, column, weight) for row, line in enumerate(weights) for column, weight in enumerate(line) if weight]
+    return add_shifted(padded, taps, height, width)

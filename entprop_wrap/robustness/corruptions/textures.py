@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from entprop_wrap.robustness.corruptions.filters import lines
 from entprop_wrap.robustness.corruptions.random import Draws
 
 __all__ = ["panes", "plasma"]
@@ -25,17 +26,16 @@ _PANES = 5
 
 
 def plasma(draws: Draws, height: int, width: int, decay: float) -> Tensor:
-    """A fractal height map by the diamond-square algorithm, ``(N, height, width)``, from 0 to 1 before cropping.
+    """Return a fractal height map by the diamond-square algorithm, ``(N, height, width)``, from 0 to 1 before cropping.
 
-    The map is periodic, its side the power of two from ``max(height, width)`` upwards. Each halving of the step
-    divides the random part by ``decay ** 2``, the square because the released code scales its uniform draws, which
-    already span plus and minus the current amplitude, by that amplitude once more.
+    The map is periodic, its side a power of two. Each halving of the step divides the random part by ``decay ** 2``:
+    the released code scales its draws, which already span the current amplitude, by that amplitude once more.
 
     Source: A. Fournier, D. Fussell, L. Carpenter, "Computer Rendering of Stochastic Models" (1982).
     """
     side = 1 << (max(height, width) - 1).bit_length()
-    grid = draws.zeros((1, 1))
     wobbles = draws.uniform((side * side - 1,), -1.0, 1.0)  # of all levels, from coarse to fine
+    grid = wobbles.new_zeros(len(wobbles), 1, 1)
     amplitude = 1.0
     while grid.shape[-1] < side:
         size = grid.shape[-1]
@@ -54,16 +54,10 @@ def plasma(draws: Draws, height: int, width: int, decay: float) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def panes(height: int, width: int, grain: float, shrink: int, device: torch.device) -> Tensor:
-    """Pictures of frost, bytes ``(5, 3, height, width)``: always the same ones, made on the CPU and then kept.
+    """Return pictures of frost, bytes ``(5, 3, height, width)``: always the same ones, made on the CPU and then kept.
 
-    They take the place of the photographs of the datasets, and like those they are there to be cropped.
-
-    Args:
-        height: In pixels.
-        width: In pixels.
-        grain: Size of a large crystal as it is drawn, in pixels.
-        shrink: How often the drawing is shrunk.
-        device: Where the pictures are kept.
+    They take the place of the datasets' photographs. ``grain`` is the size of a large crystal as it is drawn, in
+    pixels; the drawing is then shrunk ``shrink`` times.
     """
     pictures = []
     for number in range(_PANES):
@@ -74,11 +68,10 @@ def panes(height: int, width: int, grain: float, shrink: int, device: torch.devi
 
 
 def _ice(draws: Draws, height: int, width: int, grain: float) -> Tensor:
-    """Frost on a window, ``(N, 3, height, width)`` in [0, 1]: feathers of ice that meet at bright seams.
+    """Return frost on a window, ``(N, 3, height, width)`` in [0, 1]: feathers of ice that meet at bright seams.
 
-    The pane is divided among randomly placed seeds. From each grows a spine in a random direction, and from the
-    spine barbs at 60 degrees, each of its own length, as ice does. Three sizes of crystals are laid over each
-    other, and a cloud of plasma thins them out in places.
+    The pane is divided among random seeds, from which spines grow, and from these barbs at 60 degrees. Three sizes of
+    crystals are laid over each other, and a cloud of plasma thins them out in places.
     """
     cover = plasma(draws, height, width, 1.7)
     cover = cover / cover.mean(dim=(1, 2), keepdim=True) * 0.5
@@ -94,22 +87,19 @@ def _ice(draws: Draws, height: int, width: int, grain: float) -> Tensor:
 
 
 def _crystals(draws: Draws, height: int, width: int, size: float) -> Tensor:
-    """One layer of feathers about ``size`` pixels across, ``(N, height, width)``, from 0 to about 1."""
+    """Return one layer of feathers about ``size`` pixels across, ``(N, height, width)``, from 0 to about 1."""
     rows, columns = math.ceil(height / size) + 3, math.ceil(width / size) + 3
     seeds = draws.uniform((3, rows, columns))
     lengths = draws.uniform((_LENGTHS,), 0.05, 0.75)
     bend = draws.normal((2, rows, columns))
     # Bent a little, in units of crystals, with a margin of one crystal all around.
     bend = F.interpolate(bend, size=(height, width), mode="bilinear", align_corners=True) * 0.04
-    y = torch.arange(height, device=seeds.device, dtype=seeds.dtype).unsqueeze(1) / size + 1.5
-    x = torch.arange(width, device=seeds.device, dtype=seeds.dtype) / size + 1.5
-    y, x = (y + bend[:, 0]).flatten(1), (x + bend[:, 1]).flatten(1)
+    y, x = lines(bend)
+    y, x = (y / size + 1.5 + bend[:, 0]).flatten(1), (x / size + 1.5 + bend[:, 1]).flatten(1)
     row, column = y.floor().clamp_(1, rows - 2), x.floor().clamp_(1, columns - 2)
     corner = (row * columns + column).long()
-    lattice_y = torch.arange(rows, device=seeds.device, dtype=seeds.dtype).unsqueeze(1)
-    lattice_x = torch.arange(columns, device=seeds.device, dtype=seeds.dtype)
+    lattice_y, lattice_x = lines(seeds)
     down, right = (seeds[:, 0] + lattice_y).flatten(1), (seeds[:, 1] + lattice_x).flatten(1)
-
     # The number of a neighbour takes the place of the last four bits of its distance, so that one minimum finds both:
     # the bits of floats from 0 upwards are in the order of their values.
     whole = torch.int64 if y.dtype == torch.float64 else torch.int32
