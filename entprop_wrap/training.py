@@ -39,7 +39,8 @@ def training_step(
         optimizer.zero_grad()
 
     Clipping, accumulation, gradient scalers and schedules stay as they are in the loop around it. A step that raises
-    leaves buffers and gradients as they were; from the second on, not those of earlier batches that it added to.
+    leaves buffers and gradients as they were; only what it added to gradients of earlier batches before it failed stays
+    (but for the first step of a model): then ``optimizer.step()`` and the next call raise until ``zero_grad()``.
 
     Args:
         model: The model, wrapped if the method has auxiliaries, in training mode; or its DDP, FSDP2 or compiled
@@ -88,6 +89,7 @@ def training_step(
         output = method.step(step)
     except BaseException:
         before.restore()
+        step.checker.watch.failed(before.kept)
         raise
     step.checker.watch.end(before.parameters)
     step.checker.stepped = True
