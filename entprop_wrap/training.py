@@ -16,6 +16,7 @@ from entprop_wrap.methods.base import Method, Step, StepOutput, check_method
 from entprop_wrap.utils.modules import check_module, plain_model
 from entprop_wrap.utils.options import check_function, check_generator
 from entprop_wrap.utils.snapshot import Snapshot
+from entprop_wrap.utils.tensors import refuse_inference_mode
 from entprop_wrap.wrapping.registry import find_registry, refuse_idle_copies, refuse_inside_block
 
 __all__ = ["check_loss", "check_pixel_space", "training_step"]
@@ -77,6 +78,7 @@ def training_step(
         check_function("backward", backward, "of a loss", "backward=accelerator.backward")
     check_generator(generator)
     check_trainable(model)
+    refuse_inference_mode()
     if method.auxiliaries:
         refuse_idle_copies(find_registry(model), method.auxiliaries)  # raises before anything runs
     refuse_inside_block(model)

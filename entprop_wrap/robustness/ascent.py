@@ -14,6 +14,7 @@ from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.robustness.evaluated_model import check_finite, check_labels_fit, logits
 from entprop_wrap.robustness.pixels import to_images
 from entprop_wrap.utils.modules import check_module, plain_model, walk
+from entprop_wrap.utils.tensors import refuse_inference_mode
 
 __all__ = ["AttackLoss", "check_attackable", "losses", "pixel_gradient"]
 
@@ -24,10 +25,11 @@ def check_attackable(model: nn.Module) -> None:
     """Check that an attack on ``model`` can be as strong as it should be.
 
     Raises:
-        ConfigurationError: The model, or a part of it, is in training mode.
+        ConfigurationError: The model, or a part of it, is in training mode; or inference mode is on.
         UnsupportedModelError: It is not a module, or float16.
     """
     check_module("The model", model)
+    refuse_inference_mode()
     if any(module.training for module in walk(plain_model(model))):
         raise ConfigurationError("The model, or a part of it, is in training mode. Write model.eval() first.")
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
