@@ -18,6 +18,7 @@ from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.modules import check_module, plain_model
 from entprop_wrap.utils.options import check_function, check_generator
 from entprop_wrap.utils.snapshot import Snapshot
+from entprop_wrap.utils.tensors import refuse_inference_mode
 from entprop_wrap.wrapping.model import ensure_wrapped
 from entprop_wrap.wrapping.registry import find_registry, refuse_idle_copies, refuse_inside_block
 
@@ -42,7 +43,8 @@ def training_step(
         optimizer.zero_grad()
 
     Clipping, accumulation, gradient scalers and schedules stay as they are in the loop around it. A step that raises
-    leaves buffers and gradients as they were; from the second on, not those of earlier batches that it added to.
+    leaves buffers and gradients as they were; only what it added to gradients of earlier batches before it failed stays
+    (but for the first step of a model): then ``optimizer.step()`` and the next call raise until ``zero_grad()``.
 
     Args:
         model: The model, wrapped if the method has auxiliaries, in training mode; or its DDP, FSDP2 or compiled
@@ -157,6 +159,7 @@ def _run(
     generator: torch.Generator | None,
 ) -> StepOutput:
     check_trainable(model)
+    refuse_inference_mode()
     if method.auxiliaries:
         refuse_idle_copies(find_registry(model), method.auxiliaries)  # raises before anything runs
     refuse_inside_block(model)
@@ -169,6 +172,7 @@ def _run(
         output = method.step(step)
     except BaseException:
         before.restore()
+        step.checker.watch.failed(before.kept)
         raise
     step.checker.watch.end(before.parameters)
     step.checker.stepped = True

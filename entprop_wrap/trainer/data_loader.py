@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, default_collate
 
 from entprop_wrap.data.batches import images_and_labels, refuse_dataset, refuse_loader
-from entprop_wrap.errors import DataError
+from entprop_wrap.errors import DataError, EntPropError
 
 __all__ = ["Batches", "seed_of"]
 
@@ -177,7 +177,9 @@ class Batches:
         for _ in range(2):
             try:
                 images, labels = images_and_labels(loader.__getitems__(indices), self.name)
-            except (TypeError, RuntimeError) as error:
+            except EntPropError:
+                raise
+            except Exception as error:  # of torch, or of a collate_fn
                 raise DataError(
                     f"{self.name}: the first samples do not make a batch ({error}). Expected images as tensors of one "
                     "size: give the dataset a transform, or pass a DataLoader with a collate_fn."

@@ -198,8 +198,9 @@ class Loop:
     def _write(self, kind: str, values: dict[str, float], **more: Any) -> None:
         position = self.state.position
         epoch = position.epoch + position.batch / len(self.batches)
+        line = {"kind": kind, "step": position.step, "epoch": round(epoch, 4), **values, **more}
+        on_main(self.accelerator, lambda: self.metrics.write(line))
         if self.accelerator.is_main_process:
-            self.metrics.write({"kind": kind, "step": position.step, "epoch": round(epoch, 4), **values, **more})
             logger.info(
                 "Step %d: %s", position.step, ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from entprop_wrap.functional.losses import Loss
 from entprop_wrap.methods.step_loss import StepLoss
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.trainer.data_loader import Batches
+from entprop_wrap.utils.files import together, writing
 from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import evaluating, plain_model
 
@@ -114,36 +116,54 @@ def evaluate(
         ImageError: Images of a wrong type or shape, or outside the pixel space.
         LabelError: Labels of a wrong type, shape or range.
         ModelOutputError: The model returned no logits, or another number of them.
+        Exception: Whatever data, model or ``loss`` raise; an error on one process is raised on all.
     """
     checker, images_checker = checker_of(plain_model(model)), Checker()
+    loaded = enumerate(batches.epoch(0))
     losses: list[Tensor] = []
     counts: Tensor | None = None
+
+    def load() -> tuple[int, Tensor, Tensor] | None:
+        number, (images, labels) = next(loaded, (0, (None, None)))
+        if images is None:
+            checker.raise_pending()
+            images_checker.raise_pending()
+            return None
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        check_images(images, space)
+        images_checker.images(images, space)
+        return number, images, check_labels(labels, images)
+
+    def count(number: int, images: Tensor, labels: Tensor) -> None:
+        nonlocal counts
+        output = model(images)
+        logits = logits_of(output, len(images), differentiable=False)
+        if counts is None:
+            counts = torch.zeros(2, logits.shape[1], dtype=torch.int64, device=logits.device)
+        if number >= batches.number:
+            return  # a repetition, which keeps processes in step where forward passes communicate
+        checker.labels(labels, logits.shape[1])
+        if counts.shape[1] != logits.shape[1]:
+            raise ModelOutputError(
+                f"Expected as many logits for every batch, found {counts.shape[1]} and then {logits.shape[1]}."
+            )
+        mean = StepLoss(loss, checker, len(images))
+        mean.passed(logits, output, images)
+        losses.append(mean(logits, labels) * len(logits))
+        classes = labels.argmax(1) if labels.is_floating_point() else labels
+        counts[0].index_add_(0, classes, (logits.argmax(1) == classes).long())
+        counts[1].index_add_(0, classes, torch.ones_like(classes))
+
+    def following(*batch: Any) -> tuple[int, Tensor, Tensor] | None:
+        count(*batch)
+        return load()
+
     with evaluating(model), torch.no_grad():
-        for number, (images, labels) in enumerate(batches.epoch(0)):
-            if channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            check_images(images, space)
-            images_checker.images(images, space)
-            labels = check_labels(labels, images)
-            output = model(images)
-            logits = logits_of(output, len(images), differentiable=False)
-            if counts is None:
-                counts = torch.zeros(2, logits.shape[1], dtype=torch.int64, device=logits.device)
-            if number >= batches.number:
-                continue  # a repetition, which keeps processes in step where forward passes communicate
-            checker.labels(labels, logits.shape[1])
-            if counts.shape[1] != logits.shape[1]:
-                raise ModelOutputError(
-                    f"Expected as many logits for every batch, found {counts.shape[1]} and then {logits.shape[1]}."
-                )
-            mean = StepLoss(loss, checker, len(images))
-            mean.passed(logits, output, images)
-            losses.append(mean(logits, labels) * len(logits))
-            classes = labels.argmax(1) if labels.is_floating_point() else labels
-            counts[0].index_add_(0, classes, (logits.argmax(1) == classes).long())
-            counts[1].index_add_(0, classes, torch.ones_like(classes))
-        checker.raise_pending()
-        images_checker.raise_pending()
+        # Processes meet between batches: one that fails before a forward pass must not leave others waiting in theirs.
+        batch = together(load)
+        while batch is not None:
+            batch = together(partial(following, *batch))
     assert counts is not None
     # Summed in Python's double precision, which not every device has.
     total = sum(gather_object([sum(torch.stack(losses).tolist()) if losses else 0.0]))
@@ -163,10 +183,15 @@ class MetricsFile:
         self.path = path
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Append one line.
+
+        Raises:
+            CheckpointError: The disk is full, or the file not to be written.
+        """
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def cut(self, step: int, evaluated: bool) -> None:
         """Drop what a run resumed at ``step`` writes again, and a line that a crash cut short.
@@ -186,5 +211,6 @@ class MetricsFile:
             except (ValueError, KeyError, TypeError):
                 continue
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        with writing(self.path):
+            partial.write_text("".join(kept), encoding="utf-8")
+            os.replace(partial, self.path)

@@ -216,9 +216,9 @@ class Trainer:
                 self._say(f"Resumed from {checkpoint}: step {self.position.step} of {state.total_steps}.")
             elif resume:
                 self._say(f"No checkpoint in {self.checkpoints.path}: training begins.")
-            if self.accelerator.is_main_process:
-                self.checkpoints.clean(self.position.step)
-                self._metrics.cut(self.position.step, self.position.evaluation is not None)
+            evaluated = self.position.evaluation is not None
+            on_main(self.accelerator, lambda: self.checkpoints.clean(self.position.step))
+            on_main(self.accelerator, lambda: self._metrics.cut(self.position.step, evaluated))
             loop = Loop(
                 config,
                 state,
@@ -245,6 +245,7 @@ class Trainer:
 
         Raises:
             DataError: There is no data, or it has no labels.
+            Exception: Whatever data, model or loss raise; an error on one process is raised on all.
         """
         batches = self.eval_batches if data is None else self._batches(data, training=False)
         if batches is None:
@@ -281,16 +282,18 @@ class Trainer:
 
     def _batches(self, data: Data, *, training: bool) -> Batches:
         size = self.config.batch_size
-        return Batches(
-            data,
-            batch_size=size if training else self.config.eval_batch_size or size,
-            workers=self.config.workers,
-            training=training,
-            name="train_data" if training else "eval_data",
-            seed=self.config.seed,
-            process=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
-            device=self.accelerator.device,
+        return together(
+            lambda: Batches(
+                data,
+                batch_size=size if training else self.config.eval_batch_size or size,
+                workers=self.config.workers,
+                training=training,
+                name="train_data" if training else "eval_data",
+                seed=self.config.seed,
+                process=self.accelerator.process_index,
+                processes=self.accelerator.num_processes,
+                device=self.accelerator.device,
+            )
         )
 
     def _to_resume(self, resume: bool | str | Path) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -109,10 +110,19 @@ def together(function: Callable[[], T]) -> T:
         value = function()
     except Exception as error:
         failed = error
-    for problem in (failed, *gather_object([failed])):
+    for problem in (failed, *gather_object([_sendable(failed)])):
         if problem is not None:
             raise problem
     return value
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    """Return an error as other processes can read it: some cannot be pickled, or not be made anew."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:

@@ -37,11 +37,20 @@ class Watch:
         self._finite: Tensor | None = None  # whether all losses since an optimizer's last step were
         self._unfinished: nn.Module | None = None  # the model, during a backward that is not the last of its step
         self._nonzero: set[int] | None = None  # what the first training step gave gradients that are not zero
+        self._backwards = 0  # of the running training step
+        # Parameters with gradients of earlier steps, to which a step that failed has added; and these gradients.
+        self._mixed: list[tuple[weakref.ref[nn.Parameter], weakref.ref[Tensor]]] = []
 
     def begin(self, has_gradients: bool) -> None:
-        """Begin a training step; a loop may have dropped the gradients of the one before."""
+        """Begin a training step; a loop may have dropped the gradients of the one before.
+
+        Raises:
+            ConfigurationError: The one before failed half-way, and what it added to gradients is still there.
+        """
         _hook()
         _watches.add(self)
+        self._refuse_mixed()
+        self._backwards = 0
         if not has_gradients:
             self._finite = None
 
@@ -51,6 +60,7 @@ class Watch:
         finite = loss.detach().isfinite()
         self._finite = finite if self._finite is None else self._finite & finite
         self._unfinished = None if last else plain_model(model)
+        self._backwards += 1
         try:
             yield
         finally:
@@ -62,14 +72,20 @@ class Watch:
         if self._nonzero is None:
             self._nonzero = {id(p) for p in parameters if _nonzero(p)}
 
+    def failed(self, parameters: list[nn.Parameter]) -> None:
+        """Note that a training step failed which cannot be undone in the gradients of ``parameters``."""
+        if self._backwards:
+            self._mixed = [(weakref.ref(p), weakref.ref(p.grad)) for p in parameters if p.grad is not None]
+
     def before_step(self, optimizer: Optimizer) -> None:
         """Check an optimizer that is about to step.
 
         Raises:
-            ConfigurationError: The training step is not over, or its gradients are gone.
+            ConfigurationError: The training step is not over or has failed, or its gradients are gone.
             DivergedError: Its loss was not finite (on the CPU; on an accelerator that is noted).
         """
         parameters = _parameters(optimizer)
+        self._refuse_mixed(parameters)
         if self._unfinished is not None:
             self._refuse_unfinished(self._unfinished, parameters)
         trained = self._take(parameters)
@@ -102,6 +118,17 @@ class Watch:
     def _take(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         # By identity, and still alive: ids of a model that is gone are used again.
         return [p for p in parameters if id(p) in self._given and self._given.pop(id(p))() is p]
+
+    def _refuse_mixed(self, parameters: list[nn.Parameter] | None = None) -> None:
+        pairs = [(parameter(), gradient()) for parameter, gradient in self._mixed]
+        present = [p for p, gradient in pairs if p is not None and gradient is not None and p.grad is gradient]
+        if not any(map(_nonzero, present)):
+            self._mixed = []
+        elif parameters is None or not {id(p) for p in parameters}.isdisjoint(map(id, present)):
+            raise ConfigurationError(
+                "A training_step() failed between its backwards: part of its gradients is in the sum of those of "
+                "earlier batches. Write optimizer.zero_grad(), and accumulate from the beginning."
+            )
 
     def _refuse_unfinished(self, model: nn.Module, parameters: list[nn.Parameter]) -> None:
         mine = {id(parameter) for parameter in model.parameters()}

@@ -33,6 +33,11 @@ class Snapshot:
         self._buffers = [(buffers, _copies(buffers)) for buffers in kinds.values()]
 
     @property
+    def kept(self) -> list[nn.Parameter]:
+        """The parameters whose gradients were there and not copied."""
+        return [parameter for parameter, kept in zip(self.parameters, self._kept, strict=True) if kept]
+
+    @property
     def has_gradients(self) -> bool:
         """Whether any parameter has a gradient now."""
         return any(parameter.grad is not None for parameter in self.parameters)

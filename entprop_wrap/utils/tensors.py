@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["index_rows", "to_device"]
+from entprop_wrap.errors import ConfigurationError
+
+__all__ = ["index_rows", "refuse_inference_mode", "to_device"]
 
 
 def to_device(drawn: Tensor, device: torch.device) -> Tensor:
@@ -19,3 +21,12 @@ def index_rows(images: Tensor, rows: Tensor) -> Tensor:
     if images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last):
         taken = taken.contiguous(memory_format=torch.channels_last)
     return taken
+
+
+def refuse_inference_mode() -> None:
+    """Raise :class:`ConfigurationError` under ``torch.inference_mode()``, where nothing has gradients."""
+    if torch.is_inference_mode_enabled():
+        raise ConfigurationError(
+            "Gradients are needed, and torch.inference_mode() is on, which torch.enable_grad() does not lift. Write "
+            "with torch.inference_mode(False): around the call, with a model and data that were made outside it."
+        )

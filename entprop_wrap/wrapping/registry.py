@@ -28,6 +28,7 @@ class Registry:
         self.auxiliaries = auxiliaries
         self.norms = norms
         self.warned = False  # of too small auxiliary batches
+        self.unchecked: set[str | None] = set(auxiliaries)  # whether their passes read what only the main domain should
         self.switch = ActiveDomain()
         self.switch.owner = weakref.ref(self)
 
@@ -73,29 +74,36 @@ class _LeaveForward:
         if torch.compiler.is_compiling():
             key = getattr(getattr(switch.local, "state", None), "key", None)
         else:
-            if switch.ran is not None:
-                self._check_all_ran((args, kwargs), output)
             key = switch.resolve()
+            if switch.ran is not None or (self.registry.unchecked and domains_of(key) <= self.registry.unchecked):
+                self._check_reads(key, (args, kwargs), output)
             _each_tensor(output, lambda tensor: _pin(tensor, switch, key))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             idle = self._idle(domains_of(key))
             return _each_tensor(output, lambda tensor: _keep_in_graph(tensor, idle)) if idle else None
         return None
 
-    def _check_all_ran(self, inputs: Any, output: Any) -> None:
-        # In the first pass with gradients, of any domain. Norms that a pass leaves out (auxiliary heads, stochastic
-        # depth) leave their weights out, too; a norm whose weights are in the graph has been read, not run.
-        switch = self.registry.switch
-        idle = {name: norm for name, norm in self.registry.norms.items() if id(norm) not in (switch.ran or ())}
-        used = _leaves(output, inputs) if idle and not _has_compiled() else set()
-        read = [name for name, norm in idle.items() if any(id(p) in used for p in norm._parameters.values())]
-        if read:
+    def _check_reads(self, key: Key, inputs: Any, output: Any) -> None:
+        # In the first passes with gradients. Weights in the graph of a norm that has not run were read by the model
+        # itself. In an auxiliary pass so were any that belong to the main domain alone: the norms ran on their copies.
+        # Norms that a pass leaves out (auxiliary heads, stochastic depth) leave their weights out, too.
+        registry, switch, running = self.registry, self.registry.switch, domains_of(key)
+        ran = None if _has_compiled() else switch.ran  # norms in compiled code note nothing when they run
+        own = None if None in running else {id(p) for name in running for p in registry.tensors(name)}
+        suspects: dict[str, set[int]] = {}
+        for name, norm in registry.norms.items():
+            idle = ran is not None and id(norm) not in ran
+            found = [id(p) for p in norm._parameters.values() if p is not None and p.requires_grad]
+            suspects[name] = {p for p in found if idle or (own is not None and p not in own)}
+        used = _leaves(output, inputs) if any(suspects.values()) else set()
+        if read := [name for name, suspected in suspects.items() if not used.isdisjoint(suspected)]:
             raise UnsupportedModelError(
-                f"{len(read)} norm layers never run, such as {read[0]!r}: the model reads their weights itself (a "
-                "fused kernel, or F.layer_norm with norm.weight), unseen by the switch. Call the layers, or leave them "
-                f"shared by all domains: wrap(model, exclude={[*read[:4], *(['...'] if read[4:] else [])]})."
+                f"The model reads the weights of {len(read)} norm layers itself, such as {read[0]!r} (a fused kernel, "
+                "or F.layer_norm with norm.weight), unseen by the switch. Call the layers and read nothing of them, or "
+                f"leave them shared by all domains: wrap(model, exclude={[*read[:4], *(['...'] if read[4:] else [])]})."
             )
         switch.ran = None
+        registry.unchecked -= set() if own is None else running
 
     def _idle(self, running: set[str | None]) -> list[nn.Parameter]:
         domains = [domain for domain in (None, *self.registry.auxiliaries) if domain not in running]
@@ -126,7 +134,6 @@ def _leaves(output: Any, inputs: Any) -> set[int]:
 
 
 def _has_compiled() -> bool:
-    # Norms in compiled code note nothing when they run.
     dynamo = sys.modules.get("torch._dynamo.utils")
     return dynamo is not None and bool(dynamo.counters["frames"])
 

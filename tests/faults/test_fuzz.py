@@ -33,16 +33,6 @@ from tests.faults.fuzz_values import VALUES, make
 CASES = int(os.environ.get("ENTPROP_FUZZ", "500"))
 PACKAGE = Path(entprop_wrap.__file__).parent
 
-#: ``(function, parameter): reason``: what still fails. An entry that no longer does fails its test: remove it.
-LEFT: dict[tuple[str, str], str] = {
-    (name, parameter): reason
-    for reason, functions in {
-        "a list of integers that no tensor holds overflows in the fingerprint of the data": {"Trainer": ("eval_data",)},
-    }.items()
-    for name, parameters in functions.items()
-    for parameter in parameters
-}
-
 GOOD = ("accepted", "ours", "theirs")
 
 #: Where the documentation allows more than the type of the attribute says.
@@ -193,23 +183,14 @@ def test_every_call_works_or_says_why():
         if any(is_default(TARGETS[name], *one) for one in replaced.items()):
             return
         kind, said = judged(name, replaced)
-        known = any((name, parameter) in LEFT for parameter in replaced)
-        found["left" if known and kind not in GOOD else kind] += 1
-        if kind not in GOOD and not known:
+        found[kind] += 1
+        if kind not in GOOD:
             shown = ", ".join(f"{key}={value}" for key, value in replaced.items())
             problems.append(f"{kind}: {name}({shown}): {said}")
 
     call()
     print(f"\n{sum(found.values())} calls of {len(TARGETS)} functions: {dict(found)}")
     assert not problems, "\n".join([f"{len(problems)} calls:", *sorted(set(problems))[:200]])
-
-
-@pytest.mark.parametrize(("name", "parameter"), LEFT, ids=lambda value: value)
-def test_what_is_left_still_fails(name, parameter):
-    values = [value for value in VALUES if not is_default(TARGETS[name], parameter, value)]
-    assert any(judged(name, {parameter: value})[0] not in GOOD for value in values), (
-        f"Nothing fails in {name}({parameter}=...) any more: remove it from LEFT."
-    )
 
 
 def judged(name, replaced):

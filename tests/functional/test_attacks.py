@@ -141,3 +141,14 @@ def test_the_attack_that_trains_measures_like_the_other(norm):
         for attack in (ours, theirs)
     ]
     assert scores[0].adversarial == scores[1].adversarial
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_inference_mode_is_named_and_not_no_grad(steps):
+    model, (images, labels) = build("batch_norm").eval(), random_batch(8)
+    with torch.inference_mode():
+        for context in (torch.enable_grad, torch.no_grad):
+            with context(), pytest.raises(ConfigurationError, match=r"torch.inference_mode\(False\)"):
+                MeasuringPGD(steps=steps)(model, images, labels)
+        with torch.inference_mode(False):
+            assert not torch.equal(MeasuringPGD(steps=steps)(model, images, labels), images)

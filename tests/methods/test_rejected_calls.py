@@ -89,6 +89,29 @@ def test_a_first_step_that_fails_keeps_gradients_that_were_there():
     assert same(model, before)
 
 
+@pytest.mark.parametrize("then", ["step", "training_step"])
+def test_what_a_later_step_that_fails_added_to_earlier_gradients_is_not_stepped_on(then):
+    model = ready(entprop.EntProp())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        entprop.training_step(model, IMAGES, LABELS)
+    before = state(model)
+    with pytest.raises(ConfigurationError):  # before any backward
+        entprop.training_step(model.eval(), IMAGES, LABELS)
+    entprop.training_step(model.train(), IMAGES, LABELS)
+    model.load_state_dict({name: before[name] for name in model.state_dict()})
+    once = iter([torch.Tensor.backward])
+    with pytest.raises(StopIteration):
+        entprop.training_step(model, IMAGES, LABELS, backward=lambda loss: next(once)(loss))
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=r"failed between its backwards.*zero_grad"):
+            optimizer.step() if then == "step" else entprop.training_step(model, IMAGES, LABELS)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    optimizer.zero_grad(set_to_none=then == "step")
+    entprop.training_step(model, IMAGES, LABELS)
+    optimizer.step()
+
+
 class Replacing(nn.Module):
     """Records by a new tensor, rather than in place."""
 

@@ -472,10 +472,10 @@ def test_a_refused_batch_leaves_the_next_step_as_it_was():
     assert_close(gradients(model), plain_gradients(batch), 0.0)
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("context", ["no_grad", "inference_mode"])
 def test_a_step_without_gradients_is_refused(context):
     model = wrapped()
-    with untouched(model), context(), pytest.raises(errors.EntPropError, match=r"no_grad"):
+    with untouched(model), getattr(torch, context)(), pytest.raises(errors.ConfigurationError, match=context):
         entprop.training_step(model, *random_batch(BATCH), method=entprop_method())
 
 

@@ -1,6 +1,7 @@
 """What other processes run: ``python -m tests.trainer.programs <function> <arguments>``."""
 
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -186,6 +187,48 @@ def distributed(folder, accumulation=1):
         trainer.accelerator.wait_for_everyone()
         # Gloo's threads may abort an interpreter that shuts down while containers hold the group (pytorch#179291).
         os._exit(0)
+
+
+def failing_alone(folder):
+    """The second process alone fails while it evaluates or saves; both raise, and can go on together."""
+    rank = int(os.environ["RANK"])
+
+    class Unsendable(Exception):
+        """Of a class that no other process can import."""
+
+    class Broken(Images):
+        def __getitem__(self, index):
+            if rank == 1 and index == 13:
+                raise Unsendable("no such file")
+            return super().__getitem__(index)
+
+    def loss(logits, labels):
+        if rank == 1 and trainer.position.step and not torch.is_grad_enabled():
+            raise Unsendable("no such loss")
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    config = entprop.TrainerConfig(epochs=1, batch_size=4, output_dir=folder, progress=False)
+    trainer = entprop.Trainer(make(BatchNormNet), Images(32), Images(32), method=Vanilla(), loss=loss, config=config)
+    found = []
+    for data, run in ((Broken(32), trainer.evaluate), (None, lambda data: trainer.fit())):
+        try:
+            run(data)
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    found.append(str(trainer.checkpoints.latest().name))
+    trainer.loss = torch.nn.functional.cross_entropy
+    found.append(f"{trainer.evaluate()['accuracy'] * 32:g} of 32")
+    trainer = short(f"{folder}/full")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100 if rank == 1 else before[0], before[1]))
+    try:
+        trainer.fit()
+    except Exception as error:
+        found.append(f"{type(error).__name__}: {error}")
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    Path(folder, f"found-{rank}").write_text("\n".join(found))
+    trainer.accelerator.wait_for_everyone()
+    os._exit(0)
 
 
 def _resume_together(folder):

@@ -141,6 +141,7 @@ class Sizes(Images):
         (lambda: Triples(16), "of 3 items"),
         (lambda: NoPixels(16), "a dict with 'text', 'labels'"),
         (lambda: Sizes(16), "tensors of one size"),
+        (lambda: [(torch.rand(3, 8, 8), 10**400)] * 16, "do not make a batch"),
         (lambda: [(object(), 1)] * 16, "give the dataset a transform"),
         (lambda: DataLoader(Images(9), 4, sampler=DistributedSampler(Images(9), 2, 0)), "DistributedSampler"),
     ],

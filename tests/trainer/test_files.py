@@ -7,6 +7,7 @@ import pytest
 
 from entprop_wrap.errors import CheckpointError, ConfigurationError
 from entprop_wrap.utils import files
+from tests.faults import attacks
 from tests.trainer import programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
@@ -40,6 +41,30 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path, limit):
         trainer.fit()
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000002"]
     programs.short(tmp_path, "adamw").fit(resume=True)
+
+
+@pytest.mark.parametrize("line", [2, 4], ids=["train", "eval"])
+def test_a_full_disk_stops_the_metrics_with_a_word(tmp_path, line):
+    trainer = programs.short(tmp_path)
+    write, before = trainer._metrics.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+    left = [line]
+
+    def full(content):
+        left[0] -= 1
+        if left[0] == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (trainer._metrics.path.stat().st_size + 9, before[1]))
+        try:
+            return write(content)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    trainer._metrics.write = full
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl cannot be written .* GB are free there"):
+        trainer.fit()
+    assert trainer._metrics.path.read_text().endswith('\n{"kind": ')  # cut off, and dropped on resuming
+    programs.short(tmp_path).fit(resume=True)
+    programs.short(tmp_path / "whole").fit()
+    assert attacks.differences(tmp_path / "whole", tmp_path) == []
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path, monkeypatch):

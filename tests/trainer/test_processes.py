@@ -1,4 +1,4 @@
-"""Two gloo processes equal one, in weights, metrics and evaluation."""
+"""Two gloo processes equal one, in weights, metrics and evaluation, and fail together."""
 
 import json
 
@@ -30,6 +30,17 @@ def test_two_processes_equal_one(tmp_path):
             if first["kind"] == "eval":  # 43 samples: a repetition or an omission would change the denominator
                 assert second["accuracy"] * 43 == pytest.approx(round(second["accuracy"] * 43))
         assert sorted(path.name for path in two.glob("process-*")) == ["process-00000.pt", "process-00001.pt"]
+
+
+def test_a_failure_on_one_process_is_raised_on_all(tmp_path):
+    torchrun(tmp_path / "logs", "tests.trainer.programs", "failing_alone", tmp_path)
+    one, two = ((tmp_path / f"found-{rank}").read_text().splitlines() for rank in (0, 1))
+    data, loss, saved, accuracy, full = two
+    assert data == "DataError: eval_data[13] raised Unsendable: no such file"
+    assert (loss, saved) == ("Unsendable: no such loss", "step-00000004")
+    assert one == [data, f"RuntimeError: {loss}", saved, accuracy, full]
+    assert full.startswith("CheckpointError: ")
+    assert "step-00000001 cannot be written" in full
 
 
 def _last(folder):

@@ -76,7 +76,7 @@ def test_a_norm_that_is_read_and_not_run_raises(auxiliary, checkpointed, monkeyp
     model = entprop.wrap(Fused(checkpointed))
     for _ in range(2):  # and not only once
         with (
-            pytest.raises(UnsupportedModelError, match=r"1 norm layers never run.*exclude=\['norm'\]"),
+            pytest.raises(UnsupportedModelError, match=r"weights of 1 norm layers.*exclude=\['norm'\]"),
             entprop.auxiliary(model, auxiliary),
         ):
             model(rows())
@@ -85,6 +85,46 @@ def test_a_norm_that_is_read_and_not_run_raises(auxiliary, checkpointed, monkeyp
         loss_of(model(rows())["logits"], rows()).backward()
     assert model._entprop_registry.switch.ran is None
     assert (model.toy.last.entprop_aux.weight.grad is not None) == (auxiliary == "aux")
+
+
+class Both(Fused):
+    """The last norm is called, and its weight is read as well."""
+
+    def forward(self, rows):
+        x = self.toy(rows)
+        return self.norm(x) + self._fused(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("net", [Fused, Both])
+def test_the_auxiliary_pass_may_not_reach_weights_of_the_main_domain(net, compiled):
+    model = entprop.wrap(net())
+    if compiled:
+        model._fused = torch.compile(model._fused, backend="aot_eager")
+    if net is Both or compiled:
+        model(rows())  # the main domain is right
+        model._entprop_registry.switch.ran = None
+    for record_statistics in (True, False):
+        with (
+            pytest.raises(UnsupportedModelError, match=r"weights of 1 norm layers.*'norm'"),
+            entprop.auxiliary(model, record_statistics=record_statistics),
+        ):
+            model(rows())
+    model = entprop.wrap(entprop.unwrap(model), exclude=["norm"])
+    with entprop.auxiliary(model):
+        model(rows())
+    assert not model._entprop_registry.unchecked
+
+
+@pytest.mark.parametrize("copies", ["affine", "statistics"])
+def test_what_the_domains_share_may_be_read(copies):
+    model = entprop.wrap(Both(), copies=copies)
+    with entprop.auxiliary(model):
+        if copies == "statistics":
+            model(rows())
+        else:
+            with pytest.raises(UnsupportedModelError, match="weights of 1 norm layers"):
+                model(rows())
 
 
 def test_a_step_that_finds_it_has_not_happened(monkeypatch):
@@ -100,7 +140,7 @@ def test_a_step_that_finds_it_has_not_happened(monkeypatch):
 
     model = entprop.wrap(Net())
     before = snapshot(model)
-    with pytest.raises(UnsupportedModelError, match="never run"):
+    with pytest.raises(UnsupportedModelError, match="reads the weights"):
         entprop.training_step(model, torch.rand(8, 3, 4, 4), torch.arange(8) % 5)
     assert not changed(model, before)
     assert all(parameter.grad is None for parameter in model.parameters())
