@@ -29,23 +29,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     strip.add_argument("checkpoint", type=Path, help="file written with torch.save, from state_dict()")
     strip.add_argument("plain", type=Path, help="file to write")
+    strip.add_argument("--trust", action="store_true", help="read objects besides tensors too, which can execute code")
     options = parser.parse_args(arguments)
     try:
-        print(strip_file(options.checkpoint, options.plain))
+        print(strip_file(options.checkpoint, options.plain, trust=options.trust))
     except (CheckpointError, OSError) as error:
         parser.exit(1, f"{error}\n")
 
 
-def strip_file(checkpoint: Path, plain: Path) -> str:
+def strip_file(checkpoint: Path, plain: Path, *, trust: bool = False) -> str:
     """Write ``checkpoint`` without its copies to ``plain``, and return what was done in a line.
 
-    The file is read as data: nothing in it is executed.
+    The file is read as data: nothing in it is executed, unless you ``trust`` it.
 
     Raises:
         CheckpointError: The file is not a checkpoint, holds objects that could execute code, or has no copies.
         OSError: A file cannot be read or written.
     """
-    loaded = _load(checkpoint)
+    loaded = _load(checkpoint, trust)
     stripped = strip_copies(loaded)
     before, after = (sum(1 for _ in _tensors(part)) for part in (loaded, stripped))
     if before == after:
@@ -59,19 +60,18 @@ def strip_file(checkpoint: Path, plain: Path) -> str:
     return f"{plain}: {after} tensors; {before - after} of auxiliary copies taken out."
 
 
-def _load(file: Path) -> Any:
+def _load(file: Path, trust: bool) -> Any:
     try:
         # Training scripts save their options beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=not trust)
     except OSError:
         raise
     except pickle.UnpicklingError as error:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if _is_zip(file) else []
         holds = f"holds {', '.join(names)}" if names else "is not a file of tensors"
         raise CheckpointError(
-            f"{file} {holds}, and was not read: pickled objects can execute code. If you trust it, write in Python: "
-            f"torch.save(entprop_wrap.wrapping.strip_copies(torch.load({str(file)!r}, weights_only=False)), ...)."
+            f"{file} {holds}, and was not read: pickled objects can execute code. If you trust it, add --trust."
         ) from error
     except Exception as error:  # what is not a checkpoint fails in any way
         raise CheckpointError(f"{file} is not a checkpoint of torch.save, or is damaged: {error}") from error

@@ -31,7 +31,7 @@ HINTS = {
     ("output_dir",): "--output starts elsewhere",
     ("batch_size", "batch size", "drop_last"): "--batch-size sets the batch",
     ("more epochs",): "--epochs sets how long",
-    ("label_column",): "--label-column names the labels",
+    ("label_column",): "--label-column names the labels; images in a folder for each class need none",
     ("image_column",): "--image-column names the images",
     ("train_split",): "--train-split names the split",
     ("eval_split",): "--eval-split names the split",
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = [one for one in (sys.argv[1:] if arguments is None else arguments) if one != "--resume"]
         print(f"\nInterrupted. To continue: {shlex.join([*command.split(), *given, '--resume'])}", file=sys.stderr)
         raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error}. The command needs more: pip install 'entprop-wrap[examples]'.") from error
     except errors as error:
         raise SystemExit(f"{type(error).__name__}: {error}{hint(str(error))}") from error
 

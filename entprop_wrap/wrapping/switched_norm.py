@@ -79,6 +79,14 @@ class AuxiliaryNorm(nn.Module):
         """
         return iter(()) if recurse else super().named_parameters(prefix, False, remove_duplicate)
 
+    def children(self) -> Iterator[nn.Module]:
+        """Yield an empty module if the norm has children of its own, such as a fused activation, else nothing.
+
+        torchvision's split_normalization_params takes modules with children for blocks; a copy is what its norm is.
+        """
+        if next(self._entprop_norm.children(), None):
+            yield nn.Identity()
+
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Freeze or thaw its own parameters."""
         for parameter in self.parameters(recurse=False):
@@ -240,8 +248,8 @@ def copy_of(norm: nn.Module, cloned: dict[int, nn.Parameter], copies: Copies = "
     for name, buffer in norm._buffers.items() if copies != "affine" else ():
         persistent = name not in norm._non_persistent_buffers_set
         copy.register_buffer(name, buffer if buffer is None else buffer.detach().clone(), persistent=persistent)
-    copy.train(norm.training)
     copy.__dict__.update(_entprop_norm=norm, _entprop_tensors=frozenset((*copy._parameters, *copy._buffers)))
+    copy.train(norm.training)
     return copy
 
 

@@ -21,6 +21,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from entprop_wrap.errors import ConfigurationError, EntPropError, LabelError, UnsupportedModelError
 from entprop_wrap.functional.losses import mean_by_construction
+from entprop_wrap.methods.step_loss import refuse_idle_heads
+from entprop_wrap.utils.model_output import raw_logits
 from entprop_wrap.utils.modules import plain_model
 
 __all__ = ["TrainerLoss", "images_name_of"]
@@ -28,6 +30,11 @@ __all__ = ["TrainerLoss", "images_name_of"]
 _FIX = (
     "Pass the loss to the Trainer, as a function of logits: compute_loss_func=lambda outputs, labels, "
     "num_items_in_batch=None: torch.nn.functional.cross_entropy(outputs.logits, labels), for example."
+)
+
+_HEADS = (
+    "With the Trainer the loss is computed from the logits: switch the heads off in the model's config, or train them "
+    "in a loop of your own with entprop.training_step(..., loss=lambda logits, labels, outputs: ...)."
 )
 
 
@@ -58,7 +65,7 @@ class TrainerLoss:
             takes_labels = _takes(plain_model(model), self.labels_name) and not self.labels.is_floating_point()
             own.labels = self.labels.long() if takes_labels and self.labels.ndim == 1 and not own.known else None
             own.items = items
-        self.model = _ModelOnImages(model, self.images_name, constants, own)
+        self.model = _ModelOnImages(model, self.images_name, constants, own, check_heads=not self.checked)
         return self.model.train(), images, self.labels
 
     @mean_by_construction  # and may keep count of its calls
@@ -233,14 +240,27 @@ class _ModelOnImages(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, images_name: str, constants: dict[str, Any], own_loss: _ModelsOwnLoss | None
+        self,
+        model: nn.Module,
+        images_name: str,
+        constants: dict[str, Any],
+        own_loss: _ModelsOwnLoss | None,
+        check_heads: bool,
     ) -> None:
         super().__init__()
         self._orig_mod = model
         self.images_name, self.constants, self.own_loss = images_name, constants, own_loss
+        self.check_heads = check_heads
 
     def forward(self, images: Tensor) -> Any:
-        """Return the model's output for ``images``; the first pass also shows the model's own loss."""
+        """Return the model's output for ``images``, without heads that the Trainer's loss would not train."""
+        output = self._run(images)
+        if self.check_heads and torch.is_grad_enabled() and isinstance(raw_logits(output), Tensor):
+            refuse_idle_heads(output, _HEADS)
+        return output
+
+    def _run(self, images: Tensor) -> Any:
+        # The first pass also shows the model's own loss.
         inputs = {self.images_name: images, **self.constants}
         own, self.own_loss = self.own_loss, None
         if own is None or own.labels is None:

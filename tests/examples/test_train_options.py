@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from entprop_wrap.train import main
 from entprop_wrap.train.options import parse
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,12 @@ def test_defaults_depend_on_the_data():
     digits, folder = parse("", ["--epsilon", "4 / 255"]), parse("", ["--dataset", "somewhere", "--epochs", "3"])
     assert (digits.epochs, digits.optimizer, digits.robustness_images, digits.epsilon) == (60, "sgd", 500, 4 / 255)
     assert (folder.epochs, folder.optimizer, folder.robustness_images, folder.epsilon) == (3, "adamw", None, None)
+
+
+def test_a_missing_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "entprop_wrap.train.run", None)  # Python then finds no such module
+    with pytest.raises(SystemExit, match=r"The command needs more: pip install 'entprop-wrap\[examples\]'"):
+        main(["--output", str(tmp_path)])
 
 
 @pytest.mark.parametrize("command", [["examples/train.py"], ["-m", "entprop_wrap.train"]])

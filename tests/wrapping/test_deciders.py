@@ -24,7 +24,13 @@ def _group_norm_net():
     return torchvision.models.resnet18(num_classes=5, norm_layer=partial(nn.GroupNorm, 8))
 
 
-NETS = {"batch norm": _timm("test_resnet"), "layer norm": _timm("test_vit"), "group norm": _group_norm_net}
+NETS = {
+    "batch norm": _timm("test_resnet"),
+    "layer norm": _timm("test_vit"),
+    "group norm": _group_norm_net,
+    "batch norm with activation": _timm("test_efficientnet"),
+    "group norm with activation": _timm("test_efficientnet_gn"),
+}
 
 
 def _set_weight_decay(model):
