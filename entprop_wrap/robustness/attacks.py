@@ -34,6 +34,7 @@ from entprop_wrap.robustness.evaluated_model import (
 from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
 from entprop_wrap.utils.modules import check_module
 from entprop_wrap.utils.options import check_choice, check_generator, check_integer, check_mapping, shown
+from entprop_wrap.utils.tensors import refuse_inference_mode
 
 __all__ = ["FGSM", "PGD", "Attack", "PixelAttack", "Transfer", "attacked", "check_attack", "check_attacks"]
 
@@ -255,6 +256,7 @@ def _pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: Pix
     gradient of a confident prediction is exactly 0 in float32, and the attack would stand still. So the slope at the
     logits is taken in float64, and scaled to 1 before it goes back through the model.
     """
+    refuse_inference_mode()
     with torch.enable_grad():
         pixels = pixels.detach().requires_grad_()
         found = logits(model, to_images(pixels, space))
