@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.data.validation import Checker, check_images, check_labels, checker_of
 from entprop_wrap.errors import ModelOutputError
-from entprop_wrap.functional.losses import Loss
+from entprop_wrap.functional.losses import Loss, takes_any_targets
+from entprop_wrap.functional.uncertainty import entropy, two_classes
 from entprop_wrap.methods.step_loss import StepLoss
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.trainer.data_loader import Batches
@@ -42,9 +43,8 @@ class Meter:
         """Add one batch. A loss that is not finite is counted, and left out of the sums."""
         values = {"loss": output.loss, "main_loss": output.main_loss, "main_entropy": output.entropy.mean()}
         if output.aux_loss is not None and output.aux_logits is not None:
-            probabilities = output.aux_logits.float().softmax(-1)
             values["aux_loss"] = output.aux_loss
-            values["aux_entropy"] = torch.special.entr(probabilities).sum(-1).mean()
+            values["aux_entropy"] = entropy(output.aux_logits).mean()
         finite = torch.isfinite(output.loss)
         for name, value in values.items():
             value = torch.where(finite, value.float(), 0.0)
@@ -79,7 +79,7 @@ class Meter:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.finite = None if state["finite"] is None else state["finite"].to(device)
         self.batches, self.images, self.passes = state["counts"]
@@ -109,8 +109,8 @@ def evaluate(
         channels_last: Give the model images in this memory format.
 
     Returns:
-        "loss"; "accuracy", of the most probable label where labels are soft; "mean_class_accuracy", over classes that
-        occur. Accuracies are in [0, 1].
+        "loss"; "accuracy": the share of samples whose highest logit is that of the label, or, where labels are soft or
+        multi-hot, of one of the most probable; "mean_class_accuracy", over classes that occur. Both in [0, 1].
 
     Raises:
         ImageError: Images of a wrong type or shape, or outside the pixel space.
@@ -138,21 +138,28 @@ def evaluate(
     def count(number: int, images: Tensor, labels: Tensor) -> None:
         nonlocal counts
         output = model(images)
-        logits = logits_of(output, len(images), differentiable=False)
+        any_targets = takes_any_targets(loss)
+        logits = logits_of(output, len(images), differentiable=False, least=1 if any_targets else 2)
+        scores, labels_of_classes = two_classes(logits, labels)
         if counts is None:
-            counts = torch.zeros(2, logits.shape[1], dtype=torch.int64, device=logits.device)
+            counts = torch.zeros(2, scores.shape[1], dtype=torch.int64, device=logits.device)
         if number >= batches.number:
             return  # a repetition, which keeps processes in step where forward passes communicate
-        checker.labels(labels, logits.shape[1])
-        if counts.shape[1] != logits.shape[1]:
+        checker.labels(labels, logits.shape[1], probabilities=not any_targets)
+        if counts.shape[1] != scores.shape[1]:
             raise ModelOutputError(
-                f"Expected as many logits for every batch, found {counts.shape[1]} and then {logits.shape[1]}."
+                f"Expected as many logits for every batch, found {counts.shape[1]} and then {scores.shape[1]}."
             )
         mean = StepLoss(loss, checker, len(images))
         mean.passed(logits, output, images)
         losses.append(mean(logits, labels) * len(logits))
-        classes = labels.argmax(1) if labels.is_floating_point() else labels
-        counts[0].index_add_(0, classes, (logits.argmax(1) == classes).long())
+        found = scores.argmax(1)
+        if labels.is_floating_point():
+            classes = labels_of_classes.argmax(1)
+            right = labels_of_classes.gather(1, found[:, None]).squeeze(1) == labels_of_classes.amax(1)
+        else:
+            classes, right = labels, found == labels
+        counts[0].index_add_(0, classes, right.long())
         counts[1].index_add_(0, classes, torch.ones_like(classes))
 
     def following(*batch: Any) -> tuple[int, Tensor, Tensor] | None:

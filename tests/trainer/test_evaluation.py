@@ -1,9 +1,13 @@
-"""Evaluation calls a loss as a step does."""
+"""Evaluation calls a loss as a step does, and takes the labels and logits that it does."""
+
+import json
 
 import pytest
 import torch
+from torch import nn
 
 import entprop_wrap as entprop
+from entprop_wrap import Trainer, TrainerConfig
 from entprop_wrap.errors import ConfigurationError
 from tests.helpers.trainer_toys import GroupNormNet, Images, make
 
@@ -29,3 +33,41 @@ def test_a_loss_is_given_what_it_asks_for(tmp_path):
 def test_a_sum_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="mean over the images"):
         trainer(tmp_path, torch.nn.CrossEntropyLoss(reduction="sum")).evaluate()
+
+
+class OneLogit(nn.Module):
+    def __init__(self, outputs=1):
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm1d(3), nn.Linear(3, outputs)
+
+    def forward(self, pixels):
+        return self.fc(self.norm(pixels.mean((2, 3))))
+
+
+@pytest.mark.parametrize("form", ["one logit", "one logit, integers", "multi-hot"])
+def test_binary_losses_train_and_evaluate(tmp_path, form):
+    data = Images(24)
+    first = (data.labels % 2).float()
+    if form == "multi-hot":
+        targets = torch.stack([first, 1 - first, torch.ones(24)], 1)
+    else:
+        targets = first[:, None] if form == "one logit" else data.labels % 2
+    bce = nn.BCEWithLogitsLoss()
+    loss = bce if targets.is_floating_point() else lambda logits, labels: bce(logits[:, 0], labels.float())
+    samples = [(image, target) for image, target in zip(data.images, targets, strict=True)]
+    model = make(OneLogit, outputs=3 if form == "multi-hot" else 1)
+    config = TrainerConfig(epochs=1, batch_size=12, output_dir=tmp_path, progress=False, log_every=1)
+    trainer = Trainer(model, samples, samples, loss=loss, config=config)
+    trainer.fit()
+    found = trainer.evaluate()
+    with torch.no_grad():
+        logits = trainer.model.eval()(data.images)
+    assert found["loss"] == pytest.approx(float(loss(logits, targets)), rel=1e-5)
+    if form == "multi-hot":  # the highest logit is one of the labels
+        right = targets[torch.arange(24), logits.argmax(1)] == 1
+    else:
+        right = (logits[:, 0] > 0) == (first > 0)
+    assert found["accuracy"] == pytest.approx(float(right.float().mean()))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    entropies = [line["aux_entropy"] for line in lines if line["kind"] == "train"]
+    assert all(entropy > 0 for entropy in entropies)
