@@ -18,6 +18,7 @@ from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.options import check_name, check_seed
 from entprop_wrap.utils.statistics import Interval, Result, mean_of
+from entprop_wrap.utils.tensors import refuse_inference_mode
 from entprop_wrap.wrapping.model import auxiliary as auxiliary_domain
 
 __all__ = ["InputJacobian", "input_jacobian"]
@@ -69,7 +70,7 @@ def input_jacobian(
         progress: Show a progress bar.
 
     Raises:
-        ConfigurationError: The model is in training mode; an option out of range.
+        ConfigurationError: The model is in training mode; an option out of range; inference mode is on.
         UnsupportedModelError: The model is inside an ``auxiliary()`` block, or uses reentrant checkpointing.
         NotWrappedError, AuxiliaryNameError: There is no such auxiliary domain.
         ModelOutputError: Logits or Jacobians are not finite.
@@ -79,6 +80,7 @@ def input_jacobian(
     """
     if auxiliary is not None:
         auxiliary = check_name("auxiliary", auxiliary, ", or None for the main one")
+    refuse_inference_mode()
     space, seed = space_of(pixel_space), check_seed(seed)
     frobenius, spectral = [], []
     with isolated(model, seed):

@@ -28,6 +28,7 @@ from entprop_wrap.utils.features import features_of
 from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import check_module, evaluating, plain_model
 from entprop_wrap.utils.options import check_integer, check_number, shown, store_as_python
+from entprop_wrap.utils.tensors import refuse_inference_mode
 
 __all__ = ["MEADA", "EntropyAscent", "grow"]
 
@@ -286,6 +287,7 @@ def _climbed(
 def _check(model: Any, space: Any, augment: Any) -> PixelSpace:
     """Return the pixel space, after checks of all that is not data."""
     check_module("grow()", model)
+    refuse_inference_mode()
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise UnsupportedModelError("grow() expects a whole model, found a sharded one: choose DDP.")
     if space is not None and not isinstance(space, PixelSpace):

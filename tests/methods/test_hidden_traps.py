@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import entprop_wrap as entprop
+from entprop_wrap.diagnostics import input_jacobian
 from entprop_wrap.errors import ConfigurationError, ImageError
 from entprop_wrap.functional.attacks import PGD
-from entprop_wrap.methods import AdversarialTraining, AdvProp, FineGrainedAdvProp, Vanilla
+from entprop_wrap.methods import AdversarialTraining, AdvProp, FineGrainedAdvProp, Vanilla, grow
 from entprop_wrap.robustness import accuracy_against_epsilon
 from tests.helpers.trainer_toys import BatchNormNet, make
 
@@ -109,3 +110,12 @@ def test_the_norms_of_advprop_are_still_its_own():
     entprop.wrap(model).train()
     entprop.training_step(model, IMAGES, LABELS, method=AdvProp(PGD(steps=2)))
     assert (model.bn.recorded, model.bn.entprop_aux.recorded) == (1, 1)
+
+
+def test_growth_and_jacobians_name_inference_mode():
+    model = make(BatchNormNet).eval()
+    with torch.inference_mode():
+        with pytest.raises(ConfigurationError, match=r"torch.inference_mode\(False\)"):
+            grow(model, list(zip(IMAGES, LABELS, strict=True)), progress=False)
+        with pytest.raises(ConfigurationError, match=r"torch.inference_mode\(False\)"):
+            input_jacobian(model, [(IMAGES, LABELS)], progress=False)
