@@ -34,9 +34,7 @@ class InputJacobian(Result):
     Attributes:
         frobenius: Frobenius norm of each image, in logits per pixel range.
         spectral: Largest singular value of each image: the most that logits move per length of a change.
-        frobenius_mean: Mean with a t-interval over batches.
-        spectral_mean: Mean of ``spectral``, with its interval.
-        images: Number of images.
+        frobenius_mean, spectral_mean: Means with a t-interval over batches.
     """
 
     frobenius: tuple[float, ...]

@@ -170,14 +170,9 @@ def _score(groups: dict[str, list[Tensor]], score: Callable[[Tensor], Tensor], d
 
 
 def auroc(negative: Tensor, positive: Tensor) -> float:
-    """Return the probability that a positive score is above a negative one, ties counting one half.
+    """Return the probability, in [0, 1], that a positive score ``(M,)`` is above a negative one ``(N,)``.
 
-    Args:
-        negative: Scores ``(N,)``.
-        positive: Scores ``(M,)``.
-
-    Returns:
-        The area under the ROC curve, in [0, 1]; NaN if one of both is empty.
+    It is the area under the ROC curve. Ties count one half; of no scores it is NaN.
 
     Raises:
         ConfigurationError: Scores of another form, or NaN.
@@ -191,14 +186,8 @@ def auroc(negative: Tensor, positive: Tensor) -> float:
 def fpr95(inside: Tensor, outside: Tensor) -> float:
     """Return the share of ``outside`` that passes at the lowest threshold where at least 95 % of ``inside`` pass.
 
-    A score passes if it is not above the threshold. Source: Liu et al., NeurIPS 2020, section 4.1.
-
-    Args:
-        inside: Scores ``(N,)`` of images in the distribution, lower for more typical ones.
-        outside: Scores ``(M,)`` of images out of it.
-
-    Returns:
-        A share in [0, 1]; NaN if one of both is empty.
+    Scores ``(N,)`` and ``(M,)`` are lower for more typical images, and pass if they are not above the threshold; of no
+    scores the share is NaN. Source: Liu et al., NeurIPS 2020, section 4.1.
 
     Raises:
         ConfigurationError: Scores of another form, or NaN.

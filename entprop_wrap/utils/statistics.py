@@ -77,11 +77,7 @@ def bootstrap(
 ) -> list[Interval]:
     """Return statistics with percentile intervals over resampled batches.
 
-    Args:
-        statistics: From the numbers of the batches to take, some of them several times, to the statistics.
-        batches: Number of batches.
-        generator: CPU generator that draws the batches.
-        rounds: Number of resamplings.
+    ``statistics`` are those of the batches of some numbers, which may come several times.
 
     Source: Efron & Tibshirani 1993, "An introduction to the bootstrap", section 13.3.
     """
