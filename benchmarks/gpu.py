@@ -1,4 +1,4 @@
-"""Everything that needs a GPU to be known, in one run of under eight minutes, written to benchmarks/RESULTS.md.
+"""Everything that needs a GPU to be known, in one run that is meant to take eight minutes, written to RESULTS.md.
 
     python benchmarks/gpu.py             # on a CUDA device
     python benchmarks/gpu.py --small     # anywhere, on tiny models: a trial of the script, whose figures mean nothing
