@@ -1,6 +1,7 @@
-"""How much time and memory an EntProp step takes, against the least it could take.
+"""How much time and memory an EntProp step takes, against the least it could take, and against what others take.
 
     python benchmarks/step_time.py                                        # a CNN and a ViT on the CPU
+    python benchmarks/step_time.py --peers                                # ... and the loops that others write
     python benchmarks/step_time.py --models resnet50 --size 224 --batch 256 --device cuda --amp bf16 --channels-last
 
 The floor is the same passes written bare on the plain model: one pass of the batch with the gradient of the images,
@@ -22,6 +23,7 @@ from contextlib import nullcontext
 import timm
 import torch
 import torch.nn.functional as F
+from step_time_peers import PEERS
 from tqdm import tqdm
 
 import entprop_wrap as entprop
@@ -47,47 +49,108 @@ def main():
     print("\n| model | k, n | step / floor (quartiles) | step / vanilla | passes | floor ms | peak memory / vanilla |")
     print("|---|---|---|---|---|---|---|")
     for name in options.models:
-        bench_model(name, options)
+        bench = Bench(name, options)
+        for setting, method in METHODS.items():
+            bench.compare(setting, method)
+        bench.inference()
+    if options.peers:
+        print(f"\ntimm {timm.__version__}\n\n| model | loop | passes | time / vanilla | ours / loop (quartiles) |")
+        print("|---|---|---|---|---|")
+        for name in options.models:
+            for row in Bench(name, options).peers():
+                print(f"| {' | '.join(map(str, row))} |", flush=True)
     wrapping_time()
 
 
-def bench_model(name, options):
-    plain = build(name, options)
-    images = torch.rand(options.batch, 3, options.size, options.size, device=options.device)
-    if options.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 100, (options.batch,), device=options.device)
-    wrapped = entprop.wrap(copy.deepcopy(plain))
-    amp = torch.autocast(options.device, torch.bfloat16) if options.amp == "bf16" else nullcontext()
+class Bench:
+    """One model, plain and wrapped, on one batch.
 
-    def vanilla():
-        with amp:
-            entprop.training_step(plain, images, labels, method=Vanilla())
+    Attributes:
+        name: timm's.
+        plain: The model as it comes.
+        wrapped: Its wrapped twin.
+        images: ``(batch, 3, size, size)``.
+        labels: ``(batch,)``.
+    """
 
-    vanilla_memory = peak_memory(vanilla, plain, options.device)
-    for setting, method in METHODS.items():
+    def __init__(self, name, options):
+        self.name, self.options = name, options
+        self.plain = build(name, options)
+        images = torch.rand(options.batch, 3, options.size, options.size, device=options.device)
+        self.images = images.contiguous(memory_format=torch.channels_last) if options.channels_last else images
+        self.labels = torch.randint(0, 100, (options.batch,), device=options.device)
+        self.wrapped = entprop.wrap(copy.deepcopy(self.plain))
+        self.vanilla = self.step(Vanilla(), self.plain)
 
-        def step(method=method):
-            with amp:
-                entprop.training_step(wrapped, images, labels, method=method)
+    def run(self, function):
+        """Return ``function`` under the precision of the options, without arguments."""
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.amp)
 
-        def bare(method=method):
-            with amp:
-                floor(plain, images, labels, method)
+        def call():
+            with nullcontext() if kind is None else torch.autocast(self.options.device, kind):
+                return function()
 
-        entprop.training_step(wrapped, images, labels, method=method)  # of a lagged method, nothing comes back in it
-        passes = entprop.training_step(wrapped, images, labels, method=method).passes
-        times = interleaved([bare, step, vanilla], [plain, wrapped], options)
-        against_floor = [b / a for a, b in zip(times[0], times[1], strict=True)]
-        against_vanilla = statistics.median(b / c for b, c in zip(times[1], times[2], strict=True))
-        low, middle, high = statistics.quantiles(against_floor, n=4)
-        memory = peak_memory(step, wrapped, options.device) / vanilla_memory
+        return call
+
+    def step(self, method, model=None):
+        """Return what takes a training step of ``method``."""
+        model = self.wrapped if model is None else model
+        return self.run(lambda: entprop.training_step(model, self.images, self.labels, method=method))
+
+    def bare(self, method):
+        """Return what runs the passes of ``method``, and nothing else."""
+        return self.run(lambda: floor(self.plain, self.images, self.labels, method))
+
+    def times(self, *functions):
+        """Return the seconds of each function, interleaved."""
+        return interleaved(functions, [self.plain, self.wrapped], self.options)
+
+    def memory(self, function, model):
+        """Return the peak memory of ``function`` in bytes."""
+        return peak_memory(function, model, self.options.device)
+
+    def compare(self, setting, method):
+        """Print a step of ``method`` against its floor and a vanilla step."""
+        step = self.step(method)
+        step()  # of a lagged method, nothing comes back in it
+        passes = step().passes
+        floors, steps, vanillas = self.times(self.bare(method), step, self.vanilla)
+        low, middle, high = ratio(steps, floors)
+        memory = self.memory(step, self.wrapped) / self.memory(self.vanilla, self.plain)
         print(
-            f"| {name} | {setting} | {middle:.3f} ({low:.3f} to {high:.3f}) | {against_vanilla:.2f} | "
-            f"{passes:.1f} | {1e3 * statistics.median(times[0]):.0f} | {memory:.2f} |",
+            f"| {self.name} | {setting} | {middle:.3f} ({low:.3f} to {high:.3f}) | {ratio(steps, vanillas)[1]:.2f} | "
+            f"{passes:.1f} | {1e3 * statistics.median(floors):.0f} | {memory:.2f} |",
             flush=True,
         )
-    inference(plain, images, options)
+
+    def peers(self):
+        """Yield the loops of others, next to a vanilla step and to ours of the same work, as rows of a table."""
+        for name, (prepare, loop, passes, same) in PEERS.items():
+            model = prepare(copy.deepcopy(self.plain))
+            if model is None:
+                continue
+            functions = [self.run(lambda: loop(model, self.images, self.labels)), self.vanilla]  # noqa: B023
+            if same is not None:
+                functions.append(self.step(same))
+            theirs, vanillas, *ours = interleaved(functions, [model, self.plain, self.wrapped], self.options)
+            against = "{1:.3f} ({0:.3f} to {2:.3f})".format(*ratio(ours[0], theirs)) if ours else "-"
+            yield [self.name, name, passes, f"{ratio(theirs, vanillas)[1]:.2f}", against]
+
+    def inference(self):
+        """Compare a model that was wrapped and unwrapped with one that never was."""
+        self.plain.eval()
+        returned = entprop.unwrap(entprop.wrap(copy.deepcopy(self.plain)))
+        with torch.no_grad():
+            equal = torch.equal(returned(self.images), self.plain(self.images))
+            plain, again = self.times(lambda: self.plain(self.images), lambda: returned(self.images))
+        middle = ratio(again, plain)[1]
+        print(f"| {self.name} inference after unwrap: {middle:.3f} of plain, equal: {equal} | | | | | | |")
+        self.plain.train()
+
+
+def ratio(times, others):
+    """Return quartiles of the ratios of ``times`` to ``others``, round by round."""
+    return statistics.quantiles([a / b for a, b in zip(times, others, strict=True)], n=4)
 
 
 def floor(model, images, labels, method):
@@ -145,17 +208,6 @@ def peak_memory(function, model, device):
     return held + most
 
 
-def inference(plain, images, options):
-    """Compare a model that was wrapped and unwrapped with one that never was."""
-    plain.eval()
-    returned = entprop.unwrap(entprop.wrap(copy.deepcopy(plain)))
-    with torch.no_grad():
-        equal = torch.equal(returned(images), plain(images))
-        times = interleaved([lambda: plain(images), lambda: returned(images)], [], options)
-    ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
-    print(f"| {type(plain).__name__} inference after unwrap: {ratio:.3f} of plain, equal: {equal} | | | | | | |")
-
-
 def wrapping_time(norms=300):
     """Print how long it takes to wrap a model of many norms."""
     seconds = []
@@ -188,6 +240,7 @@ def parse():
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--amp", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--peers", action="store_true", help="time the loops of others, too")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     return parser.parse_args()
 

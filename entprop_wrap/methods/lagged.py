@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.errors import CheckpointError
+from entprop_wrap.errors import CheckpointError, UnsupportedModelError
 from entprop_wrap.functional.losses import Target
-from entprop_wrap.utils.modules import plain_model
+from entprop_wrap.utils.modules import plain_model, walk
 
 __all__ = ["Waiting", "lagged_state", "load_lagged_state", "put", "waiting_for"]
 
@@ -51,20 +51,47 @@ def waiting_for(model: nn.Module, images: Tensor, labels: Tensor) -> Waiting | N
     """Return what waits for ``model``; None where nothing does, or nothing that fits the batch.
 
     Images of another size, as progressive resizing brings them, cannot be trained together: those that wait are lost.
+
+    Raises:
+        UnsupportedModelError: They would be lost in this process, and others may still have theirs, where processes
+            communicate in every pass through a copy.
     """
-    waiting = _waiting.get(plain_model(model))
-    return waiting if waiting is not None and waiting.fits(images, labels) else None
+    root = _root(model)
+    waiting = _waiting.get(root)
+    if waiting is None or waiting.fits(images, labels):
+        return waiting
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _refuse_to_lose(root, waiting.images, images)
+    return None
+
+
+def _refuse_to_lose(root: nn.Module, waiting: Tensor, images: Tensor) -> None:
+    """Raise if processes that run other domains than this one would wait for it. DDP alone waits for all gradients."""
+    synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in walk(root))
+    if synchronised or any(type(parameter).__name__ == "DTensor" for parameter in root.parameters()):
+        raise UnsupportedModelError(
+            f"Images of {tuple(waiting.shape[1:])} wait for this lagged step, and the batch has "
+            f"{tuple(images.shape[1:])}: they cannot be trained together. With FSDP2 or SyncBatchNorm every process "
+            "has to drop them in the same step. Where all change the size, write load_lagged_state(model, {})."
+        )
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """Return the model that was wrapped, also of one compiled by region, which is another with the same parts."""
+    root = plain_model(model)
+    original: nn.Module = root.__dict__.get("_orig_mod", root)
+    return original
 
 
 def put(model: nn.Module, waiting: Waiting) -> None:
     """Let ``waiting`` wait for the next step of ``model``, in the place of what waited before."""
     target = waiting.target  # without the places in its batch, which the next step does not have
-    _waiting[plain_model(model)] = Waiting(waiting.images, Target(target.labels, target.partners, target.share))
+    _waiting[_root(model)] = Waiting(waiting.images, Target(target.labels, target.partners, target.share))
 
 
 def lagged_state(model: nn.Module) -> dict[str, Tensor]:
     """Return what waits for the next step of ``model``, as tensors to save; empty where nothing does."""
-    waiting = _waiting.get(plain_model(model))
+    waiting = _waiting.get(_root(model))
     if waiting is None:
         return {}
     target = waiting.target
@@ -82,7 +109,7 @@ def load_lagged_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: ``state`` is not what :func:`lagged_state` returned.
     """
-    root = plain_model(model)
+    root = _root(model)
     _waiting.pop(root, None)
     if not state:
         return

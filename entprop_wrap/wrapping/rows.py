@@ -129,5 +129,9 @@ def _trial(root: nn.Module, registry: Registry, auxiliary: str) -> Iterator[None
         with torch.no_grad():
             for tensor, value in zip((*parameters, *buffers), before, strict=True):
                 tensor.copy_(value)
+        for module, _ in modes:
+            if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+                # Else what the last pass gathered, moved copies, would serve the next.
+                module.reshard()  # type: ignore[operator]
         for module, mode in modes:
             module.training = mode

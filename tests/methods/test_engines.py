@@ -1,0 +1,356 @@
+"""Every engine gives what one plain float64 process gives, step for step: the two-pass step and the lagged one.
+
+Three steps with momentum, the last on an uneven batch. The other options of EntProp on DDP and FSDP2 are in
+test_entprop_distributed.py, what accumulation and precision do to other methods in test_step_loops.py.
+"""
+
+import contextlib
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate.utils import compile_regions
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+import entprop_wrap as entprop
+from entprop_wrap import EntProp
+from entprop_wrap.errors import UnsupportedModelError
+from entprop_wrap.methods import Vanilla
+from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
+from tests.helpers.keys import is_auxiliary_key
+from tests.helpers.processes import run_processes
+from tests.helpers.versions import RECENT_TORCH
+
+pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
+
+METHODS = {
+    "two passes": EntProp(fraction=0.4, epsilon=0.03),
+    "lagged": EntProp(fraction=0.4, epsilon=0.03, lagged=True),
+}
+SIZES = (8, 8, 6)
+STEPS = len(SIZES)
+
+
+class Block(nn.Module):
+    def __init__(self, width, checkpointed):
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.norm = nn.BatchNorm2d(width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return checkpoint(self.run, x, use_reentrant=False) if self.checkpointed else self.run(x)
+
+    def run(self, x):
+        return x + torch.tanh(self.conv(self.norm(x)))
+
+
+class Net(nn.Module):
+    """Repeated blocks, which engines checkpoint, compile and shard; batch norms in them and a layer norm after them."""
+
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 4, stride=2)
+        self.blocks = nn.ModuleList(Block(4, checkpointed) for _ in range(2))
+        self.last = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, images):
+        x = self.stem(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.last(x.mean((2, 3))))
+
+
+def make(checkpointed=False):
+    """A wrapped net whose copies differ from its norms; always the same."""
+    torch.manual_seed(0)
+    model = entprop.wrap(Net(checkpointed).double())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def batch(step, rank=0):
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    images = torch.rand(SIZES[step], 3, 8, 8, generator=generator, dtype=torch.float64)
+    return images, torch.randint(5, (SIZES[step],), generator=generator)
+
+
+def take_step(call, method, step, rank=0):
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return entprop.training_step(call, *batch(step, rank), method=method, generator=generator)
+
+
+def plain_name(name):
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def gradients(model):
+    found = {plain_name(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for name, g in found.items()}
+
+
+def buffers(model):
+    return {plain_name(name): buffer.double() for name, buffer in model.named_buffers()}
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def resumed_state(rank):
+    """What waits for the first step of a resumed run."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    images = torch.rand(3, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return {"images": images, "labels": torch.tensor([0, 3, 1]), "share": torch.tensor(1.0)}
+
+
+def train(call, method, rank=0, resumed=False, steps=STEPS):
+    """Return the gradients of each step, and the buffers after the last."""
+    if resumed:
+        load_lagged_state(call, resumed_state(rank))
+    optimizer, found = sgd(call), []
+    for step in range(steps):
+        take_step(call, method, step, rank)
+        found.append(gradients(call))
+        optimizer.step()
+        optimizer.zero_grad()
+    return found, buffers(call)
+
+
+def together(method, resumed=False, steps=STEPS, ranks=2):
+    """One process in the place of several: the mean gradients of each step, and the buffers of each rank."""
+    models = [make() for _ in range(ranks)]
+    for rank, model in enumerate(models):
+        if resumed:
+            load_lagged_state(model, resumed_state(rank))
+    optimizers, found = [sgd(model) for model in models], []
+    for step in range(steps):
+        for rank, model in enumerate(models):
+            take_step(model, method, step, rank)
+        for parameters in zip(*(model.parameters() for model in models), strict=True):
+            given = [p.grad for p in parameters if p.grad is not None]
+            for parameter in parameters if given else ():
+                parameter.grad = sum(given) / ranks
+        found.append(gradients(models[0]))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return found, [buffers(model) for model in models]
+
+
+def differences(found, expected, what):
+    return [
+        f"{what}: {name} is {float(found.get(name, torch.tensor(0.0)).norm()):.3e}, expected {float(wanted.norm()):.3e}"
+        for name, wanted in expected.items()
+        if name not in found or not (found[name] - wanted).norm() <= 1e-9 * wanted.norm().clamp_min(1e-3)
+    ]
+
+
+def compare(found, expected, what, with_buffers=True):
+    problems = []
+    for step, (ours, theirs) in enumerate(zip(found[0], expected[0], strict=True)):
+        problems += differences(ours, theirs, f"{what}, step {step}")
+    return problems + (differences(found[1], expected[1], what) if with_buffers else [])
+
+
+@contextlib.contextmanager
+def settings_of(engine):
+    """Have dynamo leave out side effects of a forward that a checkpoint recomputes, where the engine's name says so."""
+    option = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    torch._dynamo.reset()
+    patched = {option: True} if "effects skipped" in engine and hasattr(torch._dynamo.config, option) else {}
+    with torch._dynamo.config.patch(**patched) if patched else contextlib.nullcontext():
+        yield
+
+
+# One process ----------------------------------------------------------------------------------------------------------
+
+
+def compiled(model):
+    return torch.compile(model, backend="aot_eager")
+
+
+def compiled_in_place(model):
+    model.compile(backend="aot_eager")
+    return model
+
+
+def regions(model):
+    return compile_regions(model, backend="aot_eager")
+
+
+ENGINES = {
+    "channels_last": (False, lambda model: model.to(memory_format=torch.channels_last)),
+    "checkpointed": (True, lambda model: model),
+    "compiled": (False, compiled),
+    "compiled in place": (False, compiled_in_place),
+    "compiled, checkpointed": (True, compiled),
+    "compiled, checkpointed, effects skipped": (True, compiled),
+    "regions": (False, regions),
+    "regions, checkpointed": (True, regions),
+    "regions, checkpointed, effects skipped": (True, regions),
+}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return {name: train(make(), method) for name, method in METHODS.items()}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_process(engine, expected):
+    checkpointed, prepare = ENGINES[engine]
+    if "," in engine and not RECENT_TORCH:
+        pytest.skip("torch 2.6 records batch statistics twice under a compiled checkpoint")
+    recorded_twice = engine == "checkpointed"  # by the recomputation, in any model
+    problems = []
+    for name, method in METHODS.items():
+        model = make(checkpointed)
+        with settings_of(engine):
+            problems += compare(train(prepare(model), method), expected[name], name, not recorded_twice)
+        assert bool(lagged_state(model)) == method.lagged
+        entprop.unwrap(model)
+        assert not any(is_auxiliary_key(key) for key in model.state_dict())
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_accumulated_gradients_are_the_sum_of_the_steps(name):
+    model, singles = make(), make()
+    total = {}
+    for step in range(STEPS):
+        take_step(model, METHODS[name], step)
+        take_step(singles, METHODS[name], step)
+        for parameter, gradient in gradients(singles).items():
+            total[parameter] = total.get(parameter, 0) + gradient
+        singles.zero_grad()
+    assert not differences(gradients(model), total, name)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_average_follows_both_domains(name):
+    model = make()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    optimizer, wanted = sgd(model), None
+    for step in range(STEPS):
+        take_step(model, METHODS[name], step)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        now = {key: value.double() for key, value in model.state_dict().items() if value.is_floating_point()}
+        wanted = {key: v.clone() if wanted is None else 0.9 * wanted[key] + 0.1 * v for key, v in now.items()}
+    assert not differences(average.module.state_dict(), wanted, name)
+    assert any(is_auxiliary_key(key) for key in wanted)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bfloat16_is_as_close_as_a_plain_step_is(name):
+    def distance(method):
+        models = [make().float(), make().float()]
+        for model, on in zip(models, (False, True), strict=True):
+            for step in (0, 1):
+                model.zero_grad()
+                images, labels = batch(step)
+                with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                    entprop.training_step(model, images.float(), labels, method=method)
+        exact, rounded = map(gradients, models)
+        of = {key for key in exact if not is_auxiliary_key(key)}
+        return sum((exact[k] - rounded[k]).square().sum() for k in of) / sum(exact[k].square().sum() for k in of)
+
+    assert 0 < distance(replace(METHODS[name], mix=None)) < 4 * distance(Vanilla())
+
+
+# Two processes --------------------------------------------------------------------------------------------------------
+
+
+def ddp(model, mesh, **options):
+    return DistributedDataParallel(model, **options)
+
+
+def shard(model, mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def shard_compiled_blocks(model, mesh):
+    """Checkpoint, compile, shard, block by block: the order of trainers at scale."""
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    return shard(model, mesh)
+
+
+DISTRIBUTED = {
+    "DDP": (False, ddp),
+    "DDP, find_unused_parameters": (False, lambda model, mesh: ddp(model, mesh, find_unused_parameters=True)),
+    "DDP, checkpointed": (True, ddp),
+    "DDP, compiled": (False, lambda model, mesh: compiled(ddp(model, mesh))),
+    "DDP, regions": (False, lambda model, mesh: ddp(regions(model), mesh)),
+    "FSDP2": (False, shard),
+    "FSDP2, checkpointed": (True, shard),
+    "FSDP2, checkpointed, compiled": (True, shard_compiled_blocks),
+    "FSDP2, checkpointed, compiled, effects skipped": (True, shard_compiled_blocks),
+}
+COMPILED = [engine for engine in DISTRIBUTED if "compiled" in engine or "regions" in engine]
+EAGER = [engine for engine in DISTRIBUTED if engine not in COMPILED]
+
+
+def distributed(rank, expected, engines):
+    warnings.simplefilter("ignore")
+    mesh, problems = init_device_mesh("cpu", (2,)), []
+    for engine in engines:
+        checkpointed, prepare = DISTRIBUTED[engine]
+        if "FSDP2" in engine and not RECENT_TORCH:
+            continue
+        for (name, resumed), (steps, own) in expected.items():
+            with settings_of(engine):
+                found = train(prepare(make(checkpointed), mesh), METHODS[name], rank, resumed, len(steps))
+            # DDP gives every process the first one's statistics, FSDP2 leaves each its own.
+            eager_twice = checkpointed and engine in EAGER
+            with_buffers = not eager_twice and (rank == 0 or "FSDP2" in engine)
+            problems += compare(found, (steps, own[rank]), f"{engine}, {name}, resumed={resumed}", with_buffers)
+    if "FSDP2" in engines and RECENT_TORCH:
+        refuse_other_sizes(shard(make(), mesh))
+    return problems
+
+
+def refuse_other_sizes(model):
+    """Where processes could come to reduce different gradients, and wait for one another."""
+    take_step(model, METHODS["lagged"], 0)
+    images, labels = batch(0)
+    larger = torch.nn.functional.interpolate(images, size=12)
+    with pytest.raises(UnsupportedModelError, match=r"every process.*load_lagged_state"):
+        entprop.training_step(model, larger, labels, method=METHODS["lagged"])
+    load_lagged_state(model, {})
+    entprop.training_step(model, larger, labels, method=METHODS["lagged"])
+
+
+@pytest.mark.parametrize("engines", [EAGER, COMPILED], ids=["eager", "compiled"])
+def test_two_processes(engines):
+    """The mean of both processes' gradients; each selects among its own images, and keeps its own hardened ones."""
+    cases = [("two passes", False), ("lagged", False), *([("lagged", True)] if engines is EAGER else [])]
+    steps = STEPS if engines is EAGER else 2  # compiling again for another size is slow
+    expected = {(name, resumed): together(METHODS[name], resumed, steps) for name, resumed in cases}
+    for problems in run_processes(distributed, expected, engines):
+        assert not problems, "\n".join(problems)
+
+
+def few_images(rank):
+    with pytest.warns(UserWarning, match="Only 3 images a step"):  # not 6, of both processes
+        take_step(DistributedDataParallel(make()), METHODS["two passes"], 0, rank)
+    return True
+
+
+def test_too_few_images_are_counted_by_process():
+    assert run_processes(few_images) == [True, True]
