@@ -15,9 +15,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 DIGITS = "digits"
 SMALL = "small_cnn"
 METHODS = (
-    *("vanilla", "label_smoothing", "entropy_maximisation", "entprop", "entprop_finetuning", "random_selection"),
-    *("shared_norms", "mixprop", "advprop", "fine_grained_advprop", "fast_advprop", "me_ada", "me_ada_growth"),
-    *("pgd_at", "trades", "entropic_retraining"),
+    *("vanilla", "label_smoothing", "entropy_maximisation", "entprop", "entprop_augmented", "entprop_finetuning"),
+    *("random_selection", "shared_norms", "mixprop", "advprop", "fine_grained_advprop", "fast_advprop", "me_ada"),
+    *("me_ada_growth", "pgd_at", "trades", "entropic_retraining"),
 )
 #: Methods that continue from trained weights, which --weights names.
 TRAINED = ("entropic_retraining",)

@@ -441,6 +441,14 @@ def test_the_preset_takes_what_is_not_its_own():
     assert plain == EntProp.finetuning(epsilon=0.1)  # as every attack on the digits
 
 
+def test_the_preset_for_augmented_images_shares_affine_parameters():
+    made = built("--fraction", 0.3, names=["entprop_augmented"])["entprop_augmented"]
+    assert made == EntProp.augmented(fraction=0.3, epsilon=0.1)
+    assert (made.mix, made.copies) == (None, "statistics")
+    given = built("--set", "copies=all", names=["entprop_augmented"])["entprop_augmented"]
+    assert given.copies == "all"
+
+
 @pytest.mark.usefixtures("untrained")
 def test_growth_that_does_not_fit_is_found_before_anything_is_trained(train, tmp_path):
     arguments = [*QUICK, "--epochs", 2, "--methods", "vanilla", "me_ada_growth"]
