@@ -68,6 +68,7 @@ def _pets(epochs: int) -> Regime:
 
 REGIMES = {
     "digits": Regime("digits", 60, 300, epsilon=0.1),
+    "digits-120": Regime("digits", 120, 300, epsilon=0.1),
     "cifar-1000": _cifar(1000, 100),
     "cifar-2500": _cifar(2500, 60),
     "cifar-5000": _cifar(5000, 40),
@@ -93,6 +94,16 @@ ROWS = {
     "EntProp, statistics": Row(lambda epsilon: EntProp(epsilon=epsilon), "statistics"),
     "EntProp, affine": Row(lambda epsilon: EntProp(epsilon=epsilon), "affine"),
     "EntProp, shared": Row(lambda epsilon: EntProp(epsilon=epsilon, auxiliary=None)),
+    "EntProp, lagged": Row(lambda epsilon: EntProp(epsilon=epsilon, lagged=True)),
+    "EntProp, lagged, equal budget": Row(lambda epsilon: EntProp(epsilon=epsilon, lagged=True, equal_budget=True)),
+    "EntProp, unmixed": Row(lambda epsilon: EntProp(epsilon=epsilon, mix=None)),
+    "EntProp, unmixed, statistics": Row(lambda epsilon: EntProp(epsilon=epsilon, mix=None), "statistics"),
+    "EntProp, unmixed, statistics, lagged, equal budget": Row(
+        lambda epsilon: EntProp(epsilon=epsilon, mix=None, lagged=True, equal_budget=True), "statistics"
+    ),
+    "EntProp, lagged, equal budget, statistics": Row(
+        lambda epsilon: EntProp(epsilon=epsilon, lagged=True, equal_budget=True), "statistics"
+    ),
     "random selection": Row(lambda epsilon: EntProp(epsilon=epsilon, uncertainty=uncertainty.random)),
     "random uncertainty, statistics": Row(
         lambda epsilon: EntProp(epsilon=epsilon, uncertainty=uncertainty.random), "statistics"
