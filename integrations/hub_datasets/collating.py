@@ -13,31 +13,22 @@ __all__ = ["MixedCollate", "collate", "hf_collate"]
 
 
 def collate(samples: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
-    """Stack samples into ``(images, labels)``.
-
-    Args:
-        samples: B pairs of a tensor ``(3, H, W)``, all of one size, and an int (or a tensor of soft labels ``(C,)``).
+    """Stack B pairs of a tensor ``(3, H, W)`` and a label: an int, or soft labels ``(C,)``.
 
     Returns:
-        Images ``(B, 3, H, W)`` and labels ``(B,)`` int64 (or ``(B, C)``).
+        Images ``(B, 3, H, W)`` and labels ``(B,)`` int64, or ``(B, C)``.
 
     Raises:
         ImageError: Images that are not tensors, or of several sizes.
     """
-    images = [image for image, _ in samples]
-    other = next((image for image in images if not isinstance(image, Tensor)), None)
-    if other is not None:
+    images, labels = zip(*samples, strict=True)
+    found = {tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__ for image in images}
+    if len(found) > 1 or not isinstance(images[0], Tensor):
         raise ImageError(
-            f"Expected tensors (3, H, W) to stack, found {type(other).__name__}: give the dataset a transform, such "
-            "as data.with_transforms(train=train_transform(224), eval=eval_transform(224))."
+            f"Expected tensors (3, H, W) of one size, found {sorted(found, key=str)[:5]}: give the dataset a transform "
+            "that ends with a crop or a resize to (height, width), such as train_transform(224)."
         )
-    shapes = sorted({tuple(image.shape) for image in images})
-    if len(shapes) > 1:
-        raise ImageError(
-            f"Expected images of one size, found {shapes[:5]}: end the transform with a crop or a resize to "
-            "(height, width)."
-        )
-    return torch.stack(images), torch.stack([torch.as_tensor(label) for _, label in samples])
+    return torch.stack(images), torch.stack([torch.as_tensor(label) for label in labels])
 
 
 def hf_collate(samples: Sequence[tuple[Any, Any]]) -> dict[str, Tensor]:

@@ -20,65 +20,47 @@ _LABEL_NAMES = (
 
 def find_image_column(features: datasets.Features, named: str | None = None) -> str:
     """Return the column the user names, else that of type `datasets.Image`, else paths or bytes under a usual name."""
-    if named is not None:
-        if not _may_hold_image(_feature(features, named, "image")):
-            raise DataError(f"Expected images, paths or bytes in image_column={named!r}, found {_columns(features)}.")
-        return named
-    typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    usual = [name for name, feature in features.items() if name.lower() in _IMAGE_NAMES and _may_hold_image(feature)]
-    return _only(typed or usual, features, "image", _IMAGE_NAMES)
+    if named is None:
+        typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        usual = [name for name in features if name.lower() in _IMAGE_NAMES and _may_hold_image(features[name])]
+        return _only(typed or usual, features, "image", _IMAGE_NAMES)
+    if not _may_hold_image(features.get(named)):
+        raise DataError(f"Expected images, paths or bytes in image_column={named!r}, found {_columns(features)}.")
+    return named
 
 
 def find_label_column(features: datasets.Features, named: str | None = None) -> str:
     """Return the column the user names, else that of type `datasets.ClassLabel`, else one under a usual name."""
-    name = named
-    if name is None:
+    if named is None:
         typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         usual = [name for name in features if name.lower() in _LABEL_NAMES]
         usual = [name for name in usual if not isinstance(features[name], datasets.Image)]
         if len(typed) == 1 and typed[0] not in usual:  # `domain` or `label`? not ours to guess
-            typed += [name for name in usual if _is_label(features[name])]
-            name = _only(typed, features, "label", ())
+            named = _only(typed + [name for name in usual if _is_label(features[name])], features, "label", ())
         else:
-            name = _only(typed or usual, features, "label", _LABEL_NAMES)
-    feature = _feature(features, name, "label")
-    if isinstance(feature, (list, dict)) or hasattr(feature, "feature"):
+            named = _only(typed or usual, features, "label", _LABEL_NAMES)
+    if not _is_label(features.get(named)):
         raise DataError(
-            f"Expected one class per image in column {name!r}, found {_type(feature)}: multi-label data is not "
-            "supported; keep the images of one label, as a column of integers or text."
+            f"Expected one class per image (text, integers or ClassLabel) in label_column={named!r}, found "
+            f"{_columns(features)}: name another column. Multi-label data is not supported."
         )
-    if not _is_label(feature):
-        raise DataError(
-            f"Expected classes (text, integers or ClassLabel) in column {name!r}, found {_type(feature)}: pass "
-            f"label_column=... with one of {_columns(features)}."
-        )
-    return name
+    return named
 
 
 def _only(found: list[str], features: datasets.Features, what: str, usual: tuple[str, ...]) -> str:
     """Return the only one found, or that with the plainest name."""
     known = [name for name in found if name.lower() in usual]
-    plain = [name for name in known if name.lower() == what]
-    for best in ([name for name in plain if name == what], plain, known, found):
+    for best in ([name for name in known if name.lower() == what], known, found):
         if len(best) == 1:
             return best[0]
-    if not found:
-        raise DataError(f"Expected a column of {what}s, found {_columns(features)}: pass {what}_column=... to name it.")
-    choices = " or ".join(f"{what}_column={name!r}" for name in found)
-    raise DataError(f"Expected one column of {what}s, found several in {_columns(features)}: pass {choices}.")
-
-
-def _feature(features: datasets.Features, name: str, what: str) -> Any:
-    if name not in features:
-        raise DataError(f"Expected the column {what}_column={name!r}, found {_columns(features)}.")
-    return features[name]
+    choices = " or ".join(f"{what}_column={name!r}" for name in found) or f"{what}_column=... to name it"
+    raise DataError(f"Expected a column of {what}s, found {_columns(features)}: pass {choices}.")
 
 
 def _may_hold_image(feature: Any) -> bool:
-    if isinstance(feature, dict):
-        return {"bytes", "path"} <= set(feature)
     text = ("string", "large_string", "binary", "large_binary")
-    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in text
+    cell = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
+    return cell or isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in text
 
 
 def _is_label(feature: Any) -> bool:
@@ -86,9 +68,9 @@ def _is_label(feature: Any) -> bool:
     return isinstance(feature, (datasets.ClassLabel, datasets.Value)) and str(feature.dtype).startswith(kinds)
 
 
-def _type(feature: Any) -> str:
-    return str(feature.dtype) if isinstance(feature, datasets.Value) else type(feature).__name__
-
-
 def _columns(features: datasets.Features) -> str:
-    return "columns " + ", ".join(f"{name!r} ({_type(feature)})" for name, feature in features.items())
+    types = {
+        name: str(one.dtype) if isinstance(one, datasets.Value) else type(one).__name__
+        for name, one in features.items()
+    }
+    return "columns " + ", ".join(f"{name!r} ({kind})" for name, kind in types.items())

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from PIL.Image import Resampling
 from torchvision.transforms.v2 import InterpolationMode
 
 from entprop_wrap.data.pixel_space import PixelSpace
@@ -11,7 +12,6 @@ from entprop_wrap.errors import ConfigurationError
 
 __all__ = ["ImageFormat", "image_format"]
 
-_PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of PIL.Image.Resampling
 _INSTEAD = "pass ImageFormat(size=(224, 224), resize=256, space=PixelSpace(mean, std)) instead"
 
 
@@ -41,18 +41,15 @@ class ImageFormat:
                 f"Expected positive numbers of pixels, found size={self.size}, resize={self.resize}."
             )
         if self.space.channels not in (None, 3):
-            raise ConfigurationError(
-                f"Expected mean and std of 3 channels, found {self.space}: images are always RGB, so another number "
-                "of channels needs a transform of its own."
-            )
+            raise ConfigurationError(f"Expected mean and std of 3 channels (images are RGB), found {self.space}.")
 
 
 def image_format(source: Any) -> ImageFormat:
     """Return the format that a Hugging Face image processor or a timm configuration describes.
 
-    `eval_transform` of it does what the processor does (where an odd number of pixels is cropped away, the two may
-    differ by one pixel in where they cut); for training take `train_transform` of it. Of timm, pass
-    ``timm.data.resolve_model_data_config(model)``, ``model.pretrained_cfg`` or the model.
+    `eval_transform` of it does what the processor does, to within a pixel where an odd number is cropped away; for
+    training take `train_transform` of it. For timm, pass ``timm.data.resolve_model_data_config(model)``,
+    ``model.pretrained_cfg`` or the model.
 
     Raises:
         ConfigurationError: No resize to a fixed size, or pixels that are not scaled RGB.
@@ -60,63 +57,50 @@ def image_format(source: Any) -> ImageFormat:
     config = source if isinstance(source, Mapping) else getattr(source, "pretrained_cfg", None)
     if isinstance(config, Mapping):
         return _from_timm(config)
-    if not getattr(source, "do_rescale", True) or getattr(source, "do_flip_channel_order", False):
+    size, crop = _sides(source, "size"), _sides(source, "crop_size")
+    crops = bool(getattr(source, "do_center_crop", False) and crop)
+    expected = {"do_rescale": True, "do_flip_channel_order": False, "do_resize": True}
+    other = {key: getattr(source, key) for key, value in expected.items() if getattr(source, key, value) != value}
+    if other or not ("shortest_edge" in size or {"height", "width"} <= set(size)):
         raise ConfigurationError(
-            f"Expected a processor of RGB pixels with do_rescale=True, found {type(source).__name__} with another "
-            f"scale or BGR: {_INSTEAD}."
-        )
-    resize, size = _sizes(source)
-    filter_ = getattr(source, "resample", None)
-    mode = InterpolationMode(_PIL_FILTERS[2 if filter_ is None else int(filter_)])
-    return ImageFormat(size, resize, PixelSpace.from_processor(source), mode)
-
-
-def _sizes(processor: Any) -> tuple[int | tuple[int, int], tuple[int, int]]:
-    """Return the resize and the final (height, width)."""
-    size, crop = _mapping(processor, "size"), _mapping(processor, "crop_size")
-    crops = bool(getattr(processor, "do_center_crop", False) and crop)
-    if not getattr(processor, "do_resize", True) or not ("shortest_edge" in size or {"height", "width"} <= set(size)):
-        raise ConfigurationError(
-            f"Expected a processor that resizes to 'shortest_edge' or to 'height' and 'width', found size={size}, "
-            f"do_resize={getattr(processor, 'do_resize', True)}: {_INSTEAD}."
+            "Expected a processor that rescales RGB pixels and resizes to 'shortest_edge' or to 'height' and 'width', "
+            f"found {type(source).__name__} with size={size} {other or ''}: {_INSTEAD}."
         )
     resize: int | tuple[int, int]
-    if "shortest_edge" in size:
+    if "height" in size:
+        resize = square = (size["height"], size["width"])
+    else:
         resize, square = size["shortest_edge"], (size["shortest_edge"],) * 2
-        fraction = getattr(processor, "crop_pct", None)
+        fraction = getattr(source, "crop_pct", None)
         if fraction and not crops and resize >= 384:
             resize = square  # ConvNeXT: no crop from 384 px on, the aspect changes instead
         elif fraction:
             resize = int(resize / fraction)
-        elif type(processor).__name__.startswith("Levit"):
+        elif type(source).__name__.startswith("Levit"):
             resize = int(resize * 256 / 224)  # LeViT's `size` is that of the crop
-    else:
-        resize = square = (size["height"], size["width"])
-    if not crops:
-        return resize, square
-    return resize, ((crop["height"], crop["width"]) if "height" in crop else (crop["shortest_edge"],) * 2)
+    if crops:
+        square = (crop["height"], crop["width"]) if "height" in crop else (crop["shortest_edge"],) * 2
+    resample = getattr(source, "resample", None)
+    mode = InterpolationMode(Resampling(2 if resample is None else int(resample)).name.lower())
+    return ImageFormat(square, resize, PixelSpace.from_processor(source), mode)
 
 
 def _from_timm(config: Mapping[str, Any]) -> ImageFormat:
-    mode, channels = config.get("crop_mode") or "center", config["input_size"][0]
+    (channels, height, width), mode = config["input_size"], config.get("crop_mode") or "center"
     if channels != 3 or mode not in ("center", "squash"):
         raise ConfigurationError(
             f"Expected 3 channels and crop_mode 'center' or 'squash', found input_size={config['input_size']}, "
             f"crop_mode={mode!r}: {_INSTEAD}."
         )
-    height, width = (int(side) for side in config["input_size"][1:])
     fraction = config.get("crop_pct") or 0.875
     scaled = (int(height / fraction), int(width / fraction))
+    resize = scaled if mode == "squash" or height != width else scaled[0]
     name = config.get("interpolation") or "bilinear"
-    return ImageFormat(
-        (height, width),
-        scaled if mode == "squash" or height != width else scaled[0],
-        PixelSpace(config["mean"], config["std"]),
-        InterpolationMode("bilinear" if name == "random" else name),
-    )
+    mode = InterpolationMode("bilinear" if name == "random" else name)
+    return ImageFormat((int(height), int(width)), resize, PixelSpace(config["mean"], config["std"]), mode)
 
 
-def _mapping(processor: Any, name: str) -> dict[str, int]:
+def _sides(processor: Any, name: str) -> dict[str, int]:
     """Return ``size`` or ``crop_size``: an int, a dict, or a dict-like object whose unused fields are None."""
     value = getattr(processor, name, None)
     if isinstance(value, int):

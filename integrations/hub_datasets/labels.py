@@ -12,7 +12,7 @@ import datasets
 
 from entprop_wrap.errors import DataError, LabelError
 
-__all__ = ["LabelMap", "build_label_map", "label_value", "read_labels"]
+__all__ = ["LabelMap", "build_label_map", "label_value", "read_labels", "some"]
 
 LabelValue = str | int | None
 
@@ -26,16 +26,14 @@ class LabelMap:
 
     def indices(self, values: Sequence[LabelValue], where: str) -> list[int]:
         """Return the class indices of label values; messages say ``where`` these are."""
-        missing = sum(value is None for value in values)
-        if missing:
+        if missing := sum(value is None for value in values):
             raise LabelError(
                 f"Expected a label for every image of {where}, found {missing:,} of {len(values):,} without one (empty "
                 "or -1): drop them with dataset.filter(...), or name another split."
             )
-        unknown = sorted({str(value) for value in values if value not in self.index})
-        if unknown:
+        if unknown := sorted({str(value) for value in values if value not in self.index}):
             raise LabelError(
-                f"Expected the {len(self.classes)} classes of training in {where}, found {_some(unknown)} besides: "
+                f"Expected the {len(self.classes)} classes of training in {where}, found {some(unknown)} besides: "
                 "pass classes=... with all of them."
             )
         return [self.index[value] for value in values if value is not None]
@@ -48,10 +46,7 @@ def label_value(raw: Any, feature: Any) -> LabelValue:
     if not isinstance(feature, datasets.ClassLabel):
         return int(raw)
     if raw >= len(feature.names):
-        raise LabelError(
-            f"Expected labels 0..{len(feature.names) - 1}, for which the ClassLabel has names, found {raw}: "
-            "cast_column with a ClassLabel of all names."
-        )
+        raise LabelError(f"Expected labels below {len(feature.names)}, the number of class names, found {raw}.")
     return str(feature.names[raw]) if raw >= 0 else None  # -1 is the Hub's custom for "unlabelled"
 
 
@@ -70,53 +65,44 @@ def build_label_map(
     ``values`` are the labels of the training split; None while streaming, when they cannot be known. ``notes`` gets a
     sentence where integers are renumbered or declared classes have no image.
     """
-    found = set(values or ()) - {None}
+    found: set[Any] = set(values or ()) - {None}
     keys: list[Any]
     if classes is not None:
         keys = list(classes)
-        if len(set(keys)) != len(keys):
-            raise LabelError(f"Expected every class once in classes=..., found {_some(keys)}.")
     elif isinstance(feature, datasets.ClassLabel):
-        keys = [str(name) for name in feature.names]
-        unseen = [key for key in keys if key not in found]
-        if found and unseen:
-            notes.append(f"{len(unseen)} of the {len(keys)} declared classes have no training image: {_some(unseen)}")
+        keys = list(map(str, feature.names))
+        if found and (unseen := [key for key in keys if key not in found]):
+            notes.append(f"{len(unseen)} of the {len(keys)} declared classes have no training image: {some(unseen)}")
     elif values is None:
         raise DataError(
             "Expected a ClassLabel column while streaming, found labels whose classes are unknown until all are read: "
             "pass classes=[...] with every label value, or streaming=False."
         )
     else:
-        keys = _sorted_values(found, notes)
-    if len(keys) < 2:
+        keys = sorted(found)
+        if -1 in found and found != {-1, 1}:
+            raise LabelError(
+                f"Expected classes, found -1 among the integers {some(keys)}, which often means 'unlabelled': drop "
+                "those images with dataset.filter(...), or pass classes=[-1, ...] if it is a class."
+            )
+        if keys != list(range(len(keys))) and not isinstance(keys[0], str):
+            notes.append(
+                f"the {len(keys)} integer labels {some(keys)} were renumbered 0..{len(keys) - 1} in this order"
+            )
+    if len(keys) < 2 or len(set(keys)) < len(keys):
         raise DataError(
-            f"Expected at least two classes, found {_some(keys) or 'none'}: pass label_column=... with the right one; "
-            "of class folders, the folder that holds them directly; or, for labels in a table, write a metadata.csv "
-            "with the columns file_name and label."
+            f"Expected at least two classes, every one once, found {some(keys) or 'none'}: pass label_column=... with "
+            "the right one; of class folders, the folder that holds them directly; or, for labels in a table, write a "
+            "metadata.csv with the columns file_name and label."
         )
     index = {key: position for position, key in enumerate(keys)}
-    if _is_integer(feature) and all(isinstance(key, str) for key in keys):  # names for 0 .. C-1
+    integers = isinstance(feature, datasets.Value) and str(feature.dtype).startswith(("int", "uint", "bool"))
+    if integers and all(isinstance(key, str) for key in keys):  # names for 0 .. C-1
         index |= {position: position for position in range(len(keys))}
     return LabelMap(tuple(map(str, keys)), index)
 
 
-def _sorted_values(found: set[Any], notes: list[str]) -> list[Any]:
-    """Return the label values in order: all text or all integers."""
-    keys = sorted(found)
-    if -1 in found and found != {-1, 1}:
-        raise LabelError(
-            f"Expected classes, found -1 among the integers {_some(keys)}, which often means 'unlabelled': drop those "
-            "images with dataset.filter(...), or pass classes=[-1, ...] if it is a class."
-        )
-    if keys and not isinstance(keys[0], str) and keys != list(range(len(keys))):
-        notes.append(f"the {len(keys)} integer labels {_some(keys)} were renumbered 0..{len(keys) - 1} in this order")
-    return keys
-
-
-def _is_integer(feature: Any) -> bool:
-    return isinstance(feature, datasets.Value) and str(feature.dtype).startswith(("int", "uint", "bool"))
-
-
-def _some(items: Sequence[Any], limit: int = 5) -> str:
-    shown = ", ".join(repr(item) for item in items[:limit])
-    return shown + (f", ... ({len(items)} in all)" if len(items) > limit else "")
+def some(items: Sequence[Any]) -> str:
+    """Return the first items, for a message."""
+    shown = ", ".join(map(repr, items[:5]))
+    return shown + (f", ... ({len(items)} in all)" if len(items) > 5 else "")

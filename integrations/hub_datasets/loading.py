@@ -11,8 +11,8 @@ import datasets
 from entprop_wrap.errors import DataError
 from entprop_wrap.integrations.hub_datasets.columns import find_image_column, find_label_column
 from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages, OnBroken, StreamedImages
-from entprop_wrap.integrations.hub_datasets.labels import build_label_map, label_value, read_labels
-from entprop_wrap.integrations.hub_datasets.sources import Rows, open_splits
+from entprop_wrap.integrations.hub_datasets.labels import build_label_map, label_value, read_labels, some
+from entprop_wrap.integrations.hub_datasets.sources import open_splits
 from entprop_wrap.integrations.hub_datasets.splits import split_names, stratified_sample, stratified_split, take_split
 from entprop_wrap.utils.options import check_choice, check_function, check_integer, check_number, check_seed
 
@@ -85,10 +85,10 @@ def load_images(
         eval_split: Split to evaluate on; by default ``validation``, else ``test``, under their usual spellings, if its
             images have labels. Otherwise ``eval_fraction`` of every class of the training split, at least one image;
             classes of a single image stay in training.
-        image_column: By default the column of type `Image`, else strings or bytes under a usual name.
+        image_column: By default the column of type `Image`, else paths or bytes under a usual name.
         label_column: By default the column of type `ClassLabel`, else a column under a usual name.
-        classes: Label values in the order their indices shall have, for example those of a trained model; or names
-            for the integer labels 0 .. C-1. By default from the training split.
+        classes: Label values in the order of their indices, for example those of a trained model; or names for the
+            integer labels 0 .. C-1. By default from the training split.
         train_transform: From an RGB PIL image to a tensor; without one, ``train`` gives PIL images.
         eval_transform: The same for ``eval``.
         eval_fraction: Share of the images to hold out where no split can be evaluated on, in (0, 1).
@@ -124,14 +124,22 @@ def load_images(
     rows = take_split(splits, train_name, "train_split")
     image_column = find_image_column(rows.features, image_column)
     label_column = find_label_column(rows.features, label_column)
-    streams = isinstance(rows, datasets.IterableDataset)
-    values = None if streams else read_labels(rows, label_column)
+    values = None if isinstance(rows, datasets.IterableDataset) else read_labels(rows, label_column)
     if values == []:
         raise DataError(f"Expected images in split {train_name!r}, found none.")
     label_map = build_label_map(values, rows.features[label_column], classes, notes)
-    eval_name, eval_rows = _labelled_split(
-        splits, train_name, eval_names, (image_column, label_column), eval_split is not None, notes
-    )
+    eval_name, eval_rows = "", None
+    for place, name in enumerate(eval_names, start=1):
+        found = take_split(splits, name, "eval_split")
+        problem = _problem(found, image_column, label_column)
+        if problem is None:
+            eval_name, eval_rows = name, found
+            if rest := some(eval_names[place:]):
+                notes.append(f"evaluating on split {name!r}; {rest} not touched (eval_split=... names another)")
+            break
+        if eval_split is not None:
+            raise DataError(f"Expected labelled images in eval_split={name!r}, found a split that {problem}.")
+        notes.append(f"split {name!r} is not used: it {problem}")
 
     train: Any
     evaluate: Any
@@ -153,44 +161,23 @@ def load_images(
             train, evaluate = _hold_out(train, eval_fraction, seed, notes)
         else:
             evaluate = LabelledImages(eval_rows, *columns, f"split {eval_name!r}")
-        train = _limited(train, max_train, seed, notes)
-        evaluate = _limited(evaluate, max_eval, seed, notes)
-        evaluate = _readable(evaluate, notes) if on_broken == "skip" else evaluate
+        train, evaluate = _limited(train, max_train, seed, notes), _limited(evaluate, max_eval, seed, notes)
+        if on_broken == "skip":
+            everything, evaluate = evaluate, evaluate.without_broken()
+            if lost := sorted({*everything.positions.tolist()} - {*evaluate.positions.tolist()}):
+                notes.append(
+                    f"{len(lost):,} of the {len(everything):,} images of {everything.name} cannot be read and are left "
+                    f"out: rows {some(lost)}"
+                )
     for note in notes:
         logger.warning("%s: %s", path_or_name if isinstance(path_or_name, str) else "data", note)
     data = ImageData(train, evaluate, label_map.classes, tuple(notes))
     return data.with_transforms(train_transform, eval_transform)
 
 
-def _labelled_split(
-    splits: dict[str, Rows],
-    train_name: str,
-    eval_names: tuple[str, ...],
-    columns: tuple[str, str],
-    required: bool,
-    notes: list[str],
-) -> tuple[str, Any]:
-    """Return the first split that can be evaluated on, and its name; no rows if there is none."""
-    for place, name in enumerate(eval_names, start=1):
-        rows = take_split(splits, name, "eval_split")
-        problem = _problem(rows, *columns)
-        if problem is None:
-            if rest := ", ".join(map(repr, eval_names[place:])):
-                notes.append(f"evaluating on split {name!r}; {rest} not touched (eval_split=... names another)")
-            return name, rows
-        if required:
-            raise DataError(
-                f"Expected labelled images in eval_split={name!r}, found a split that {problem}: name another of "
-                f"{list(splits)}, or leave eval_split out to hold images out of {train_name!r}."
-            )
-        notes.append(f"split {name!r} is not used: it {problem}")
-    return "", None
-
-
 def _problem(rows: Any, image_column: str, label_column: str) -> str | None:
     """Return why a split cannot be evaluated on, or None; of a stream, only the first row is looked at."""
-    missing = [name for name in (image_column, label_column) if name not in rows.features]
-    if missing:
+    if missing := [name for name in (image_column, label_column) if name not in rows.features]:
         return f"has no column {missing[0]!r}"
     if isinstance(rows, datasets.Dataset):
         values = read_labels(rows, label_column)
@@ -224,13 +211,3 @@ def _limited(images: LabelledImages, limit: int | None, seed: int, notes: list[s
         return images
     notes.append(f"{limit:,} of the {len(images):,} images of {images.name} are used, every class in proportion")
     return images.select(stratified_sample(images.labels, limit, seed))
-
-
-def _readable(images: LabelledImages, notes: list[str]) -> LabelledImages:
-    readable = images.without_broken()
-    if lost := sorted(set(images.positions.tolist()) - set(readable.positions.tolist())):
-        notes.append(
-            f"{len(lost):,} of the {len(images):,} images of {images.name} cannot be read and are left out: rows "
-            f"{', '.join(map(str, lost[:10]))}{', ...' if len(lost) > 10 else ''}"
-        )
-    return readable

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
+from PIL.Image import Resampling
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,15 +21,12 @@ __all__ = ["InMemoryImages", "in_memory"]
 
 @dataclass(frozen=True, eq=False)
 class InMemoryImages(Dataset[tuple[Any, int]]):
-    """Images of one size and their labels, as two tensors.
-
-    ``dataset[i]`` is ``(transform(image), label)`` with a uint8 image ``(3, H, W)``; `train_transform` and
-    `eval_transform` take such tensors.
+    """Pairs ``(transform(image), label)``, held as two tensors.
 
     Attributes:
         images: ``(N, 3, H, W)`` uint8, 0 to 255.
         labels: ``(N,)`` int64 class indices.
-        transform: Applied to each image.
+        transform: Applied to each image ``(3, H, W)``, such as `train_transform` and `eval_transform`, or None.
     """
 
     images: Tensor
@@ -48,27 +46,24 @@ class InMemoryImages(Dataset[tuple[Any, int]]):
 
 
 def in_memory(dataset: LabelledImages, size: int, transform: Callable[[Tensor], Any] | None = None) -> InMemoryImages:
-    """Decode a dataset once: short side to ``size``, then the central square.
+    """Decode a dataset once: short side to ``size`` pixels, then the central square.
 
-    Takes ``3 * size**2`` bytes an image (128 px: 49 kB; 10,000 images: 0.5 GB). For random crops choose ``size``
-    somewhat above the size of the crops. The dataset's own transform is not applied; ``transform`` is, to the uint8
-    images of the result. Unreadable images are left out under ``on_broken="skip"``, else raise.
+    Takes ``3 * size**2`` bytes an image (128 px: 49 kB). For random crops choose ``size`` somewhat above the size of
+    the crops. The dataset's own transform is not applied. Unreadable images are left out under ``on_broken="skip"``,
+    else raise.
 
     Raises:
         DataError: No image can be read.
     """
-    size = check_integer("size", size, 1)
+    check_integer("size", size, 1)
     images = torch.empty((len(dataset), 3, size, size), dtype=torch.uint8)
     kept: list[int] = []
     for index in range(len(dataset)):
         try:
-            image = dataset.read(index)
+            square = ImageOps.fit(dataset.read(index), (size, size), Resampling.BILINEAR)
         except BrokenImageError as error:
-            if dataset.on_broken == "raise":
-                raise
             dataset.mark_broken(index, error)
             continue
-        square = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
         images[len(kept)] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
         kept.append(index)
     if not kept:

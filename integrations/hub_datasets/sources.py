@@ -1,17 +1,22 @@
 """From a name, a path or an object to the splits of a dataset. Nothing is decoded here."""
 
+import glob
 import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from entprop_wrap.errors import ConfigurationError, DataError
-from entprop_wrap.integrations.hub_datasets.class_folders import read_class_folders
+from entprop_wrap.integrations.hub_datasets.labels import some
+from entprop_wrap.integrations.hub_datasets.splits import EVAL_NAMES, TRAIN_NAMES
 
-__all__ = ["Rows", "open_splits"]
+__all__ = ["Rows", "open_splits", "read_class_folders"]
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def open_splits(
@@ -27,7 +32,11 @@ def open_splits(
         name, path = os.fspath(source), Path(source).expanduser()
         if not path.is_dir() and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
             raise DataError(f"Expected a folder or a Hub id, found {name!r}, which does not exist.")
-        opened = _open_folder(path, not load_options, notes) if path.is_dir() else None
+        opened = None
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            opened = datasets.load_from_disk(str(path))
+        elif path.is_dir() and not load_options:
+            opened = read_class_folders(path, notes)
         if opened is None:
             place = str(path) if path.is_dir() else name
             opened = datasets.load_dataset(place, config, streaming=streaming, **load_options)
@@ -36,28 +45,55 @@ def open_splits(
             config, load_options = None, {}
     if isinstance(opened, Rows):
         opened = {str(opened.split or "train"): opened}
-    if not isinstance(opened, dict):
+    if not isinstance(opened, dict) or not opened or not all(isinstance(rows, Rows) for rows in opened.values()):
+        found = {name: type(rows).__name__ for name, rows in opened.items()} if isinstance(opened, dict) else ""
         raise DataError(
-            f"Expected a Hub id, a folder, a Dataset or a DatasetDict, found {type(source).__name__}: a torch dataset "
-            "needs no loader, any DataLoader of (image, label) will do."
+            f"Expected a Hub id, a folder, a Dataset or a DatasetDict, found {found or type(source).__name__}. A torch "
+            "dataset needs no loader: any DataLoader of (image, label) will do."
         )
-    wrong = [f"{name!r}: {type(rows).__name__}" for name, rows in opened.items() if not isinstance(rows, Rows)]
-    if wrong or not opened:
-        raise DataError(f"Expected splits of type Dataset or IterableDataset, found {', '.join(wrong) or 'none'}.")
-    given = ({} if config is None else {"config": config}) | load_options
-    if given:
-        options = ", ".join(f"{key}={value!r}" for key, value in given.items())
-        raise ConfigurationError(f"Expected no options of the Hub for opened or local data, found {options}.")
+    if given := ({} if config is None else {"config": config}) | load_options:
+        raise ConfigurationError(f"Expected no options of the Hub for opened or local data, found {given}.")
     if streaming:
-        opened = {
-            key: rows.to_iterable_dataset() if isinstance(rows, datasets.Dataset) else rows
-            for key, rows in opened.items()
-        }
+        opened = {k: v.to_iterable_dataset() if isinstance(v, datasets.Dataset) else v for k, v in opened.items()}
     return dict(opened), notes
 
 
-def _open_folder(path: Path, search: bool, notes: list[str]) -> Any:
-    """Open what ``save_to_disk`` wrote, or, if ``search``, class folders; None leaves the folder to a builder."""
-    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return datasets.load_from_disk(str(path))
-    return read_class_folders(path, notes) if search else None
+def read_class_folders(folder: Path, notes: list[str]) -> dict[str, datasets.Dataset] | None:
+    """Return the splits of an image folder, or None where the folder is something else.
+
+    Either ``folder/<class>/.../image`` (one split, ``train``) or ``folder/<split>/<class>/.../image``. It is read
+    here rather than by the `imagefolder` builder, which takes splits from words anywhere in a path: a class folder
+    ``test`` or a file ``dev_01.jpg`` moves images from one split to another. Files that are not images and whatever is
+    hidden are ignored; files lie in the order of their names. ``notes`` gets what may have been meant otherwise.
+    """
+    if any((place / f"metadata{end}").is_file() for place in (folder, *folder.glob("*/")) for end in _TABLES):
+        return None  # labels come from a table: the `imagefolder` builder's own format
+    found = glob.iglob("**/*", root_dir=folder, recursive=True)  # leaves out what is hidden, follows links
+    paths = sorted(tuple(name.split(os.sep)) for name in found if name.lower().endswith((*IMG_EXTENSIONS, ".gif")))
+    tops = {parts[0] for parts in paths if len(parts) > 1}
+    if not tops:
+        return None
+    names = [name for name in sorted(tops) if name.lower() in (*TRAIN_NAMES, *EVAL_NAMES)]
+    train_has_classes = any(parts[0].lower() in TRAIN_NAMES and len(parts) > 2 for parts in paths)
+    if names and (train_has_classes or len(names) == len(tops)):
+        splits = {name: _rows(folder / name, [parts[1:] for parts in paths if parts[0] == name]) for name in names}
+    else:
+        splits = {"train": _rows(folder, paths)}
+    labelled = (rows.features["label"].names for rows in splits.values() if "label" in rows.features)
+    if classes := sorted({name for names in labelled for name in names}):
+        notes.append(f"the {len(classes)} classes are the names of folders: {some(classes)}")
+    if tables := sorted(path.name for path in folder.glob("*.*") if path.suffix in _TABLES):
+        notes.append(f"not read: {some(tables)} (labels would be read from a metadata.csv)")
+    return splits
+
+
+def _rows(folder: Path, paths: list[tuple[str, ...]]) -> datasets.Dataset:
+    """Return one split: a label for every file under a class folder; no labels where there are no such folders."""
+    classes = sorted({parts[0] for parts in paths if len(parts) > 1})
+    files = [parts for parts in paths if len(parts) > 1] if classes else paths
+    features = datasets.Features({"image": datasets.Image()})
+    columns: dict[str, list[Any]] = {"image": [str(folder.joinpath(*parts)) for parts in files]}
+    if classes:
+        features["label"] = datasets.ClassLabel(names=classes)
+        columns["label"] = [parts[0] for parts in files]
+    return datasets.Dataset.from_dict(columns, features=features)

@@ -24,9 +24,7 @@ def split_names(
         rest = [name for name in available if name != evaluate]
         usual = [by_lower[name] for name in TRAIN_NAMES if by_lower.get(name) in rest]
         if not usual and len(rest) != 1:
-            raise DataError(
-                f"Expected a split called 'train', found {list(available)}: pass train_split=... with one of them."
-            )
+            raise DataError(f"Expected a split called 'train', found {list(available)}: pass train_split=...")
         train = (usual or rest)[0]
     if train == evaluate:
         raise ConfigurationError(

@@ -18,7 +18,6 @@ def train_transform(
     size: int | tuple[int, int] | ImageFormat,
     *,
     scale: tuple[float, float] = (0.35, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
     normalize: Any = None,
 ) -> v2.Compose:
@@ -28,7 +27,6 @@ def train_transform(
         size: Size of the result, pixels: one number, ``(height, width)``, or an `ImageFormat`.
         scale: Smallest and largest area of the crop, as fractions of the image, in (0, 1]. The default suits
             fine-tuning; training from scratch usually takes (0.08, 1).
-        ratio: Smallest and largest width / height of the crop.
         flip: Probability of the flip.
         normalize: A `PixelSpace` or ``(mean, std)``. By default what the `ImageFormat` says, else none: the training
             step takes pixels in [0, 1] as well as normalised ones, as long as its own pixel space says which.
@@ -40,13 +38,11 @@ def train_transform(
     Raises:
         ConfigurationError: An argument is out of its range.
     """
-    if not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
-        raise ConfigurationError(
-            f"Expected scale and ratio as (smallest, largest), above 0 and areas at most 1, found {scale=}, {ratio=}."
-        )
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ConfigurationError(f"scale must be (smallest, largest) area in (0, 1], found {scale}.")
     check_number("flip", flip, lambda chance: 0 <= chance <= 1, "from 0 to 1")
     target = _format(size, None, normalize)
-    crop = v2.RandomResizedCrop(target.size, scale, ratio, target.interpolation, antialias=True)
+    crop = v2.RandomResizedCrop(target.size, scale, interpolation=target.interpolation, antialias=True)
     return _compose(target, crop, v2.RandomHorizontalFlip(flip))
 
 
@@ -77,24 +73,18 @@ def _compose(target: ImageFormat, *steps: torch.nn.Module) -> v2.Compose:
     return v2.Compose([*chain, v2.ToPureTensor()])
 
 
-def _format(
-    size: int | tuple[int, int] | ImageFormat, resize: int | tuple[int, int] | None, normalize: Any
-) -> ImageFormat:
-    if isinstance(size, ImageFormat):
-        space = size.space if normalize is None else _space(normalize)
-        return dataclasses.replace(size, resize=size.resize if resize is None else resize, space=space)
-    if not isinstance(size, (int, tuple)):
+def _format(size: Any, resize: int | tuple[int, int] | None, normalize: Any) -> ImageFormat:
+    if not isinstance(size, (int, tuple, ImageFormat)):
         raise ConfigurationError(
             f"Expected size as pixels, (height, width) or an ImageFormat, found {type(size).__name__}: for an image "
             "processor write image_format(processor)."
         )
-    sides = (size, size) if isinstance(size, int) else size
-    return ImageFormat(sides, round(min(sides) / 0.875) if resize is None else resize, _space(normalize))
-
-
-def _space(normalize: Any) -> PixelSpace:
-    if normalize is None or isinstance(normalize, PixelSpace):
-        return normalize or PixelSpace()
-    if not isinstance(normalize, (tuple, list)) or len(normalize) != 2:
-        raise ConfigurationError(f"Expected normalize as a PixelSpace or (mean, std), found {normalize!r}.")
-    return PixelSpace(*normalize)
+    if normalize is not None and not isinstance(normalize, PixelSpace):
+        if not isinstance(normalize, (tuple, list)) or len(normalize) != 2:
+            raise ConfigurationError(f"Expected normalize as a PixelSpace or (mean, std), found {normalize!r}.")
+        normalize = PixelSpace(*normalize)
+    if not isinstance(size, ImageFormat):
+        sides = (size, size) if isinstance(size, int) else size
+        size = ImageFormat(sides, round(min(sides) / 0.875))
+    resize = size.resize if resize is None else resize
+    return dataclasses.replace(size, resize=resize, space=normalize or size.space)

@@ -75,10 +75,10 @@ def test_train_transform_is_random_reproducible_and_respects_its_scale():
     assert not torch.equal(first, second)
     torch.manual_seed(3)
     assert torch.equal(transform(noise()), first)
-    whole = train_transform(16, scale=(1, 1), ratio=(1.5, 1.5), flip=0)
-    torch.testing.assert_close(whole(noise()), eval_transform(16, resize=(16, 16))(noise()))
-    mirrored = train_transform(16, scale=(1, 1), ratio=(1.5, 1.5), flip=1)
-    torch.testing.assert_close(mirrored(noise()), whole(noise()).flip(2), atol=0.02, rtol=0)
+    square = noise(60, 60)
+    whole, mirrored = (train_transform(16, scale=(1, 1), flip=flip)(square) for flip in (0, 1))
+    torch.testing.assert_close(whole, eval_transform(16, resize=(16, 16))(square))
+    torch.testing.assert_close(mirrored, whole.flip(2), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("transform", [train_transform(16), eval_transform(16, normalize=(MEAN, STD))])
@@ -91,7 +91,6 @@ def test_transforms_can_be_sent_to_workers(transform):
     [
         (train_transform, {"size": 0}, "positive numbers of pixels"),
         (train_transform, {"size": 16, "scale": (0.5, 0.2)}, "scale"),
-        (train_transform, {"size": 16, "ratio": (0, 1)}, "ratio"),
         (train_transform, {"size": 16, "flip": 2}, "flip"),
         (eval_transform, {"size": object()}, "image_format"),
         (eval_transform, {"size": 16, "normalize": ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4))}, "divide both by 255"),
