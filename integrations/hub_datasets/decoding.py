@@ -42,11 +42,11 @@ def read_image(cell: Any) -> Image.Image:
     return image
 
 
-def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Return a PIL image of any mode as an upright 8-bit RGB image; of an animation, the first frame.
 
-    The EXIF orientation is applied. Transparency is composited on ``background`` (RGB, 0 to 255), as the colour under
-    it is arbitrary. 16-bit grayscale is divided by 257, so that white stays white; PIL would clip everything above 255.
+    The EXIF orientation is applied. Transparency is composited on white, as the colour under it is arbitrary. 16-bit
+    grayscale is divided by 257, so that white stays white; PIL would clip everything above 255.
 
     Raises:
         ImageError: The mode has no defined range of values (floating point, 32-bit integers above 65,535, LAB).
@@ -63,6 +63,5 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255
     if mode.startswith("I"):
         image = Image.fromarray(np.rint(wide / 257).astype(np.uint8))
     if mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        image = Image.alpha_composite(canvas, image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,4 +1,4 @@
-"""What images a model takes, read from its image processor or its timm configuration."""
+"""The format of the images a model takes, read from its image processor or its timm configuration."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class ImageFormat:
         size: Height and width into the model, pixels.
         resize: In evaluation, the short side before the central crop; ``(height, width)`` to change the aspect instead.
         space: What the model wants its images normalised with.
-        interpolation: Of every resize.
+        interpolation: Interpolation of every resize.
 
     Raises:
         ConfigurationError: A value is out of its range.

@@ -33,8 +33,8 @@ class LabelMap:
             )
         if unknown := sorted({str(value) for value in values if value not in self.index}):
             raise LabelError(
-                f"Expected the {len(self.classes)} classes of training in {where}, found {some(unknown)} besides: "
-                "pass classes=... with all of them."
+                f"Expected only the {len(self.classes)} classes of training in {where}, found {some(unknown)}: pass "
+                "classes=... with all of them."
             )
         return [self.index[value] for value in values if value is not None]
 

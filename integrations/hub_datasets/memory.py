@@ -1,7 +1,7 @@
 """A small dataset decoded once: uint8 images of one size in memory, for many epochs without decoding again."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,6 @@ class InMemoryImages(Dataset[tuple[Any, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.images[index]
         return (image if self.transform is None else self.transform(image)), int(self.labels[index])
-
-    def with_transform(self, transform: Callable[[Tensor], Any] | None) -> "InMemoryImages":
-        """Return the same tensors, not copied, under another transform."""
-        return replace(self, transform=transform)
 
 
 def in_memory(dataset: LabelledImages, size: int, transform: Callable[[Tensor], Any] | None = None) -> InMemoryImages:

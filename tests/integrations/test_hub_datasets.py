@@ -113,7 +113,7 @@ def test_a_class_called_train_is_a_class(tmp_path):
 
 def test_evaluation_folder_with_a_class_of_its_own(tmp_path):
     root = folder(tmp_path, {"train/a": 2, "train/b": 2, "test/a": 1, "test/cow": 1})
-    with pytest.raises(LabelError, match="'cow' besides"):
+    with pytest.raises(LabelError, match="found 'cow'"):
         load_images(root)
 
 
@@ -287,8 +287,8 @@ def test_what_was_decided_about_labels_is_said(caplog):
 
 
 LABEL_ERRORS = [
-    (pair(table([A, B]), test=table([A, "cow"])), {}, LabelError, r"in split 'test', found 'cow' besides"),
-    (pair(table([0, 1]), test=table([5])), {}, LabelError, "'5' besides"),
+    (pair(table([A, B]), test=table([A, "cow"])), {}, LabelError, r"in split 'test', found 'cow'"),
+    (pair(table([0, 1]), test=table([5])), {}, LabelError, "found '5'"),
     (table([A, B]), {"classes": [A, A]}, DataError, "every one once"),
     (table([0, -1, 1], NAMES), {}, LabelError, r"split 'train', found 1 of 3 without one .*dataset.filter"),
     (pair(table([A, B]), test=table([A, None])), {}, LabelError, "split 'test', found 1 of 2 without one"),

@@ -179,7 +179,7 @@ def test_in_memory_holds_every_readable_image_once():
     assert held.images[:, 0, 4, 4].tolist() == [0, 1, 3, 4, 5, 6, 7, 8]
     assert held.labels.tolist() == [0, 1, 1, 0, 1, 0, 1, 0]
     assert data.train.broken == (2, 9)
-    image, label = held.with_transform(train_transform(6))[2]
+    image, label = in_memory(data.train, 8, train_transform(6))[2]
     assert image.shape == (3, 6, 6)
     assert (image[0] * 255).round().unique().tolist() == [3]
     assert label == 1

@@ -1,4 +1,4 @@
-"""What comes out of the transforms, parity with image processors, and batches."""
+"""Transforms, parity with image processors, and batches."""
 
 import pickle
 from types import SimpleNamespace
