@@ -60,25 +60,20 @@ def test_class_indices_may_be_whole_floats_and_arrays(metric, rows):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"predictions": [0.7, 1.5]}, r"predictions must be class indices; found 0\.7 at 0"),
-        ({"references": [0, 1.5]}, r"references must be class indices; found 1\.5 at 1"),
+        ({"predictions": [0.7, 1.5]}, r"predictions must be class indices, found 0\.7 at 0"),
+        ({"references": [0, 1.5]}, r"references must be class indices, found 1\.5 at 1"),
         ({"predictions": [0, float("nan")]}, "found nan at 1"),
         ({"predictions": [0, None]}, "found nan at 1"),
         ({"references": [float("inf"), 0]}, "found inf at 0"),
-        ({"conditions": ["Clean", "clean"]}, "'Clean', which would count .* Write 'clean'"),
-        ({"conditions": ["clean", " clean"]}, "' clean', .* Write 'clean'"),
-        ({"conditions": ["clean", "fog 1 "]}, "Write 'fog 1'"),
-        ({"conditions": ["clean", None]}, "conditions must say .*found None"),
-        ({"conditions": ["clean", " "]}, "conditions must say .*found ' '"),
+        *(
+            ({"conditions": ["clean", bad]}, f"conditions must say .*found {bad!r}")
+            for bad in ("Clean", " clean", "fog 1 ", None, " ")
+        ),
+        ({"conditions": ["clean", "clean"]}, "'clean' and at least one other"),
+        ({"conditions": ["fog 1", "fog 1"]}, "'clean' and at least one other"),
     ],
 )
 def test_what_would_be_counted_wrongly_is_refused(metric, changes, message):
     good = {"predictions": [0, 1], "references": [0, 1], "conditions": ["clean", "fog 1"]}
     with pytest.raises(DataError, match=message):
         metric.compute(**{**good, **changes})
-
-
-@pytest.mark.parametrize("condition", ["clean", "fog 1"])
-def test_one_condition_gives_no_score(metric, condition):
-    with pytest.raises(DataError, match="'clean' and in at least one other"):
-        metric.compute(predictions=[1], references=[1], conditions=[condition])
