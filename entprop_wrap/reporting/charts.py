@@ -31,28 +31,19 @@ _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _INK, _SOFT, _RULE, _CARD = (_THEME[name] for name in ("ink", "soft", "rule", "card"))
 _STYLE = {
     "svg.fonttype": "none",
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "axes.edgecolor": _SOFT,
-    "axes.labelcolor": _INK,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
+    "text.parse_math": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.labelcolor": _INK,
     "grid.color": _RULE,
-    "grid.linewidth": 0.6,
-    "xtick.color": _SOFT,
-    "ytick.color": _SOFT,
     "ytick.major.size": 0,
     "ytick.major.pad": 5,
     "xtick.major.size": 2,
-    "font.size": 7.2,
-    "axes.labelsize": 7.2,
-    "xtick.labelsize": 7.2,
-    "ytick.labelsize": 7.2,
-    "text.parse_math": False,
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), _SOFT),
+    **dict.fromkeys(("axes.linewidth", "grid.linewidth"), 0.6),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
+    **dict.fromkeys(("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize"), 7.2),
 }
 _MARK = {"markersize": 4.6, "markeredgecolor": _CARD, "markeredgewidth": 0.8}
 #: In inches. One size for all, so that lettering is of one size; style sheets enlarge it in narrow columns.
@@ -61,16 +52,7 @@ _WIDTH, _HEIGHT = 3.4, 2.1
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with its numbers.
-
-    Attributes:
-        title: Caption.
-        svg: The drawing.
-        keys: Legend, as ``(colour, glyph, name)``; empty where one line needs none.
-        note: Text below.
-        head: Headings of the table of its numbers.
-        rows: Its rows, headings first.
-    """
+    """A drawing, its legend as ``(colour, glyph, name)``, the text below, and a table of its numbers."""
 
     title: str
     svg: Markup
@@ -82,12 +64,12 @@ class Chart:
 
 @dataclass(frozen=True)
 class Line:
-    """Values of one name.
+    """Values of one name, in the unit of the axis.
 
     Attributes:
         name: In the legend.
-        x: Where.
-        y: What, in the unit of the axis.
+        x: Places on the horizontal axis.
+        y: Values.
         spread: Half the length of the interval around each value, or None.
         colour: Number of its colour and marker; the same name has the same number in every chart.
     """
@@ -117,10 +99,10 @@ def line_chart(
 
     Args:
         title: Caption.
-        lines: What to draw.
+        lines: Lines to draw.
         x_name: Label of the horizontal axis.
         y_name: Label of the vertical axis, with its unit.
-        write: How the table writes a value.
+        write: Format of a value in the table of ``numbers``.
         x_labels: Ticks by place; None: round numbers.
         x_scale: "linear", or "log1p" for sizes that begin at 0.
         joined: Whether values are joined by lines.
@@ -156,8 +138,7 @@ def line_chart(
         [(x_labels or {}).get(x) or f"{x:.4g}", *(write(row[x]) if x in row else "\N{EN DASH}" for row in values)]
         for x in places
     ]
-    named = ", ".join(line.name for line in lines)
-    svg = _svg(draw, f"{title}: {y_name} against {x_name}, for {named}.")
+    svg = _svg(draw, f"{title}: {y_name} against {x_name}, for {', '.join(line.name for line in lines)}.")
     table = ([x_name, *(line.name for line in lines)], rows) if numbers else ((), ())
     return Chart(title, svg, _keys(lines), note, *table)
 
@@ -187,13 +168,9 @@ def interval_chart(
 
 
 def histograms(title: str, sets: Mapping[str, tuple[Sequence[float], int]], highest: float, x_name: str) -> Chart:
-    """Draw a histogram for each name, below one another on one axis, with a mark at its mean.
+    """Draw a histogram for each name, below one another on one axis that ends at ``highest``, with a mark at its mean.
 
-    Args:
-        title: Caption.
-        sets: By name the values, in [0, highest], and the number of the colour.
-        highest: End of the axis.
-        x_name: Label of the axis.
+    ``sets`` holds by name the values, in [0, highest], and the number of the colour.
     """
     edges = np.linspace(0, highest, 31)
     counts = {name: np.histogram(np.clip(values, 0, highest), edges)[0] for name, (values, _) in sets.items()}

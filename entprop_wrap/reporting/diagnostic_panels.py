@@ -28,11 +28,10 @@ _STAGES = {"clean": 4, "mixed": 6, "selected": 3, "perturbed": 7}
 _FLAT = {
     "mixed": "Mixing does not raise entropy here: it changes by {} nats. Look at the images that mix= makes.",
     "selected": "Selected images are not more uncertain than those they are selected from: entropy changes by {} "
-    "nats. The method selects by another score, which does not follow entropy on these images.",
+    "nats. The method's score does not follow entropy on these images.",
     "perturbed": "The attack does not raise entropy here: it changes by {} nats. This is not a failure of training: "
-    "the attack climbs the loss, and an image that is now taken for another class with certainty is hard, but has a "
-    "low entropy. Whether training on it helps, SA and RA tell. For more uncertain images lower epsilon; if little "
-    "moves, raise it.",
+    "the attack climbs the loss, and an image taken for another class with certainty is hard, but has a low entropy. "
+    "SA and RA tell whether training on it helps. For more uncertain images lower epsilon; if little moves, raise it.",
 }
 #: Distances below which copies act nearly as their norms; a judgement.
 _SMALL = 0.02
@@ -40,15 +39,7 @@ _SMALL = 0.02
 
 @dataclass(frozen=True)
 class Panel:
-    """One diagnostic.
-
-    Attributes:
-        title: Heading.
-        reading: What it shows, how to read it, and what it says here; one paragraph each.
-        charts: Pictures.
-        tables: Numbers, as ``(caption, head, rows)``.
-        warnings: What deserves a look.
-    """
+    """One diagnostic: paragraphs on how to read it, charts, tables ``(caption, head, rows)``, and warnings."""
 
     title: str
     reading: Sequence[str]
@@ -66,14 +57,12 @@ def panels(diagnostics: Mapping[str, Any]) -> list[Panel]:
     found = []
     jacobians = {title: one for title, one in diagnostics.items() if isinstance(one, InputJacobian)}
     for title, result in diagnostics.items():
-        if isinstance(result, InputJacobian):
-            continue
-        make = next((make for kind, make in _MAKERS.items() if isinstance(result, kind)), None)
-        if make is None:
+        if type(result) in _MAKERS:
+            found.append(_MAKERS[type(result)](title, result))
+        elif title not in jacobians:
             raise ConfigurationError(
                 f"diagnostics[{title!r}] must be a result of entprop_wrap.diagnostics, found {type(result).__name__}."
             )
-        found.append(make(title, result))
     return found + ([_jacobians(jacobians)] if jacobians else [])
 
 
@@ -104,41 +93,33 @@ def _gap(title: str, found: DomainGap) -> Panel:
     layers = found.layers
     several = len({layer.auxiliary for layer in layers}) > 1
     names = [f"{layer.layer}, {layer.auxiliary}" if several else layer.layer for layer in layers]
-    places = range(1, len(layers) + 1)
-    numbers = [
-        {**one.parameters, **({} if one.statistics is None else {"statistics": one.statistics})} for one in layers
-    ]
+    numbers = [one.parameters | ({} if one.statistics is None else {"statistics": one.statistics}) for one in layers]
     keys = list(dict.fromkeys(key for row in numbers for key in row))
-    lines = [
-        Line(
-            key,
-            [n for n, row in zip(places, numbers, strict=True) if key in row],
-            [row[key] for row in numbers if key in row],
-            colour=colour,
-        )
-        for colour, key in enumerate(keys)
-    ]
+    lines = []
+    for colour, key in enumerate(keys):
+        there = {place: row[key] for place, row in enumerate(numbers, 1) if key in row}
+        lines.append(Line(key, list(there), list(there.values()), colour=colour))
     groups = {
-        "Parameters": ("relative distance, 0 to 2", [line for line in lines if line.name != "statistics"]),
-        "Running statistics": ("divergence, nats", [line for line in lines if line.name == "statistics"]),
+        ("Parameters", "relative distance, 0 to 2"): [line for line in lines if line.name != "statistics"],
+        ("Running statistics", "divergence, nats"): [line for line in lines if line.name == "statistics"],
     }
     drawn = [
         charts.line_chart(name, group, "norm layer, from input to output", unit, numbers=False)
-        for name, (unit, group) in groups.items()
+        for (name, unit), group in groups.items()
         if group
     ]
     rows = [
         [name, *(f"{row[key]:.3g}" if key in row else "\N{EN DASH}" for key in keys)]
         for name, row in zip(names, numbers, strict=True)
     ]
-    largest = [(line, max(range(len(line.y)), key=lambda n, line=line: line.y[n])) for line in lines]  # type: ignore[misc]
-    words = [f"{line.name} {line.y[at]:.2g} in layer {names[int(line.x[at]) - 1]!r}" for line, at in largest]
+    largest = {line.name: max(zip(line.y, line.x, strict=True)) for line in lines}
+    words = [f"{key} {value:.2g} in layer {names[int(at) - 1]!r}" for key, (value, at) in largest.items()]
     reading = [
         "How far the auxiliary norms have moved from the main ones. 0 is equal, as right after wrap(). A gap says that "
         "the two domains look different to the model, which is what a second set of norms is for.",
         f"Largest here: {'; '.join(words)}.",
     ]
-    if max(line.y[at] for line, at in largest) < _SMALL:
+    if max(value for value, _ in largest.values()) < _SMALL:
         reading.append("All of it is small: few steps or a small learning rate, as in fine-tuning, move copies little.")
     return Panel(title, reading, drawn, [(f"{title}: distance by layer", ["layer", *keys], rows)])
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 import sys
-from importlib import metadata
 
 import torch
 
+from entprop_wrap import __version__
 from entprop_wrap.robustness import RobustnessResult
 
 __all__ = ["corruption_name", "decimals_of", "percent", "points", "versions"]
@@ -38,12 +38,5 @@ def corruption_name(key: str) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of this package, torch and Python."""
-    try:
-        own = metadata.version("entprop-wrap")
-    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        own = "not installed"
-    return {
-        "entprop-wrap": own,
-        "torch": str(torch.__version__),
-        "Python": f"{platform.python_version()} on {sys.platform}",
-    }
+    python = f"{platform.python_version()} on {sys.platform}"
+    return {"entprop-wrap": __version__, "torch": str(torch.__version__), "Python": python}

@@ -36,21 +36,21 @@ def gallery_of(images: Any, space: PixelSpace, result: RobustnessResult) -> tupl
     rows = []
     for number, name in enumerate(result.corruptions):
         example, shown = pixels[number % len(pixels)][None], corruption_name(name)
-        pictures = [{**_picture(example), "alt": f"Example without {shown}", "words": "as it is"}]
+        pictures = [_picture(example, f"Example without {shown}", "as it is")]
         for severity in severities:
             changed = corrupt(example, name, severity, torch.Generator().manual_seed(result.seed))
-            pictures.append({**_picture(changed), "alt": f"{shown}, severity {severity}", "words": str(severity)})
+            pictures.append(_picture(changed, f"{shown}, severity {severity}", str(severity)))
         rows.append({"name": shown, "pictures": pictures})
     height, width = pixels.shape[-2:]
     shrunk = f", shown at {_LARGEST} px" if max(height, width) > _LARGEST else ""
     return rows, f"{width} x {height} px{shrunk}"
 
 
-def _picture(pixels: Tensor) -> dict[str, Any]:
+def _picture(pixels: Tensor, alt: str, words: str) -> dict[str, Any]:
     image = Image.fromarray(pixels[0].mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy())
     small = max(image.size) < 64
     image.thumbnail((_LARGEST, _LARGEST))
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    return {"source": source, "width": image.width, "height": image.height, "small": small}
+    return {"source": source, "alt": alt, "words": words, "width": image.width, "height": image.height, "small": small}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -24,7 +22,7 @@ from entprop_wrap.reporting.heat_maps import heat_maps
 from entprop_wrap.reporting.study import Results, Study, cards, score_rows, study_of, verdict
 from entprop_wrap.reporting.study_charts import study_charts
 from entprop_wrap.robustness.pixels import space_of
-from entprop_wrap.utils.options import check_text, is_number
+from entprop_wrap.utils.options import check_mapping, check_number, check_text, is_number, shown
 
 __all__ = ["report"]
 
@@ -74,11 +72,29 @@ def report(
         ImageError: Examples of a wrong type or shape, or too small.
         PixelRangeError: Examples outside ``pixel_space``.
     """
-    _check(path, title, cost_name, command, costs=costs, curves=curves, diagnostics=diagnostics, warnings=warnings,
-           facts=facts)  # fmt: skip
+    if not isinstance(path, (str, Path)) or Path(path).suffix.lower() not in (".html", ".htm"):
+        raise ConfigurationError(
+            f"path must be a file such as 'report.html', found {shown(path)}. For Markdown use model_card()."
+        )
+    title, cost_name = check_text("title", title), check_text("cost_name", cost_name)
+    command = None if command is None else check_text("command", command)
+    facts = check_mapping("facts", facts, "texts", "facts={'Data': 'pets'}")
+    diagnostics = check_mapping("diagnostics", diagnostics, "results", "diagnostics={'Gap': domain_gap(model)}")
+    warnings = check_mapping("warnings", warnings, "texts", "warnings=monitor.warnings")
+    for name, text in warnings.items():
+        check_text(f"warnings[{name!r}]", text)
     study = study_of(results, confidence)
-    _check_costs(study, costs or {})
-    _check_curves(study, curves or {})
+    costs = _of_models(study, "costs", costs, "numbers", "costs={'EntProp': 1.2}")
+    for name, cost in costs.items():
+        check_number(f"costs[{name!r}]", cost, lambda number: True, "that is finite")
+    curves = _of_models(study, "curves", curves, "curves", "curves={'EntProp': accuracy_against_epsilon(...)}")
+    for name, curve in curves.items():
+        points = curve.items() if isinstance(curve, Mapping) else ()
+        if not points or not all(is_number(e) and e >= 0 and is_number(one) and 0 <= one <= 1 for e, one in points):
+            raise ConfigurationError(
+                f"curves[{name!r}] must be accuracies in [0, 1] by epsilon, found {shown(curve)}. Write "
+                "accuracy_against_epsilon(...)."
+            )
     space = space_of(pixel_space)
     gallery, shown_at = ([], "") if images is None else gallery_of(images, space, study.first)
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -88,64 +104,26 @@ def report(
         verdict=verdict(study),
         cards=cards(study),
         columns=study.columns,
-        rows=score_rows(study, costs or {}),
+        rows=score_rows(study, costs),
         cost_name=cost_name if costs else None,
-        charts=study_charts(study, costs or {}, cost_name, curves or {}),
+        charts=study_charts(study, costs, cost_name, curves),
         maps=heat_maps(study),
         gallery=gallery,
         shown_at=shown_at,
-        panels=panels(diagnostics or {}),
-        warnings=warnings or {},
+        panels=panels(diagnostics),
+        warnings=warnings,
         command=command,
-        facts={**(facts or {}), "Written": f"{now:%Y-%m-%d %H:%M} UTC", **versions()},
+        facts={**facts, "Written": f"{now:%Y-%m-%d %H:%M} UTC", **versions()},
     )
     return _write(Path(path), page)
 
 
-def _check(path: Any, title: Any, cost_name: Any, command: Any, **mappings: Any) -> None:
-    if not isinstance(path, (str, Path)):
-        raise ConfigurationError(f"path must be a path such as 'report.html', found {path!r}.")
-    file = Path(path)
-    if os.path.isdir(file):
-        raise ConfigurationError(f"{path} is a folder. Write the file, such as {str(file / 'report.html')!r}.")
-    if file.suffix.lower() not in (".html", ".htm"):
-        more = "; for Markdown use model_card()" if file.suffix.lower() == ".md" else ""
-        raise ConfigurationError(f"path must end in .html, found {str(file)!r}. Write {file.stem + '.html'!r}{more}.")
-    check_text("title", title)
-    check_text("cost_name", cost_name)
-    if command is not None:
-        check_text("command", command)
-    for name, value in mappings.items():
-        if value is not None and not isinstance(value, Mapping):
-            raise ConfigurationError(f"{name} must be a dict, found {type(value).__name__}.")
-        for key in value or {}:
-            check_text(f"A name in {name}", key)
-    for key, value in (mappings["warnings"] or {}).items():
-        check_text(f"warnings[{key!r}]", value)
-
-
-def _check_models(study: Study, argument: str, names: Mapping[str, Any]) -> None:
-    if unknown := [name for name in names if name not in study.results]:
+def _of_models(study: Study, argument: str, given: Any, what: str, example: str) -> dict[str, Any]:
+    found = check_mapping(argument, given, what, example)
+    if unknown := [name for name in found if name not in study.results]:
         known = ", ".join(map(repr, study.results))
         raise ConfigurationError(f"{argument} names {unknown[0]!r}, which has no result. Results are of {known}.")
-
-
-def _check_costs(study: Study, costs: Mapping[str, float]) -> None:
-    _check_models(study, "costs", costs)
-    for name, cost in costs.items():
-        if not is_number(cost):
-            raise ConfigurationError(f"costs[{name!r}] must be a finite number, found {cost!r}.")
-
-
-def _check_curves(study: Study, curves: Mapping[str, Mapping[float, float]]) -> None:
-    _check_models(study, "curves", curves)
-    for name, curve in curves.items():
-        good = isinstance(curve, Mapping) and curve and all(is_number(e) and e >= 0 for e in curve)
-        if not good or not all(is_number(value) and 0 <= value <= 1 for value in curve.values()):
-            raise ConfigurationError(
-                f"curves[{name!r}] must be accuracies in [0, 1] by epsilon, as accuracy_against_epsilon() returns; "
-                f"found {curve!r:.200}."
-            )
+    return found
 
 
 def _template() -> jinja2.Template:
@@ -163,7 +141,7 @@ def _breakable(name: str) -> Markup:
 
 
 def _spans(number: int) -> list[str]:
-    """Return how wide each of a number of boxes is, so that every row is full: of two, or of three."""
+    """Return the widths of a number of boxes, so that every row of two or three is full."""
     if number % 3 == 0:
         return ["third"] * number
     if number % 2 == 0 or number == 1:
@@ -173,20 +151,14 @@ def _spans(number: int) -> list[str]:
 
 def _write(path: Path, text: str) -> Path:
     """Write a file so that readers find the old one or the new one, and never a part."""
-    partial = None
+    partial = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-            partial = Path(file.name)
-            file.write(text)
-        # as open to others as any new file, which temporary files are not
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o666 & ~mask)
-        partial.replace(path)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # a path that no file can have, or text that no file can hold
         raise ConfigurationError(f"{str(path)!r} cannot be written: {error}.") from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -11,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.reporting.formatting import corruption_name, decimals_of, percent, versions
 from entprop_wrap.robustness.result import RobustnessResult, markdown_table
-from entprop_wrap.utils.options import check_text, shown
+from entprop_wrap.utils.options import check_text
 
 __all__ = ["model_card"]
 
@@ -22,11 +21,7 @@ def model_card(
     model: str,
     dataset: str,
     dataset_id: str,
-    dataset_config: str | None = None,
     dataset_split: str | None = None,
-    base_model: str | None = None,
-    license: str | None = None,
-    tags: Sequence[str] = (),
     training: str | None = None,
     command: str | None = None,
 ) -> ModelCard:
@@ -34,80 +29,68 @@ def model_card(
 
         card = model_card(result, model="pets-entprop", dataset="Oxford-IIIT Pet",
                           dataset_id="timm/oxford-iiit-pet", dataset_split="test")
+        card.data.license, card.data.base_model = "apache-2.0", "timm/resnet50.a1_in1k"
         card.save("README.md")  # or card.push_to_hub("you/pets-entprop")
 
-    It is a whole ``README.md``; add what only you know: what the model is for, and what it must not be used for. Scores
-    in the front matter are in [0, 1], as Hub metrics are; the section shows percent.
+    Add what only you know: what the model is for, and what it must not be used for. Scores in the front matter are in
+    [0, 1], as Hub metrics are; the section shows percent.
 
     Args:
-        result: Of the main domain, which is what the published model has.
+        result: Result of the main domain, which is what the published model has.
         model: Name of the model.
         dataset: Name of the evaluation dataset, for people.
         dataset_id: Its id on the Hub; for other data any short word.
-        dataset_config: Its configuration.
         dataset_split: The split that was evaluated on.
-        base_model: Hub id of the model that was fine-tuned.
-        license: Identifier of a licence, as the Hub lists them: "apache-2.0".
-        tags: Further tags, a list.
         training: A sentence on how it was trained.
         command: Command line that led here.
 
     Raises:
-        ConfigurationError: ``result`` is not a RobustnessResult; a text is empty or of another type; ``tags`` is not a
-            list of texts.
+        ConfigurationError: ``result`` is not a RobustnessResult; a text is empty or of another type.
     """
     if not isinstance(result, RobustnessResult):
         raise ConfigurationError(f"result must be a RobustnessResult, found {type(result).__name__}.")
     model, dataset = check_text("model", model), check_text("dataset", dataset)
     dataset_id = check_text("dataset_id", dataset_id)
-    dataset_config, dataset_split = _option("dataset_config", dataset_config), _option("dataset_split", dataset_split)
-    base_model, license = _option("base_model", base_model), _option("license", license)
-    training, command = _option("training", training), _option("command", command)
-    if isinstance(tags, (str, bytes, bytearray)) or not isinstance(tags, Sequence):
-        raise ConfigurationError(f"tags must be a list of texts such as ['pets'], found {shown(tags)}.")
-    tags = [check_text("A tag", tag) for tag in tags]
+    for name, value in {"dataset_split": dataset_split, "training": training, "command": command}.items():
+        if value is not None:
+            check_text(name, value)
     data = ModelCardData(
-        license=license,
-        base_model=base_model,
         pipeline_tag="image-classification",
-        tags=["image-classification", "robustness", "entprop", *tags],
+        tags=["image-classification", "robustness", "entprop"],
         datasets=[dataset_id] if "/" in dataset_id else None,
         metrics=["accuracy"],
         model_name=model,
-        eval_results=_eval_results(result, dataset, dataset_id, dataset_config, dataset_split),
+        eval_results=_eval_results(
+            result, {"dataset_name": dataset, "dataset_type": dataset_id, "dataset_split": dataset_split}
+        ),
     )
     body = f"# {_text(model)}\n\n{_section(result, dataset, training, command)}"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
-def _option(name: str, value: str | None) -> str | None:
-    return None if value is None else check_text(name, value)
-
-
-def _eval_results(
-    result: RobustnessResult, dataset: str, dataset_id: str, config: str | None, split: str | None
-) -> list[EvalResult]:
+def _eval_results(result: RobustnessResult, place: dict[str, Any]) -> list[EvalResult]:
     """Return the scores on the dataset, and accuracy on each shift."""
 
-    def entry(kind: str, name: str, value: float, **place: Any) -> EvalResult:
-        place |= {"task_type": "image-classification", "task_name": "Image classification"}
-        return EvalResult(metric_type=kind, metric_name=name, metric_value=value, **place)
+    def entry(kind: str, name: str, value: float, place: dict[str, Any] = place) -> EvalResult:
+        task: dict[str, Any] = {"task_type": "image-classification", "task_name": "Image classification"}
+        return EvalResult(metric_type=kind, metric_name=name, metric_value=value, **task, **place)
 
-    place = {"dataset_name": dataset, "dataset_type": dataset_id, "dataset_config": config, "dataset_split": split}
     found = [
-        entry("accuracy", "Accuracy (SA)", result.sa, **place),
-        entry("robust_accuracy", f"Mean accuracy under corruptions (RA): {result.protocol}", result.ra, **place),
-        entry("hscore", "Hscore, harmonic mean of SA and RA", result.hscore, **place),
-        entry("mean_class_accuracy", "Mean class accuracy", result.mean_class_accuracy, **place),
-        entry("expected_calibration_error", "Expected calibration error, 15 bins", result.calibration_error, **place),
+        entry("accuracy", "Accuracy (SA)", result.sa),
+        entry("robust_accuracy", f"Mean accuracy under corruptions (RA): {result.protocol}", result.ra),
+        entry("hscore", "Hscore, harmonic mean of SA and RA", result.hscore),
+        entry("mean_class_accuracy", "Mean class accuracy", result.mean_class_accuracy),
+        entry("expected_calibration_error", "Expected calibration error, 15 bins", result.calibration_error),
+        *(
+            entry("adversarial_accuracy", f"Accuracy under {name}", scores.accuracy)
+            for name, scores in result.adversarial.items()
+        ),
     ]
-    for name, scores in result.adversarial.items():
-        found.append(entry("adversarial_accuracy", f"Accuracy under {name}", scores.accuracy, **place))
     for name, scores in result.shifts.items():
         kind = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "shift"
         while kind in [one.dataset_type for one in found]:  # the Hub joins entries of one dataset type
             kind += "-shift"
-        found.append(entry("accuracy", "Accuracy", scores.accuracy, dataset_name=name, dataset_type=kind))
+        found.append(entry("accuracy", "Accuracy", scores.accuracy, {"dataset_name": name, "dataset_type": kind}))
     return found
 
 

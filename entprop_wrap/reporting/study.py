@@ -127,10 +127,8 @@ def cards(study: Study) -> list[dict[str, Any]]:
         "Hscore": "harmonic mean of SA and RA",
         "Calibration error": "clean images; lower is better",
     }
-    columns = [column for column in study.columns if column.name in words]
-    return [
-        {**_cell(study, study.best, column), "name": column.name, "words": words[column.name]} for column in columns
-    ]
+    shown = [column for column in study.columns if column.name in words]
+    return [{**_cell(study, study.best, one), "name": one.name, "words": words[one.name]} for one in shown]
 
 
 def _cell(study: Study, name: str, column: Column) -> dict[str, Any]:

@@ -50,18 +50,11 @@ def _by_severity(study: Study, score: str, words: str) -> Chart:
         _line(name, list(labels), [study.score(name, partial(_mean_at, severity=at, score=score)) for at in labels], n)
         for n, name in enumerate(study.results)
     ]
-    error = score == "calibration_error"
-    said = "Lower is better: how far confidence is from accuracy. " if error else ""
-    return charts.line_chart(
-        f"{words.capitalize()} by severity",
-        lines,
-        "severity",
-        f"{words}, %",
-        write=partial(_write, study),
-        x_labels=labels,
-        from_zero="y" if error else "",
-        note=said + _note(study),
-    )
+    options: dict[str, Any] = {"x_labels": labels, "note": _note(study)}
+    if score == "calibration_error":
+        options["note"] = f"Lower is better: how far confidence is from accuracy. {_note(study)}"
+        options["from_zero"] = "y"
+    return _chart(study, f"{words.capitalize()} by severity", lines, "severity", f"{words}, %", **options)
 
 
 def _against_cost(study: Study, costs: Mapping[str, float], cost_name: str) -> Chart:
@@ -70,16 +63,8 @@ def _against_cost(study: Study, costs: Mapping[str, float], cost_name: str) -> C
         for colour, name in enumerate(study.results)
         if name in costs
     ]
-    return charts.line_chart(
-        f"Hscore against {cost_name}",
-        lines,
-        cost_name,
-        "Hscore, %",
-        write=partial(_write, study),
-        joined=False,
-        from_zero="x",
-        note=_note(study),
-    )
+    options: dict[str, Any] = {"joined": False, "from_zero": "x", "note": _note(study)}
+    return _chart(study, f"Hscore against {cost_name}", lines, cost_name, "Hscore, %", **options)
 
 
 def _against_epsilon(study: Study, curves: Mapping[str, Mapping[float, float]]) -> Chart:
@@ -91,16 +76,15 @@ def _against_epsilon(study: Study, curves: Mapping[str, Mapping[float, float]]) 
             lines.append(Line(name, [round(255 * float(size), 6) for size in sizes], accuracies, colour=colour))
     places = sorted({x for line in lines for x in line.x})
     powers = [x for x in places if not x or math.log2(x).is_integer()]
-    return charts.line_chart(
-        "Accuracy against epsilon",
-        lines,
-        "epsilon, in 255ths of the pixel range",
-        "accuracy, %",
-        write=partial(_write, study),
-        x_labels={x: f"{x:.3g}" for x in (powers if len(powers) > 1 else places)},
-        x_scale="log1p",
-        note="A curve that does not come down to 0 tells of an attack that fails. Axis: log(1 + epsilon).",
-    )
+    labels = {x: f"{x:.3g}" for x in (powers if len(powers) > 1 else places)}
+    note = "A curve that does not come down to 0 tells of an attack that fails. Axis: log(1 + epsilon)."
+    x_name = "epsilon, in 255ths of the pixel range"
+    options: dict[str, Any] = {"x_labels": labels, "x_scale": "log1p", "note": note}
+    return _chart(study, "Accuracy against epsilon", lines, x_name, "accuracy, %", **options)
+
+
+def _chart(study: Study, title: str, lines: Sequence[Line], x_name: str, y_name: str, **options: Any) -> Chart:
+    return charts.line_chart(title, lines, x_name, y_name, write=f"{{:.{study.decimals}f}}".format, **options)
 
 
 def _line(name: str, x: Sequence[float], estimates: Sequence[Estimate], colour: int) -> Line:
@@ -116,7 +100,3 @@ def _mean_at(result: RobustnessResult, severity: float, score: str) -> Any:
 
 def _note(study: Study) -> str:
     return f"Bars: {study.confidence} t-intervals over {study.seeds} seeds." if study.seeds > 1 else ""
-
-
-def _write(study: Study, value: float) -> str:
-    return f"{value:.{study.decimals}f}"

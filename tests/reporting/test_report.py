@@ -376,19 +376,16 @@ def test_names_break_at_their_separators_only(tmp_path):
     assert "overflow-wrap: anywhere" not in re.search(r"tbody th \{.*?\}", text)[0]
 
 
-@pytest.mark.parametrize(("number", "rows"), [(1, [6]), (2, [6]), (3, [6]), (4, [6, 6]), (5, [6, 6]), (7, [6, 6, 6])])
-def test_every_row_is_full(tmp_path, number, rows):
-    text, _ = write(tmp_path, {f"m{n}": result(n) for n in range(number)} if number > 2 else result(0))
+@pytest.mark.parametrize("number", [1, 3, 4, 5, 7])
+def test_every_row_is_full(tmp_path, number):
+    text, _ = write(tmp_path, {f"m{n}": result(n) for n in range(number)})
     spans = {"third": 2, "half": 3, "whole": 6}
     for grid in re.findall(r'<div class="grid">(.*?)</section>', text, re.DOTALL):
-        widths = [spans[one] for one in re.findall(r'class="(?:chart |scroll )?(third|half|whole)"', grid)]
         filled = 0
-        for width in widths:
-            filled += width
+        for one in re.findall(r'class="(?:chart |scroll )?(third|half|whole)"', grid):
+            filled = filled % 6 + spans[one]
             assert filled <= 6
-            filled %= 6
-        assert filled == 0
-    assert sum(rows) % 6 == 0
+        assert filled % 6 == 0
 
 
 def test_every_string_is_escaped(tmp_path):
@@ -427,10 +424,9 @@ def test_names_in_other_scripts_and_long_ones_are_shown(tmp_path, recwarn):
 
 def test_versions_command_and_facts_are_told(tmp_path):
     text, _ = write(tmp_path, result(0), command="train --seeds 3", facts={"Commit": "abc123", "Seed": 3})
-    assert "<dt>Seed</dt><dd>3</dd>" in text
     assert "<code>train --seeds 3</code>" in text
-    assert "<dt>Commit</dt><dd>abc123</dd>" in text
-    assert f"<dt>torch</dt><dd>{torch.__version__}</dd>" in text
+    for name, value in {"Seed": 3, "Commit": "abc123", "torch": torch.__version__}.items():
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in text
     assert "UTC" in text
 
 
@@ -566,20 +562,26 @@ def test_the_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
 
 
-def test_a_path_that_cannot_be_written_is_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"is a folder\. Write the file, .*report\.html"):
-        report(result(0), tmp_path)
-    with pytest.raises(ConfigurationError, match=r"Write 'x\.html'; for Markdown use model_card"):
-        report(result(0), tmp_path / "x.md")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigurationError, match="cannot be written"):
-        report(result(0), tmp_path / "file" / "x.html")
-    with pytest.raises(ConfigurationError, match="cannot be written"):
-        report(result(0), "a\0.html")
-    with pytest.raises(ConfigurationError, match=r"path must end in \.html"):
-        report(result(0), "x" * 2000)
-    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        *(
+            (bad, "path must be a file such as 'report.html'")
+            for bad in (None, 3, b"report.html", "report", "x" * 2000)
+        ),
+        ("x.md", r"found 'x\.md'\. For Markdown use model_card"),
+        ("a\0.html", "cannot be written"),
+        ("file/x.html", "cannot be written"),
+        ("folder.html", "cannot be written"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_refused(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("folder.html").mkdir()
+    with pytest.raises(ConfigurationError, match=message):
+        report(result(0), path)
+    assert {one.name for one in tmp_path.iterdir()} == {"file", "folder.html"}
 
 
 @pytest.mark.parametrize(
@@ -600,19 +602,19 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path):
         (result(0), {"curves": {"model": {"4/255": 0.9}}}, ConfigurationError, "by epsilon"),
         (result(0), {"curves": {"model": {0: None}}}, ConfigurationError, r"\[0, 1\]"),
         (result(0), {"curves": {"model": {}}}, ConfigurationError, r"\[0, 1\]"),
-        (result(0), {"curves": {0: 0.9}}, ConfigurationError, "A name in curves must be text, found 0"),
+        (result(0), {"curves": {0: 0.9}}, ConfigurationError, "curves must be a dict of curves by name, found"),
         (result(0), {"confidence": 95}, ConfigurationError, "confidence"),
         (result(0), {"confidence": "0.95"}, ConfigurationError, "confidence"),
         (result(0), {"title": None}, ConfigurationError, "title must be text"),
         (result(0), {"title": "\ud800"}, ConfigurationError, "title must be text"),
         (result(0), {"cost_name": 3}, ConfigurationError, "cost_name must be text"),
         (result(0), {"command": ["a"]}, ConfigurationError, "command must be text"),
-        (result(0), {"facts": {3: "Seed"}}, ConfigurationError, "A name in facts must be text, found 3"),
+        (result(0), {"facts": {3: "Seed"}}, ConfigurationError, "facts must be a dict of texts by name, found"),
         (result(0), {"facts": {"Seed": "\ud800"}}, ConfigurationError, "cannot be written"),
         (result(0), {"warnings": {"a": 3}}, ConfigurationError, r"warnings\['a'\] must be text, found 3"),
-        (result(0), {"warnings": ["a"]}, ConfigurationError, "warnings must be a dict, found list"),
+        (result(0), {"warnings": ["a"]}, ConfigurationError, "warnings must be a dict of .*found list"),
         (result(0), {"diagnostics": {"x": 3}}, ConfigurationError, r"diagnostics\['x'\].*found int"),
-        (result(0), {"diagnostics": {3: 3}}, ConfigurationError, "A name in diagnostics must be text"),
+        (result(0), {"diagnostics": {3: 3}}, ConfigurationError, "diagnostics must be a dict"),
         (result(0), {"images": "cat.png"}, ImageError, "tensor"),
         (result(0), {"images": torch.zeros(3, 40, 40)}, ImageError, "shape"),
         (result(0), {"images": torch.zeros(0, 3, 40, 40)}, ImageError, "empty"),
@@ -626,12 +628,6 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path, results, options, er
     with pytest.raises(error, match=message):
         report(results, tmp_path / "report.html", **options)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("path", [None, 3, b"report.html", "report"])
-def test_a_path_of_another_type_is_refused(path):
-    with pytest.raises(ConfigurationError, match="path must"):
-        report(result(0), path)
 
 
 # Packaging ------------------------------------------------------------------------------------------------------------
