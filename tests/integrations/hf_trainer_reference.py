@@ -1,22 +1,18 @@
-"""EntProp by hand, in a plain float32 loop over the batches that a Trainer has seen; nothing of the package's step.
-
-The auxiliary model is a deep copy that shares every parameter except those of the norm layers.
-"""
+"""Hugging Face Trainers, and EntProp by hand over the batches that they have seen, with the weights that they give."""
 
 from __future__ import annotations
 
-import copy
+import functools
+import itertools
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from entprop_wrap import MixUp, PixelSpace
+from tests.integrations.by_hand import CLASSES, SPACE, RecordingMixer, pixels, train_by_hand
 
-CLASSES = 5
-SPACE = PixelSpace((0.5, 0.4, 0.3), (0.5, 0.25, 0.2))
+__all__ = ["CLASSES", "SPACE", "RecordingMixer"]
 OLD = int(transformers.__version__.split(".")[0]) < 5
 _VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 16}
 _CONVNEXT = {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "drop_path_rate": 0.0}
@@ -46,21 +42,7 @@ def build(name: str) -> nn.Module:
 
 def samples(number: int = 22) -> list[dict]:
     """Images in SPACE with labels."""
-    generator = torch.Generator().manual_seed(1)
-    pixels = torch.rand(number, 3, 16, 16, generator=generator)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (SPACE.mean, SPACE.std))
-    return [{"pixel_values": (x - mean) / std, "labels": i % CLASSES} for i, x in enumerate(pixels)]
-
-
-class RecordingMixer:
-    """MixUp that remembers its draws."""
-
-    def __init__(self) -> None:
-        self.draws = []
-
-    def draw(self, shape, generator):
-        self.draws.append(MixUp(1.0).draw(shape, generator))
-        return self.draws[-1]
+    return [{"pixel_values": x, "labels": int(y)} for x, y in zip(*pixels(number), strict=True)]
 
 
 class RecordGradients(TrainerCallback):
@@ -103,18 +85,25 @@ def arguments(folder, **options) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
 
 
-def train(model, callback, folder, data=None, trainer_class=Trainer, **options):
+#: What a Trainer takes beside its arguments.
+_OWN = ("callbacks", "compute_loss_func", "compute_metrics", "data_collator", "entprop", "eval_dataset", "model_init",
+        "optimizers", "processing_class")  # fmt: skip
+
+
+def make_trainer(folder, trainer_class=Trainer, model="ViT", data=None, **options) -> Trainer:
+    """A Trainer of a model, or of a new one by name; options are its own, or those of its arguments."""
+    own = {name: options.pop(name) for name in _OWN if name in options}
+    if "model_init" not in own:
+        own["model"] = build(model) if isinstance(model, str) else model
+    data = samples() if data is None else data
+    return trainer_class(args=arguments(folder, **options), train_dataset=data, **own)
+
+
+def train(model, callback, folder, **options):
     """Train, and return the trainer, its batches and its gradients."""
-    extra = {name: options.pop(name) for name in ("compute_loss_func", "optimizers") if name in options}
     batches, gradients = RecordBatches(), RecordGradients()
-    trainer = trainer_class(
-        model=model,
-        args=arguments(folder, **options),
-        train_dataset=samples() if data is None else data,
-        data_collator=batches,
-        callbacks=[*([callback] if callback else []), gradients],
-        **extra,
-    )
+    callbacks = [*([callback] if callback else []), gradients]
+    trainer = make_trainer(folder, model=model, data_collator=batches, callbacks=callbacks, **options)
     trainer.train()
     return trainer, batches.batches, gradients.steps
 
@@ -143,90 +132,23 @@ def processes_factor(name, loss_kind="model") -> float:
     return 2.0 if loss_kind == "mean" or (loss_kind == "model" and name in IGNORES_ITEMS) else 1.0
 
 
-def shared_copy(model: nn.Module, norms: set[str]) -> nn.Module:
-    """A copy of ``model`` with norms of its own and everything else shared."""
-    other = copy.deepcopy(model)
-    for name, module in model.named_modules():
-        if name not in norms:
-            twin = other.get_submodule(name)
-            twin._parameters = module._parameters
-    return other
-
-
-def by_hand(
-    name,
-    model,
-    batches,
-    accumulate,
-    *,
-    fraction=0.5,
-    draws=None,
-    clip=0.0,
-    smoothing=0.0,
-    loss_kind="model",
-    bf16=False,
-    processes=1,
-):
+def by_hand(name, model, batches, accumulate, *, loss_kind="model", bf16=False, processes=1, **options):
     """Train ``model`` by plain SGD; return gradients of each step, by the names of a wrapped model, and both models.
 
     With ``processes``, batches are those of one step of the first process, of the same step of the second, and so on.
     """
-    norms = {n for n, m in model.named_modules() if "Norm" in type(m).__name__ and any(True for _ in m.parameters())}
-    other = shared_copy(model, norms)
-    names = {id(p): n for n, p in model.named_parameters()}
-    for n in norms:
-        for key, parameter in other.get_submodule(n).named_parameters():
-            names[id(parameter)] = f"{n}.entprop_aux.{key}"
-    parameters = {p: None for net in (model, other) for p in net.parameters()}
-    scale = (1 / torch.tensor(SPACE.std)).view(1, 3, 1, 1)
-    mean = torch.tensor(SPACE.mean).view(1, 3, 1, 1)
-    low, high = (0 - mean) * scale, (1 - mean) * scale
-    draws = iter(draws or ())
-    steps = []
-    model.train()
-    other.train()
-    for start in range(0, len(batches), accumulate * processes):
-        step = batches[start : start + accumulate * processes]
-        number_each = len(step) // processes
-        for p in parameters:
-            p.grad = None
-        for index, batch in enumerate(step):
-            first = index // number_each * number_each
-            group = step[first : first + number_each]
-            x, y = batch["pixel_values"], batch["labels"]
-            draw = next(draws, None)
-            if draw is None:
-                partner, share = torch.arange(len(y)), 1.0
-            else:
-                partner, share = draw.partner, draw.share
-            w = weight(name, group, batch, loss_kind)
-            if processes > 1:
-                w *= processes_factor(name, loss_kind) / processes
-            x = (share * x + (1 - share) * x[partner]).requires_grad_()
-
-            def loss_of(logits, rows, y=y, partner=partner, share=share):
-                a = F.cross_entropy(logits, y[rows], label_smoothing=smoothing)
-                b = F.cross_entropy(logits, y[partner][rows], label_smoothing=smoothing)
-                return share * a + (1 - share) * b
-
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                logits = model(pixel_values=x).logits.float()
-            (w * loss_of(logits, slice(None))).backward()
-            number = max(2, int(fraction * len(y) + 0.5))
-            p = logits.detach().softmax(-1)
-            rows = (-(p * p.log()).sum(-1)).argsort(descending=True)[:number]
-            hard = (x.detach() + scale / 255 * x.grad.sign())[rows].clamp(low, high)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                logits = other(pixel_values=hard).logits.float()
-            (w * number / len(y) * loss_of(logits, rows)).backward()
-        if clip:
-            torch.nn.utils.clip_grad_norm_(list(parameters), clip)
-        steps.append({names[id(p)]: p.grad.clone() for p in parameters if p.grad is not None})
-        with torch.no_grad():
-            for p in parameters:
-                if p.grad is not None:
-                    p -= 0.01 * p.grad
-    return steps, model, other
+    factor = processes_factor(name, loss_kind) / processes if processes > 1 else 1.0
+    groups = [batches[start : start + accumulate] for start in range(0, len(batches), accumulate)]
+    weighted = [
+        [(b["pixel_values"], b["labels"], factor * weight(name, group, b, loss_kind)) for b in group]
+        for group in groups
+    ]
+    steps = [list(itertools.chain(*weighted[at : at + processes])) for at in range(0, len(weighted), processes)]
+    precision = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
+    gradients, other = train_by_hand(
+        model, steps, lambda net, x: net(pixel_values=x).logits, precision=precision, **options
+    )
+    return gradients, model, other
 
 
 def worst(found: list[dict], expected: list[dict]) -> float:

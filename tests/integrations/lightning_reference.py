@@ -1,12 +1,8 @@
-"""A LightningModule as users write them, and EntProp by hand in a plain loop; nothing of the package's step.
-
-The auxiliary model is a deep copy that shares every parameter except those of the norm layers.
-"""
+"""A LightningModule as users write them, and EntProp by hand in a plain loop."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
+import functools
 import logging
 import warnings
 
@@ -16,10 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from entprop_wrap import MixUp, PixelSpace
+from tests.integrations.by_hand import CLASSES, SPACE, RecordingMixer, pixels, train_by_hand
 
-CLASSES = 5
-SPACE = PixelSpace((0.5, 0.4, 0.3), (0.5, 0.25, 0.2))
+__all__ = ["CLASSES", "SPACE", "RecordingMixer"]
+
+images = pixels
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")
 
@@ -85,24 +82,6 @@ class Classifier(L.LightningModule):
         return self.optimizer(self.parameters(), lr=self.lr)
 
 
-class RecordingMixer:
-    """MixUp that remembers its draws."""
-
-    def __init__(self) -> None:
-        self.draws = []
-
-    def draw(self, shape, generator):
-        self.draws.append(MixUp(1.0).draw(shape, generator))
-        return self.draws[-1]
-
-
-def images(number: int = 22):
-    """Images in SPACE with labels."""
-    pixels = torch.rand(number, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (SPACE.mean, SPACE.std))
-    return (pixels - mean) / std, torch.arange(number) % CLASSES
-
-
 def loader(number: int = 22, batch_size: int = 4) -> DataLoader:
     """Batches of 4, the last one of 2, in a fixed order."""
     return DataLoader(TensorDataset(*images(number)), batch_size=batch_size)
@@ -138,80 +117,13 @@ def trainer(*callbacks, folder=None, **options) -> L.Trainer:
     return L.Trainer(callbacks=list(callbacks), **{**quiet, **options})
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with norms of its own and everything else shared."""
-    other = copy.deepcopy(model)
-    for name, module in model.named_modules():
-        if "Norm" not in type(module).__name__:
-            other.get_submodule(name)._parameters = module._parameters
-    return other
-
-
-def by_hand(
-    model,
-    batches,
-    *,
-    accumulate=1,
-    draws=None,
-    clip=0.0,
-    amp=None,
-    scale=1.0,
-    fraction=0.5,
-    prefix="model.",
-    smoothing=0.0,
-    epochs=1,
-    lr=0.01,
-):
+def by_hand(model, batches, *, accumulate=1, amp=None, prefix="model.", epochs=1, **options):
     """Train ``model`` by plain SGD; return gradients of each step, by the names of a wrapped model, and the copy."""
-    other = shared_copy(model)
-    names = {id(p): prefix + n for n, p in model.named_parameters()}
-    for n, p in other.named_parameters():
-        names.setdefault(id(p), prefix + ".entprop_aux.".join(n.rsplit(".", 1)))
-    parameters = list({p: None for net_ in (model, other) for p in net_.parameters()})
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (SPACE.mean, SPACE.std))
-    draws = iter(draws or ())
-    precision = torch.autocast("cpu", amp) if amp else contextlib.nullcontext()
-    steps = []
-    model.train()
-    other.train()
-    batches = list(batches)
-    for _ in range(epochs):
-        for index, (x, y) in enumerate(batches):
-            if index % accumulate == 0:
-                for p in parameters:
-                    p.grad = None
-            draw = next(draws, None)
-            partner, share = (torch.arange(len(y)), 1.0) if draw is None else (draw.partner, draw.share)
-            x = (x if draw is None else share * x + (1 - share) * x[partner]).requires_grad_()
-
-            def loss_of(logits, rows, y=y, partner=partner, share=share):
-                a = F.cross_entropy(logits, y[rows], label_smoothing=smoothing)
-                b = F.cross_entropy(logits, y[partner][rows], label_smoothing=smoothing)
-                return a if share == 1 else share * a + (1 - share) * b
-
-            with precision:
-                logits = model(x).float()
-                loss = loss_of(logits, slice(None))
-            (loss / accumulate * scale).backward()
-            number = max(2, int(fraction * len(y) + 0.5))
-            p = logits.detach().softmax(-1)
-            rows = (-(p * p.log()).sum(-1)).argsort(descending=True, stable=True)[:number]
-            low, high = (0 - mean) / std, (1 - mean) / std
-            hard = (x.detach() + x.grad.sign() / 255 / std)[rows].clamp(low, high)
-            with precision:
-                loss = loss_of(other(hard).float(), rows)
-            (number / len(y) * loss / accumulate * scale).backward()
-            if (index + 1) % accumulate and index + 1 < len(batches):
-                continue
-            for p in parameters:
-                p.grad = p.grad / scale
-            if clip:
-                torch.nn.utils.clip_grad_norm_(parameters, clip)
-            steps.append({names[id(p)]: p.grad.clone() for p in parameters})
-            with torch.no_grad():
-                for p in parameters:
-                    p -= lr * p.grad
-    return steps, other
+    batches = [(x, y, 1 / accumulate) for x, y in batches]
+    steps = [batches[start : start + accumulate] for start in range(0, len(batches), accumulate)] * epochs
+    if amp:
+        options["precision"] = functools.partial(torch.autocast, "cpu", amp)
+    return train_by_hand(model, steps, lambda net, x: net(x), prefix=prefix, **options)
 
 
 def worst(found: list[dict], expected: list[dict]) -> float:

@@ -1,0 +1,112 @@
+"""Stand-ins for a model and its loss during a step in Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entprop_wrap.errors import UnsupportedModelError
+from entprop_wrap.integrations.stand_ins import StandIn, replaced
+
+__all__ = ["LogitsOf", "ModelInContext", "NamedLogits", "already_done", "stand_in"]
+
+
+class ModelInContext(nn.Module):
+    """The classifier as the step calls it: in the precision plugin's context, which is autocast or nothing.
+
+    It holds the model under the name that compiled modules use, so that everything that looks for the plain model
+    inside a container finds it.
+    """
+
+    def __init__(self, model: nn.Module, context: Callable[[], Any]) -> None:
+        super().__init__()
+        self._orig_mod = model
+        self.context = context
+        self.form: type = Tensor
+
+    def forward(self, images: Tensor) -> Any:
+        """Return the model's output for ``images``."""
+        with self.context():
+            output = self._orig_mod(images)
+        self.form = type(output)
+        return output
+
+    def in_its_form(self, logits: Tensor) -> Any:
+        """Return ``logits`` as the model returned its last output."""
+        if issubclass(self.form, Tensor):
+            return logits
+        return (logits,) if issubclass(self.form, tuple) else NamedLogits(logits=logits)
+
+
+class NamedLogits(dict[str, Tensor]):
+    """Logits as models return them that name their outputs: ``.logits``, ``["logits"]`` or ``[0]``."""
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits ``(N, C)``."""
+        return self["logits"]
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return super().__getitem__("logits" if key == 0 else key)
+
+
+class LogitsOf(StandIn):
+    """Stands in for a model whose ``output`` on ``images`` is known."""
+
+    def __init__(self, model: Any, images: Tensor, output: Any) -> None:
+        super().__init__(model)
+        self.__dict__.update(images=images, output=output)
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        """Return the known output.
+
+        Raises:
+            UnsupportedModelError: These are other images, or the model is to compute a loss.
+        """
+        self.calls += 1
+        given = args[0] if args else next(iter(inputs.values()), None)
+        if inputs.get("labels") is not None:
+            raise UnsupportedModelError(
+                f"training_step lets {self._get_name()} compute the loss, which is impossible for mixed or selected "
+                "images. Write torch.nn.functional.cross_entropy(self.model(images).logits, labels)."
+            )
+        images = self.__dict__["images"]
+        same = isinstance(given, Tensor) and given.dtype == images.dtype
+        if given is not images and not (same and torch.equal(given, images)):  # type: ignore[arg-type]
+            raise UnsupportedModelError(
+                f"training_step gives {self._get_name()} other images than the batch holds. Change them before, in the "
+                "dataset or in the module's on_after_batch_transfer."
+            )
+        return self.__dict__["output"]
+
+
+def stand_in(module: nn.Module, name: str, replacement: LogitsOf) -> Any:
+    """Put ``replacement`` in the place of the part ``name`` of ``module``, or of its forward if that is ``"self"``."""
+    if name == "self":  # where Lightning has put a forward of its own under DDP
+        return replaced(vars(module), "forward", replacement.forward)
+    path, _, last = name.rpartition(".")
+    return replaced(module.get_submodule(path)._modules, last, replacement)
+
+
+class _AlreadyDone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.number = len(parameters)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        return tuple(None for _ in range(1 + ctx.number))
+
+
+def already_done(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """Return a loss whose backward reaches ``parameters`` and adds nothing: their gradients are there already.
+
+    Reaching them is what makes DDP reduce the gradients that they have.
+    """
+    anything = loss.new_zeros(()).requires_grad_()  # something has to be differentiable, with one process too
+    result: Tensor = _AlreadyDone.apply(loss, anything, *parameters)
+    return result
