@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.data.validation import check_takes_images
-from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, UnsupportedModelError
+from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer.checkpoints import PlainCheckpoints
 from entprop_wrap.integrations.hf_trainer.loss import TrainerLoss, images_name_of
 from entprop_wrap.methods import EntProp, FastAdvProp
@@ -28,7 +28,7 @@ from entprop_wrap.training import training_step
 from entprop_wrap.wrapping.model import is_wrapped, unwrap, wrap
 from entprop_wrap.wrapping.norm_layers import Selector
 from entprop_wrap.wrapping.optimizer import check_optimizer
-from entprop_wrap.wrapping.registry import find_registry
+from entprop_wrap.wrapping.state_dict import auxiliary_names
 
 __all__ = ["EntPropCallback", "EntPropTrainerMixin"]
 
@@ -37,13 +37,13 @@ class EntPropCallback(TrainerCallback):
     """Makes a Trainer train with a method of this library.
 
     It wraps the model when the Trainer has been built, before there is an optimizer, and takes the place of the
-    Trainer's training step from the beginning to the end of ``train()``. The training loss that the Trainer logs is
-    what is minimised; beside it come ``main_loss``, ``aux_loss``, ``main_entropy`` and ``aux_entropy``. A last training
-    batch that is too small to train on, of one image for most methods, is left out of each epoch, with a warning.
+    Trainer's training step during ``train()``. The training loss that the Trainer logs is what is minimised; beside it
+    come ``main_loss``, ``aux_loss``, ``main_entropy`` and ``aux_entropy``. A last training batch that is too small to
+    train on, of one image for most methods, is left out of each epoch, with a warning.
 
     Args:
         method: An instance of a training method; ``EntProp()`` by default.
-        pixel_space: How the images are normalised; None: as the Trainer's ``processing_class`` does it.
+        pixel_space: Normalisation of the images; None: that of the Trainer's ``processing_class``.
         include: As in ``entprop.wrap``.
         exclude: As in ``entprop.wrap``.
 
@@ -76,11 +76,14 @@ class EntPropCallback(TrainerCallback):
         if trainer is self.trainer:
             return
         _refuse(trainer)
-        if any(
-            isinstance(other, EntPropCallback) and other is not self for other in trainer.callback_handler.callbacks
-        ):
+        if any(isinstance(one, EntPropCallback) and one is not self for one in trainer.callback_handler.callbacks):
             raise ConfigurationError("The Trainer has two EntPropCallbacks. Expected one, with one method.")
-        self.space = self.pixel_space or _pixel_space_of(trainer)
+        if self.pixel_space is None and trainer.processing_class is None:
+            raise ConfigurationError(
+                "Nothing says how the images are normalised. Write Trainer(..., processing_class=image_processor) or "
+                "EntPropCallback(..., pixel_space=PixelSpace(mean, std))."
+            )
+        self.space = self.pixel_space or PixelSpace.from_processor(trainer.processing_class)
         self.wrap(trainer.model, trainer.optimizer)
         _warn_of_dropout(trainer.model)
         self.trainer, trainer.entprop = trainer, self
@@ -92,22 +95,14 @@ class EntPropCallback(TrainerCallback):
     def wrap(self, model: nn.Module, optimizer: Any = None) -> nn.Module:
         """Wrap a model of the Trainer if the method needs it; an ``optimizer`` must train its copies."""
         names = tuple(self.method.auxiliaries)
-        if not names:
-            return model
-        if is_wrapped(model):  # by the user, who has options or an optimizer of their own
-            if missing := set(names) - set(find_registry(model).auxiliaries):
-                raise AuxiliaryNameError(
-                    f"The model was wrapped without the auxiliary {sorted(missing)[0]!r} that "
-                    f"{type(self.method).__name__} needs. Write wrap(model, auxiliaries={names!r})."
-                )
-            return model
-        wrap(model, auxiliaries=names, **self.selectors)
-        if optimizer is not None:
-            try:
-                check_optimizer(model, optimizer)
-            except Exception:
-                unwrap(model)
-                raise
+        if names and not is_wrapped(model):  # else by the user, who has options or an optimizer of their own
+            wrap(model, auxiliaries=names, **self.selectors)
+            if optimizer is not None:
+                try:
+                    check_optimizer(model, optimizer)
+                except Exception:
+                    unwrap(model)
+                    raise
         return model
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -119,23 +114,19 @@ class EntPropCallback(TrainerCallback):
         trainer = self.trainer
         if trainer is None or self not in trainer.callback_handler.callbacks:
             raise ConfigurationError(
-                "EntPropCallback was added after the Trainer was built: the optimizer knows nothing of the auxiliary "
-                "copies. Write Trainer(..., callbacks=[EntPropCallback(...)]), or callback.set_trainer(trainer) "
-                "between trainer.add_callback(callback) and trainer.train()."
+                "EntPropCallback was added after the Trainer was built. Write Trainer(..., callbacks=[EntPropCallback("
+                "...)]), or callback.set_trainer(trainer) between trainer.add_callback(callback) and trainer.train()."
             )
         if kwargs.get("model") is not trainer.model:
-            raise ConfigurationError(
-                "This EntPropCallback belongs to another Trainer. Make one for each: Trainer(..., "
-                "callbacks=[EntPropCallback(...)])."
-            )
+            raise ConfigurationError("This EntPropCallback belongs to another Trainer. Make one for each.")
         if "training_step" in vars(trainer):
             raise ConfigurationError(
-                "The Trainer was given another training_step as an attribute, past which EntPropCallback cannot see. "
-                "Override training_step in a subclass of Trainer instead."
+                "The Trainer has another training_step as an attribute. Override it in a subclass of Trainer instead."
             )
         _check_columns(trainer)
         model: Any = trainer.model
-        _refuse_steps_in_backward(model)
+        if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in model.parameters()):
+            _refuse_optimizer("A hook on the parameters' gradients")
         if self.method.auxiliaries:
             check_optimizer(model, trainer.optimizer)
         self.loss = TrainerLoss(trainer, super(EntPropTrainerMixin, trainer).training_step)  # type: ignore[misc]
@@ -170,29 +161,25 @@ class EntPropTrainerMixin(PlainCheckpoints):
         return self.entprop.wrap(super().call_model_init(trial))
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """Return what decays; a copy decays if what it is a copy of does."""
-        names = set(super().get_decay_parameter_names(model))
-        if is_wrapped(model):
-            of = {id(copy): id(parameter) for _, parameter, copy in find_registry(model).mirrors()}
-            decayed = {id(parameter) for name, parameter in model.named_parameters() if name in names}
-            names -= {name for name, parameter in model.named_parameters() if id(parameter) in of}
-            names |= {name for name, parameter in model.named_parameters() if of.get(id(parameter)) in decayed}
-        return [name for name, _ in model.named_parameters() if name in names]
+        """Return what decays; a copy decays if its original does."""
+        names, copies = set(super().get_decay_parameter_names(model)), auxiliary_names(model)
+        return [name for name, _ in model.named_parameters() if copies.get(name, name) in names]
 
     def get_train_dataloader(self) -> Any:
         """Return the Trainer's loader without a last batch that is too small to train on.
 
         ``TrainingArguments(dataloader_drop_last=True)`` would leave out every incomplete last batch, of evaluation too.
+        In several processes accelerate fills the last batches up from the first ones (``even_batches``).
         """
         loader = super().get_train_dataloader()
         # FastAdvProp trains two parts of a batch, each of at least two images; all others need two images.
         least = 4 if isinstance(self.entprop.method, FastAdvProp) else 2
-        sampler = _sampler_of(loader)
-        if sampler is None or sampler.drop_last or sampler.batch_size < least:
+        sampler = getattr(loader, "batch_sampler", None)
+        stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
+        if stream or type(sampler) is not BatchSampler or sampler.drop_last or not hasattr(sampler.sampler, "__len__"):
             return loader
         number = len(sampler.sampler)  # type: ignore[arg-type]
-        rest = number % sampler.batch_size
-        if 0 < rest < least and rest != number:
+        if 0 < (rest := number % sampler.batch_size) < least <= sampler.batch_size and rest != number:
             sampler.drop_last = True  # the loader's length follows, and all that the Trainer computes from it
             if self.is_local_process_zero():
                 warnings.warn(
@@ -238,24 +225,23 @@ class _RunningMeans:
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
         self.steps = 0
-        self.output: StepOutput | None = None
+        self.checker: Any = None
 
     def add(self, output: StepOutput) -> None:
         values = {"main_loss": output.main_loss, "main_entropy": output.entropy.mean()}
         if output.aux_loss is not None and output.aux_entropy is not None:
             values |= {"aux_loss": output.aux_loss, "aux_entropy": output.aux_entropy.mean()}
-        for name, value in values.items():
-            self.totals[name] = self.totals.get(name, 0) + value.float()
-        self.steps, self.output = self.steps + 1, output
+        self.totals = {name: self.totals.get(name, 0) + value.float() for name, value in values.items()}
+        self.steps, self.checker = self.steps + 1, output.checker
 
     def pop(self, accelerator: Any) -> dict[str, float]:
         """Return the means over all processes, and begin anew; raise what the device has found in the batches."""
-        totals, steps, output = self.totals, self.steps, self.output
+        totals, steps, checker = self.totals, self.steps, self.checker
         self.__init__()  # type: ignore[misc]
-        if output is None:
+        if checker is not None:
+            checker.raise_pending()
+        if not steps:
             return {}
-        if output.checker is not None:
-            output.checker.raise_pending()
         means = accelerator.gather(torch.stack(list(totals.values()))[None] / steps).mean(0)
         return dict(zip(totals, means.tolist(), strict=True))
 
@@ -275,15 +261,6 @@ def _trainer_being_built(callback: EntPropCallback) -> Any:
     raise ConfigurationError("No Trainer found. Write callback.set_trainer(trainer) before trainer.train().")
 
 
-def _pixel_space_of(trainer: Any) -> PixelSpace:
-    if trainer.processing_class is None:
-        raise ConfigurationError(
-            "How are the images normalised? The Trainer has no processing_class to say. Write Trainer(..., "
-            "processing_class=image_processor) or EntPropCallback(..., pixel_space=PixelSpace(mean, std))."
-        )
-    return PixelSpace.from_processor(trainer.processing_class)
-
-
 def _refuse(trainer: Any) -> None:
     """Raise :class:`UnsupportedModelError` for models without images, and for what cannot be right."""
     check_takes_images(trainer.model)
@@ -292,25 +269,19 @@ def _refuse(trainer: Any) -> None:
         "FSDP": trainer.is_fsdp_enabled,
         "DataParallel over several GPUs": trainer.args.n_gpu > 1,
     }
-    for name, present in found.items():
-        if present:
-            raise UnsupportedModelError(
-                f"EntPropCallback does not work with {name} in the Hugging Face Trainer. Expected one process per GPU "
-                "(torchrun, DDP); entprop.Trainer also trains under FSDP2."
-            )
+    if present := [name for name, there in found.items() if there]:
+        raise UnsupportedModelError(
+            f"EntPropCallback does not work with {present[0]}. Expected one process per GPU (torchrun, DDP); "
+            "entprop.Trainer also trains under FSDP2."
+        )
     if "layerwise" in trainer.args.optim or "lomo" in trainer.args.optim:
         _refuse_optimizer(f"optim={str(getattr(trainer.args.optim, 'value', trainer.args.optim))!r}")
-
-
-def _refuse_steps_in_backward(model: nn.Module) -> None:
-    if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in model.parameters()):
-        _refuse_optimizer("A hook on the parameters' gradients")
 
 
 def _refuse_optimizer(what: str) -> None:
     raise UnsupportedModelError(
         f"{what} updates weights inside the backward, and a step has several backwards. Expected an optimizer that "
-        "steps after them: optim='adamw_torch', or 'galore_adamw' and 'apollo_adamw' without '_layerwise'."
+        "steps after them, such as optim='adamw_torch', or 'galore_adamw' without '_layerwise'."
     )
 
 
@@ -327,26 +298,10 @@ def _warn_of_dropout(model: nn.Module) -> None:
 def _check_columns(trainer: Any) -> None:
     """Raise :class:`ConfigurationError` if the Trainer removes the columns that the images are made of."""
     # The Trainer drops columns by the model's signature before a lazy transform has made pixel_values of them.
-    dataset = trainer.train_dataset
-    columns: list[str] = getattr(dataset, "column_names", None) or []
-    name = images_name_of(trainer.model)
-    lazy = (getattr(dataset, "format", None) or {}).get("type") == "custom" if columns else False
-    if trainer.args.remove_unused_columns and lazy and name not in columns:
+    columns: list[str] = getattr(trainer.train_dataset, "column_names", None) or []
+    lazy = (getattr(trainer.train_dataset, "format", None) or {}).get("type") == "custom" if columns else False
+    if trainer.args.remove_unused_columns and lazy and (name := images_name_of(trainer.model)) not in columns:
         raise ConfigurationError(
-            f"The dataset's transform makes {name!r} of its columns {', '.join(map(repr, columns))}, but the Trainer "
-            "removes columns that the model does not take. Write TrainingArguments(..., remove_unused_columns=False)."
+            f"The dataset's transform makes {name!r} of its columns {', '.join(map(repr, columns))}, which the Trainer "
+            "removes. Write TrainingArguments(..., remove_unused_columns=False)."
         )
-
-
-def _sampler_of(loader: Any) -> BatchSampler | None:
-    """Return what makes the batches of ``loader``, where its last batch is the rest.
-
-    None for streams, for batch samplers of other kinds, and in several processes: they fill the last batches up from
-    the first ones (accelerate's ``even_batches``; without it, one batch less would leave a process waiting).
-    """
-    if isinstance(getattr(loader, "dataset", None), IterableDataset):
-        return None
-    sampler = getattr(loader, "batch_sampler", None)
-    if type(sampler) is not BatchSampler or not hasattr(sampler.sampler, "__len__"):
-        return None
-    return sampler

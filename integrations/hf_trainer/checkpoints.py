@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers.trainer_utils import HubStrategy
 
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
+from entprop_wrap.utils.files import flush
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.wrapping.model import is_wrapped
 from entprop_wrap.wrapping.registry import find_registry
@@ -40,42 +40,27 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
 
-    The Trainer writes its files one after another, and ``get_last_checkpoint`` returns the last folder, whatever it
-    holds: a run that was killed while it saved cannot be resumed from that.
+    ``transformers.trainer_utils.get_last_checkpoint`` returns the last folder, even of a run that was killed while it
+    saved.
 
     Args:
         output_dir: The Trainer's ``output_dir``; it need not exist.
     """
-    folder = Path(output_dir)
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        if _damage(path) is None:
-            return str(path)
-    return None
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    complete = [path for path in found if _is_complete(path)]
+    return str(max(complete, key=lambda path: int(path.name[11:]))) if complete else None
 
 
-def _damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, None if it is whole."""
-    # The Trainer writes its state last.
-    for file in (checkpoint / "trainer_state.json", *sorted(checkpoint.rglob("*"))):
-        try:
-            if file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
-            elif file.suffix == ".safetensors":
-                with safe_open(file, "pt"):  # compares its length with what its header says
-                    pass
-            elif file.suffix in (".pt", ".pth", ".bin") and file.is_file():
-                with zipfile.ZipFile(file) as opened:  # what torch.save writes; its list of contents stands at the end
-                    if (bad := opened.testzip()) is not None:
-                        return f"{file.name!r} is damaged at {bad!r}"
-        except FileNotFoundError:
-            return f"{file.name!r} is missing"
-        except Exception as error:
-            return f"{file.name!r} cannot be read ({error})"
-    return None
+def _is_complete(checkpoint: Path) -> bool:
+    """Return whether the Trainer's state, which it writes last, is there and whole."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
-#: What the mixin is mixed into: a Trainer, of which type checkers are told no more than that.
+#: The mixin is mixed into a Trainer, of which type checkers know nothing.
 _Mixed: Any = object
 
 
@@ -98,12 +83,10 @@ class PlainCheckpoints(_Mixed):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
-        if (damage := _damage(checkpoint)) is not None:
-            newest = last_complete_checkpoint(checkpoint.parent)
+        if not _is_complete(checkpoint):
             raise CheckpointError(
-                f"{checkpoint} is not complete: {damage}. "
-                f"{f'Resume from {newest}' if newest else 'There is no complete one beside it'}; "
-                "entprop_wrap.integrations.hf_trainer.last_complete_checkpoint(output_dir) returns the newest."
+                f"{checkpoint} is not complete: trainer_state.json is missing or damaged. The newest complete one is "
+                f"{last_complete_checkpoint(checkpoint.parent)} (of hf_trainer.last_complete_checkpoint)."
             )
         _check_method(self.model, checkpoint / AUXILIARY_FILE, type(self.entprop.method).__name__)
         with without_copies(self.model):
@@ -138,17 +121,12 @@ def _save_whole(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]
     """Write a file that is there whole or, if the process is killed, as it was before."""
     partial = file.with_name(file.name + ".partial")
     save_file({key: value.contiguous().clone() for key, value in tensors.items()}, partial, metadata)
-    with open(partial, "rb+") as opened:
-        os.fsync(opened.fileno())
+    flush(partial)
     os.replace(partial, file)
 
 
 def _check_method(model: nn.Module, file: Path, method: str) -> None:
-    """Compare the auxiliaries and the method in ``file``, if it is there, with those of this run.
-
-    Raises:
-        CheckpointError: Other auxiliaries: neither the copies nor the state of the optimizer fit.
-    """
+    """Compare the auxiliaries and the method in ``file``, if it is there, with those of this run."""
     if not file.is_file():
         return
     with safe_open(file, "pt") as opened:
@@ -158,27 +136,22 @@ def _check_method(model: nn.Module, file: Path, method: str) -> None:
     if there != here:
         raise CheckpointError(
             f"{file.parent} was trained with {saved} and the auxiliaries {there}; this run trains with {method} and "
-            f"{here}, so neither copies nor optimizer fit. Resume with the method that wrote it, or start a new run "
-            f"from its weights: model.from_pretrained({str(file.parent)!r})."
+            f"{here}. Resume with the method that wrote it, or start a new run from its weights: "
+            f"model.from_pretrained({str(file.parent)!r})."
         )
     if saved != method:
         warnings.warn(f"{file.parent} was trained with {saved}; the run continues with {method}.", stacklevel=3)
 
 
 def _load_copies(model: nn.Module, folder: Path) -> None:
-    """Load what the Trainer's own loading leaves out: the auxiliary copies, and weights that are renamed on disk.
-
-    Raises:
-        CheckpointError: The checkpoint has no copies, or those of a model that was wrapped differently.
-    """
+    """Load what the Trainer's own loading leaves out: the auxiliary copies, and weights that are renamed on disk."""
     if not is_wrapped(model):
         return
     file = folder / AUXILIARY_FILE
     if not file.is_file():
         raise CheckpointError(
             f"{folder} has no {AUXILIARY_FILE}: it was written without EntPropCallback, or by a method without "
-            "auxiliary copies, so its optimizer does not know them. Start a new run from its weights: "
-            f"model.from_pretrained({str(folder)!r})."
+            f"auxiliary copies. Start a new run from its weights: model.from_pretrained({str(folder)!r})."
         )
     _load_renamed(model, folder)
     load_auxiliary_state_dict(model, load_file(file))

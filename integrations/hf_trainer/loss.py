@@ -1,17 +1,15 @@
 """The Hugging Face Trainer's own loss as a function of logits and labels, and the weight with which it trains on it.
 
-Between a batch and a backward the Trainer has a loss (the model's own, a label smoother, ``compute_loss_func`` or
-``compute_loss``) and factors for accumulation and processes, which differ between models and versions. None of them is
-repeated here: the Trainer's own code runs on a stand-in for the model, which returns the logits that the training
-method has computed.
+The Trainer has a loss (the model's own, a label smoother, ``compute_loss_func`` or ``compute_loss``) and factors for
+accumulation and processes, which differ between models and versions. None of them is repeated here: the Trainer's own
+code runs on a stand-in for the model, which returns the logits that the training method has computed.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from entprop_wrap.errors import ConfigurationError, EntPropError, LabelError, UnsupportedModelError
 from entprop_wrap.functional.losses import mean_by_construction
+from entprop_wrap.integrations.stand_ins import StandIn, replaced
 from entprop_wrap.methods.step_loss import refuse_idle_heads
 from entprop_wrap.utils.model_output import raw_logits
 from entprop_wrap.utils.modules import plain_model
@@ -90,7 +89,7 @@ class TrainerLoss:
                 calls.append((loss, options))
 
             with torch.no_grad():
-                with _replaced(self.trainer.accelerator, "backward", backward):
+                with replaced(vars(self.trainer.accelerator), "backward", backward):
                     self.own_step(self._stand_in(logits), self._inputs(self.labels), self.items)
                 if len(calls) != 1:
                     raise UnsupportedModelError(
@@ -104,7 +103,8 @@ class TrainerLoss:
         # As if these rows were all there is, in one process.
         trainer, stand_in = self.trainer, self._stand_in(logits)
         items = None if self.items is None else torch.tensor(len(logits), device=logits.device)
-        with _replaced(trainer.args, "average_tokens_across_devices", False), trainer.compute_loss_context_manager():
+        alone = replaced(vars(trainer.args), "average_tokens_across_devices", False)
+        with alone, trainer.compute_loss_context_manager():
             loss: Tensor = trainer.compute_loss(stand_in, self._inputs(labels), num_items_in_batch=items)
         return loss, stand_in
 
@@ -143,8 +143,8 @@ class TrainerLoss:
             )
         if loss.ndim == 0 and not 0 < loss.item() < math.inf:
             raise UnsupportedModelError(
-                f"The Trainer's loss is {loss.item():g} where all logits are equal; expected a finite positive number, "
-                "as of cross-entropy, by which to measure how the Trainer weighs it."
+                f"The Trainer's loss is {loss.item():g} where all logits are equal, expected a finite positive number "
+                "as of cross-entropy."
             )
         if all(gradient is None for gradient in through_own):
             self.own_loss = None  # it plays no part
@@ -157,13 +157,12 @@ class TrainerLoss:
         found = f"The batch's {self.labels_name!r} are {self.labels.dtype} of shape {tuple(self.labels.shape)}"
         if self.labels.is_floating_point() and self.trainer.label_smoother is not None:
             raise LabelError(
-                f"{found}: soft labels, while the Trainer's label smoothing takes class indices only (int64). Write "
+                f"{found}: soft labels, while the Trainer's label smoothing takes class indices. Write "
                 f"TrainingArguments(label_smoothing_factor=0). {_FIX}"
             ) from error
         if not self.labels.is_floating_point() and self.labels.dtype != torch.int64:
             raise LabelError(
-                f"{found}, on which the Trainer's loss fails ({error}). Expected class indices as int64: write "
-                f"batch[{self.labels_name!r}].long() in the data collator."
+                f"{found}, expected class indices as int64: write batch[{self.labels_name!r}].long() in the collator."
             ) from error
 
 
@@ -173,9 +172,9 @@ class _ModelsOwnLoss:
     Attributes:
         labels: Class indices to give to the model in its next pass; None: do not look.
         items: ``num_items_in_batch`` of the micro-batch.
-        by_items: The model divides the sum of its losses by ``num_items_in_batch``, rather than averaging.
+        by_items: Whether the model divides the sum of its losses by ``num_items_in_batch``, rather than averaging.
         found: Loss and cross-entropy of the last batch, if they did not fit together.
-        known: Enough was seen to tell the loss from its relatives.
+        known: Whether enough was seen to tell the loss from its relatives.
     """
 
     def __init__(self, trainer: Any, labels_name: str) -> None:
@@ -273,19 +272,15 @@ class _ModelOnImages(nn.Module):
         return output
 
 
-class _Logits(nn.Module):
+class _Logits(StandIn):
     """Stands in for the model while the Trainer computes a loss: it returns ``logits``, whatever goes in.
 
-    Attributes:
-        calls: How often it was called.
-        own_loss: The loss that the model would have computed itself, if it was given labels.
+    ``own_loss`` is the loss that the model would have computed itself, if it was given labels.
     """
 
     def __init__(self, model: nn.Module, logits: Tensor, labels_name: str, by_items: bool) -> None:
-        super().__init__()
-        self.__dict__["stands_for"] = model
+        super().__init__(model)
         self.logits, self.labels_name, self.by_items = logits, labels_name, by_items
-        self.calls = 0
         self.own_loss: Tensor | None = None
 
     def forward(self, *args: Any, **inputs: Any) -> ImageClassifierOutput:
@@ -297,15 +292,6 @@ class _Logits(nn.Module):
             if self.by_items and items is not None:
                 self.own_loss = self.own_loss * (len(self.logits) / items)
         return ImageClassifierOutput(loss=self.own_loss, logits=self.logits)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["stands_for"], name)
-
-    def _get_name(self) -> str:
-        return type(plain_model(self.__dict__["stands_for"])).__name__
 
 
 class _ForTheModelOnly(Tensor):
@@ -320,8 +306,8 @@ class _ForTheModelOnly(Tensor):
             return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         raise UnsupportedModelError(
             f"compute_loss() reads the images itself ({name}), as a teacher's loss does. The images of a pass are "
-            "mixed, selected or sorted, so a loss may read the model's logits and the labels only. Write a training "
-            "loop of your own with entprop.training_step, or distil into soft labels in the dataset."
+            "mixed, selected or sorted, so a loss may read logits and labels only. Write a loop of your own with "
+            "entprop.training_step, or distil into soft labels in the dataset."
         )
 
 
@@ -336,15 +322,13 @@ def _split(inputs: dict[str, Any], images_name: str, labels_name: str) -> tuple[
     """Return the images, the labels and what else is in a batch."""
     if missing := [name for name in (images_name, labels_name) if inputs.get(name) is None]:
         raise ConfigurationError(
-            f"The batch has no {' and no '.join(map(repr, missing))}; found {', '.join(map(repr, inputs))}. Let the "
-            "data collator name them so; if the columns exist, write TrainingArguments(..., "
-            "remove_unused_columns=False)."
+            f"The batch has no {' and no '.join(map(repr, missing))}, found {', '.join(map(repr, inputs))}. Name them "
+            "so in the data collator; if the columns exist, write TrainingArguments(..., remove_unused_columns=False)."
         )
     others = {name: value for name, value in inputs.items() if name not in (images_name, labels_name)}
     if tensors := [name for name, value in others.items() if isinstance(value, Tensor) and value.ndim]:
         raise ConfigurationError(
-            f"The batch has {tensors[0]!r} beside images and labels. Images are mixed and selected, and it cannot "
-            "follow: leave it out of the batch."
+            f"The batch has {tensors[0]!r} beside images and labels, which are mixed and selected: leave it out."
         )
     return inputs[images_name], inputs[labels_name], others
 
@@ -353,15 +337,3 @@ def _takes(model: nn.Module, name: str, *, by_name: bool = False) -> bool:
     parameters = inspect.signature(model.forward).parameters
     any_name = not by_name and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return name in parameters or any_name
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object another attribute inside the with-block."""
-    before = {key: found for key, found in vars(owner).items() if key == name}
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
-        vars(owner).update(before)

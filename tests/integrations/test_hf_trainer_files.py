@@ -1,4 +1,4 @@
-"""What the Trainer writes with the callback, and what it reads back."""
+"""Files that the Trainer writes and reads with the callback."""
 
 import warnings
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForImageClassification, Trainer
+from transformers import AutoModelForImageClassification
 
 from entprop_wrap import EntProp, auxiliary_state_dict, main_state_dict
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.methods import AdvProp, FineGrainedAdvProp, Vanilla
-from tests.integrations.hf_trainer_reference import SPACE, arguments, build, samples, train
+from tests.integrations.hf_trainer_reference import SPACE, build, make_trainer, samples, train
 
 FILE = "entprop_auxiliary.safetensors"
 LAGGED = EntProp(fraction=0.5, lagged=True)
@@ -47,12 +47,7 @@ def test_checkpoints_are_plain_and_resume_is_bit_for_bit(name, method, tmp_path)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
 
-    trainer = Trainer(
-        model=build(name),
-        args=arguments(tmp_path / "b", **OPTIONS),
-        train_dataset=samples(),
-        callbacks=[callback(method)],
-    )
+    trainer = make_trainer(tmp_path / "b", model=name, callbacks=[callback(method)], **OPTIONS)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert_same(trainer.model.state_dict(), whole.model.state_dict())
     copies, main = auxiliary_state_dict(trainer.model), main_state_dict(trainer.model)
@@ -62,13 +57,15 @@ def test_checkpoints_are_plain_and_resume_is_bit_for_bit(name, method, tmp_path)
 def test_the_best_model_comes_back_with_its_copies(tmp_path):
     options = {**OPTIONS, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     scores = iter([3.0, 1.0, 2.0, 4.0, 5.0])
-    trainer = Trainer(
-        model=build("ResNet"),
-        args=arguments(tmp_path, metric_for_best_model="made_up", greater_is_better=False, **options),
-        train_dataset=samples(),
+    trainer = make_trainer(
+        tmp_path,
+        model="ResNet",
+        metric_for_best_model="made_up",
+        greater_is_better=False,
         eval_dataset=samples(4),
         compute_metrics=lambda prediction: {"made_up": next(scores)},
         callbacks=[callback()],
+        **options,
     )
     states = []
     original = trainer._save_checkpoint
@@ -97,9 +94,7 @@ def test_a_second_train_goes_on(tmp_path):
 
 def test_a_checkpoint_without_copies_is_refused(tmp_path):
     train(build("ViT"), None, tmp_path, **OPTIONS)
-    trainer = Trainer(
-        model=build("ViT"), args=arguments(tmp_path, **OPTIONS), train_dataset=samples(), callbacks=[callback()]
-    )
+    trainer = make_trainer(tmp_path, callbacks=[callback()], **OPTIONS)
     with pytest.raises(CheckpointError, match=FILE):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -109,12 +104,8 @@ def test_another_method_does_not_resume_unnoticed(tmp_path):
     checkpoint = tmp_path / "checkpoint-2"
 
     def resume(method):
-        trainer = Trainer(
-            model=build("ResNet"),
-            args=arguments(tmp_path / "b", **{**OPTIONS, "max_steps": 3}),
-            train_dataset=samples(),
-            callbacks=[callback(method)],
-        )
+        options = {**OPTIONS, "max_steps": 3}
+        trainer = make_trainer(tmp_path / "b", model="ResNet", callbacks=[callback(method)], **options)
         trainer.train(resume_from_checkpoint=str(checkpoint))
         assert trainer.state.global_step == 3
 

@@ -1,4 +1,4 @@
-"""What users of the callback meet first: platforms without float64, dropout, optimizers, teachers, more heads."""
+"""First encounters of users: platforms without float64, dropout, optimizers, teachers, more heads."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from entprop_wrap import EntProp
 from entprop_wrap.errors import ConfigurationError, EntPropError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.methods import Vanilla
-from tests.integrations.hf_trainer_reference import CLASSES, SPACE, arguments, build, samples, train, worst
+from tests.integrations.hf_trainer_reference import CLASSES, SPACE, build, make_trainer, train, worst
 
 METHOD = EntProp(fraction=0.5, mix=None)
 
@@ -88,7 +88,7 @@ def test_a_loss_may_count_the_images(tmp_path):
 @pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "apollo_adamw_layerwise", "adalomo"])
 def test_optimizers_that_step_inside_the_backward_are_refused_before_training(optim, tmp_path):
     with pytest.raises(UnsupportedModelError, match=f"{optim}.*inside the backward.*adamw_torch"):
-        Trainer(model=build("ViT"), args=arguments(tmp_path, optim=optim), callbacks=[callback()])
+        make_trainer(tmp_path, optim=optim, callbacks=[callback()])
 
 
 def test_and_so_are_hooks_that_do(tmp_path):
@@ -102,7 +102,7 @@ def test_dropout_that_leaves_nothing_is_named(tmp_path):
     config = transformers.MobileNetV1Config(num_labels=CLASSES, depth_multiplier=0.25)
     model = transformers.MobileNetV1ForImageClassification(config)
     with pytest.warns(UserWarning, match=r"'dropout' drops 99.9% of its input.*get_submodule\('dropout'\).p = 0.2"):
-        Trainer(model=model, args=arguments(tmp_path), callbacks=[callback()])
+        make_trainer(tmp_path, model=model, callbacks=[callback()])
     model.get_submodule("dropout").p = 0.2
 
 
@@ -136,9 +136,7 @@ def test_a_second_head_does_not_stop_training_unnoticed(own_loss, tmp_path):
 
 
 def test_a_training_step_given_as_an_attribute_is_refused(tmp_path):
-    trainer = Trainer(
-        model=build("ViT"), args=arguments(tmp_path), train_dataset=samples(), callbacks=[callback(Vanilla())]
-    )
+    trainer = make_trainer(tmp_path, callbacks=[callback(Vanilla())])
     trainer.training_step = trainer.training_step
     with pytest.raises(ConfigurationError, match="another training_step as an attribute"):
         trainer.train()
@@ -146,9 +144,7 @@ def test_a_training_step_given_as_an_attribute_is_refused(tmp_path):
 
 def test_a_callback_that_was_removed_leaves_the_trainer_its_step(tmp_path):
     added = callback(Vanilla())
-    trainer = Trainer(
-        model=build("ViT"), args=arguments(tmp_path, max_steps=1), train_dataset=samples(), callbacks=[added]
-    )
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[added])
     assert type(trainer).__name__ == "Trainer"
     trainer.remove_callback(added)
     trainer.train()

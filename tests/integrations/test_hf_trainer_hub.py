@@ -1,4 +1,4 @@
-"""What the Trainer uploads with the callback: plain weights, and the copies of the same step in a file of their own."""
+"""Uploads of the Trainer with the callback: plain weights, and the copies of the same step in their own file."""
 
 import fnmatch
 import shutil
@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification, Trainer
 
 from entprop_wrap import EntProp, auxiliary_state_dict
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
-from tests.integrations.hf_trainer_reference import SPACE, arguments, build, samples
+from tests.integrations.hf_trainer_reference import SPACE, make_trainer, samples
 
 FILE = "entprop_auxiliary.safetensors"
 OPTIONS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "optim": "adamw_torch"}
@@ -65,12 +65,9 @@ def keys(file: Path) -> set:
 
 def make(folder, name="ResNet", **options):
     pushing = {"push_to_hub": True, "hub_model_id": "someone/something", "hub_token": "none"}
-    return Trainer(
-        model=build(name),
-        args=arguments(folder, **{**OPTIONS, **pushing, **options}),
-        train_dataset=samples(),
-        eval_dataset=samples(4),
-        callbacks=[EntPropCallback(EntProp(fraction=0.5), pixel_space=SPACE)],
+    added = EntPropCallback(EntProp(fraction=0.5), pixel_space=SPACE)
+    return make_trainer(
+        folder, model=name, eval_dataset=samples(4), callbacks=[added], **{**OPTIONS, **pushing, **options}
     )
 
 

@@ -5,7 +5,6 @@ import warnings
 import pytest
 import torch
 from torch.utils.data import IterableDataset
-from transformers import Trainer
 
 from entprop_wrap import EntProp
 from entprop_wrap.errors import ImageError
@@ -15,9 +14,9 @@ from tests.integrations.hf_trainer_reference import (
     OLD,
     SPACE,
     RecordBatches,
-    arguments,
     build,
     by_hand,
+    make_trainer,
     samples,
     train,
     worst,
@@ -27,15 +26,16 @@ METHOD = EntProp(fraction=0.5, mix=None)
 LEFT_OUT = "leave a last batch of"
 
 
-def make(folder, number, method=METHOD, data=None, collator=None, **options):
-    return Trainer(
-        model=build("ResNet"),
-        args=arguments(folder, **options),
-        train_dataset=samples(number) if data is None else data,
+def make(folder, number, method=METHOD, data=None, **options):
+    return make_trainer(
+        folder,
+        model="ResNet",
+        data=samples(number) if data is None else data,
         eval_dataset=samples(9),
-        data_collator=collator or RecordBatches(),
+        data_collator=RecordBatches(),
         callbacks=[EntPropCallback(method, pixel_space=SPACE)],
         compute_metrics=lambda prediction: {"images": len(prediction.label_ids)},
+        **options,
     )
 
 

@@ -1,5 +1,7 @@
 """Ways to use the callback that could go wrong: they work, or say what to write instead."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +23,9 @@ from tests.integrations.hf_trainer_reference import (
     RecordBatches,
     RecordGradients,
     RecordingMixer,
-    arguments,
     build,
     by_hand,
+    make_trainer,
     samples,
     train,
     worst,
@@ -36,13 +38,7 @@ def callback(method=METHOD):
     return EntPropCallback(method, pixel_space=SPACE)
 
 
-def make(folder, trainer_class=Trainer, model="ViT", **options):
-    names = ("callbacks", "optimizers", "compute_loss_func", "processing_class", "model_init", "entprop")
-    extra = {name: options.pop(name) for name in names if name in options}
-    if "model_init" not in extra:
-        extra["model"] = build(model) if isinstance(model, str) else model
-    data = options.pop("data", samples())
-    return trainer_class(args=arguments(folder, **{"max_steps": 2, **options}), train_dataset=data, **extra)
+make = functools.partial(make_trainer, max_steps=2)
 
 
 def test_the_processing_class_says_how_images_are_normalised(tmp_path):
@@ -192,34 +188,20 @@ def test_a_compute_loss_of_anything_else_is_refused(trainer_class, tmp_path):
         make(tmp_path, trainer_class, callbacks=[callback()]).train()
 
 
-def smoothed(logits, labels):
-    return F.cross_entropy(logits, labels, label_smoothing=0.1)
-
-
-def with_entropy(logits, labels):
-    p = logits.softmax(-1)
-    return F.cross_entropy(logits, labels) + 0.1 * (p * p.log()).sum(-1).mean()
-
-
 def focal(logits, labels):
     losses = F.cross_entropy(logits, labels, reduction="none")
     return ((1 - (-losses).exp()) ** 2 * losses).mean()
 
 
-def weighted_sum(logits, labels):
-    return F.cross_entropy(logits, labels, weight=torch.arange(1.0, 6.0), reduction="sum") / len(labels)
-
-
-def shifted(logits, labels):
-    return F.cross_entropy(logits, labels) + 0.5
-
-
-def summed(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="sum")
-
-
-def doubled(logits, labels):
-    return 2 * F.cross_entropy(logits, labels)
+OTHER_LOSSES = {
+    "smoothed": lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1),
+    "with entropy": lambda x, y: F.cross_entropy(x, y) + 0.1 * (x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean(),
+    "focal": focal,
+    "weighted": lambda x, y: F.cross_entropy(x, y, weight=torch.arange(1.0, 6.0), reduction="sum") / len(y),
+    "shifted": lambda x, y: F.cross_entropy(x, y) + 0.5,
+    "summed": lambda x, y: F.cross_entropy(x, y, reduction="sum"),
+    "doubled": lambda x, y: 2 * F.cross_entropy(x, y),
+}
 
 
 def with_loss(name, loss, items=False):
@@ -243,13 +225,17 @@ def with_loss(name, loss, items=False):
     return model
 
 
-@pytest.mark.parametrize("loss", [smoothed, with_entropy, focal, weighted_sum, shifted, summed, doubled])
-def test_a_model_with_another_loss_is_refused(loss, tmp_path):
+def on_logits(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs.logits, labels)
+
+
+@pytest.mark.parametrize("name", OTHER_LOSSES)
+def test_a_model_with_another_loss_is_refused(name, tmp_path):
+    loss = OTHER_LOSSES[name]
     with pytest.raises(UnsupportedModelError, match=r"another loss cannot be computed.*compute_loss_func"):
         make(tmp_path, model=with_loss("ResNet", loss), callbacks=[callback()]).train()
-    if loss is smoothed:
-        own = lambda outputs, labels, num_items_in_batch=None: F.cross_entropy(outputs.logits, labels)  # noqa: E731
-        make(tmp_path, model=with_loss("ResNet", loss), callbacks=[callback()], compute_loss_func=own).train()
+    if name == "smoothed":
+        make(tmp_path, model=with_loss("ResNet", loss), callbacks=[callback()], compute_loss_func=on_logits).train()
 
 
 def by_items(logits, labels, num_items_in_batch=None, **_):
@@ -303,8 +289,7 @@ def test_soft_labels_need_a_loss_for_them(tmp_path):
     soft = [{**s, "labels": torch.full((5,), 0.2)} for s in samples()]
     with pytest.raises(LabelError, match="compute_loss_func"):
         make(tmp_path, data=soft, callbacks=[callback()]).train()
-    loss = lambda outputs, labels, num_items_in_batch=None: F.cross_entropy(outputs.logits, labels)  # noqa: E731
-    make(tmp_path, data=soft, callbacks=[callback()], compute_loss_func=loss).train()
+    make(tmp_path, data=soft, callbacks=[callback()], compute_loss_func=on_logits).train()
 
 
 def test_labels_of_a_wrong_type_are_named(tmp_path):
@@ -330,10 +315,12 @@ def test_every_method_trains_as_in_a_loop_of_its_own(method, name, accumulate, t
     draws = torch.get_rng_state()
     collator = RecordBatches()
     gradients = RecordGradients()
-    trainer = Trainer(
-        model=build(name),
-        args=arguments(tmp_path, max_steps=1, per_device_train_batch_size=8, gradient_accumulation_steps=accumulate),
-        train_dataset=samples(),
+    trainer = make(
+        tmp_path,
+        model=name,
+        max_steps=1,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=accumulate,
         data_collator=collator,
         callbacks=[callback(method), gradients],
     )
@@ -391,13 +378,9 @@ def test_a_gradient_scaler_leaves_no_trace(clip, tmp_path):
             self.accelerator.unscale_gradients = lambda *_: scaler.unscale_(self.optimizer.optimizer)
             return optimizer
 
-    trainer = Scaled(
-        model=build("ViT"),
-        args=arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=clip),
-        train_dataset=samples(),
-        data_collator=collator,
-        callbacks=[callback(EntProp(fraction=0.5, mix=mixer)), gradients],
-    )
+    callbacks = [callback(EntProp(fraction=0.5, mix=mixer)), gradients]
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": clip}
+    trainer = make_trainer(tmp_path, Scaled, data_collator=collator, callbacks=callbacks, **options)
     trainer.train()
     expected, _, _ = by_hand("ViT", build("ViT"), collator.batches, 2, clip=clip, draws=mixer.draws)
     assert trainer.accelerator.scaler.get_scale() == 1024
