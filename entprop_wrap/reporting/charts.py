@@ -143,13 +143,11 @@ def line_chart(
     return Chart(title, svg, _keys(lines), note, *table)
 
 
-def interval_chart(
-    title: str, lines: Sequence[Line], names: Sequence[str], x_name: str, note: str, at: float = 0
-) -> Chart:
-    """Draw values with intervals from left to right, a row for each of ``names``, and a vertical line ``at``."""
+def interval_chart(title: str, lines: Sequence[Line], names: Sequence[str], x_name: str, note: str) -> Chart:
+    """Draw values with intervals from left to right, a row for each of ``names``, and a vertical line at 0."""
 
     def draw(axes: Any) -> None:
-        axes.axvline(at, color=_SOFT, linewidth=0.8)
+        axes.axvline(0, color=_SOFT, linewidth=0.8)
         for number, line in enumerate(lines):
             rows = [row + 0.6 * ((number + 0.5) / len(lines) - 0.5) for row in range(len(names))]
             options = {"color": _colour(line.colour), "linewidth": 1.4}

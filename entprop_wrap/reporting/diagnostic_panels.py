@@ -7,14 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from entprop_wrap.diagnostics import (
-    DomainGap,
-    EntropyStages,
-    FeatureDistance,
-    FeaturePicture,
-    InputJacobian,
-    SelectionOOD,
-)
+from entprop_wrap.diagnostics import DomainGap, EntropyStages, InputJacobian
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.reporting import charts
 from entprop_wrap.reporting.charts import Chart, Line
@@ -61,7 +54,8 @@ def panels(diagnostics: Mapping[str, Any]) -> list[Panel]:
             found.append(_MAKERS[type(result)](title, result))
         elif title not in jacobians:
             raise ConfigurationError(
-                f"diagnostics[{title!r}] must be a result of entprop_wrap.diagnostics, found {type(result).__name__}."
+                f"diagnostics[{title!r}] must be a result of entropy_stages, domain_gap or input_jacobian, found "
+                f"{type(result).__name__}."
             )
     return found + ([_jacobians(jacobians)] if jacobians else [])
 
@@ -124,55 +118,6 @@ def _gap(title: str, found: DomainGap) -> Panel:
     return Panel(title, reading, drawn, [(f"{title}: distance by layer", ["layer", *keys], rows)])
 
 
-def _distance(title: str, found: FeatureDistance) -> Panel:
-    names, values = list(found.distances), list(found.distances.values())
-    note = "Line: two halves of the clean images."
-    line = Line("distance", range(len(names)), values)
-    drawn = charts.interval_chart("Fréchet distance to clean images", [line], names, "distance", note, found.floor)
-    near = [name for name, value in found.distances.items() if value <= found.floor]
-    reading = [
-        "How far a method's images lie from the clean ones in the model's own features. The line is what "
-        f"sampling noise alone makes of this many images: {found.floor:.4g}. Comparable only within one model.",
-        f"Not told from noise here: {_listed(near)}." if near else "All of them lie beyond noise.",
-    ]
-    rows = [[name, f"{value:.4g}"] for name, value in found.distances.items()]
-    return Panel(title, reading, [drawn], [(f"{title}: distance to clean images", ["images", "distance"], rows)])
-
-
-def _ood(title: str, found: SelectionOOD) -> Panel:
-    groups = list(next(iter(found.scores.values())).auroc)
-    tables = []
-    for head, key in (("AUROC", "auroc"), ("FPR at 95 %", "fpr95")):
-        rows = [
-            [name.replace("_", " "), *(_interval(getattr(one, key)[group]) for group in groups)]
-            for name, one in found.scores.items()
-        ]
-        tables.append((f"{title}: {head}", ["score", *groups], rows))
-    energy = found.scores.get("energy", next(iter(found.scores.values())))
-    closer = energy.closer
-    says = "closer" if (closer.low or 0) > 0 else "not shown to be closer"
-    reading = [
-        f"How well images under {found.against} can be told from random, selected and perturbed images; 0.5 is a coin. "
-        "If selection finds images at the edge of what the model knows, its AUROC is below that of random images. "
-        "Entropy and maximum probability look good by construction: look at the energy.",
-        f"By the energy, selected images are {says} to them than random ones: AUROC lower by {_interval(closer)}.",
-    ]
-    return Panel(title, reading, tables=tables)
-
-
-def _picture(title: str, found: FeaturePicture) -> Panel:
-    x, y = (f"component {n}, {100 * share:.0f} % of variance" for n, share in enumerate(found.explained, 1))
-    reading = [
-        "Features of each image in the plane in which they vary most. Clouds that lie on each other: the model hardly "
-        "tells the two kinds of image apart. Clouds that lie apart: they are two domains to it."
-    ]
-    lines = [
-        Line(name, [point[0] for point in points], [point[1] for point in points], colour=colour)
-        for colour, (name, points) in enumerate(found.points.items())
-    ]
-    return Panel(title, reading, [charts.line_chart("Features", lines, x, y, joined=False, numbers=False)])
-
-
 def _jacobians(found: Mapping[str, InputJacobian]) -> Panel:
     rows = [[title, _interval(one.frobenius_mean), _interval(one.spectral_mean)] for title, one in found.items()]
     reading = [
@@ -183,13 +128,7 @@ def _jacobians(found: Mapping[str, InputJacobian]) -> Panel:
     return Panel("Input Jacobian", reading, tables=[("Input Jacobian, mean over images", head, rows)])
 
 
-_MAKERS: dict[type, Any] = {
-    EntropyStages: _entropies,
-    DomainGap: _gap,
-    FeatureDistance: _distance,
-    SelectionOOD: _ood,
-    FeaturePicture: _picture,
-}
+_MAKERS: dict[type, Any] = {EntropyStages: _entropies, DomainGap: _gap}
 
 
 def _interval(value: Any, *, signed: bool = False) -> str:

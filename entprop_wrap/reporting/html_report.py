@@ -57,7 +57,7 @@ def report(
         costs: Cost of training each model, as a number: passes, seconds, ...
         cost_name: Name of that number.
         curves: By model, what :func:`~entprop_wrap.robustness.accuracy_against_epsilon` returns.
-        diagnostics: Results of ``entprop_wrap.diagnostics``, by title.
+        diagnostics: Results of ``entropy_stages``, ``domain_gap`` and ``input_jacobian``, by title.
         warnings: Texts by name, such as ``Monitor.warnings``, shown above the diagnostics.
         command: Command line that led here.
         facts: More to be told, by name: dataset, commit, hardware, ...
