@@ -8,7 +8,7 @@ model = AutoModelForImageClassification.from_pretrained(name, id2label=data.id2l
 from entprop_wrap.integrations.hub_datasets.collating import MixedCollate, collate, hf_collate
 from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError, to_rgb
 from entprop_wrap.integrations.hub_datasets.formats import ImageFormat, image_format
-from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages, StreamedImages
+from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages
 from entprop_wrap.integrations.hub_datasets.loading import ImageData, load_images
 from entprop_wrap.integrations.hub_datasets.memory import InMemoryImages, in_memory
 from entprop_wrap.integrations.hub_datasets.transforms import eval_transform, train_transform
@@ -20,7 +20,6 @@ __all__ = [
     "InMemoryImages",
     "LabelledImages",
     "MixedCollate",
-    "StreamedImages",
     "collate",
     "eval_transform",
     "hf_collate",

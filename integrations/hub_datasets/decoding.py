@@ -26,7 +26,7 @@ def read_image(cell: Any) -> Image.Image:
     """Decode one cell of a `datasets.Image(decode=False)` column completely, in whatever mode it is stored."""
     data, path = (cell or {}).get("bytes"), (cell or {}).get("path")
     try:
-        if data is None and "://" in str(path):  # a streamed file, perhaps in an archive
+        if data is None and "://" in str(path):  # a URL, perhaps into an archive
             image: Image.Image = datasets.Image().decode_example({"bytes": None, "path": path})
         else:  # from memory: PIL would keep one file handle per image
             image = Image.open(BytesIO(Path(str(path)).read_bytes() if data is None else data))

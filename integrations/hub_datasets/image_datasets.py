@@ -1,66 +1,31 @@
-"""Datasets of (image, label) for torch: map-style over stored rows, or a stream."""
+"""Datasets of (image, label) for torch, over stored rows."""
 
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 import datasets
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from entprop_wrap.errors import DataError, ImageError
 from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError, read_image, to_rgb
-from entprop_wrap.integrations.hub_datasets.labels import LabelMap, label_value, read_labels
+from entprop_wrap.integrations.hub_datasets.labels import LabelMap, read_labels
 
-__all__ = ["LabelledImages", "OnBroken", "StreamedImages"]
+__all__ = ["LabelledImages", "OnBroken"]
 
 logger = logging.getLogger(__name__)
 
 OnBroken: TypeAlias = Literal["skip", "raise"]
 Transform: TypeAlias = Callable[[Image.Image], Any]
-Own = TypeVar("Own", bound="_Images")
 
 
-class _Images:
-    """Rows with an image each, read as RGB and transformed; ``flags`` count or mark the broken ones."""
-
-    def __init__(self, rows: Any, image_column: str, on_broken: OnBroken, name: str, flags: int) -> None:
-        # raw bytes: `datasets` would decode inside its own loop, where a broken file ends it
-        self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
-        self.image_column, self.on_broken, self.name = image_column, on_broken, name
-        self.transform: Transform | None = None
-        self._broken = _shared_zeros(flags)
-
-    def with_transform(self: Own, transform: Transform | None) -> Own:
-        """Return the same images under another transform; what was found broken is shared."""
-        other = copy.copy(self)
-        other.transform = transform
-        return other
-
-    def mark_broken(self, index: int, error: BrokenImageError) -> None:
-        """Record and log that an image cannot be read, or raise under ``on_broken="raise"``."""
-        if self.on_broken == "raise":
-            raise error
-        self._broken[index] += 1
-        logger.warning("skipped: %s", error)
-
-    def _read(self, row: Any, place: str) -> Image.Image:
-        try:
-            image: Image.Image = to_rgb(read_image(row[self.image_column]))
-        except ImageError as error:
-            raise type(error)(f"Image {place}: {error}") from error
-        return image
-
-    def _transformed(self, image: Image.Image) -> Any:
-        return image if self.transform is None else self.transform(image)
-
-
-class LabelledImages(_Images, Dataset[tuple[Any, int]]):
+class LabelledImages(Dataset[tuple[Any, int]]):
     """Images with their class indices, decoded when asked for, in a fixed order; made by `load_images`.
 
     ``dataset[i]`` is ``(transform(image), label)``; without a transform the image is an upright RGB PIL image.
@@ -75,10 +40,16 @@ class LabelledImages(_Images, Dataset[tuple[Any, int]]):
         transform: Applied to each RGB image, or None.
     """
 
-    def __init__(self, rows: Any, image: str, label: str, label_map: LabelMap, on_broken: OnBroken, name: str) -> None:
-        super().__init__(rows.with_format(None).select_columns([image]), image, on_broken, name, len(rows))
+    def __init__(
+        self, rows: datasets.Dataset, image: str, label: str, label_map: LabelMap, on_broken: OnBroken, name: str
+    ) -> None:
+        # raw bytes: `datasets` would decode inside its own loop, where a broken file ends it
+        self.rows = rows.with_format(None).select_columns([image]).cast_column(image, datasets.Image(decode=False))
         self.labels = torch.tensor(label_map.indices(read_labels(rows, label), name), dtype=torch.int64)
         self.positions = torch.arange(len(rows))
+        self.image_column, self.on_broken, self.name = image, on_broken, name
+        self.transform: Transform | None = None
+        self._broken = _shared_zeros(len(rows))
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -93,7 +64,7 @@ class LabelledImages(_Images, Dataset[tuple[Any, int]]):
                 except BrokenImageError as error:
                     self.mark_broken(position, error)
                 else:
-                    return self._transformed(image), int(self.labels[position])
+                    return (self.transform(image) if self.transform else image), int(self.labels[position])
         raise self._nothing_readable()
 
     @property
@@ -101,10 +72,21 @@ class LabelledImages(_Images, Dataset[tuple[Any, int]]):
         """Indices of the images found unreadable so far."""
         return tuple(self._broken.nonzero().flatten().tolist())
 
+    def mark_broken(self, index: int, error: BrokenImageError) -> None:
+        """Record and log that an image cannot be read, or raise under ``on_broken="raise"``."""
+        if self.on_broken == "raise":
+            raise error
+        self._broken[index] = 1
+        logger.warning("skipped: %s", error)
+
     def read(self, index: int) -> Image.Image:
         """Return the RGB image at an index, without transform and without stand-in; raise if it cannot be read."""
         row = int(self.positions[index])
-        return self._read(self.rows[row], f"{index} of {self.name} (row {row})")
+        try:
+            image: Image.Image = to_rgb(read_image(self.rows[row][self.image_column]))
+        except ImageError as error:
+            raise type(error)(f"Image {index} of {self.name} (row {row}): {error}") from error
+        return image
 
     def without_broken(self) -> "LabelledImages":
         """Return the images that can be read, found by decoding every one once; later failures raise."""
@@ -133,40 +115,14 @@ class LabelledImages(_Images, Dataset[tuple[Any, int]]):
         other.name, other._broken = name or self.name, _shared_zeros(len(chosen))
         return other
 
+    def with_transform(self, transform: Transform | None) -> "LabelledImages":
+        """Return the same images under another transform; what was found broken is shared."""
+        other = copy.copy(self)
+        other.transform = transform
+        return other
+
     def _nothing_readable(self) -> DataError:
         return DataError(f"Expected readable images in {self.name}, found none among {len(self):,}.")
-
-
-class StreamedImages(_Images, IterableDataset[tuple[Any, int]]):
-    """Images with their class indices, read one after the other from a stream; made by `load_images`.
-
-    Iterating gives ``(transform(image), label)``. DataLoader workers share the stream by its files, as `datasets`
-    arranges. Unreadable images are left out and counted, or raise; no image stands in for another.
-    """
-
-    def __init__(self, rows: Any, image: str, label: str, label_map: LabelMap, on_broken: OnBroken, name: str) -> None:
-        super().__init__(rows.select_columns([image, label]), image, on_broken, name, 1)
-        self.label_column, self.label_map, self._label_type = label, label_map, rows.features[label]
-
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
-        for index, row in enumerate(self.rows):
-            value = label_value(row[self.label_column], self._label_type)
-            (label,) = self.label_map.indices([value], f"{self.name}, image {index}")
-            try:
-                image = self._read(row, f"{index} of {self.name}")
-            except BrokenImageError as error:
-                self.mark_broken(0, error)
-            else:
-                yield self._transformed(image), label
-
-    @property
-    def broken_count(self) -> int:
-        """Number of unreadable images left out so far, over all epochs and workers."""
-        return int(self._broken)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Shuffle in another order from the next iteration on (no effect on an unshuffled stream)."""
-        self.rows.set_epoch(epoch)
 
 
 def _shared_zeros(size: int) -> torch.Tensor:

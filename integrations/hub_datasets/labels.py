@@ -12,7 +12,7 @@ import datasets
 
 from entprop_wrap.errors import DataError, LabelError
 
-__all__ = ["LabelMap", "build_label_map", "label_value", "read_labels", "some"]
+__all__ = ["LabelMap", "build_label_map", "read_labels", "some"]
 
 LabelValue = str | int | None
 
@@ -39,7 +39,7 @@ class LabelMap:
         return [self.index[value] for value in values if value is not None]
 
 
-def label_value(raw: Any, feature: Any) -> LabelValue:
+def _label_value(raw: Any, feature: Any) -> LabelValue:
     """Return a stored label as a class name, an integer, or None where the image is unlabelled."""
     if raw is None or isinstance(raw, str):
         return raw
@@ -53,19 +53,19 @@ def label_value(raw: Any, feature: Any) -> LabelValue:
 def read_labels(dataset: datasets.Dataset, column: str) -> list[LabelValue]:
     """Return all labels of a column; plain integers that are all -1 are unlabelled as a whole."""
     raw = dataset.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
-    values = [label_value(item, dataset.features[column]) for item in raw]
+    values = [_label_value(item, dataset.features[column]) for item in raw]
     return [None] * len(values) if set(values) == {-1} else values
 
 
 def build_label_map(
-    values: Sequence[LabelValue] | None, feature: Any, classes: Sequence[str | int] | None, notes: list[str]
+    values: Sequence[LabelValue], feature: Any, classes: Sequence[str | int] | None, notes: list[str]
 ) -> LabelMap:
     """Return the classes: as given, else of the `ClassLabel` in its order, else the sorted label values.
 
-    ``values`` are the labels of the training split; None while streaming, when they cannot be known. ``notes`` gets a
-    sentence where integers are renumbered or declared classes have no image.
+    ``values`` are the labels of the training split. ``notes`` gets a sentence where integers are renumbered or declared
+    classes have no image.
     """
-    found: set[Any] = set(values or ()) - {None}
+    found: set[Any] = set(values) - {None}
     keys: list[Any]
     if classes is not None:
         keys = list(classes)
@@ -73,11 +73,6 @@ def build_label_map(
         keys = list(map(str, feature.names))
         if found and (unseen := [key for key in keys if key not in found]):
             notes.append(f"{len(unseen)} of the {len(keys)} declared classes have no training image: {some(unseen)}")
-    elif values is None:
-        raise DataError(
-            "Expected a ClassLabel column while streaming, found labels whose classes are unknown until all are read: "
-            "pass classes=[...] with every label value, or streaming=False."
-        )
     else:
         keys = sorted(found)
         if -1 in found and found != {-1, 1}:

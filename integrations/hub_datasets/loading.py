@@ -10,8 +10,8 @@ import datasets
 
 from entprop_wrap.errors import DataError
 from entprop_wrap.integrations.hub_datasets.columns import find_image_column, find_label_column
-from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages, OnBroken, StreamedImages
-from entprop_wrap.integrations.hub_datasets.labels import build_label_map, label_value, read_labels, some
+from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages, OnBroken
+from entprop_wrap.integrations.hub_datasets.labels import build_label_map, read_labels, some
 from entprop_wrap.integrations.hub_datasets.sources import open_splits
 from entprop_wrap.integrations.hub_datasets.splits import split_names, stratified_sample, stratified_split, take_split
 from entprop_wrap.utils.options import check_choice, check_function, check_integer, check_number, check_seed
@@ -32,8 +32,8 @@ class ImageData:
         notes: What was decided for the user (splits, labels, images left out), in sentences; they are logged too.
     """
 
-    train: LabelledImages | StreamedImages
-    eval: LabelledImages | StreamedImages
+    train: LabelledImages
+    eval: LabelledImages
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
@@ -67,8 +67,6 @@ def load_images(
     max_train: int | None = None,
     max_eval: int | None = None,
     on_broken: OnBroken = "skip",
-    streaming: bool = False,
-    shuffle_buffer: int = 1000,
     seed: int = 0,
     **load_options: Any,
 ) -> ImageData:
@@ -92,15 +90,12 @@ def load_images(
         train_transform: From an RGB PIL image to a tensor; without one, ``train`` gives PIL images.
         eval_transform: The same for ``eval``.
         eval_fraction: Share of the images to hold out where no split can be evaluated on, in (0, 1).
-        max_train: Maximum number of training images, every class in proportion (of a stream: the first ones).
+        max_train: Maximum number of training images, every class in proportion.
         max_eval: The same for evaluation.
         on_broken: ``"skip"``: evaluation images are decoded once here and the unreadable ones left out; in training
             the next readable image stands in, counted by ``train.broken``. ``"raise"``: nothing is decoded here, and
             an unreadable image raises `BrokenImageError` with its index when it is reached.
-        streaming: Read while training instead of downloading first: both parts are then `StreamedImages`. Needs an
-            evaluation split, and labels of type `ClassLabel` or ``classes``.
-        shuffle_buffer: Training images a stream shuffles among; 0 keeps their order.
-        seed: Seed of held-out images, of ``max_train`` and ``max_eval``, and of the shuffled stream.
+        seed: Seed of held-out images, of ``max_train`` and of ``max_eval``.
         **load_options: For `datasets.load_dataset`: ``revision``, ``token``, ``data_files``, ``cache_dir``, ...
 
     Raises:
@@ -110,7 +105,6 @@ def load_images(
     """
     check_choice("on_broken", on_broken, ("skip", "raise"))
     check_number("eval_fraction", eval_fraction, lambda share: 0 < share < 1, "between 0 and 1")
-    check_integer("shuffle_buffer", shuffle_buffer, 0)
     check_seed(seed)
     for name, limit in (("max_train", max_train), ("max_eval", max_eval)):
         if limit is not None:
@@ -119,13 +113,13 @@ def load_images(
         if transform is not None:
             check_function(name, transform, "from a PIL image to a tensor", f"{name}={name}(224)")
 
-    splits, notes = open_splits(path_or_name, config, streaming, load_options)
+    splits, notes = open_splits(path_or_name, config, load_options)
     train_name, eval_names = split_names(list(splits), train_split, eval_split)
     rows = take_split(splits, train_name, "train_split")
     image_column = find_image_column(rows.features, image_column)
     label_column = find_label_column(rows.features, label_column)
-    values = None if isinstance(rows, datasets.IterableDataset) else read_labels(rows, label_column)
-    if values == []:
+    values = read_labels(rows, label_column)
+    if not values:
         raise DataError(f"Expected images in split {train_name!r}, found none.")
     label_map = build_label_map(values, rows.features[label_column], classes, notes)
     eval_name, eval_rows = "", None
@@ -141,49 +135,31 @@ def load_images(
             raise DataError(f"Expected labelled images in eval_split={name!r}, found a split that {problem}.")
         notes.append(f"split {name!r} is not used: it {problem}")
 
-    train: Any
-    evaluate: Any
     columns = (image_column, label_column, label_map, on_broken)
-    if values is None:
-        if eval_rows is None:
-            raise DataError(
-                f"Expected a labelled evaluation split while streaming, found {list(splits)}: pass eval_split=..., or "
-                "streaming=False to hold images out of the training split."
-            )
-        rows = rows if max_train is None else rows.take(max_train)
-        rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else rows
-        train = StreamedImages(rows, *columns, f"split {train_name!r}")
-        eval_rows = eval_rows if max_eval is None else eval_rows.take(max_eval)
-        evaluate = StreamedImages(eval_rows, *columns, f"split {eval_name!r}")
+    train = LabelledImages(rows, *columns, f"split {train_name!r}")
+    if eval_rows is None:
+        train, evaluate = _hold_out(train, eval_fraction, seed, notes)
     else:
-        train = LabelledImages(rows, *columns, f"split {train_name!r}")
-        if eval_rows is None:
-            train, evaluate = _hold_out(train, eval_fraction, seed, notes)
-        else:
-            evaluate = LabelledImages(eval_rows, *columns, f"split {eval_name!r}")
-        train, evaluate = _limited(train, max_train, seed, notes), _limited(evaluate, max_eval, seed, notes)
-        if on_broken == "skip":
-            everything, evaluate = evaluate, evaluate.without_broken()
-            if lost := sorted({*everything.positions.tolist()} - {*evaluate.positions.tolist()}):
-                notes.append(
-                    f"{len(lost):,} of the {len(everything):,} images of {everything.name} cannot be read and are left "
-                    f"out: rows {some(lost)}"
-                )
+        evaluate = LabelledImages(eval_rows, *columns, f"split {eval_name!r}")
+    train, evaluate = _limited(train, max_train, seed, notes), _limited(evaluate, max_eval, seed, notes)
+    if on_broken == "skip":
+        everything, evaluate = evaluate, evaluate.without_broken()
+        if lost := sorted({*everything.positions.tolist()} - {*evaluate.positions.tolist()}):
+            notes.append(
+                f"{len(lost):,} of the {len(everything):,} images of {everything.name} cannot be read and are left "
+                f"out: rows {some(lost)}"
+            )
     for note in notes:
         logger.warning("%s: %s", path_or_name if isinstance(path_or_name, str) else "data", note)
     data = ImageData(train, evaluate, label_map.classes, tuple(notes))
     return data.with_transforms(train_transform, eval_transform)
 
 
-def _problem(rows: Any, image_column: str, label_column: str) -> str | None:
-    """Return why a split cannot be evaluated on, or None; of a stream, only the first row is looked at."""
+def _problem(rows: datasets.Dataset, image_column: str, label_column: str) -> str | None:
+    """Return why a split cannot be evaluated on, or None."""
     if missing := [name for name in (image_column, label_column) if name not in rows.features]:
         return f"has no column {missing[0]!r}"
-    if isinstance(rows, datasets.Dataset):
-        values = read_labels(rows, label_column)
-    else:
-        first = rows.select_columns([label_column]).take(1)
-        values = [label_value(row[label_column], rows.features[label_column]) for row in first]
+    values = read_labels(rows, label_column)
     if all(value is None for value in values):
         return "has no labels" if values else "is empty"
     return None

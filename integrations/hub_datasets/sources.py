@@ -3,7 +3,7 @@
 import glob
 import os
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -12,16 +12,14 @@ from entprop_wrap.errors import ConfigurationError, DataError
 from entprop_wrap.integrations.hub_datasets.labels import some
 from entprop_wrap.integrations.hub_datasets.splits import EVAL_NAMES, TRAIN_NAMES
 
-__all__ = ["Rows", "open_splits", "read_class_folders"]
-
-Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+__all__ = ["open_splits", "read_class_folders"]
 
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def open_splits(
-    source: Any, config: str | None, streaming: bool, load_options: dict[str, Any]
-) -> tuple[dict[str, Rows], list[str]]:
+    source: Any, config: str | None, load_options: dict[str, Any]
+) -> tuple[dict[str, datasets.Dataset], list[str]]:
     """Return all splits of a dataset by name, and notes on how it was read; the arguments are those of `load_images`.
 
     Errors of `datasets.load_dataset` (no such dataset, gated, no such configuration) pass through unchanged.
@@ -39,22 +37,24 @@ def open_splits(
             opened = read_class_folders(path, notes)
         if opened is None:
             place = str(path) if path.is_dir() else name
-            opened = datasets.load_dataset(place, config, streaming=streaming, **load_options)
+            opened = datasets.load_dataset(place, config, **load_options)
             if not isinstance(opened, dict) and "split" in load_options:
                 opened = {str(load_options["split"]): opened}
             config, load_options = None, {}
-    if isinstance(opened, Rows):
+    if isinstance(opened, datasets.Dataset):
         opened = {str(opened.split or "train"): opened}
-    if not isinstance(opened, dict) or not opened or not all(isinstance(rows, Rows) for rows in opened.values()):
+    if (
+        not isinstance(opened, dict)
+        or not opened
+        or not all(isinstance(rows, datasets.Dataset) for rows in opened.values())
+    ):
         found = {name: type(rows).__name__ for name, rows in opened.items()} if isinstance(opened, dict) else ""
         raise DataError(
-            f"Expected a Hub id, a folder, a Dataset or a DatasetDict, found {found or type(source).__name__}. A torch "
-            "dataset needs no loader: any DataLoader of (image, label) will do."
+            f"Expected a Hub id, a folder, a Dataset or a DatasetDict, found {found or type(source).__name__}. Streams "
+            "and torch datasets need no loader: any DataLoader of (image, label) will do."
         )
     if given := ({} if config is None else {"config": config}) | load_options:
         raise ConfigurationError(f"Expected no options of the Hub for opened or local data, found {given}.")
-    if streaming:
-        opened = {k: v.to_iterable_dataset() if isinstance(v, datasets.Dataset) else v for k, v in opened.items()}
     return dict(opened), notes
 
 

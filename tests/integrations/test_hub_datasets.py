@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 from entprop_wrap.errors import ConfigurationError, DataError, LabelError
 from entprop_wrap.integrations.hub_datasets import (
     collate,
-    eval_transform,
     in_memory,
     load_images,
     train_transform,
@@ -47,15 +46,6 @@ def test_pets_from_parquet(tmp_path):
     assert 60 < held.images.float().mean() < 180
 
 
-@pytest.mark.skipif(not PETS.is_dir(), reason="the pets images lie beside the checkout only on some machines")
-def test_pets_streamed():
-    data = load_images(PETS, streaming=True, shuffle_buffer=32, max_train=40, eval_transform=eval_transform(32))
-    assert len(list(data.train)) == 40
-    image, label = next(iter(data.eval))
-    assert image.shape == (3, 32, 32)
-    assert data.classes[label] == "Abyssinian"
-
-
 def test_hub_ids_reach_load_dataset(monkeypatch):
     calls = []
 
@@ -65,7 +55,7 @@ def test_hub_ids_reach_load_dataset(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = load_images("someone/pets", config="small", revision="main", token=True)
-    assert calls == [(("someone/pets", "small"), {"streaming": False, "revision": "main", "token": True})]
+    assert calls == [(("someone/pets", "small"), {"revision": "main", "token": True})]
     assert data.classes == ("cat", "dog")
 
 
@@ -76,8 +66,6 @@ def test_saved_to_disk(tmp_path, split):
     data = load_images(tmp_path / "saved")
     assert data.classes == ("cat", "dog")
     assert len(data.train) + len(data.eval) == (20 if split else 10)
-    if split:
-        assert len(list(load_images(tmp_path / "saved", streaming=True).train)) == 10
 
 
 def test_parquet_through_its_builder(tmp_path):
@@ -103,7 +91,6 @@ def test_image_folder_with_splits(tmp_path, name):
     assert data.train.labels.tolist() == [0, 0, 1, 1, 1, 2]
     assert data.eval.labels.tolist() == [0, 2, 2], "a class missing from evaluation must not move the others"
     assert data.classes == ("a", "b", "c")
-    assert len(list(load_images(root, streaming=True).train)) == 6
 
 
 def test_a_class_called_train_is_a_class(tmp_path):
@@ -390,48 +377,9 @@ def test_limits_keep_every_class_and_the_order():
     assert "20 of the 92 images of split 'train' are used, every class in proportion" in data.notes
 
 
-# --- streams
-
-
-def streams(**splits: datasets.Dataset) -> datasets.IterableDatasetDict:
-    return datasets.IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in splits.items()})
-
-
-def test_streaming_needs_classes_and_an_evaluation_split():
-    text = streams(train=table(["b", "a"] * 3), test=table(["a"]))
-    with pytest.raises(DataError, match=r"pass classes=\[...\]"):
-        load_images(text)
-    data = load_images(text, classes=["a", "b"], shuffle_buffer=0)
-    assert [label for _, label in data.train] == [1, 0] * 3
-    with pytest.raises(DataError, match="streaming=False to hold"):
-        load_images(streams(train=table(LABELS, NAMES)))
-
-
-def test_streams_pass_over_unlabelled_splits_and_refuse_unlabelled_images():
-    rows = table(LABELS, NAMES)
-    data = load_images(streams(train=rows, validation=table([-1, -1], NAMES), test=rows))
-    assert len(list(data.eval)) == 10
-    assert data.notes == ("split 'validation' is not used: it has no labels",)
-    mixed = load_images(streams(train=table([0, -1], NAMES), test=rows), shuffle_buffer=0)
-    with pytest.raises(LabelError, match="split 'train', image 1"):
-        list(mixed.train)
-
-
-def test_streams_of_unknown_columns():
-    def generate():
-        for index in range(6):
-            yield {"image": picture(index), "label": "ab"[index % 2]}
-
-    stream = datasets.IterableDataset.from_generator(generate)
-    data = load_images({"train": stream, "test": stream}, classes=["a", "b"], max_train=4, shuffle_buffer=0)
-    assert shades(data.train) == [0, 1, 2, 3]
-    assert [label for _, label in data.eval] == [0, 1] * 3
-
-
-def test_streamed_first_image_may_be_broken():
-    broken = table(LABELS, NAMES, broken=(0,))
-    data = load_images({"train": broken, "test": broken}, streaming=True)
-    assert len(list(data.train)) == len(list(data.eval)) == 9
+def test_streams_are_refused():
+    with pytest.raises(DataError, match=r"found .*IterableDataset.* Streams and torch datasets need no loader"):
+        load_images({"train": ROWS.to_iterable_dataset(), "test": ROWS})
 
 
 def test_folders_are_read_in_the_order_of_names(tmp_path):

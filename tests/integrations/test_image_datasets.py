@@ -1,4 +1,4 @@
-"""Data sets of (image, label): broken images, workers, streams, and images in memory."""
+"""Datasets of (image, label): broken images, workers, and images in memory."""
 
 import pickle
 from multiprocessing.reduction import ForkingPickler
@@ -129,46 +129,6 @@ def test_indexing_transforms_and_pickling():
     assert plain.train[0][0].mode == "RGB"
     assert plain.eval[0][0].shape == (3, 4, 4)
     assert data.train[0][0].shape == (3, 8, 8)
-
-
-def stream_splits(**broken):
-    return {name: rows.to_iterable_dataset(num_shards=2) for name, rows in splits(**broken).items()}
-
-
-def test_streams_skip_count_and_keep_order_in_evaluation():
-    data = load_images(stream_splits(train_broken=(3,), eval_broken=(0,)))
-    assert shades(data.eval) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert data.eval.broken_count == 1
-    seen = [(shade(image), label) for image, label in data.train]
-    assert sorted(seen) == [(row, row % 2) for row in range(10) if row != 3]
-    assert data.train.broken_count == 1
-    assert data.classes == ("a", "b")
-
-
-def test_streams_shuffle_by_seed_and_epoch():
-    def order(seed, epoch):
-        train = load_images(stream_splits(), seed=seed).train
-        train.set_epoch(epoch)
-        return shades(train)
-
-    assert order(0, 0) == order(0, 0)
-    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
-    assert shades(load_images(stream_splits(), shuffle_buffer=0).train) == list(range(10))
-
-
-def test_stream_workers_share_the_images_and_their_count():
-    data = load_images(stream_splits(train_broken=(3,)), train_transform=eval_transform(8))
-    loader = DataLoader(data.train, batch_size=3, num_workers=2, collate_fn=collate)
-    labels = torch.cat([label for _, label in loader])
-    assert sorted(labels.tolist()) == [0] * 5 + [1] * 4
-    assert data.train.broken_count == 1
-    assert shades(pickle.loads(pickle.dumps(data)).eval) == list(range(10))
-
-
-def test_streams_raise_on_request():
-    data = load_images(stream_splits(train_broken=(3,)), on_broken="raise", shuffle_buffer=0)
-    with pytest.raises(BrokenImageError, match="Image 3 of split 'train'"):
-        list(data.train)
 
 
 def test_in_memory_holds_every_readable_image_once():
