@@ -288,6 +288,7 @@ def _refuse(trainer: Any, module: Any, callback: Any) -> None:
         raise ConfigurationError("The Trainer has two EntPropLightningCallbacks. Expected one, with one method.")
     strategy, kind = trainer.strategy, type(trainer.strategy)
     static_graph = getattr(strategy, "_ddp_kwargs", {}).get("static_graph")
+    graph = " with a static graph" if static_graph else ""
     averaging = {"StochasticWeightAveraging", "WeightAveraging"}
     averages = [type(c).__name__ for c in trainer.callbacks if averaging & {b.__name__ for b in type(c).__mro__}]
     reads = is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
@@ -295,7 +296,7 @@ def _refuse(trainer: Any, module: Any, callback: Any) -> None:
     for found, what, instead in (
         (not module.automatic_optimization, "manual optimization", "entprop.training_step(self.model, images, labels, "
          "backward=self.manual_backward) in training_step, and leave the callback out"),
-        (static_graph or kind not in (SingleDeviceStrategy, DDPStrategy), f"{kind.__name__} or its static graph",
+        (static_graph or kind not in (SingleDeviceStrategy, DDPStrategy), f"{kind.__name__}{graph}",
          "strategy='ddp'; entprop.Trainer also trains under FSDP2"),
         (synchronised, "sync_batchnorm=True", "nn.SyncBatchNorm.convert_sync_batchnorm(model) where the model is made"),
         (compiled, "a compiled LightningModule", "self.model = torch.compile(entprop.wrap(model)) in it"),

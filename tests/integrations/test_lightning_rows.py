@@ -30,8 +30,8 @@ class WithIterator(Classifier):
     ("module", "strategy", "message"),
     [
         (Classifier, lambda: AnotherStrategy(), "does not work with AnotherStrategy"),
-        (Classifier, lambda: DDPStrategy(static_graph=True), "or with a static graph"),
-        (WithIterator, lambda: "auto", r"Expected training_step\(batch, batch_idx\), found one with dataloader_iter"),
+        (Classifier, lambda: DDPStrategy(static_graph=True), "DDPStrategy with a static graph"),
+        (WithIterator, lambda: "auto", r"does not work with dataloader_iter\. Write training_step\(batch, batch_idx\)"),
     ],
     ids=["another", "static graph", "dataloader_iter"],
 )

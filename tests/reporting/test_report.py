@@ -296,6 +296,15 @@ def test_points_are_drawn_where_their_numbers_are():
     assert bar == pytest.approx((first[1] - last[1]) / 2, rel=0.01)
 
 
+def test_intervals_lie_around_their_values():
+    drawn = interval_chart("t", [Line("a", range(1), [1.0], [0.5])], ["row"], "points", "")
+    ((x, _),), root = places(drawn.svg)
+    paths = [one.get("d") for one in root.iter("path") if "1.4;" in one.get("style", "")]
+    ((low, _, high, _),) = [map(float, re.findall(r"[\d.]+", path)) for path in paths]
+    assert low < x < high
+    assert x == pytest.approx((low + high) / 2, abs=0.01)
+
+
 def test_layers_have_whole_numbers_on_their_axis():
     drawn = line_chart("t", [Line("a", list(range(1, 28)), [1.0] * 27)], "layer", "y")
     labels = [one.text for one in ElementTree.fromstring(drawn.svg).iter("text")]
