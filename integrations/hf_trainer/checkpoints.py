@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,33 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     Args:
         output_dir: The Trainer's ``output_dir``; it need not exist.
     """
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    complete = [path for path in found if _is_complete(path)]
-    return str(max(complete, key=lambda path: int(path.name[11:]))) if complete else None
+    folder = Path(output_dir)
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        if _damage(path) is None:
+            return str(path)
+    return None
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    """Return whether the Trainer's state, which it writes last, is there and whole."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+def _damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, None if it is whole."""
+    # The Trainer writes its state last.
+    for file in (checkpoint / "trainer_state.json", *sorted(checkpoint.rglob("*"))):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                with safe_open(file, "pt"):  # compares its length with what its header says
+                    pass
+            elif file.suffix in (".pt", ".pth", ".bin") and file.is_file():
+                with zipfile.ZipFile(file) as opened:  # what torch.save writes; its list of contents stands at the end
+                    if (bad := opened.testzip()) is not None:
+                        return f"{file.name!r} is damaged at {bad!r}"
+        except FileNotFoundError:
+            return f"{file.name!r} is missing"
+        except Exception as error:
+            return f"{file.name!r} cannot be read ({error})"
+    return None
 
 
 #: The mixin is mixed into a Trainer, of which type checkers know nothing.
@@ -83,10 +99,12 @@ class PlainCheckpoints(_Mixed):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
-        if not _is_complete(checkpoint):
+        if (damage := _damage(checkpoint)) is not None:
+            newest = last_complete_checkpoint(checkpoint.parent)
             raise CheckpointError(
-                f"{checkpoint} is not complete: trainer_state.json is missing or damaged. The newest complete one is "
-                f"{last_complete_checkpoint(checkpoint.parent)} (of hf_trainer.last_complete_checkpoint)."
+                f"{checkpoint} is not complete: {damage}. "
+                f"{f'Resume from {newest}' if newest else 'There is no complete one beside it'}; "
+                "entprop_wrap.integrations.hf_trainer.last_complete_checkpoint(output_dir) returns the newest."
             )
         _check_method(self.model, checkpoint / AUXILIARY_FILE, type(self.entprop.method).__name__)
         with without_copies(self.model):

@@ -40,26 +40,49 @@ def copy_of(finished, tmp_path):
     return tmp_path / "checkpoint-2"
 
 
-@pytest.mark.parametrize("share", [None, 0.0, 0.5, 0.99])
-def test_a_run_that_was_killed_while_it_saved_is_seen(share, finished, tmp_path):
-    """The state of a run is written last, so a folder without it, or with a part of it, is not complete."""
+FILES = [
+    "trainer_state.json",
+    "model.safetensors",
+    FILE,
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "config.json",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_was_cut_off_is_seen(name, finished, tmp_path):
     checkpoint = copy_of(finished, tmp_path)
     assert last_complete_checkpoint(tmp_path) == str(checkpoint)
-    file = checkpoint / "trainer_state.json"
-    written = {path.name: path.stat().st_mtime_ns for path in (finished[0] / checkpoint.name).iterdir()}
-    assert max(written, key=written.get) == file.name
-    if share is None:
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    file = checkpoint / name
+    whole = file.read_bytes()
+    for size in (0, len(whole) // 2, len(whole) - 2):
+        file.write_bytes(whole[:size])
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
     trainer = make(tmp_path / "again")
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    with pytest.raises(
-        CheckpointError, match=r"checkpoint-2 is not complete: .* newest complete one is .*checkpoint-1"
-    ):
+    with pytest.raises(CheckpointError, match=rf"checkpoint-2 is not complete: '{name}'.*from .*checkpoint-1"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+
+
+def test_a_run_that_was_killed_between_two_files_is_seen(finished, tmp_path):
+    """The state of a run is written last, so a folder without it is not complete."""
+    checkpoint = copy_of(finished, tmp_path)
+    for name in sorted(os.listdir(checkpoint), key=lambda name: os.stat(checkpoint / name).st_mtime_ns, reverse=True):
+        (checkpoint / name).unlink()
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    checkpoint.rmdir()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_bits_that_changed_in_what_torch_saved_are_seen(finished, tmp_path):
+    file = copy_of(finished, tmp_path) / "optimizer.pt"
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
 def test_where_there_is_nothing(tmp_path):
