@@ -32,8 +32,8 @@ class FeatureDistance(Result):
     """Fréchet distances of a method's images to clean ones, in squared units of the features.
 
     Attributes:
-        distances: Of "mixed", "selected" and "perturbed" images through the main norms, and of "perturbed, auxiliary",
-            those through the norms that train on them (wrapped models only), to clean images through the main norms.
+        distances: Distances to clean images through the main norms: of "mixed", "selected" and "perturbed" images
+            through the main norms, and of "perturbed, auxiliary" ones through the norms that train on them.
         floor: Distance between two random halves of the clean images: what sampling noise alone gives at this number.
         images: Number of images by set, "clean" included. Fewer images are further away, see :func:`frechet_distance`.
         dimensions: Number of features D of what ``layer`` is given.

@@ -34,7 +34,7 @@ _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class OODScore:
-    """What one score says. Groups are "random" (all candidates), "selected" and "perturbed" (as they are trained on).
+    """The result for one score. Groups are "random" (all candidates), "selected" and "perturbed" (as they train).
 
     Attributes:
         auroc: By group: area under the ROC curve of telling out-of-distribution images from that group, in [0, 1];

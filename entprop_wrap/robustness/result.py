@@ -107,7 +107,7 @@ class RobustnessResult:
 
     @property
     def protocol(self) -> str:
-        """What RA is the mean over; says so when that is not the full protocol."""
+        """The corruptions and severities that RA is the mean over; says so when that is not the full protocol."""
         return f"{self.images:,} images, seed {self.seed}, {in_words(self.corrupted)}"
 
     def mce(self, baseline: RobustnessResult) -> float:

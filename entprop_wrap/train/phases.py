@@ -47,7 +47,7 @@ def fit(
         data: Training dataset.
         eval_data: Evaluation data.
         phases: Epochs of each.
-        config: Of all phases, each of which has a schedule of its own.
+        config: Settings of all phases, each of which has a schedule of its own.
         resume: Continue from what is there.
         options: More for the Trainer.
     """

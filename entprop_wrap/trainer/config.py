@@ -29,14 +29,14 @@ class TrainerConfig:
         epochs: Passes over the training data, at least 1.
         batch_size: Images per batch and process, at least 2. Used where data is given as a dataset; a DataLoader
             brings its own. The last, incomplete training batch of an epoch is left out.
-        eval_batch_size: Likewise for evaluation, at least 1; every image counts there. None: ``batch_size``.
+        eval_batch_size: Batch size of evaluation, at least 1; every image counts there. None: ``batch_size``.
         optimizer: "adamw", "adam" or "sgd", or a function ``(parameter groups) -> Optimizer``, which then sets its own
             learning rate. A ready optimizer is given to the Trainer itself.
         learning_rate: Peak learning rate of the named optimizers, above 0.
-        momentum: Of "sgd", in [0, 1).
-        weight_decay: Of the named optimizers, at least 0. Biases and norm layers are not decayed; auxiliary copies
-            are treated as the parameters that they are copies of.
-        schedule: Of the learning rate over the steps: "cosine" and "linear" fall to 0, "step" divides by 10 after each
+        momentum: Momentum of "sgd", in [0, 1).
+        weight_decay: Decay of the named optimizers, at least 0. Biases and norm layers are not decayed, nor are the
+            copies of norm layers.
+        schedule: Learning rate over the steps: "cosine" and "linear" fall to 0, "step" divides by 10 after each
             third, "constant" stays. Or a function ``(optimizer, total steps) -> LRScheduler``, stepped after each step.
         warmup: Share of the steps in which the named schedules rise linearly from 0, in [0, 1).
         mixed_precision: "no", "bf16" or "fp16". None: what ``accelerate launch`` was told, else "no".
@@ -47,7 +47,7 @@ class TrainerConfig:
         compile: Run the model through ``torch.compile``.
         ema_decay: Keep an exponential moving average of weights and statistics with this decay per step, in (0, 1), and
             evaluate and export it instead of the last weights. None: no average.
-        seed: Of everything random, in [0, 2^31]; a process adds its index where processes should differ.
+        seed: Seed of everything random, in [0, 2^31]; a process adds its index where processes should differ.
         workers: Processes that load data, per training process, at least 0. Used where data is given as a dataset.
         output_dir: Folder of metrics, checkpoints and the exported model; on several hosts, a shared one.
         log_every: Steps between two lines of training metrics, at least 1.

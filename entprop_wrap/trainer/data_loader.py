@@ -201,7 +201,7 @@ class ReproducibleBatches(Dataset[Any]):
     Args:
         dataset: Anything with ``__getitem__``.
         collate: Makes a batch of a list of samples.
-        seed: Of the run.
+        seed: Seed of the run.
         epoch: Counted from 0.
         name: What messages call the data.
 

@@ -1,4 +1,4 @@
-"""What makes a run this run: what may not change between a checkpoint and the run that continues from it."""
+"""The settings that must not change between a checkpoint and the run that resumes from it."""
 
 from __future__ import annotations
 

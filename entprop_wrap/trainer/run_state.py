@@ -54,14 +54,14 @@ class RunState:
         accelerator: Whose processes train.
         model: The model, outside its containers.
         prepared: The model in its containers, and the optimizer.
-        schedule: Of the learning rate.
+        schedule: Schedule of the learning rate.
         average: Moving average of the model, or None.
-        generator: Of the step's draws.
-        meter: Of the metrics since the last log line.
+        generator: Generator of the step's draws.
+        meter: Averages of the metrics since the last log line.
         position: Where the run stands.
         identity: What makes it this run; see :func:`~entprop_wrap.trainer.run_identity.check_same_run`.
         total_steps: Steps of the whole run.
-        learning_rate: Of the first parameter group, in the last step.
+        learning_rate: Learning rate of the first parameter group, in the last step.
     """
 
     accelerator: Accelerator

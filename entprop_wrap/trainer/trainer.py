@@ -54,8 +54,8 @@ class Trainer:
         trainer = entprop.Trainer(model, train_data, eval_data, method=EntProp(), pixel_space=PixelSpace(mean, std))
         trainer.fit()             # metrics.jsonl, checkpoints/ and the plain model in model/, all in config.output_dir
 
-    The model is trained in place and stays wrapped, so that training can go on; ``entprop.unwrap(trainer.model)`` gives
-    the plain model back.
+    The model is trained in place and stays wrapped, so that training can continue; ``entprop.unwrap(trainer.model)``
+    gives the plain model back.
 
     Parts in evaluation mode within a model in training mode, when the Trainer is built or ``fit`` begins, stay so, and
     a warning says how many: to have norm layers keep their statistics, write ``model.train()`` and then ``norm.eval()``
@@ -67,7 +67,7 @@ class Trainer:
         train_data: Map-style dataset, or DataLoader over one, of ``(image (C, H, W), label)`` or of dicts with
             "pixel_values", "images" or "image" and "labels" or "label". Order and augmentation depend on
             ``config.seed``, epoch and sample alone, see ``entprop_wrap.trainer.data_loader``.
-        eval_data: Likewise; None: no evaluation.
+        eval_data: Evaluation data, in the same form; None: no evaluation.
         method: What to do in a step; ``EntProp()`` by default.
         pixel_space: How the images were normalised; None: they are in [0, 1].
         loss: ``(logits, labels) -> scalar mean``, for training and evaluation; None: cross-entropy.
@@ -297,7 +297,7 @@ class Trainer:
         )
 
     def _to_resume(self, resume: bool | str | Path) -> Path | None:
-        """Return the checkpoint to go on from, or None; raise where that would mix or overwrite runs."""
+        """Return the checkpoint to resume from, or None; raise where that would mix or overwrite runs."""
         checkpoint = self.checkpoints.to_resume(resume)
         elsewhere = checkpoint is None or checkpoint.resolve().parent != self.checkpoints.path.resolve()
         if elsewhere and resume is not True and self._metrics.path.exists():
@@ -307,8 +307,8 @@ class Trainer:
             )
         if checkpoint is None and self.position.step:
             raise CheckpointError(
-                "This Trainer has trained already, and kept no checkpoint to go on from. Make a new Trainer; the model "
-                "keeps the weights it has."
+                "This Trainer has trained already, and kept no checkpoint to resume from. Make a new Trainer: the "
+                "model keeps its weights."
             )
         if checkpoint is not None:
             check_same_run(checkpoint, read_state(checkpoint)["run"], self._state.identity)

@@ -32,7 +32,7 @@ class _Call(NamedTuple):
 
 
 class Features:
-    """What the chosen layer was given in the latest pass of the model.
+    """The input of the chosen layer in the latest pass of the model.
 
     Attributes:
         layer: Name of the layer in ``named_modules()`` of the plain model; None before the first pass.

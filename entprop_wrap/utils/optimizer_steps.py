@@ -25,7 +25,7 @@ __all__ = ["Watch"]
 
 
 class Watch:
-    """What the training steps of one model left for its optimizers.
+    """The state that the training steps of one model leave for its optimizers.
 
     Attributes:
         diverged: On an accelerator, whether an optimizer stepped on a loss that was not finite.

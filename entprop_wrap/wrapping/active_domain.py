@@ -51,7 +51,7 @@ def domains_of(key: Key) -> set[str | None]:
 
 
 class _Thread:
-    """What one thread has asked for."""
+    """The domain that one thread is in."""
 
     __slots__ = ("block", "key")
 

@@ -177,7 +177,7 @@ def auxiliary(model: nn.Module, name: str | None = "aux", *, record_statistics: 
 
 @dataclass(frozen=True)
 class Summary:
-    """What ``wrap`` did to a model; ``str()`` is one line.
+    """The norm layers and copies of a wrapped model; ``str()`` is one line.
 
     Attributes:
         model: Class name of the wrapped model.

@@ -1,4 +1,4 @@
-"""What counts as a norm layer: one rule, its exceptions by name, and the user's ``include`` and ``exclude``."""
+"""Norm layers and how they are found: one rule, its exceptions by name, and the user's ``include`` and ``exclude``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the root of a wrapped model carries: the registry of its switched norms, a hook, and their audit."""
+"""The registry of a wrapped model: its switched norms, the forward hook of its root, and the audit of both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ATTRIBUTE = "_entprop_registry"
 
 
 class Registry:
-    """What the root of a wrapped model knows about itself: its switch, its auxiliaries and its switched norms."""
+    """The switch, the auxiliaries and the switched norms of a wrapped model, held by its root."""
 
     def __init__(self, auxiliaries: tuple[str, ...], norms: dict[str, nn.Module]) -> None:
         self.auxiliaries = auxiliaries

@@ -1,4 +1,4 @@
-"""What all corruptions share: checked images, the published constants, work in slices, valid pixels.
+"""The frame of all corruptions: checked images, the published constants, work in slices, valid pixels.
 
 Two tables of constants were published, for 224 px and for 32 px (Hendrycks & Dietterich 2019, "Benchmarking Neural
 Network Robustness to Common Corruptions and Perturbations", section 4). Images with a short side below
