@@ -64,7 +64,9 @@ def refuse_loader(loader: DataLoader[Any], name: str) -> None:
     if isinstance(loader.dataset, IterableDataset):
         refuse_dataset(loader.dataset, name)
     if loader.batch_sampler is None:
-        raise DataError(f"{name}: expected a DataLoader that makes batches, found batch_size=None.")
+        raise DataError(
+            f"{name}: expected a DataLoader that makes batches, found batch_size=None. Write batch_size=64, say."
+        )
     if isinstance(getattr(loader.batch_sampler, "sampler", None), DistributedSampler):
         raise DataError(
             f"{name}: found a DataLoader with a DistributedSampler. Expected one over the whole data, which the "

@@ -97,5 +97,5 @@ def collate(samples: list[Any]) -> Any:
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(
             f"dataset: its samples do not make a batch with grown ones ({error}). Expected an image, a floating-point "
-            "tensor (C, H, W) of one size, and a label."
+            "tensor (C, H, W) of one size, a label, and nothing else."
         ) from error

@@ -8,7 +8,6 @@ from typing import cast
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.options import check_name, store_as_python
-from entprop_wrap.wrapping.switched_norm import Copies
 
 __all__ = ["Method", "check_method"]
 
@@ -24,7 +23,7 @@ class Method(ABC):
             :func:`entprop_wrap.wrap`. A model that is wrapped already keeps what it has.
     """
 
-    copies: Copies = "all"
+    copies: str = "all"
 
     def __post_init__(self) -> None:
         """Turn NumPy's scalars among the options into Python's, and check ``auxiliary``; options of your own follow."""

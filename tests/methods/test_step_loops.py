@@ -372,7 +372,12 @@ BAD_BATCHES = {
     "batch of one": (lambda: random_batch(1), None, errors.EntPropError, "2|two|one"),
     "labels too large": (labels_like(with_value(3, CLASSES)), None, errors.LabelError, "5"),
     "labels negative": (labels_like(with_value(3, -1)), None, errors.LabelError, "-1"),
-    "labels float": (labels_like(lambda y: y.double()), None, errors.LabelError, "float64"),
+    "labels float": (
+        labels_like(lambda y: y.double()),
+        None,
+        errors.LabelError,
+        "Floating-point labels are probabilities",
+    ),
     "labels bool": (labels_like(lambda y: y > 1), None, errors.LabelError, "bool"),
     "labels (N, 1)": (labels_like(lambda y: y[:, None]), None, errors.LabelError, r"\(7, 1\)"),
     "labels too few": (labels_like(lambda y: y[:5]), None, errors.LabelError, "5.*7|7.*5"),
