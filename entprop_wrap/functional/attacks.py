@@ -204,6 +204,8 @@ def check_magnitude(name: str, value: float) -> None:
     """Raise :class:`PixelRangeError` unless ``value`` is a fraction of the pixel range, above 0 and below 1."""
     if not is_number(value) or not 0 < value < 1:
         hint = f"Write {name}={value:g}/255." if is_number(value) and 1 <= value < 255 else ""
+        if isinstance(value, str):
+            hint = f"Write {name}=4/255, say, without quotes."
         raise PixelRangeError(
             f"{name} is a fraction of the full pixel range, above 0 and below 1; found {shown(value)}. {hint}".rstrip()
         )

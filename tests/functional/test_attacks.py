@@ -152,3 +152,8 @@ def test_inference_mode_is_named_and_not_no_grad(steps):
                 MeasuringPGD(steps=steps)(model, images, labels)
         with torch.inference_mode(False):
             assert not torch.equal(MeasuringPGD(steps=steps)(model, images, labels), images)
+
+
+def test_a_fraction_in_quotes_is_told_to_lose_them():
+    with pytest.raises(PixelRangeError, match="Write epsilon=4/255, say, without quotes"):
+        PGD(epsilon="4/255")
