@@ -83,8 +83,9 @@ def _format(size: Any, resize: int | tuple[int, int] | None, normalize: Any) -> 
         if not isinstance(normalize, (tuple, list)) or len(normalize) != 2:
             raise ConfigurationError(f"Expected normalize as a PixelSpace or (mean, std), found {normalize!r}.")
         normalize = PixelSpace(*normalize)
-    if not isinstance(size, ImageFormat):
+    if isinstance(size, ImageFormat):
+        form = size
+    else:
         sides = (size, size) if isinstance(size, int) else size
-        size = ImageFormat(sides, round(min(sides) / 0.875))
-    resize = size.resize if resize is None else resize
-    return dataclasses.replace(size, resize=resize, space=normalize or size.space)
+        form = ImageFormat(sides, round(min(sides) / 0.875))
+    return dataclasses.replace(form, resize=form.resize if resize is None else resize, space=normalize or form.space)
