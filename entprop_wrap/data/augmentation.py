@@ -43,7 +43,15 @@ def augmentation(name: str, *, sigma: float = 0.1) -> Callable[[Any], Any] | Non
         "trivialaugment": v2.TrivialAugmentWide,
         "randaugment": v2.RandAugment,
         "augmix": v2.AugMix,
-        "gaussian": lambda: v2.RandomApply([v2.GaussianNoise(sigma=sigma)], p=0.5),
+        # Through floats, because older versions of torchvision know no other noise.
+        "gaussian": lambda: v2.RandomApply(
+            [
+                v2.ToDtype(torch.float32, scale=True),
+                v2.GaussianNoise(sigma=sigma),
+                v2.ToDtype(torch.uint8, scale=True),
+            ],
+            p=0.5,
+        ),
     }
     if name not in known:
         raise ConfigurationError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, found {name!r}.")

@@ -72,6 +72,8 @@ def prove_rows(model: nn.Module, images: Tensor, auxiliary: str) -> None:
         _record(root, registry, auxiliary, images[main:], parts[1])
         with suppress(UnsupportedModelError):  # of a norm whose rows are no multiple: it is named below
             _record(root, registry, Rows(auxiliary, main, len(images)), images, joint)
+    # Older torch keeps the weights cast without gradients for the next pass, which would train nothing.
+    torch.clear_autocast_cache()
     for name in parts[0]:
         if name not in joint or not _equal(joint[name], [part[name] for part in parts if name in part]):
             layer = f"the norm layer {name!r}" if name else "a layer after the last norm"

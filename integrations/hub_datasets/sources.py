@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from entprop_wrap.errors import ConfigurationError, DataError
@@ -66,7 +67,8 @@ def read_class_folders(folder: Path, notes: list[str]) -> dict[str, datasets.Dat
     ``test`` or a file ``dev_01.jpg`` moves images from one split to another. Files that are not images and whatever is
     hidden are ignored; files lie in the order of their names. ``notes`` gets what may have been meant otherwise.
     """
-    if any((place / f"metadata{end}").is_file() for place in (folder, *folder.glob("*/")) for end in _TABLES):
+    tables_read = ImageFolder.METADATA_FILENAMES  # older versions of `datasets` read no metadata.parquet
+    if any((place / name).is_file() for place in (folder, *folder.glob("*/")) for name in tables_read):
         return None  # labels come from a table: the `imagefolder` builder's own format
     found = glob.iglob("**/*", root_dir=folder, recursive=True)  # leaves out what is hidden, follows links
     paths = sorted(tuple(name.split(os.sep)) for name in found if name.lower().endswith((*IMG_EXTENSIONS, ".gif")))

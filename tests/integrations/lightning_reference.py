@@ -47,10 +47,10 @@ def net() -> Net:
 class Classifier(L.LightningModule):
     """What a user has. ``gradients`` remembers gradients before each optimizer step, after clipping."""
 
-    def __init__(self, model=None, optimizer=torch.optim.SGD, lr=0.01) -> None:
+    def __init__(self, model=None, optimizer=None, lr=0.01) -> None:
         super().__init__()
         self.model = net() if model is None else model
-        self.optimizer, self.lr = optimizer, lr
+        self.optimizer, self.lr = optimizer or torch.optim.SGD, lr
         self.gradients, self.after_backward, self.evaluated = [], 0, []
 
     def training_step(self, batch, batch_idx):
