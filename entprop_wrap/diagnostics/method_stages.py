@@ -69,6 +69,9 @@ class Observer:
 
     def __init__(self, model: nn.Module, method: Method | None, space: PixelSpace, seed: int) -> None:
         self.method: Method = EntProp() if method is None else check_method(method)
+        if isinstance(self.method, EntProp) and self.method.lagged:
+            # The stages are those of two passes: the lagged step selects and hardens alike, and trains one step later.
+            self.method = replace(self.method, lagged=False, equal_budget=False)
         self.space, self.generator = space, torch.Generator().manual_seed(seed)
         self.model = copy.deepcopy(plain_model(model))
         wanted = set(self.method.auxiliaries)

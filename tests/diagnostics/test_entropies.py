@@ -57,6 +57,15 @@ def test_stages_are_those_of_a_training_step(net, name):
         torch.testing.assert_close(again, out.logits)
 
 
+def test_the_stages_of_a_lagged_step_are_those_of_two_passes():
+    plain, lagged = (
+        Observer(make(), EntProp(fraction=0.5, **options), SPACE, seed=0).stages(images(12), torch.arange(12) % CLASSES)
+        for options in ({}, {"lagged": True, "equal_budget": True})
+    )
+    assert torch.equal(plain.selected, lagged.selected)
+    assert all(torch.equal(value, lagged.images[name]) for name, value in plain.images.items())
+
+
 def test_mixed_images_of_the_auxiliary_are_mixtures_of_the_selected():
     observer = Observer(make(), EntProp(fraction=0.5, mix_on="auxiliary"), SPACE, seed=0)
     stages = observer.stages(images(12), torch.arange(12) % CLASSES)
