@@ -118,8 +118,7 @@ def images(options: Options, space: PixelSpace, size: int) -> Data:
     if options.in_memory:
         # A little larger than the model's input, so that random crops still have something to choose from.
         larger = round(size * 8 / 7)
-        rows: Any = data  # not streamed
-        found.train, found.test = in_memory(rows.train, larger, train), in_memory(rows.eval, larger, evaluate)
+        found.train, found.test = in_memory(data.train, larger, train), in_memory(data.eval, larger, evaluate)
     return found
 
 

@@ -5,12 +5,11 @@ loader = DataLoader(data.train, batch_size=64, shuffle=True, num_workers=4, coll
 model = AutoModelForImageClassification.from_pretrained(name, id2label=data.id2label, label2id=data.label2id)
 """
 
-from entprop_wrap.integrations.hub_datasets.collating import MixedCollate, collate, hf_collate
+from entprop_wrap.integrations.hub_datasets.collating import collate, hf_collate
 from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError, to_rgb
 from entprop_wrap.integrations.hub_datasets.formats import ImageFormat, image_format
-from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages
+from entprop_wrap.integrations.hub_datasets.image_datasets import InMemoryImages, LabelledImages, in_memory
 from entprop_wrap.integrations.hub_datasets.loading import ImageData, load_images
-from entprop_wrap.integrations.hub_datasets.memory import InMemoryImages, in_memory
 from entprop_wrap.integrations.hub_datasets.transforms import eval_transform, train_transform
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "ImageFormat",
     "InMemoryImages",
     "LabelledImages",
-    "MixedCollate",
     "collate",
     "eval_transform",
     "hf_collate",

@@ -1,7 +1,6 @@
 """From a list of (image, label) to a batch, for ``DataLoader(..., collate_fn=...)``."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from entprop_wrap.errors import ImageError
 
-__all__ = ["MixedCollate", "collate", "hf_collate"]
+__all__ = ["collate", "hf_collate"]
 
 
 def collate(samples: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
@@ -35,23 +34,3 @@ def hf_collate(samples: Sequence[tuple[Any, Any]]) -> dict[str, Tensor]:
     """Stack samples into ``{"pixel_values": (B, 3, H, W), "labels": (B,)}``, as Hugging Face models take them."""
     images, labels = collate(samples)
     return {"pixel_values": images, "labels": labels}
-
-
-@dataclass(frozen=True)
-class MixedCollate:
-    """A collate function followed by a mixing of the batch, for training loaders only.
-
-    ``MixedCollate(v2.MixUp(num_classes=10))`` gives soft labels ``(B, 10)``; ``base=hf_collate`` gives a dict.
-    A Hugging Face Trainer evaluates with its ``data_collator``, too; docs/huggingface.md has one that does not.
-
-    Attributes:
-        mixing: Called with the batch: `torchvision.transforms.v2.MixUp`, ``CutMix``, ``RandomChoice`` of both, ...
-        base: The collate function before it.
-    """
-
-    mixing: Callable[[Any], Any]
-    base: Callable[[Sequence[tuple[Any, Any]]], Any] = collate
-
-    def __call__(self, samples: Sequence[tuple[Any, Any]]) -> Any:
-        """Return the mixed batch, in the form ``base`` gives it."""
-        return self.mixing(self.base(samples))

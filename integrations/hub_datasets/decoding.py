@@ -1,7 +1,7 @@
 """From bytes or a path to an upright 8-bit RGB image.
 
-A file that cannot be read is a `BrokenImageError`, which a dataset may skip. Pixels without a defined range are an
-`ImageError`, which is never skipped: they usually concern every file of the dataset.
+A file that cannot be read is a `BrokenImageError`, and may be left out. Pixels without a defined range are an
+`ImageError`, and never left out: they usually concern every file of the dataset.
 """
 
 from contextlib import suppress

@@ -39,22 +39,16 @@ class LabelMap:
         return [self.index[value] for value in values if value is not None]
 
 
-def _label_value(raw: Any, feature: Any) -> LabelValue:
-    """Return a stored label as a class name, an integer, or None where the image is unlabelled."""
-    if raw is None or isinstance(raw, str):
-        return raw
-    if not isinstance(feature, datasets.ClassLabel):
-        return int(raw)
-    if raw >= len(feature.names):
-        raise LabelError(f"Expected labels below {len(feature.names)}, the number of class names, found {raw}.")
-    return str(feature.names[raw]) if raw >= 0 else None  # -1 is the Hub's custom for "unlabelled"
-
-
-def read_labels(dataset: datasets.Dataset, column: str) -> list[LabelValue]:
-    """Return all labels of a column; plain integers that are all -1 are unlabelled as a whole."""
-    raw = dataset.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
-    values = [_label_value(item, dataset.features[column]) for item in raw]
-    return [None] * len(values) if set(values) == {-1} else values
+def read_labels(rows: datasets.Dataset, column: str) -> list[LabelValue]:
+    """Return all labels of a column as class names or integers, and None where an image is unlabelled."""
+    values = rows.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
+    feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        names: list[str] = feature.names
+        if (most := max((value for value in values if value is not None), default=-1)) >= len(names):
+            raise LabelError(f"Expected labels below {len(names)}, the number of class names, found {most}.")
+        return [None if value is None or value < 0 else names[value] for value in values]  # the Hub's -1: unlabelled
+    return [None] * len(values) if set(values) == {-1} else [v if isinstance(v, str | None) else int(v) for v in values]
 
 
 def build_label_map(
@@ -70,7 +64,7 @@ def build_label_map(
     if classes is not None:
         keys = list(classes)
     elif isinstance(feature, datasets.ClassLabel):
-        keys = list(map(str, feature.names))
+        keys = list(feature.names)
         if found and (unseen := [key for key in keys if key not in found]):
             notes.append(f"{len(unseen)} of the {len(keys)} declared classes have no training image: {some(unseen)}")
     else:

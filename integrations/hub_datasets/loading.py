@@ -2,18 +2,22 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import numpy as np
 
 from entprop_wrap.errors import DataError
 from entprop_wrap.integrations.hub_datasets.columns import find_image_column, find_label_column
-from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages, OnBroken
+from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError
+from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages
 from entprop_wrap.integrations.hub_datasets.labels import build_label_map, read_labels, some
 from entprop_wrap.integrations.hub_datasets.sources import open_splits
-from entprop_wrap.integrations.hub_datasets.splits import split_names, stratified_sample, stratified_split, take_split
+from entprop_wrap.integrations.hub_datasets.splits import split_names, stratified_sample, stratified_split
 from entprop_wrap.utils.options import check_choice, check_function, check_integer, check_number, check_seed
 
 __all__ = ["ImageData", "load_images"]
@@ -27,7 +31,7 @@ class ImageData:
 
     Attributes:
         train: Gives (image, class index).
-        eval: Gives (image, class index); no image stands in for another.
+        eval: Gives (image, class index).
         classes: C class names, in the order of their indices.
         notes: What was decided for the user (splits, labels, images left out), in sentences; they are logged too.
     """
@@ -55,7 +59,6 @@ class ImageData:
 def load_images(
     path_or_name: Any,
     *,
-    config: str | None = None,
     train_split: str | None = None,
     eval_split: str | None = None,
     image_column: str | None = None,
@@ -66,7 +69,7 @@ def load_images(
     eval_fraction: float = 0.2,
     max_train: int | None = None,
     max_eval: int | None = None,
-    on_broken: OnBroken = "skip",
+    on_broken: str = "skip",
     seed: int = 0,
     **load_options: Any,
 ) -> ImageData:
@@ -78,7 +81,6 @@ def load_images(
         path_or_name: A Hub id; a folder of parquet or other data files, of images with a ``metadata.csv``, of class
             folders (with or without split folders above them), or written by ``save_to_disk``; or an opened
             `datasets.Dataset` or `DatasetDict`.
-        config: Configuration of a Hub dataset.
         train_split: Split to train on; by default ``train``, or the only one.
         eval_split: Split to evaluate on; by default ``validation``, else ``test``, under their usual spellings, if its
             images have labels. Otherwise ``eval_fraction`` of every class of the training split, at least one image;
@@ -92,11 +94,10 @@ def load_images(
         eval_fraction: Share of the images to hold out where no split can be evaluated on, in (0, 1).
         max_train: Maximum number of training images, every class in proportion.
         max_eval: The same for evaluation.
-        on_broken: ``"skip"``: evaluation images are decoded once here and the unreadable ones left out; in training
-            the next readable image stands in, counted by ``train.broken``. ``"raise"``: nothing is decoded here, and
-            an unreadable image raises `BrokenImageError` with its index when it is reached.
+        on_broken: ``"skip"``: every image is decoded once here, and those that cannot be read are left out. For large
+            data ``"raise"``: nothing is decoded here, and such an image raises `BrokenImageError` when it is reached.
         seed: Seed of held-out images, of ``max_train`` and of ``max_eval``.
-        **load_options: For `datasets.load_dataset`: ``revision``, ``token``, ``data_files``, ``cache_dir``, ...
+        **load_options: For `datasets.load_dataset`: ``name`` (the configuration), ``revision``, ``data_files``, ...
 
     Raises:
         DataError: No labels, no such or ambiguous columns or splits, multi-label data, fewer than two classes.
@@ -113,42 +114,38 @@ def load_images(
         if transform is not None:
             check_function(name, transform, "from a PIL image to a tensor", f"{name}={name}(224)")
 
-    splits, notes = open_splits(path_or_name, config, load_options)
+    notes: list[str] = []
+    splits = open_splits(path_or_name, load_options, notes)
     train_name, eval_names = split_names(list(splits), train_split, eval_split)
-    rows = take_split(splits, train_name, "train_split")
+    rows = splits[train_name]
     image_column = find_image_column(rows.features, image_column)
     label_column = find_label_column(rows.features, label_column)
     values = read_labels(rows, label_column)
     if not values:
         raise DataError(f"Expected images in split {train_name!r}, found none.")
     label_map = build_label_map(values, rows.features[label_column], classes, notes)
-    eval_name, eval_rows = "", None
+
+    def labelled(name: str) -> LabelledImages:
+        where = f"split {name!r}"
+        labels = label_map.indices(read_labels(splits[name], label_column), where)
+        return LabelledImages(splits[name], image_column, labels, where)
+
+    train, evaluate = labelled(train_name), None
     for place, name in enumerate(eval_names, start=1):
-        found = take_split(splits, name, "eval_split")
-        problem = _problem(found, image_column, label_column)
+        problem = _problem(splits[name], image_column, label_column)
         if problem is None:
-            eval_name, eval_rows = name, found
+            evaluate = labelled(name)
             if rest := some(eval_names[place:]):
                 notes.append(f"evaluating on split {name!r}; {rest} not touched (eval_split=... names another)")
             break
         if eval_split is not None:
             raise DataError(f"Expected labelled images in eval_split={name!r}, found a split that {problem}.")
         notes.append(f"split {name!r} is not used: it {problem}")
-
-    columns = (image_column, label_column, label_map, on_broken)
-    train = LabelledImages(rows, *columns, f"split {train_name!r}")
-    if eval_rows is None:
+    if evaluate is None:
         train, evaluate = _hold_out(train, eval_fraction, seed, notes)
-    else:
-        evaluate = LabelledImages(eval_rows, *columns, f"split {eval_name!r}")
     train, evaluate = _limited(train, max_train, seed, notes), _limited(evaluate, max_eval, seed, notes)
     if on_broken == "skip":
-        everything, evaluate = evaluate, evaluate.without_broken()
-        if lost := sorted({*everything.positions.tolist()} - {*evaluate.positions.tolist()}):
-            notes.append(
-                f"{len(lost):,} of the {len(everything):,} images of {everything.name} cannot be read and are left "
-                f"out: rows {some(lost)}"
-            )
+        train, evaluate = _readable(train, notes), _readable(evaluate, notes)
     for note in notes:
         logger.warning("%s: %s", path_or_name if isinstance(path_or_name, str) else "data", note)
     data = ImageData(train, evaluate, label_map.classes, tuple(notes))
@@ -187,3 +184,27 @@ def _limited(images: LabelledImages, limit: int | None, seed: int, notes: list[s
         return images
     notes.append(f"{limit:,} of the {len(images):,} images of {images.name} are used, every class in proportion")
     return images.select(stratified_sample(images.labels, limit, seed))
+
+
+def _readable(images: LabelledImages, notes: list[str]) -> LabelledImages:
+    """Decode every image once, and leave out those that cannot be read."""
+
+    def broken(index: int) -> bool:
+        try:
+            images.read(index)
+        except BrokenImageError as error:
+            logger.warning("left out: %s", error)
+            return True
+        return False
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        lost = np.fromiter(pool.map(broken, range(len(images))), bool)
+    if lost.all():
+        raise DataError(f"Expected readable images in {images.name}, found none among {len(images):,}.")
+    if lost.any():
+        notes.append(
+            f"{lost.sum():,} of the {len(images):,} images of {images.name} cannot be read and are left out: rows "
+            f"{some(images.positions[lost].tolist())}"
+        )
+        return images.select(np.flatnonzero(~lost))
+    return images

@@ -15,48 +15,41 @@ from entprop_wrap.integrations.hub_datasets.splits import EVAL_NAMES, TRAIN_NAME
 
 __all__ = ["open_splits", "read_class_folders"]
 
-_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
-
-def open_splits(
-    source: Any, config: str | None, load_options: dict[str, Any]
-) -> tuple[dict[str, datasets.Dataset], list[str]]:
-    """Return all splits of a dataset by name, and notes on how it was read; the arguments are those of `load_images`.
+def open_splits(source: Any, load_options: dict[str, Any], notes: list[str]) -> dict[str, datasets.Dataset]:
+    """Return all splits of a dataset by name; the arguments are those of `load_images`.
 
     Errors of `datasets.load_dataset` (no such dataset, gated, no such configuration) pass through unchanged.
     """
-    notes: list[str] = []
-    opened: Any = source
+    opened = source
     if isinstance(source, (str, os.PathLike)):
-        name, path = os.fspath(source), Path(source).expanduser()
-        if not path.is_dir() and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
-            raise DataError(f"Expected a folder or a Hub id, found {name!r}, which does not exist.")
-        opened = None
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            opened = datasets.load_from_disk(str(path))
-        elif path.is_dir() and not load_options:
-            opened = read_class_folders(path, notes)
-        if opened is None:
-            place = str(path) if path.is_dir() else name
-            opened = datasets.load_dataset(place, config, **load_options)
-            if not isinstance(opened, dict) and "split" in load_options:
-                opened = {str(load_options["split"]): opened}
-            config, load_options = None, {}
+        opened = _open_path(os.fspath(source), load_options, notes)
+    elif load_options:
+        raise ConfigurationError(f"Expected no options of the Hub for opened data, found {load_options}.")
     if isinstance(opened, datasets.Dataset):
         opened = {str(opened.split or "train"): opened}
-    if (
-        not isinstance(opened, dict)
-        or not opened
-        or not all(isinstance(rows, datasets.Dataset) for rows in opened.values())
-    ):
-        found = {name: type(rows).__name__ for name, rows in opened.items()} if isinstance(opened, dict) else ""
+    splits = opened if isinstance(opened, dict) else {}
+    if not splits or not all(isinstance(rows, datasets.Dataset) for rows in splits.values()):
+        found = {name: type(rows).__name__ for name, rows in splits.items()}
         raise DataError(
-            f"Expected a Hub id, a folder, a Dataset or a DatasetDict, found {found or type(source).__name__}. Streams "
+            f"Expected a Hub id, a folder, a Dataset or a DatasetDict, found {found or type(opened).__name__}. Streams "
             "and torch datasets need no loader: any DataLoader of (image, label) will do."
         )
-    if given := ({} if config is None else {"config": config}) | load_options:
-        raise ConfigurationError(f"Expected no options of the Hub for opened or local data, found {given}.")
-    return dict(opened), notes
+    return dict(splits)
+
+
+def _open_path(name: str, load_options: dict[str, Any], notes: list[str]) -> Any:
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+            raise DataError(f"Expected a folder or a Hub id, found {name!r}, which does not exist.")
+        return datasets.load_dataset(name, **load_options)
+    if not load_options:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            return datasets.load_from_disk(str(folder))
+        if splits := read_class_folders(folder, notes):
+            return splits
+    return datasets.load_dataset(str(folder), **load_options)
 
 
 def read_class_folders(folder: Path, notes: list[str]) -> dict[str, datasets.Dataset] | None:
@@ -67,8 +60,8 @@ def read_class_folders(folder: Path, notes: list[str]) -> dict[str, datasets.Dat
     ``test`` or a file ``dev_01.jpg`` moves images from one split to another. Files that are not images and whatever is
     hidden are ignored; files lie in the order of their names. ``notes`` gets what may have been meant otherwise.
     """
-    tables_read = ImageFolder.METADATA_FILENAMES  # older versions of `datasets` read no metadata.parquet
-    if any((place / name).is_file() for place in (folder, *folder.glob("*/")) for name in tables_read):
+    tables = ImageFolder.METADATA_FILENAMES  # older versions of `datasets` read no metadata.parquet
+    if any((place / name).is_file() for place in (folder, *folder.glob("*/")) for name in tables):
         return None  # labels come from a table: the `imagefolder` builder's own format
     found = glob.iglob("**/*", root_dir=folder, recursive=True)  # leaves out what is hidden, follows links
     paths = sorted(tuple(name.split(os.sep)) for name in found if name.lower().endswith((*IMG_EXTENSIONS, ".gif")))
@@ -77,22 +70,21 @@ def read_class_folders(folder: Path, notes: list[str]) -> dict[str, datasets.Dat
         return None
     names = [name for name in sorted(tops) if name.lower() in (*TRAIN_NAMES, *EVAL_NAMES)]
     train_has_classes = any(parts[0].lower() in TRAIN_NAMES and len(parts) > 2 for parts in paths)
+    splits = {"train": _rows(folder, paths)}
     if names and (train_has_classes or len(names) == len(tops)):
         splits = {name: _rows(folder / name, [parts[1:] for parts in paths if parts[0] == name]) for name in names}
-    else:
-        splits = {"train": _rows(folder, paths)}
     labelled = (rows.features["label"].names for rows in splits.values() if "label" in rows.features)
     if classes := sorted({name for names in labelled for name in names}):
         notes.append(f"the {len(classes)} classes are the names of folders: {some(classes)}")
-    if tables := sorted(path.name for path in folder.glob("*.*") if path.suffix in _TABLES):
-        notes.append(f"not read: {some(tables)} (labels would be read from a metadata.csv)")
+    if unread := sorted(p.name for p in folder.glob("*.*") if p.suffix in (".csv", ".tsv", ".jsonl", ".parquet")):
+        notes.append(f"not read: {some(unread)} (labels would be read from a metadata.csv)")
     return splits
 
 
 def _rows(folder: Path, paths: list[tuple[str, ...]]) -> datasets.Dataset:
     """Return one split: a label for every file under a class folder; no labels where there are no such folders."""
     classes = sorted({parts[0] for parts in paths if len(parts) > 1})
-    files = [parts for parts in paths if len(parts) > 1] if classes else paths
+    files = [parts for parts in paths if len(parts) > 1] or paths
     features = datasets.Features({"image": datasets.Image()})
     columns: dict[str, list[Any]] = {"image": [str(folder.joinpath(*parts)) for parts in files]}
     if classes:

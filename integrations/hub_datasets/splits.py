@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 
 from entprop_wrap.errors import ConfigurationError, DataError
 
-__all__ = ["EVAL_NAMES", "TRAIN_NAMES", "split_names", "stratified_sample", "stratified_split", "take_split"]
+__all__ = ["EVAL_NAMES", "TRAIN_NAMES", "split_names", "stratified_sample", "stratified_split"]
 
 TRAIN_NAMES = ("train", "training")
 # Validation before test: choosing among checkpoints on the test split would use it up.
@@ -19,6 +18,12 @@ def split_names(
     available: Sequence[str], train: str | None = None, evaluate: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
     """Return the split to train on, and those to evaluate on, best first, unless the user names them."""
+    for argument, name in (("train_split", train), ("eval_split", evaluate)):
+        if name is not None and name not in available:
+            raise DataError(
+                f"Expected one of the splits {list(available)}, found {argument}={name!r}: for a part of a split, pass "
+                "datasets.DatasetDict(train=load_dataset(..., split='train[:80%]'), test=...)."
+            )
     by_lower = {name.lower(): name for name in available}
     if train is None:
         rest = [name for name in available if name != evaluate]
@@ -33,16 +38,6 @@ def split_names(
     if evaluate is not None:
         return train, (evaluate,)
     return train, tuple(by_lower[name] for name in EVAL_NAMES if by_lower.get(name, train) != train)
-
-
-def take_split(splits: dict[str, datasets.Dataset], name: str, argument: str) -> datasets.Dataset:
-    """Return a split; ``argument`` is where its name came from."""
-    if name not in splits:
-        raise DataError(
-            f"Expected one of the splits {list(splits)}, found {argument}={name!r}: for a part of a split, pass "
-            "datasets.DatasetDict(train=load_dataset(..., split='train[:80%]'), test=...)."
-        )
-    return splits[name]
 
 
 def stratified_split(labels: Any, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from entprop_wrap import PixelSpace
 from entprop_wrap.errors import ConfigurationError, ImageError
 from entprop_wrap.integrations.hub_datasets import (
     ImageFormat,
-    MixedCollate,
     collate,
     eval_transform,
     hf_collate,
@@ -180,15 +178,3 @@ def test_collate_takes_soft_labels():
 def test_collate_says_what_is_missing(images, message):
     with pytest.raises(ImageError, match=message):
         collate([(image, 0) for image in images])
-
-
-@pytest.mark.parametrize("mixing", [v2.MixUp(num_classes=4), v2.CutMix(num_classes=4)])
-def test_mixing_composes_with_either_collate(mixing):
-    images, labels = MixedCollate(mixing)(samples())
-    batch = MixedCollate(mixing, hf_collate)(samples())
-    for soft in (labels, batch["labels"]):
-        assert soft.shape == (4, 4)
-        torch.testing.assert_close(soft.sum(1), torch.ones(4))
-    assert images.shape == batch["pixel_values"].shape == (4, 3, 8, 8)
-    loader = DataLoader(samples(), batch_size=2, collate_fn=pickle.loads(pickle.dumps(MixedCollate(mixing))))
-    assert next(iter(loader))[1].shape == (2, 4)
