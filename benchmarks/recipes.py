@@ -27,14 +27,14 @@ from typing import Any
 
 import torch
 import torchvision
+from recipe_rows import ROWS, Row
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 import entprop_wrap as entprop
-from entprop_wrap import EntProp, PixelSpace
+from entprop_wrap import PixelSpace
 from entprop_wrap.data.augmentation import AUGMENTATIONS, augmentation
-from entprop_wrap.functional import uncertainty
-from entprop_wrap.methods import FastAdvProp, Vanilla
 from entprop_wrap.robustness import Estimate, evaluate_robustness
 from entprop_wrap.robustness.scores import hscore
 
@@ -55,6 +55,7 @@ class Regime:
     warmup: float = 0.1
     epsilon: float | None = None
     tested: int = 500
+    norm: str = "batch"
 
 
 def _cifar(images: int, epochs: int) -> Regime:
@@ -69,6 +70,8 @@ def _pets(epochs: int) -> Regime:
 REGIMES = {
     "digits": Regime("digits", 60, 300, epsilon=0.1),
     "digits-120": Regime("digits", 120, 300, epsilon=0.1),
+    "digits, group norm": Regime("digits", 60, 300, epsilon=0.1, norm="group"),
+    "digits, layer norm": Regime("digits", 60, 300, epsilon=0.1, norm="layer"),
     "cifar-1000": _cifar(1000, 100),
     "cifar-2500": _cifar(2500, 60),
     "cifar-5000": _cifar(5000, 40),
@@ -77,43 +80,6 @@ REGIMES = {
     "pets-40": _pets(40),
 }
 
-
-@dataclass(frozen=True)
-class Row:
-    """A way to train: a method, the copies of the norms it runs with, and a share of the regime's epochs."""
-
-    method: Callable[[float | None], Any]
-    copies: str = "all"
-    epochs: float = 1.0
-
-
-ROWS = {
-    "vanilla": Row(lambda epsilon: Vanilla()),
-    "vanilla, 1.3 x": Row(lambda epsilon: Vanilla(), epochs=1.3),
-    "EntProp": Row(lambda epsilon: EntProp(epsilon=epsilon)),
-    "EntProp, statistics": Row(lambda epsilon: EntProp(epsilon=epsilon), "statistics"),
-    "EntProp, affine": Row(lambda epsilon: EntProp(epsilon=epsilon), "affine"),
-    "EntProp, shared": Row(lambda epsilon: EntProp(epsilon=epsilon, auxiliary=None)),
-    "EntProp, lagged": Row(lambda epsilon: EntProp(epsilon=epsilon, lagged=True)),
-    "EntProp, lagged, equal budget": Row(lambda epsilon: EntProp(epsilon=epsilon, lagged=True, equal_budget=True)),
-    "EntProp, unmixed": Row(lambda epsilon: EntProp(epsilon=epsilon, mix=None)),
-    "EntProp, unmixed, statistics": Row(lambda epsilon: EntProp(epsilon=epsilon, mix=None), "statistics"),
-    "EntProp, unmixed, statistics, lagged, equal budget": Row(
-        lambda epsilon: EntProp(epsilon=epsilon, mix=None, lagged=True, equal_budget=True), "statistics"
-    ),
-    "EntProp, lagged, equal budget, statistics": Row(
-        lambda epsilon: EntProp(epsilon=epsilon, lagged=True, equal_budget=True), "statistics"
-    ),
-    "random selection": Row(lambda epsilon: EntProp(epsilon=epsilon, uncertainty=uncertainty.random)),
-    "random uncertainty, statistics": Row(
-        lambda epsilon: EntProp(epsilon=epsilon, uncertainty=uncertainty.random), "statistics"
-    ),
-    "finetuning": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon)),
-    "finetuning, statistics": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon), "statistics"),
-    "finetuning, affine": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon), "affine"),
-    "finetuning, shared": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon, auxiliary=None)),
-    "FastAdvProp": Row(lambda epsilon: FastAdvProp() if epsilon is None else FastAdvProp(epsilon=epsilon)),
-}
 
 SUITES = ("c", "c-bar")
 
@@ -139,7 +105,7 @@ class Task:
         self.regime, self.options = regime, options
         load = {"digits": digits, "cifar": folder, "pets": folder}[regime.data]
         self.train, self.test = load(regime, options)
-        if options.explore:  # on images that the evidence does not use
+        if options.explore and regime.data != "digits":  # on images that the evidence does not use
             self.train, self.test = split(self.train, round(0.65 * len(self.train.labels)), seed=99)
         self.classes = int(self.train.labels.max()) + 1
         self.space = PixelSpace(0.5, 0.5)
@@ -160,7 +126,7 @@ class Task:
         """Return the model that training begins with."""
         torch.manual_seed(seed)
         if self.regime.data != "pets":
-            return small_cnn(self.classes, self.regime.width)
+            return small_cnn(self.classes, self.regime.width, self.regime.norm)
         return pretrained(self.options.weights, self.classes)
 
     def floats(self, images: Tensor) -> Tensor:
@@ -186,7 +152,9 @@ def digits(regime: Regime, options: argparse.Namespace) -> tuple[Part, Part]:
     pixels = torch.tensor(raw, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     pixels = nn.functional.interpolate(pixels, size=regime.size, mode="bilinear").clamp(0, 1).expand(-1, 3, -1, -1)
     images, targets = (255 * pixels).round().to(torch.uint8).contiguous(), torch.tensor(labels)
-    rows = train_test_split(range(len(labels)), train_size=regime.images, stratify=labels, random_state=0)
+    rows = train_test_split(
+        range(len(labels)), train_size=regime.images, stratify=labels, random_state=99 if options.explore else 0
+    )
     train, test = (Part(images[part], targets[part]) for part in rows)
     return train, test
 
@@ -213,11 +181,16 @@ def split(part: Part, number: int, seed: int) -> tuple[Part, Part]:
     return part[torch.tensor(first)], part[torch.tensor(second)]
 
 
-def small_cnn(classes: int, width: int) -> nn.Module:
-    """Return the CNN of the main job: four convolutions with batch norm."""
+def small_cnn(classes: int, width: int, norm: str = "batch") -> nn.Module:
+    """Return the CNN of the main job: four convolutions with batch norm, or with another norm."""
+    norms = {
+        "batch": nn.BatchNorm2d,
+        "group": lambda channels: nn.GroupNorm(4, channels),
+        "layer": lambda channels: nn.GroupNorm(1, channels),  # over channels and pixels, as "layer norm" of a CNN
+    }
 
     def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), norms[norm](outputs), nn.ReLU()]
 
     layers = block(3, width, 1) + block(width, 2 * width, 2) + block(2 * width, 4 * width, 2)
     layers += block(4 * width, 4 * width, 2)
@@ -259,15 +232,45 @@ def train(task: Task, row: Row, augment: str, seed: int) -> tuple[nn.Module, dic
     # The method draws from a generator of its own: the images are those of every other row.
     order, generator = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1000)
     torch.manual_seed(seed)
+    average = (
+        None
+        if row.average is None
+        else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(row.average), use_buffers=True)
+    )
+    first = method if row.first is None else row.first(regime.epsilon)
     loading, begin = 0.0, time.process_time()
-    for images, labels, seconds in batches(task, part, augment, epochs, order):
+    for number, (images, labels, seconds) in enumerate(batches(task, part, augment, epochs, order)):
         loading += seconds
         optimizer.zero_grad()
-        entprop.training_step(model, images, labels, method=method, pixel_space=task.space, generator=generator)
+        chosen = first if number < 0.3 * steps else method
+        entprop.training_step(model, images, labels, method=chosen, pixel_space=task.space, generator=generator)
         optimizer.step()
         schedule.step()
+        if average is not None:
+            average.update_parameters(model)
+    model = model if average is None else average.module
     cost = {"seconds": time.process_time() - begin, "loading_seconds": loading, "steps": steps}
-    return (entprop.unwrap(model) if method.auxiliaries else model).eval(), cost
+    model = entprop.unwrap(model) if method.auxiliaries else model
+    if row.recalibrate:
+        recalibrate(model, task, part, augment, order)
+    return model.eval(), cost
+
+
+def recalibrate(model: nn.Module, task: Task, part: Part, augment: str, order: torch.Generator) -> None:
+    """Estimate the running statistics anew, on images hardened by a signed gradient step."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    hardened = []
+    for images, labels, _ in batches(task, part, augment, 4, order):
+        leaf = images.requires_grad_()
+        (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(model.eval()(leaf), labels), leaf)
+        step = 2 * (task.regime.epsilon or 1 / 255) * gradient.sign()  # pixels are in [-1, 1]
+        hardened.append((images.detach() + step).clamp(-1, 1))
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    with torch.no_grad():
+        for images in hardened:
+            model.train()(images)
 
 
 def cosine(steps: int, warmup: int) -> Callable[[int], float]:
@@ -460,7 +463,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cifar", type=Path, help="folder of the CIFAR-10 part")
     parser.add_argument("--pets", type=Path, help="folder of the pets")
     parser.add_argument("--weights", type=Path, help="folder of the pretrained model")
-    parser.add_argument("--explore", action="store_true", help="test on a part of the training images")
+    parser.add_argument("--explore", action="store_true", help="on data apart from the evidence")
     parser.add_argument("--keep", type=Path, help="folder for trained weights")
     parser.add_argument("--tables", action="store_true", help="tables from what is done; nothing is trained")
     parser.add_argument("--versus", choices=list(ROWS), default="vanilla", help="row that tables compare with")

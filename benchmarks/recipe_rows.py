@@ -1,0 +1,175 @@
+"""The rows of benchmarks/recipes.py: ways to train, some with other changes than a step along the gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+
+from entprop_wrap import EntProp
+from entprop_wrap.functional import uncertainty
+from entprop_wrap.functional.uncertainty import entropy, num_selected, top_k
+from entprop_wrap.methods import FastAdvProp, Method, Vanilla
+
+Hardener = Callable[[Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to train: a method (of epsilon), the copies of the norms it runs with, and a share of the epochs.
+
+    Attributes:
+        first: Method of the first 30 % of the steps, instead.
+        average: Decay per step of a moving average of the weights, which is evaluated instead.
+        recalibrate: Estimate the main statistics anew after training, on images hardened by a signed gradient step.
+    """
+
+    method: Callable[[float | None], Any]
+    copies: str = "all"
+    epochs: float = 1.0
+    first: Callable[[float | None], Any] | None = None
+    average: float | None = None
+    recalibrate: bool = False
+
+
+@dataclass(frozen=True)
+class Changed(EntProp):
+    """EntProp whose selected images are changed without a gradient."""
+
+    harden: Hardener | None = None
+
+    def _harden(self, step, images, source, target, selected):
+        low, scale = step.space.bounds(images)[0], step.space.scale(images)
+        pixels = ((images.detach()[selected] - low) / scale).clamp(0, 1)
+        changed = self.harden(pixels, step.generator).clamp(0, 1)
+        return changed * scale + low, target.rows(selected)
+
+
+@dataclass(frozen=True)
+class Consistent(Method):
+    """Cross-entropy of another view of the most uncertain images, and its divergence from the first view's prediction.
+
+    The Jensen-Shannon divergence of AugMix (Hendrycks et al., ICLR 2020), between the domains.
+    """
+
+    fraction: float = 0.2
+    weight: float = 12.0
+    auxiliary: str | None = "aux"
+
+    def step(self, step):  # noqa: D102
+        logits, main_loss = step.main_pass(step.images, step.labels)
+        selected = top_k(entropy(logits), num_selected(len(logits), self.fraction))
+        low, scale = step.space.bounds(step.images)[0], step.space.scale(step.images)
+        views = trivial_augment(((step.images[selected] - low) / scale).clamp(0, 1), step.generator) * scale + low
+        with step.auxiliary(self.auxiliary):
+            aux_logits = step.forward(views)
+            shares = [part.softmax(1).clamp(1e-7, 1) for part in (logits[selected], aux_logits)]
+            middle = (sum(shares) / 2).log()
+            divergence = sum(F.kl_div(middle, share, reduction="batchmean") for share in shares) / 2
+            aux_loss = step.loss(aux_logits, step.labels[selected])
+            step.backward(self.fraction * (aux_loss + self.weight * divergence))
+        return step.output(logits=logits, main_loss=main_loss, passes=1 + self.fraction, selected=selected)
+
+
+def gaussian(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Add noise of a standard deviation drawn from [0, 0.2] for each image."""
+    sigma = 0.2 * torch.rand(len(pixels), 1, 1, 1, generator=generator)
+    return pixels + sigma * torch.randn(pixels.shape, generator=generator)
+
+
+def fourier(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Add one plane wave to each channel, of exponential amplitude, mean 0.1, after AFA (Vaish et al., CVPR 2024)."""
+    number, channels, height, width = pixels.shape
+
+    def draw() -> Tensor:
+        return torch.rand(number, channels, 1, 1, generator=generator)
+
+    amplitude = -0.1 * (1 - draw()).log()
+    frequency, angle, phase = height * draw() / 2, math.pi * draw(), 2 * math.pi * draw()
+    rows, columns = torch.arange(height)[:, None] / height, torch.arange(width)[None] / width
+    return pixels + amplitude * torch.sin(
+        2 * math.pi * frequency * (rows * torch.cos(angle) + columns * torch.sin(angle)) + phase
+    )
+
+
+def aug_mix(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Mix chains of augmentations."""
+    return _each(v2.AugMix(), pixels)
+
+
+def trivial_augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Augment once more."""
+    return _each(v2.TrivialAugmentWide(), pixels)
+
+
+def _each(transform: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):  # images of all rows stay the same
+        torch.manual_seed(int(1e6 * float(pixels.double().sum())) % 2**31)
+        return torch.stack([transform(image) for image in (255 * pixels).round().to(torch.uint8)]) / 255
+
+
+def unmixed(**options: Any) -> Callable[[float | None], EntProp]:
+    """Return ``EntProp.augmented`` of the regime's epsilon, with options."""
+    return lambda epsilon: EntProp.augmented(**{"epsilon": epsilon, **options})
+
+
+def changed(harden: Hardener) -> Row:
+    """Return ``EntProp.augmented`` with another hardener."""
+    return Row(lambda epsilon: Changed(harden=harden, attack_steps=0, mix=None), "statistics")
+
+
+def scaled(factor: float) -> Row:
+    """Return ``EntProp.augmented`` with another epsilon."""
+    return Row(lambda epsilon: EntProp.augmented(epsilon=factor * (epsilon or 1 / 255)), "statistics")
+
+
+ROWS = {
+    "vanilla": Row(lambda epsilon: Vanilla()),
+    "vanilla, 1.3 x": Row(lambda epsilon: Vanilla(), epochs=1.3),
+    "EntProp": Row(lambda epsilon: EntProp(epsilon=epsilon)),
+    "EntProp, statistics": Row(lambda epsilon: EntProp(epsilon=epsilon), "statistics"),
+    "EntProp, affine": Row(lambda epsilon: EntProp(epsilon=epsilon), "affine"),
+    "EntProp, shared": Row(lambda epsilon: EntProp(epsilon=epsilon, auxiliary=None)),
+    "EntProp, lagged": Row(lambda epsilon: EntProp(epsilon=epsilon, lagged=True)),
+    "EntProp, lagged, equal budget": Row(lambda epsilon: EntProp(epsilon=epsilon, lagged=True, equal_budget=True)),
+    "EntProp, unmixed": Row(lambda epsilon: EntProp(epsilon=epsilon, mix=None)),
+    "EntProp, unmixed, shared": Row(unmixed(auxiliary=None)),
+    "EntProp, unmixed, statistics": Row(unmixed(), "statistics"),
+    "EntProp, unmixed, statistics, lagged, equal budget": Row(unmixed(lagged=True, equal_budget=True), "statistics"),
+    "EntProp, lagged, equal budget, statistics": Row(
+        lambda epsilon: EntProp(epsilon=epsilon, lagged=True, equal_budget=True), "statistics"
+    ),
+    "random selection": Row(lambda epsilon: EntProp(epsilon=epsilon, uncertainty=uncertainty.random)),
+    "random uncertainty, statistics": Row(
+        lambda epsilon: EntProp(epsilon=epsilon, uncertainty=uncertainty.random), "statistics"
+    ),
+    "finetuning": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon)),
+    "finetuning, statistics": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon), "statistics"),
+    "finetuning, affine": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon), "affine"),
+    "finetuning, shared": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon, auxiliary=None)),
+    "FastAdvProp": Row(lambda epsilon: FastAdvProp() if epsilon is None else FastAdvProp(epsilon=epsilon)),
+    # Variations of "EntProp, unmixed, statistics".
+    "... random selection": Row(unmixed(uncertainty="random"), "statistics"),
+    "... random selection at first": Row(unmixed(), "statistics", first=unmixed(uncertainty="random")),
+    "... nothing hardened at first": Row(unmixed(), "statistics", first=lambda epsilon: Vanilla()),
+    "... k = 0.6": Row(unmixed(fraction=0.6), "statistics"),
+    "... n = 3": Row(unmixed(attack_steps=3), "statistics"),
+    "... epsilon / 4": scaled(0.25),
+    "... epsilon / 2": scaled(0.5),
+    "... 2 epsilon": scaled(2),
+    "... 3 epsilon": scaled(3),
+    "... Gaussian noise": changed(gaussian),
+    "... Fourier noise": changed(fourier),
+    "... AugMix": changed(aug_mix),
+    "... TrivialAugment": changed(trivial_augment),
+    "... TrivialAugment, JSD": Row(lambda epsilon: Consistent(), "statistics"),
+    "... recalibrated": Row(unmixed(), "statistics", recalibrate=True),
+    "... averaged": Row(unmixed(), "statistics", average=0.97),
+    "vanilla, averaged": Row(lambda epsilon: Vanilla(), average=0.97),
+}
