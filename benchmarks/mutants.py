@@ -1,0 +1,179 @@
+"""Errors planted in the switch, the step and the trainer, one at a time: does the suite catch each of them?
+
+    python benchmarks/mutants.py                    # all; minutes for each, prints the survivors
+    python benchmarks/mutants.py --only switch --list
+
+A mutant is a text of the product replaced in a copy of the checkout. It is caught if a test of its part fails. A text
+that is no longer in its file ends the script with an error before anything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Tests of each part, the likeliest first.
+TESTS = {
+    "switch": ["tests/wrapping/test_copies.py", "tests/wrapping/test_traps.py", "tests/wrapping", "tests/methods"],
+    "step": ["tests/methods/test_entprop_parity.py", "tests/methods/test_methods_parity.py", "tests/methods"],
+    "trainer": ["tests/trainer/test_resume.py", "tests/trainer"],
+}
+NORM, DOMAIN = "wrapping/switched_norm.py", "wrapping/active_domain.py"
+ENTPROP, LOOP, STATE = "methods/entprop.py", "trainer/loop.py", "trainer/run_state.py"
+
+#: Part, file, text, replacement.
+MUTANTS = [
+    ("switch", NORM, "if key is None:\n            return super()", "if True:\n            return super()"),
+    ("switch", NORM, "_entprop_record=record and own_buffers", "_entprop_record=own_buffers"),
+    ("switch", NORM, "_entprop_record=record and own_buffers", "_entprop_record=record"),
+    ("switch", NORM, "key.total * key.main", "key.total * (key.total - key.main)"),
+    ("switch", NORM, "self._entprop_base.forward(view, auxiliary, *args", "super().forward(auxiliary, *args"),
+    ("switch", NORM, "parameter.detach().clone(), parameter.requires_grad", "parameter.detach().clone(), True"),
+    ("switch", NORM, "parameter is not None and id(parameter) not in cloned", "parameter is not None"),
+    ("switch", NORM, 'in norm._parameters.items() if copies != "statistics" else ()', "in norm._parameters.items()"),
+    ("switch", NORM, 'in norm._buffers.items() if copies != "affine" else ()', "in norm._buffers.items()"),
+    ("switch", NORM, "persistent = name not in norm._non_persistent_buffers_set", "persistent = True"),
+    ("switch", NORM, "not isinstance(copy, AuxiliaryNorm) or copy.is_kept()", "not isinstance(copy, AuxiliaryNorm)"),
+    ("switch", NORM, "] = value.clone()", "] = value.clone().zero_()"),
+    ("switch", NORM, 'view.__dict__["_entprop_record"] or not norm.training', 'view.__dict__["_entprop_record"]'),
+    ("switch", NORM, "return iter(()) if recurse else super()", "return super()"),
+    ("switch", NORM, "norm.__class__ = norm._entprop_base", "pass"),
+    ("switch", DOMAIN, "if task == -1:\n            return self", "if True:\n            return self"),
+    ("switch", DOMAIN, "if len(inherited) == 1:", "if inherited:"),
+    ("switch", DOMAIN, "state.block, state.key = block, before", "state.block = state.key = None"),
+    ("switch", DOMAIN, "self.local = threading.local()", "self.local = type('Shared', (), {})()"),
+    ("switch", DOMAIN, "self.pins.pop(task, None)\n        state.key", "state.key"),
+    ("switch", "wrapping/rows.py", "tensor.mul_(dice.uniform(0.5, 0.8)).add_(dice.uniform(0.1, 0.3))", "pass"),
+    ("switch", "wrapping/rows.py", "<= _TOLERANCE *", "<= 1e9 *"),
+    ("switch", "wrapping/rows.py", "tensor.copy_(value)", "pass"),
+    ("switch", "wrapping/rows.py", "module.training = mode", "pass"),
+    ("switch", "wrapping/optimizer.py", "copy.requires_grad and id(norm) in trained", "False"),
+    ("switch", "wrapping/optimizer.py", "originals.get(name, name)", "name"),
+    ("step", ENTPROP, "step.backward(main_loss)", "step.backward(main_loss * number / batch)"),
+    ("step", ENTPROP, 'number / batch if self.weighting == "per_image" else 1.0', "1.0"),
+    (
+        "step",
+        ENTPROP,
+        "selected = top_k(score, number)\n            step.backward(main",
+        "selected = top_k(-score, number)\n            step.backward(main",
+    ),
+    ("step", ENTPROP, "epsilon / parts if self.step_size is None", "epsilon if self.step_size is None"),
+    ("step", ENTPROP, "1 if self.attack_steps <= 1 else self.attack_steps + 1", "max(1, self.attack_steps)"),
+    ("step", ENTPROP, "step.auxiliary(self.auxiliary, record_statistics=False)", "step.auxiliary(self.auxiliary)"),
+    ("step", ENTPROP, "gradient = mix.apply(gradient)", "pass"),
+    ("step", ENTPROP, "target = target.source()", "pass"),
+    ("step", ENTPROP, "selected = selected[:number]", "pass"),
+    ("step", ENTPROP, "fresh = batch - back if self.equal_budget else batch", "fresh = batch"),
+    ("step", ENTPROP, "(fresh / batch if self.equal_budget else 1.0) * main_loss", "main_loss"),
+    ("step", "methods/lagged.py", "waiting is None or waiting.fits(images, labels)", "True"),
+    ("step", "methods/step.py", "norm.training = False", "pass"),
+    ("step", "methods/step.py", "lambda gradient: gradient * factor", "lambda gradient: gradient"),
+    (
+        "step",
+        "methods/input_gradient.py",
+        "index_rows(self.output_gradients[0], selected)",
+        "self.output_gradients[0][: len(selected)]",
+    ),
+    ("step", "methods/input_gradient.py", "<= 1e-2 * float", "<= 1e9 * float"),
+    ("step", "methods/step_loss.py", "if not is_mean(", "if False and not is_mean("),
+    ("step", "methods/advprop.py", "losses.append(weight * loss)", "losses.append(loss)"),
+    ("step", "methods/fast_advprop.py", "step.norm_gradients_scaled(None, batch / clean)", "nullcontext()"),
+    ("step", "methods/fast_advprop.py", "step.backward((1 - self.beta) * weight", "step.backward(self.beta * weight"),
+    ("step", "methods/adversarial_training.py", "loss - self.entropy_weight * mean_entropy(hard)", "loss"),
+    ("step", "functional/uncertainty.py", "fraction * batch + 0.5", "fraction * batch"),
+    ("step", "functional/losses.py", "self.share * own + (1 - self.share)", "(1 - self.share) * own + self.share"),
+    ("step", "functional/attacks.py", ".clamp_(-reach, reach)", ""),
+    ("step", "training.py", "before.restore()", "pass"),
+    ("trainer", LOOP, "self.train(images, labels, size)", "self.train(images, labels, 1)"),
+    (
+        "trainer",
+        LOOP,
+        "min(config.gradient_accumulation_steps, length - position.batch)",
+        "config.gradient_accumulation_steps",
+    ),
+    ("trainer", LOOP, "module.training = False", "pass"),
+    ("trainer", LOOP, "best[metric] = evaluation[metric]", "pass"),
+    ("trainer", LOOP, "values, finite, batches = state.meter.read", "values, batches, finite = state.meter.read"),
+    ("trainer", "trainer/data_loader.py", "seed_of(self.seed, self.epoch, index)", "seed_of(self.seed, index)"),
+    ("trainer", "trainer/data_loader.py", "batch_sampler=batches[start:]", "batch_sampler=batches"),
+    (
+        "trainer",
+        "trainer/data_loader.py",
+        "batches[self.process : even : self.processes]",
+        "batches[self.process :: self.processes]",
+    ),
+    ("trainer", "trainer/data_loader.py", "generator=torch.Generator(),", ""),
+    ("trainer", STATE, 'self.meter.load_state_dict(own["meter"], device)', "pass"),
+    ("trainer", STATE, "load_lagged_state(self.model, lagged)", "pass"),
+    ("trainer", STATE, 'self.average.n_averaged.fill_(shared["averaged"])', "pass"),
+    ("trainer", STATE, 'generator.set_state(states["step"])', "pass"),
+    ("trainer", STATE, 'self.schedule.load_state_dict(shared["schedule"])', "pass"),
+    ("trainer", "trainer/checkpoint.py", "damaged = sha256(file) != digest", "damaged = False"),
+    ("trainer", "trainer/checkpoint.py", 'value < than if metric == "loss" else value > than', "value > than"),
+    ("trainer", "trainer/ema.py", "mean.copy_(buffer)", "pass"),
+    ("trainer", "trainer/run_identity.py", '(_alike if key == "data" else operator.eq)', "(lambda *a: True)"),
+    ("trainer", "trainer/metrics.py", "if number >= batches.number:", "if False:"),
+]
+
+
+def main():
+    options = parse()
+    chosen = [mutant for mutant in MUTANTS if options.only in (None, mutant[0])]
+    for part, file, text, _ in chosen:
+        if (count := (ROOT / "entprop_wrap" / file).read_text().count(text)) == 0:
+            raise SystemExit(f"{file} does not hold {text!r} ({part}): {count} times.")
+    if options.list:
+        print(*(f"{part}: {file}: {text!r} -> {new!r}" for part, file, text, new in chosen), sep="\n")
+        return
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "entprop"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "*cache*", "site"))
+        (copy / "entprop_wrap/integrations").symlink_to("../integrations")
+        for number, (part, file, text, new) in enumerate(chosen, start=1):
+            path = copy / "entprop_wrap" / file
+            original = path.read_text()
+            path.write_text(original.replace(text, new))
+            caught = run_tests(copy, TESTS[part])
+            path.write_text(original)
+            survivors += [] if caught else [f"{file}: {text!r} -> {new!r}"]
+            print(f"{number}/{len(chosen)} {'caught ' if caught else 'SURVIVED'} {file}: {text!r} {caught}", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught", *survivors, sep="\n")
+
+
+def run_tests(copy, tests):
+    """Return the first test that fails, or an empty text."""
+    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        "--no-header",
+        "-rfE",
+        *tests,
+    ]
+    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return (failed or [result.stdout[-200:] + result.stderr[-200:]])[0] if result.returncode else ""
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(TESTS), help="mutants of this part alone")
+    parser.add_argument("--list", action="store_true", help="print the mutants and check that their texts are there")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
