@@ -94,15 +94,10 @@ def trackers(accelerator: Accelerator, config: TrainerConfig, **more: Any) -> It
 
 
 class Prepared:
-    """A model and its optimizer as Accelerate runs them.
+    """A model in its DDP, FSDP2 or compiled container, if any, and its optimizer, as Accelerate runs them.
 
     Accelerate sets attributes on the model, among them a ``forward`` for mixed precision. They are there while the
     model runs and gone outside, so that the model in the user's hands stays what it was.
-
-    Attributes:
-        model: The model in its DDP, FSDP2 or compiled container, or itself.
-        optimizer: Accelerate's optimizer around the given one.
-        precision: "no", "bf16" or "fp16".
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, *, compile: bool) -> None:

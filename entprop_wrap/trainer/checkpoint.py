@@ -28,20 +28,14 @@ from entprop_wrap.utils.files import flush, flush_folder, on_main, sha256, toget
 if TYPE_CHECKING:
     from entprop_wrap.trainer.run_state import RunState
 
-__all__ = ["CheckpointFolder", "better", "check_files", "read_state"]
+__all__ = ["CheckpointFolder", "better", "damage_of", "read_state"]
 
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-\d{8,}")
 _PARTIAL, _DAMAGED = ".partial", ".damaged"
 
 
 class CheckpointFolder:
-    """The checkpoints of one run.
-
-    Args:
-        path: The folder; made with the first checkpoint.
-        keep_last: Number of latest checkpoints to keep, None for all.
-        keep_best: Evaluation metric of the best checkpoint, which is kept too; None for no such one.
-    """
+    """The checkpoints of one run: the latest (None: all), and that of the best evaluation by a metric (None: none)."""
 
     def __init__(self, path: Path, keep_last: int | None, keep_best: str | None) -> None:
         self.path, self.keep_last, self.keep_best = path, keep_last, keep_best
@@ -49,10 +43,7 @@ class CheckpointFolder:
 
     def all(self) -> list[Path]:
         """Return the complete checkpoints, oldest first. Renaming is atomic, so what bears the name is complete."""
-        if not self.path.is_dir():
-            return []
-        found = [(int(match[1]), path) for path in self.path.iterdir() if (match := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(found)]
+        return sorted((path for path in _files(self.path) if _NAME.fullmatch(path.name)), key=_step)
 
     def latest(self) -> Path | None:
         """Return the latest checkpoint."""
@@ -78,6 +69,14 @@ class CheckpointFolder:
                 or the checkpoint, or every one there is, is damaged.
         """
         found = self.all()
+        if resume is True:
+            for path in reversed(found):
+                if (damage := damage_of(path)) is None:
+                    return path
+                warnings.warn(f"Passing over a checkpoint. {damage}", stacklevel=2)
+            if found:
+                raise CheckpointError(f"All {len(found)} checkpoints in {self.path} are damaged.")
+            return None
         if not resume:
             if found:
                 raise CheckpointError(
@@ -85,28 +84,14 @@ class CheckpointFolder:
                     "choose a new output_dir."
                 )
             return None
-        if resume is True:
-            for path in reversed(found):
-                try:
-                    check_files(path)
-                except CheckpointError as error:
-                    warnings.warn(f"Passing over a checkpoint. {error}", stacklevel=2)
-                else:
-                    return path
-            if found:
-                raise CheckpointError(f"All {len(found)} checkpoints in {self.path} are damaged.")
-            return None
         checkpoint = Path(resume)
-        check_files(checkpoint)
+        if damage := damage_of(checkpoint):
+            raise damage
         names = [path.resolve() for path in found]
         later = found[names.index(checkpoint.resolve()) + 1 :] if checkpoint.resolve() in names else found
-        for path in reversed(later):
-            try:
-                check_files(path)
-            except CheckpointError:
-                continue
+        if sound := [path for path in later if damage_of(path) is None]:
             raise CheckpointError(
-                f"{self.path} holds {path.name}, which a run from {checkpoint} would contradict. Resume from the "
+                f"{self.path} holds {sound[-1].name}, which a run from {checkpoint} would contradict. Resume from the "
                 "latest, or choose a new output_dir."
             )
         return checkpoint
@@ -114,11 +99,7 @@ class CheckpointFolder:
     def save(self, state: RunState) -> Path:
         """Make a checkpoint of ``state``, of which every process writes its part; call it on all.
 
-        Until the renaming at the very end, everything older is left as it is. The first checkpoint is read back before
-        it counts.
-
-        Raises:
-            CheckpointError: It cannot be written, or not be read back.
+        Until the renaming at the very end, everything older is left as it is. The first one is read back, or raises.
         """
         target = self.path / f"step-{state.position.step:08d}"
         partial = self.path / (target.name + _PARTIAL)
@@ -167,10 +148,11 @@ class CheckpointFolder:
 
     def clean(self, step: int) -> None:
         """Remove what an interrupted save has left; put aside checkpoints of later than ``step``, which are damaged."""
-        for path in list(self.path.iterdir()) if self.path.is_dir() else []:
-            if path.name.endswith(_PARTIAL) and _NAME.fullmatch(path.name[: -len(_PARTIAL)]):
+        for path in _files(self.path):
+            if _NAME.fullmatch(path.name.removesuffix(_PARTIAL)) and path.name.endswith(_PARTIAL):
                 shutil.rmtree(path)
-            elif (match := _NAME.fullmatch(path.name)) and int(match[1]) > step:
+        for path in self.all():
+            if _step(path) > step:
                 aside = path.with_name(path.name + _DAMAGED)
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(path, aside)
@@ -208,11 +190,7 @@ def better(metric: str, value: float, than: float | None) -> bool:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the ``state.json`` of a checkpoint.
-
-    Raises:
-        CheckpointError: There is none, or it is damaged.
-    """
+    """Return the ``state.json`` of a checkpoint, or raise :class:`CheckpointError`."""
     try:
         text = (checkpoint / "state.json").read_text(encoding="utf-8")
         state: dict[str, Any] = json.loads(text)
@@ -227,16 +205,25 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def check_files(checkpoint: Path) -> None:
-    """Raise :class:`CheckpointError` unless all files of a checkpoint are as they were written."""
-    for name, digest in read_state(checkpoint)["files"].items():
-        file = checkpoint / name
-        try:
-            damaged = sha256(file) != digest
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: the checkpoint is incomplete ({error}).") from error
-        if damaged:
-            raise CheckpointError(f"{file} is damaged: its content does not have its checksum.")
+def damage_of(checkpoint: Path) -> CheckpointError | None:
+    """Return what is wrong with a checkpoint, or None where all its files are as they were written."""
+    try:
+        for name, digest in read_state(checkpoint)["files"].items():
+            if sha256(checkpoint / name) != digest:
+                return CheckpointError(f"{checkpoint / name} is damaged: its content does not have its checksum.")
+    except OSError as error:
+        return CheckpointError(f"A file of {checkpoint} cannot be read: the checkpoint is incomplete ({error}).")
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _text(state: dict[str, Any]) -> str:

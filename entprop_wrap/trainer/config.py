@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.utils.options import is_integer, is_number
+from entprop_wrap.utils.options import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_text,
+    store_as_python,
+)
 
 __all__ = ["TrainerConfig"]
 
@@ -96,84 +102,63 @@ class TrainerConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            if isinstance(value := getattr(self, option.name), np.generic):
-                object.__setattr__(self, option.name, value.item())
-        problems = [
-            *(self._integer(name, least) for name, least in _INTEGERS.items()),
-            self._number("learning_rate", lambda value: value > 0, "above 0"),
-            self._number("momentum", lambda value: 0 <= value < 1, "in [0, 1)"),
-            self._number("weight_decay", lambda value: value >= 0, "at least 0"),
-            self._number("warmup", lambda value: 0 <= value < 1, "a share of all steps in [0, 1)"),
-            self._number("max_grad_norm", lambda value: value > 0, "above 0, or None", optional=True),
-            self._number("ema_decay", lambda value: 0 < value < 1, "in (0, 1), or None", optional=True),
-            self._choice("optimizer", ("adamw", "adam", "sgd"), "a function (parameter groups) -> Optimizer"),
-            self._choice(
-                "schedule", ("cosine", "linear", "step", "constant"), "a function (optimizer, steps) -> schedule"
-            ),
-            self._choice("mixed_precision", ("no", "bf16", "fp16", None)),
-            self._choice("keep_best", ("accuracy", "mean_class_accuracy", "loss", None)),
-            *(self._flag(name) for name in ("channels_last", "compile", "progress")),
-            self._text("output_dir", (str, Path)),
-            self._text("project", str),
-        ]
+        problems = []
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            try:
+                check(name, value)
+            except ConfigurationError as error:
+                problems.append(str(error))
         if self.save_every is None and self.save_every_steps is not None:
-            problems.append(
-                "save_every=None turns checkpoints off, but save_every_steps is set; expected both or neither"
-            )
-        if found := [problem for problem in problems if problem]:
-            raise ConfigurationError("TrainerConfig: " + "; ".join(found) + ".")
+            problems.append("save_every=None turns checkpoints off, but save_every_steps is set: set both or neither.")
+        if problems:
+            raise ConfigurationError("TrainerConfig: " + " ".join(problems))
+        store_as_python(self)
 
-    def _integer(self, name: str, least: int) -> str:
-        value = getattr(self, name)
-        if value is None and name in _OPTIONAL:
-            return ""
-        most = _MOST.get(name, math.inf)
-        range_ = f"of at least {least}" + (f" and at most {most}" if name in _MOST else "")
-        good = is_integer(value) and least <= value <= most
-        return "" if good else f"{name} must be an integer {range_}, found {value!r}"
 
-    def _number(self, name: str, good: Callable[[float], bool], range_: str, optional: bool = False) -> str:
-        value = getattr(self, name)
-        if value is None and optional:
-            return ""
-        return "" if is_number(value) and good(value) else f"{name} must be {range_}, found {value!r}"
+_OPTIMIZERS, _SCHEDULES = ("adamw", "adam", "sgd"), ("cosine", "linear", "step", "constant")
 
-    def _choice(self, name: str, allowed: Sequence[str | None], or_else: str = "") -> str:
-        value = getattr(self, name)
-        if (value is None or isinstance(value, str)) and value in allowed:
-            return ""
-        if or_else and callable(value):
-            return ""
-        hint = f" or {or_else}" if or_else else ""
+
+def _check_named(name: str, value: Any, allowed: Sequence[str], signature: str) -> None:
+    """Raise unless ``value`` is one of some names, or a function."""
+    try:
+        callable(value) or check_choice(name, value, allowed)
+    except ConfigurationError as error:
+        hint = f"Or write a function {signature}."
         if isinstance(value, Optimizer):
-            hint += " (give a ready optimizer to the Trainer: Trainer(..., optimizer=optimizer))"
-        return f"{name} must be one of {', '.join(map(repr, allowed))}{hint}; found {value!r}"
-
-    def _flag(self, name: str) -> str:
-        value = getattr(self, name)
-        return "" if isinstance(value, bool) else f"{name} must be True or False, found {value!r}"
-
-    def _text(self, name: str, types: Any) -> str:
-        value = getattr(self, name)
-        found = isinstance(value, types) and str(value)
-        return "" if found else f"{name} must be a non-empty string{' or a Path' * (types is not str)}, found {value!r}"
+            hint = "Give a ready optimizer to the Trainer: Trainer(..., optimizer=optimizer)."
+        raise ConfigurationError(f"{error} {hint}") from None
 
 
-#: Integer options and their least values.
-_INTEGERS = {
-    "epochs": 1,
-    "batch_size": 2,
-    "eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "seed": 0,
-    "workers": 0,
-    "log_every": 1,
-    "evaluate_every": 1,
-    "save_every": 1,
-    "save_every_steps": 1,
-    "keep_last": 1,
+def _check_path(name: str, value: Any) -> None:
+    if not isinstance(value, Path):
+        check_text(name, value)
+
+
+_AT_LEAST_1 = ("epochs", "eval_batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every")
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys((*_AT_LEAST_1, "save_every", "save_every_steps", "keep_last"), partial(check_integer, least=1)),
+    "batch_size": partial(check_integer, least=2),
+    "workers": partial(check_integer, least=0),
+    "seed": partial(check_integer, least=0, most=2**31),  # NumPy's end at 2^32, and each process adds its index
+    "learning_rate": partial(check_number, good=lambda value: value > 0, range_="above 0"),
+    "momentum": partial(check_number, good=lambda value: 0 <= value < 1, range_="in [0, 1)"),
+    "weight_decay": partial(check_number, good=lambda value: value >= 0, range_="of at least 0"),
+    "warmup": partial(check_number, good=lambda value: 0 <= value < 1, range_="in [0, 1), a share of all steps"),
+    "max_grad_norm": partial(check_number, good=lambda value: value > 0, range_="above 0, or None"),
+    "ema_decay": partial(check_number, good=lambda value: 0 < value < 1, range_="in (0, 1), or None"),
+    "optimizer": partial(_check_named, allowed=_OPTIMIZERS, signature="(parameter groups) -> Optimizer"),
+    "schedule": partial(_check_named, allowed=_SCHEDULES, signature="(optimizer, steps) -> LRScheduler"),
+    "mixed_precision": partial(check_choice, allowed=("no", "bf16", "fp16")),
+    "keep_best": partial(check_choice, allowed=("accuracy", "mean_class_accuracy", "loss")),
+    **dict.fromkeys(("channels_last", "compile", "progress"), check_flag),
+    "output_dir": _check_path,
+    "project": check_text,
 }
-#: NumPy's seeds end at 2^32, and each process adds its index.
-_MOST = {"seed": 2**31}
-_OPTIONAL = ("eval_batch_size", "save_every", "save_every_steps", "keep_last")
+#: Options that may be None.
+_OPTIONAL = (
+    *("eval_batch_size", "mixed_precision", "max_grad_norm", "ema_decay"),
+    *("save_every", "save_every_steps", "keep_last", "keep_best"),
+)

@@ -27,14 +27,15 @@ class Batches:
     with any number of workers, and from the middle of an epoch. What a dataset keeps as random state of its own
     (a ``numpy.random.Generator`` attribute, say) cannot be reached, and continues from where it is.
 
+    Training data is shuffled, incomplete batches are left out, and all processes have the same number of them.
+    Evaluation data keeps its order, and processes short of a batch get the first one again.
+
     Args:
-        data: A map-style dataset, or a DataLoader over one. Of a DataLoader everything is used but its seed:
-            generators that it carries are seeded for each epoch.
+        data: A map-style dataset, or a DataLoader over one, of which everything is used but its seed.
         batch_size: Images per batch and process, for datasets.
         workers: Loading processes, for datasets.
-        training: Shuffle, leave out incomplete batches, and give all processes the same number of them. Else the order
-            is kept, and processes short of a batch get the first one again, behind their own :attr:`number`.
-        name: What messages call the data.
+        training: Whether to train or to evaluate on the data.
+        name: Name of the data in messages.
         seed: Seed of order and augmentation.
         process: Index of this process.
         processes: Number of processes.
@@ -44,10 +45,6 @@ class Batches:
         number: Batches of this process, not counting repetitions.
         samples: Samples of the dataset.
         fingerprint: Labels and mean pixels of a few samples, to tell the data from other data of the same size.
-
-    Raises:
-        DataError: No map-style data, none at all, fewer than a batch, without labels, or evaluation data of which some
-            samples are left out or repeated.
     """
 
     def __init__(
@@ -196,22 +193,9 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class ReproducibleBatches(Dataset[Any]):
-    """A dataset that loads and collates whole batches, each sample under random states of its own.
+    """A dataset that loads and collates whole batches, each sample under random states of its own."""
 
-    Args:
-        dataset: Anything with ``__getitem__``.
-        collate: Makes a batch of a list of samples.
-        seed: Seed of the run.
-        epoch: Counted from 0.
-        name: What messages call the data.
-
-    Raises:
-        DataError: A sample cannot be loaded; the message has its index.
-    """
-
-    def __init__(
-        self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, epoch: int, name: str = "The data"
-    ) -> None:
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, epoch: int, name: str) -> None:
         self.dataset, self.collate, self.seed, self.epoch, self.name = dataset, collate, seed, epoch, name
 
     def __getitem__(self, index: Hashable) -> Any:

@@ -13,11 +13,7 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
     """Return an average that begins with the weights after the first step.
 
     ``average.module`` is a copy of the model, wrapped if the model is. Running statistics are averaged too, so that
-    they belong to the averaged weights.
-
-    Args:
-        model: Wrapped or plain, on its device, not in a container.
-        decay: Weight of the past in each update, in (0, 1).
+    they belong to the averaged weights. ``decay`` is the weight of the past in each update, in (0, 1).
     """
     mean = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
     average = AveragedModel(model, multi_avg_fn=mean, use_buffers=True)

@@ -34,11 +34,6 @@ def export_model(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) 
 
     A Hugging Face model is written by its own ``save_pretrained``. Of others there is ``model.safetensors`` under the
     model's own keys, and a ``model.json`` that names the class and says how to load. Other files in ``folder`` stay.
-
-    Args:
-        model: Wrapped or plain; not changed.
-        weights: Its state dict without auxiliary copies.
-        folder: Is made if there is none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".partial"

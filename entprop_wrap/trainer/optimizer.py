@@ -26,12 +26,6 @@ def wrap_with_optimizer(
     """Wrap ``model`` if ``method`` needs auxiliaries and it is plain; return its optimizer, and that one's schedule.
 
     After an error the model is as it was.
-
-    Raises:
-        AuxiliaryNameError: The model was wrapped with other auxiliaries.
-        OptimizerMismatchError: The given optimizer does not train the auxiliary copies.
-        UnsupportedModelError: The optimizer steps within backward.
-        ConfigurationError: See :func:`build_optimizer` and :func:`build_schedule`.
     """
     if given is not None and not isinstance(given, Optimizer):
         raise TypeError(
@@ -65,21 +59,16 @@ def _check_steps(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def build_optimizer(model: nn.Module, config: TrainerConfig) -> Optimizer:
-    """Return the optimizer that ``config`` describes, over the parameter groups of ``model``.
-
-    Raises:
-        ConfigurationError: Nothing is trainable, or the given function returned no optimizer.
-    """
+    """Return the optimizer that ``config`` describes, over the parameter groups of ``model``."""
     groups = parameter_groups(model, config.weight_decay)
     if not groups:
         raise ConfigurationError(f"No parameter of {type(model).__name__} has requires_grad=True: nothing to train.")
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate)
-    if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.learning_rate)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
-    optimizer = config.optimizer(groups)  # type: ignore[operator]
+    if isinstance(config.optimizer, str):
+        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        return kind(groups, lr=config.learning_rate)
+    optimizer = config.optimizer(groups)
     if not isinstance(optimizer, Optimizer):
         raise ConfigurationError(
             f"The function given as optimizer returned {type(optimizer).__name__}. Expected a torch.optim.Optimizer."
@@ -88,11 +77,7 @@ def build_optimizer(model: nn.Module, config: TrainerConfig) -> Optimizer:
 
 
 def build_schedule(optimizer: Optimizer, config: TrainerConfig, total_steps: int) -> LRScheduler:
-    """Return the schedule that ``config`` describes, for ``total_steps`` steps of ``optimizer``.
-
-    Raises:
-        ConfigurationError: The given function returned no schedule, or one that steps on a metric.
-    """
+    """Return the schedule that ``config`` describes, for ``total_steps`` steps of ``optimizer``."""
     if not isinstance(config.schedule, str):
         schedule = config.schedule(optimizer, total_steps)
         if not isinstance(schedule, LRScheduler) or isinstance(schedule, ReduceLROnPlateau):

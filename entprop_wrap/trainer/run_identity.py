@@ -31,12 +31,7 @@ def identity(
 ) -> dict[str, Any]:
     """Return what a resumed run must share with the run it continues, as JSON; all other options may change.
 
-    Args:
-        config: Options of the run.
-        model: The model, wrapped if it will be.
-        optimizer: After its schedule was made, which notes initial learning rates.
-        total_steps: Steps of the run.
-        more: Numbers, or objects to be told apart by :func:`describe`.
+    ``optimizer`` has its schedule, which notes initial learning rates; ``more`` are numbers, or objects to describe.
     """
     options = ("batch_size", "gradient_accumulation_steps", "max_grad_norm", "ema_decay", "seed", "channels_last")
     noted = ("initial_lr", "momentum", "weight_decay")

@@ -48,33 +48,19 @@ class Position:
 
 @dataclass
 class RunState:
-    """All that changes while training.
-
-    Attributes:
-        accelerator: Whose processes train.
-        model: The model, outside its containers.
-        prepared: The model in its containers, and the optimizer.
-        schedule: Schedule of the learning rate.
-        average: Moving average of the model, or None.
-        generator: Generator of the step's draws.
-        meter: Averages of the metrics since the last log line.
-        position: Where the run stands.
-        identity: What makes it this run; see :func:`~entprop_wrap.trainer.run_identity.check_same_run`.
-        total_steps: Steps of the whole run.
-        learning_rate: Learning rate of the first parameter group, in the last step.
-    """
+    """All that changes while training."""
 
     accelerator: Accelerator
-    model: nn.Module
+    model: nn.Module  # outside its containers
     prepared: Prepared
     schedule: LRScheduler
     average: AveragedModel | None
-    generator: torch.Generator
-    meter: Meter
-    position: Position
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # what a resumed run must share, see check_same_run
     total_steps: int
-    learning_rate: float = 0.0
+    generator: torch.Generator = field(default_factory=torch.Generator)  # of the step's draws
+    meter: Meter = field(default_factory=Meter)  # since the last log line
+    position: Position = field(default_factory=Position)
+    learning_rate: float = 0.0  # of the first parameter group, in the last step
 
     def description(self) -> dict[str, Any]:
         """Return where the run stands and what it is, as JSON."""
@@ -100,11 +86,7 @@ class RunState:
         torch.save(to_python(shared), folder / "optimizer.pt")
 
     def read(self, folder: Path) -> dict[str, Any]:
-        """Return what the checkpoint in ``folder`` holds for this process; nothing changes.
-
-        Raises:
-            CheckpointError: Files are missing or unreadable, or do not fit.
-        """
+        """Return what the checkpoint in ``folder`` holds for this process, or raise; nothing changes."""
         state, lagged = read_state(folder), self._own(folder, "lagged", "safetensors")
         return {
             "position": Position(**{entry.name: state[entry.name] for entry in fields(Position)}),
@@ -115,11 +97,7 @@ class RunState:
         }
 
     def apply(self, read: dict[str, Any]) -> None:
-        """Go back to where a checkpoint was written.
-
-        Raises:
-            CheckpointError: The optimizer's state does not fit; the model is not changed then.
-        """
+        """Go back to where a checkpoint was written, or raise before the model changes."""
         device, shared, own = self.accelerator.device, read["shared"], read["own"]
         try:
             self.prepared.optimizer.load_state_dict(shared["optimizer"])

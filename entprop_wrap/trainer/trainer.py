@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,29 +16,31 @@ from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, UnsupportedModelError
+from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, DivergedError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, check_method
 from entprop_wrap.methods.lagged import load_lagged_state
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.trainer.accelerator import Prepared, make_accelerator, trackers
-from entprop_wrap.trainer.checkpoint import CheckpointFolder, read_state
+from entprop_wrap.trainer.checkpoint import CheckpointFolder, better, read_state
 from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.data_loader import Batches, seed_of
-from entprop_wrap.trainer.ema import make_average, share_statistics
+from entprop_wrap.trainer.ema import make_average, share_statistics, update_average
+from entprop_wrap.trainer.evaluation import evaluate
 from entprop_wrap.trainer.export import export_model
-from entprop_wrap.trainer.loop import Loop, evaluating_parts
-from entprop_wrap.trainer.metrics import Meter, MetricsFile, evaluate
+from entprop_wrap.trainer.metrics import Meter, MetricsFile
 from entprop_wrap.trainer.optimizer import wrap_with_optimizer
 from entprop_wrap.trainer.run_identity import check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import check_loss, check_pixel_space, training_step
 from entprop_wrap.utils.files import check_writable, locked, on_main, together, writing
-from entprop_wrap.utils.modules import plain_model
+from entprop_wrap.utils.modules import plain_model, walk
 from entprop_wrap.wrapping.state_dict import main_state_dict
+from entprop_wrap.wrapping.switched_norm import AuxiliaryNorm
 
 if TYPE_CHECKING:
     from entprop_wrap.diagnostics import Monitor
@@ -115,11 +120,12 @@ class Trainer:
             raise TypeError(f"config expects a TrainerConfig, found {config!r}: write TrainerConfig(epochs=10), say.")
         if monitor is not None and not (hasattr(monitor, "update") and hasattr(monitor, "evaluated")):
             raise TypeError(f"monitor expects Monitor(), found {monitor!r}.")
-        self.model, self.method, self.monitor = model, method, monitor
-        self._evaluating = evaluating_parts(model)
+        self.model, self.method = model, method
+        self._evaluating = _evaluating_parts(model)
         self.config = TrainerConfig() if config is None else config
         self.pixel_space, self.loss = pixel_space or PixelSpace(), cross_entropy if loss is None else loss
         self.accelerator = make_accelerator(self.config)
+        self.monitor = monitor if self.accelerator.is_main_process else None
         self.train_batches = self._batches(train_data, training=True)
         self.eval_batches = None if eval_data is None else self._batches(eval_data, training=False)
 
@@ -133,18 +139,13 @@ class Trainer:
         if self.config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         prepared = Prepared(self.accelerator, model, optimizer, compile=self.config.compile)
-        average = None
-        if self.config.ema_decay is not None:
-            average = make_average(model, self.config.ema_decay)
+        average = None if self.config.ema_decay is None else make_average(model, self.config.ema_decay)
         self._state = RunState(
             self.accelerator,
             model,
             prepared,
             schedule,
             average,
-            torch.Generator(),
-            Meter(),
-            Position(),
             identity(
                 self.config,
                 model,
@@ -197,7 +198,7 @@ class Trainer:
     def _fit(self, checkpoint: Path | None, resume: bool) -> None:
         state, config = self._state, self.config
         if self.model.training:
-            self._evaluating = evaluating_parts(self.model)
+            self._evaluating = _evaluating_parts(self.model)
         if self._evaluating and self.accelerator.is_main_process:
             warnings.warn(
                 f"{len(self._evaluating)} modules are in evaluation mode and stay so while training, such as a "
@@ -219,19 +220,8 @@ class Trainer:
             evaluated = self.position.evaluation is not None
             on_main(self.accelerator, lambda: self.checkpoints.clean(self.position.step))
             on_main(self.accelerator, lambda: self._metrics.cut(self.position.step, evaluated))
-            loop = Loop(
-                config,
-                state,
-                self.train_batches,
-                self._train,
-                None if self.eval_batches is None else self.evaluate,
-                self.checkpoints,
-                self._metrics,
-                self.monitor,
-                evaluating=self._evaluating,
-            )
             with trackers(self.accelerator, config, method=self.method):
-                loop.run()
+                self._run()
         self.export(Path(config.output_dir) / "model")
 
     def evaluate(self, data: Data | None = None) -> dict[str, float]:
@@ -314,6 +304,67 @@ class Trainer:
             check_same_run(checkpoint, read_state(checkpoint)["run"], self._state.identity)
         return checkpoint
 
+    def _run(self) -> None:
+        """Train to the end of the last epoch, from wherever the run stands."""
+        state, position = self._state, self.position
+        visible = self.config.progress and self.accelerator.is_main_process
+        with tqdm(total=state.total_steps, initial=position.step, disable=not visible, unit="step") as self._bar:
+            state.prepared.optimizer.zero_grad()
+            self._since = time.perf_counter()
+            self._untimed = state.meter.images  # of a log line's steps that were taken before the run was resumed
+            if position.epoch and not position.batch and position.evaluation is None:
+                self._evaluate_if_due()  # which was interrupted
+            while position.epoch < self.config.epochs:
+                self._epoch()
+
+    def _epoch(self) -> None:
+        position, config = self.position, self.config
+        self._state.prepared.model.train()
+        for module in self._evaluating:
+            module.training = False
+        length = len(self.train_batches)
+        batches = self.train_batches.epoch(position.epoch, start=position.batch)
+        while position.batch < length:
+            size = min(config.gradient_accumulation_steps, length - position.batch)
+            self._step(islice(batches, size), size)
+            position.batch += size
+            if position.step % config.log_every == 0 or position.step == self._state.total_steps:
+                self._log()
+            due = config.save_every_steps is not None and position.step % config.save_every_steps == 0
+            if due and position.batch < length:
+                self._save()
+        position.epoch, position.batch = position.epoch + 1, 0
+        over = position.epoch == config.epochs
+        if config.save_every is not None and (over or due or position.epoch % config.save_every == 0):
+            self._save()  # before the evaluation, which may fail
+        self._evaluate_if_due()
+
+    def _step(self, batches: Iterator[tuple[Tensor, Tensor]], size: int) -> None:
+        """Take one optimizer step on ``size`` batches."""
+        state, accelerator = self._state, self.accelerator
+        optimizer = state.prepared.optimizer
+        for number, (images, labels) in enumerate(batches, start=1):
+            with nullcontext() if number == size else accelerator.no_sync(state.prepared.model):
+                output = self._train(images, labels, size)
+            state.meter.add(output, len(images))
+            if self.monitor is not None:
+                self.monitor.update(output)
+        if self.config.max_grad_norm is not None:
+            accelerator.clip_grad_norm_(state.prepared.model.parameters(), self.config.max_grad_norm)
+        state.learning_rate = float(optimizer.param_groups[0]["lr"])
+        try:
+            optimizer.step()
+        except DivergedError as error:  # seen at once on the CPU; on an accelerator with the next log line
+            raise self._diverged(f"The loss was not finite up to step {state.position.step + 1}") from error
+        if not accelerator.optimizer_step_was_skipped:  # fp16: gradients overflowed, the scaler adapts
+            state.schedule.step()
+            if state.average is not None:
+                update_average(state.average, state.model)
+        optimizer.zero_grad()
+        state.position.step += 1
+        state.position.evaluation = None
+        self._bar.update()
+
     def _train(self, images: Tensor, labels: Tensor, divisor: int) -> StepOutput:
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -328,6 +379,80 @@ class Trainer:
             generator=self._state.generator,
         )
 
+    def _log(self) -> None:
+        """Write the averages since the last log line. Everything that waits for the device is here."""
+        state, position = self._state, self.position
+        values, finite, batches = state.meter.read(self.accelerator)
+        images, state.meter, self._untimed = state.meter.images - self._untimed, Meter(), 0
+        now = time.perf_counter()
+        seconds, self._since = max(now - self._since, 1e-9), now
+        # Under fp16 single overflows are part of the method; nothing but overflows is not.
+        if finite < batches and not (state.prepared.precision == "fp16" and finite > 0):
+            raise self._diverged(
+                f"The loss was not finite in {batches - finite} of the {batches} batches up to step {position.step}"
+            )
+        values["learning_rate"] = state.learning_rate
+        values["images_per_second"] = images * self.accelerator.num_processes / seconds
+        self._write("train", values)
+        self._bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(
+            f"{what}. The last checkpoint: {self.checkpoints.latest() or 'none'}. Try a smaller learning rate, a "
+            "max_grad_norm, or mixed_precision='bf16' for 'fp16'."
+        )
+
+    def _evaluate_if_due(self) -> None:
+        """Evaluate at the end of an epoch, and keep a checkpoint of the best evaluation."""
+        position, config = self.position, self.config
+        due = position.epoch == config.epochs or position.epoch % config.evaluate_every == 0
+        if self.eval_batches is None or not due:
+            return
+        with self._untimed_block():
+            position.evaluation = found = self.evaluate()
+        if self.monitor is not None:
+            self.monitor.evaluated(found)
+        self._write("eval", found, weights="last" if self._state.average is None else "average")
+        metric = config.keep_best
+        best = metric is not None and better(metric, found[metric], position.best.get(metric))
+        if metric is not None and best:
+            position.best[metric] = found[metric]
+        if config.save_every is None:
+            return
+        noted = on_main(self.accelerator, lambda: self.checkpoints.note(self._state))
+        if best and not noted:
+            self._save()
+        on_main(self.accelerator, self.checkpoints.prune)
+
+    def _save(self) -> None:
+        with self._untimed_block():
+            path = self.checkpoints.save(self._state)
+            on_main(self.accelerator, self.checkpoints.prune)
+        self._say(f"Saved {path}.")
+
+    def _write(self, kind: str, values: dict[str, float], **more: Any) -> None:
+        """Write a line of metrics."""
+        position = self.position
+        epoch = position.epoch + position.batch / len(self.train_batches)
+        line = {"kind": kind, "step": position.step, "epoch": round(epoch, 4), **values, **more}
+        on_main(self.accelerator, lambda: self._metrics.write(line))
+        self._say(f"Step {position.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=position.step)
+
+    @contextmanager
+    def _untimed_block(self) -> Iterator[None]:
+        """Leave the time inside the with-block out of the images per second."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
     def _say(self, message: str) -> None:
         if self.accelerator.is_main_process:
             logger.info(message)
+
+
+def _evaluating_parts(model: nn.Module) -> list[nn.Module]:
+    """Return the modules in evaluation mode within a model in training mode; none, if it is not."""
+    if not model.training:
+        return []
+    return [module for module in walk(model) if not (module.training or isinstance(module, AuxiliaryNorm))]

@@ -139,9 +139,9 @@ def differences(folder: Path, other: Path) -> list[str]:
     names = sorted(str(path.relative_to(folder)) for path in folder.glob("checkpoints/step-????????/*"))
     for name in [*names, "model/model.safetensors"]:
         read = load_file if name.endswith(".safetensors") else _read
-        if not (other / name).exists() or not _equal(read(folder / name), read(other / name)):
+        if not (other / name).exists() or not equal(read(folder / name), read(other / name)):
             found.append(name)
-    return found + ([] if _metrics(folder) == _metrics(other) else ["metrics.jsonl"])
+    return found + ([] if lines(folder) == lines(other) else ["metrics.jsonl"])
 
 
 def _read(path: Path) -> Any:
@@ -150,16 +150,16 @@ def _read(path: Path) -> Any:
     return {key: value for key, value in json.loads(path.read_text()).items() if key not in ("files", "sha256")}
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
+def lines(folder: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 
 
-def _equal(first: Any, second: Any) -> bool:
+def equal(first: Any, second: Any) -> bool:
     if isinstance(first, torch.Tensor):
         return first.dtype == second.dtype and torch.equal(first, second)
     if isinstance(first, dict):
-        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(_equal, first, second))
+        return len(first) == len(second) and all(map(equal, first, second))
     return bool(first == second)

@@ -2,7 +2,6 @@
 
 import os
 import resource
-import signal
 import sys
 from pathlib import Path
 
@@ -75,12 +74,6 @@ def lagged(folder, kind):
     return entprop.Trainer(make(BatchNormNet), Images(augment=True), Images(seed=1), method=method, config=config)
 
 
-def resume_lagged(whole, resumed):
-    """Continue in the middle of the first epoch."""
-    for kind in LAGGED:
-        lagged(f"{resumed}/{kind}", kind).fit(resume=f"{whole}/{kind}/checkpoints/step-00000002")
-
-
 def phased(folder, *, resume=False, stop_after=None):
     """Two phases of 2 epochs: on 20 images, saved after steps 5 and 10, then on 40, saved after 10 and 20."""
     batches = 0
@@ -104,12 +97,6 @@ def phased(folder, *, resume=False, stop_after=None):
     return model, data
 
 
-def resume_phased(*folders):
-    for folder in folders:
-        torch.rand(17)
-        phased(folder, resume=True)
-
-
 def grow_together(folder):
     """Two processes make a share each, by the statistics of the first; they train on the same data then."""
     model, _ = phased(folder)
@@ -125,9 +112,6 @@ def grow_together(folder):
         {"images": grown.images, "model": model.state_dict()},
         f"{folder}/grown-{torch.distributed.get_rank()}.pt",
     )
-    torch.distributed.barrier()
-    # Gloo's threads may abort an interpreter that shuts down while containers hold the group (pytorch#179291).
-    os._exit(0)
 
 
 def short(folder, optimizer="sgd", **options):
@@ -139,21 +123,6 @@ def short(folder, optimizer="sgd", **options):
 
 def sgd(groups):
     return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
-
-
-def die_while_saving(folder):
-    """Save after the first epoch, and be killed half-way through the save after the second."""
-
-    class SGD(torch.optim.SGD):
-        def state_dict(self):
-            if (Path(folder) / "checkpoints" / "step-00000002").exists():
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().state_dict()
-
-    def sgd(groups):
-        return SGD(groups, lr=0.05, momentum=0.9)
-
-    short(folder, sgd).fit()
 
 
 def distributed(folder, accumulation=1):
@@ -182,15 +151,21 @@ def distributed(folder, accumulation=1):
         trainer.fit()
         if name == "vanilla":
             trainer.evaluate(Images(3))  # fewer batches than processes
-    if accumulation == 1:
-        _resume_together(folder)
-        trainer.accelerator.wait_for_everyone()
-        # Gloo's threads may abort an interpreter that shuts down while containers hold the group (pytorch#179291).
-        os._exit(0)
+
+
+def together(folder):
+    """All that two processes do in the tests of test_processes.py."""
+    distributed(f"{folder}/two")
+    for method in (entprop.EntProp(), entprop.EntProp(lagged=True)):
+        resume_together(f"{folder}/two/{'lagged' if method.lagged else 'plain'}", method)
+    grow_together(f"{folder}/grown")
+    failing_alone(f"{folder}/failing")
+    # Gloo's threads may abort an interpreter that shuts down while containers hold the group (pytorch#179291).
+    os._exit(0)
 
 
 def failing_alone(folder):
-    """The second process alone fails while it evaluates or saves; both raise, and can go on together."""
+    """The second process alone fails while it evaluates or saves; both raise, and can continue together."""
     rank = int(os.environ["RANK"])
 
     class Unsendable(Exception):
@@ -228,16 +203,10 @@ def failing_alone(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     Path(folder, f"found-{rank}").write_text("\n".join(found))
     trainer.accelerator.wait_for_everyone()
-    os._exit(0)
 
 
-def _resume_together(folder):
-    """Processes with dropout, MixUp and statistics of their own go on from the middle of an epoch, bit for bit."""
-    for method in (entprop.EntProp(), entprop.EntProp(lagged=True)):
-        _resume_one_together(f"{folder}/{'lagged' if method.lagged else 'plain'}", method)
-
-
-def _resume_one_together(folder, method):
+def resume_together(folder, method):
+    """Processes with dropout, MixUp and statistics of their own resume in the middle of an epoch, bit for bit."""
     ends = []
     for name, resume in (("whole", False), ("resumed", f"{folder}/whole/checkpoints/step-00000003")):
         config = entprop.TrainerConfig(

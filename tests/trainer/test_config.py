@@ -79,7 +79,7 @@ def test_all_problems_at_once():
 
 
 def test_no_number_is_no_number():
-    with pytest.raises(ConfigurationError, match="learning_rate must be above 0, found nan"):
+    with pytest.raises(ConfigurationError, match="learning_rate must be a number above 0, found nan"):
         TrainerConfig(learning_rate=float("nan"))
 
 

@@ -162,21 +162,20 @@ def test_schedules(tmp_path, schedule, expected):
     assert rates == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-def test_named_optimizers(tmp_path, optimizer):
-    run = trainer(tmp_path, optimizer=optimizer, epochs=1, momentum=0.5, weight_decay=0.01)
-    run.fit()
-    inner = run._state.prepared.optimizer.optimizer
-    assert type(inner).__name__.lower() == optimizer
-    assert inner.defaults["lr"] == 1e-2
-    if optimizer == "sgd":
-        assert inner.defaults["momentum"] == 0.5
-
-
-def test_a_function_makes_the_optimizer(tmp_path):
-    run = trainer(tmp_path, optimizer=lambda groups: torch.optim.RMSprop(groups, lr=1e-3), epochs=1)
-    run.fit()
-    assert type(run._state.prepared.optimizer.optimizer) is torch.optim.RMSprop
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [
+        ("adam", torch.optim.Adam),
+        ("adamw", torch.optim.AdamW),
+        ("sgd", torch.optim.SGD),
+        (lambda groups: torch.optim.RMSprop(groups, lr=1e-2, momentum=0.5), torch.optim.RMSprop),
+    ],
+)
+def test_optimizers(tmp_path, optimizer, kind):
+    made = trainer(tmp_path, optimizer=optimizer, momentum=0.5)._state.prepared.optimizer.optimizer
+    assert type(made) is kind
+    assert made.defaults["lr"] == 1e-2
+    assert made.defaults.get("momentum", 0.5) == 0.5
 
 
 def test_a_given_optimizer_is_used(tmp_path):
@@ -306,16 +305,11 @@ def test_a_new_best_is_saved_between_saves(tmp_path):
     assert run.checkpoints.best().name == f"step-{4 * best:08d}"
 
 
-def test_no_checkpoints(tmp_path):
-    run = trainer(tmp_path, save_every=None, epochs=1)
-    run.fit()
+def test_evaluations_without_checkpoints(tmp_path):
+    trainer(tmp_path, save_every=None, epochs=3, evaluate_every=2).fit()
+    assert [line["epoch"] for line in lines(tmp_path, "eval")] == [2, 3]
     assert not (tmp_path / "checkpoints").exists()
     assert (tmp_path / "model").exists()
-
-
-def test_evaluate_every_and_last(tmp_path):
-    trainer(tmp_path, epochs=3, evaluate_every=2).fit()
-    assert [line["epoch"] for line in lines(tmp_path, "eval")] == [2, 3]
 
 
 def test_evaluation_by_hand(tmp_path):
@@ -358,7 +352,7 @@ def test_a_loss_of_ones_own(tmp_path):
     assert calls[:5] == [5, 10, 5, 5, 5]  # and once every row twice, to see whether it is a mean
 
 
-def test_trackers_get_what_the_file_gets(tmp_path):
+def test_trackers_get_what_the_file_gets_and_there_is_a_bar(tmp_path, capsys):
     class Memory(GeneralTracker):
         name, requires_logging_directory = "memory", False
 
@@ -381,18 +375,14 @@ def test_trackers_get_what_the_file_gets(tmp_path):
             self.finished = True
 
     tracker = Memory()
-    trainer(tmp_path, epochs=1, log_with=tracker).fit()
+    trainer(tmp_path, epochs=1, log_with=tracker, progress=True).fit()
+    assert "4/4" in capsys.readouterr().err
     assert tracker.configuration["batch_size"] == 10
     assert tracker.configuration["method"].startswith("EntProp(")
     assert [step for step, _ in tracker.logged] == [1, 2, 3, 4, 4]
     assert tracker.logged[0][1]["train/loss"] == lines(tmp_path, "train")[0]["loss"]
     assert "eval/accuracy" in tracker.logged[-1][1]
     assert tracker.finished
-
-
-def test_progress_bar(tmp_path, capsys):
-    trainer(tmp_path, epochs=1, progress=True).fit()
-    assert "4/4" in capsys.readouterr().err
 
 
 def test_workers(tmp_path):

@@ -6,23 +6,34 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from entprop_wrap.methods import grow
 from tests.helpers.launch import torchrun
+from tests.helpers.trainer_toys import BatchNormNet, Images, make
 from tests.trainer import programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
 
 
-def test_two_processes_equal_one(tmp_path):
-    torchrun(tmp_path / "logs", "tests.trainer.programs", "distributed", tmp_path / "two")
-    programs.distributed(tmp_path / "one", accumulation=2)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return where two processes have written all that they do here."""
+    folder = tmp_path_factory.mktemp("processes")
+    for name in ("two", "grown", "failing"):
+        (folder / name).mkdir()
+    torchrun(folder / "logs", "tests.trainer.programs", "together", folder)
+    return folder
+
+
+def test_two_processes_equal_one(folder):
+    programs.distributed(folder / "one", accumulation=2)
     for run in ("vanilla", "entprop", "accumulated"):
-        one, two = _last(tmp_path / "one" / run), _last(tmp_path / "two" / run)
+        one, two = _last(folder / "one" / run), _last(folder / "two" / run)
         files = sorted(path.name for path in one.glob("*.safetensors"))
         assert files == sorted(path.name for path in two.glob("*.safetensors"))
         assert len(files) == {"vanilla": 1, "entprop": 4, "accumulated": 2}[run]
         for name in files:
             torch.testing.assert_close(load_file(one / name), load_file(two / name), rtol=1e-4, atol=1e-6)
-        for first, second in zip(_lines(tmp_path / "one" / run), _lines(tmp_path / "two" / run), strict=True):
+        for first, second in zip(_lines(folder / "one" / run), _lines(folder / "two" / run), strict=True):
             assert first.keys() == second.keys()
             for key, value in first.items():
                 same = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)
@@ -32,9 +43,19 @@ def test_two_processes_equal_one(tmp_path):
         assert sorted(path.name for path in two.glob("process-*")) == ["process-00000.pt", "process-00001.pt"]
 
 
-def test_a_failure_on_one_process_is_raised_on_all(tmp_path):
-    torchrun(tmp_path / "logs", "tests.trainer.programs", "failing_alone", tmp_path)
-    one, two = ((tmp_path / f"found-{rank}").read_text().splitlines() for rank in (0, 1))
+def test_two_processes_grow_a_share_of_the_data_each(folder):
+    found = [torch.load(folder / "grown" / f"grown-{rank}.pt") for rank in (0, 1)]
+    for key in ("images", *found[0]["model"]):
+        first, second = (part["images"] if key == "images" else part["model"][key] for part in found)
+        assert torch.equal(first, second), key
+    model = make(BatchNormNet)
+    model.load_state_dict(found[0]["model"])
+    alone = grow(model, Images(20), ascent=programs.ASCENT, batch_size=3, progress=False)
+    assert torch.equal(alone.datasets[1].images, found[0]["images"])
+
+
+def test_a_failure_on_one_process_is_raised_on_all(folder):
+    one, two = ((folder / "failing" / f"found-{rank}").read_text().splitlines() for rank in (0, 1))
     data, loss, saved, accuracy, full = two
     assert data == "DataError: eval_data[13] raised Unsendable: no such file"
     assert (loss, saved) == ("Unsendable: no such loss", "step-00000004")

@@ -12,20 +12,11 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.methods import Vanilla
 from entprop_wrap.methods.lagged import lagged_state
+from tests.faults.attacks import equal, lines
 from tests.helpers.launch import python
 from tests.trainer import programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
-
-
-def equal(first, second):
-    if isinstance(first, torch.Tensor):
-        return first.dtype == second.dtype and torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(equal, first, second))
-    return first == second
 
 
 def contents(checkpoint):
@@ -37,13 +28,6 @@ def contents(checkpoint):
     found = {path.name: read[path.suffix](path) for path in checkpoint.iterdir()}
     for key in ("files", "sha256"):  # of pickles, whose bytes may differ
         del found["state.json"][key]
-    return found
-
-
-def lines(folder):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in found:
-        line.pop("images_per_second", None)
     return found
 
 
@@ -62,7 +46,7 @@ def test_resume_in_a_new_process_is_bitwise(whole, tmp_path):
             programs.resumable(folder, workers=int(folder.name == "workers"), stop_after=6).fit()
         names = sorted(path.name for path in (folder / "checkpoints").iterdir())
         assert names == ["step-00000002", "step-00000003"]
-        # Step 3 ends an epoch: go on from the middle of it, as if the crash had come earlier.
+        # Step 3 ends an epoch: resume in the middle of it, as if the crash had come earlier.
         shutil.rmtree(folder / "checkpoints/step-00000003")
         assert max(line["step"] for line in lines(folder)) == 3
     python("tests.trainer.programs", "resume", *folders)
@@ -89,8 +73,9 @@ def test_resume_in_a_new_process_is_bitwise(whole, tmp_path):
 def test_images_that_wait_between_lagged_steps_are_resumed_bit_for_bit(tmp_path):
     for kind in programs.LAGGED:
         programs.lagged(tmp_path / "whole" / kind, kind).fit()
-    python("tests.trainer.programs", "resume_lagged", tmp_path / "whole", tmp_path / "resumed")
     for kind, last in (("plain", 10), ("accumulated", 6)):
+        second = programs.lagged(tmp_path / "resumed" / kind, kind)
+        second.fit(resume=tmp_path / "whole" / kind / "checkpoints/step-00000002")  # in the middle of an epoch
         whole, resumed = (tmp_path / name / kind for name in ("whole", "resumed"))
         for step in (3, last):
             first, second = (contents(folder / f"checkpoints/step-{step:08d}") for folder in (whole, resumed))
@@ -120,8 +105,19 @@ def test_checkpoint_files_are_split(whole):
 
 
 def test_killed_while_saving(tmp_path):
+    class Killed(BaseException):
+        """Leaves behind what a kill does: nothing is tidied up."""
+
+    class SGD(torch.optim.SGD):
+        def state_dict(self):
+            if (folder / "checkpoints" / "step-00000002").exists():
+                raise Killed
+            return super().state_dict()
+
     folder = tmp_path / "killed"
-    python("tests.trainer.programs", "die_while_saving", folder, killed=True)
+    dying = programs.short(folder, lambda groups: SGD(groups, lr=0.05, momentum=0.9))
+    with pytest.raises(Killed):
+        dying.fit()
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000004.partial"]
     with (folder / "metrics.jsonl").open("a") as file:
