@@ -25,7 +25,7 @@ TESTS = {
     "trainer": ["tests/trainer/test_resume.py", "tests/trainer"],
 }
 NORM, DOMAIN = "wrapping/switched_norm.py", "wrapping/active_domain.py"
-ENTPROP, LOOP, STATE = "methods/entprop.py", "trainer/loop.py", "trainer/run_state.py"
+ENTPROP, LOOP, STATE = "methods/entprop.py", "trainer/trainer.py", "trainer/run_state.py"
 
 #: Part, file, text, replacement.
 MUTANTS = [
@@ -90,7 +90,7 @@ MUTANTS = [
     ("step", "functional/losses.py", "self.share * own + (1 - self.share)", "(1 - self.share) * own + self.share"),
     ("step", "functional/attacks.py", ".clamp_(-reach, reach)", ""),
     ("step", "training.py", "before.restore()", "pass"),
-    ("trainer", LOOP, "self.train(images, labels, size)", "self.train(images, labels, 1)"),
+    ("trainer", LOOP, "self._train(images, labels, size)", "self._train(images, labels, 1)"),
     (
         "trainer",
         LOOP,
@@ -98,7 +98,7 @@ MUTANTS = [
         "config.gradient_accumulation_steps",
     ),
     ("trainer", LOOP, "module.training = False", "pass"),
-    ("trainer", LOOP, "best[metric] = evaluation[metric]", "pass"),
+    ("trainer", LOOP, "position.best[metric] = found[metric]", "pass"),
     ("trainer", LOOP, "values, finite, batches = state.meter.read", "values, batches, finite = state.meter.read"),
     ("trainer", "trainer/data_loader.py", "seed_of(self.seed, self.epoch, index)", "seed_of(self.seed, index)"),
     ("trainer", "trainer/data_loader.py", "batch_sampler=batches[start:]", "batch_sampler=batches"),
@@ -114,11 +114,11 @@ MUTANTS = [
     ("trainer", STATE, 'self.average.n_averaged.fill_(shared["averaged"])', "pass"),
     ("trainer", STATE, 'generator.set_state(states["step"])', "pass"),
     ("trainer", STATE, 'self.schedule.load_state_dict(shared["schedule"])', "pass"),
-    ("trainer", "trainer/checkpoint.py", "damaged = sha256(file) != digest", "damaged = False"),
+    ("trainer", "trainer/checkpoint.py", "if sha256(checkpoint / name) != digest:", "if False:"),
     ("trainer", "trainer/checkpoint.py", 'value < than if metric == "loss" else value > than', "value > than"),
     ("trainer", "trainer/ema.py", "mean.copy_(buffer)", "pass"),
     ("trainer", "trainer/run_identity.py", '(_alike if key == "data" else operator.eq)', "(lambda *a: True)"),
-    ("trainer", "trainer/metrics.py", "if number >= batches.number:", "if False:"),
+    ("trainer", "trainer/evaluation.py", "if number >= batches.number:", "if False:"),
 ]
 
 
