@@ -47,8 +47,15 @@ class StepOutput:
         """``(m,)``: entropy of the softmax of ``aux_logits``, in nats, or None."""
         return None if self.aux_logits is None else entropy(self.aux_logits)
 
+    def scalars(self) -> dict[str, Tensor]:
+        """Return losses and mean entropies as scalars on the device, by the names that logs use."""
+        values = {"loss": self.loss, "main_loss": self.main_loss, "main_entropy": self.entropy.mean()}
+        if self.aux_loss is not None and self.aux_entropy is not None:
+            values |= {"aux_loss": self.aux_loss, "aux_entropy": self.aux_entropy.mean()}
+        return values
+
     def metrics(self) -> dict[str, float]:
-        """Return losses and mean entropies as numbers, by the names that logs use; waits for the device.
+        """Return :meth:`scalars` as numbers; waits for the device.
 
         Raises:
             LabelError: A batch since the last call held labels out of range (accelerators only).
@@ -57,9 +64,7 @@ class StepOutput:
         """
         if self.checker is not None:
             self.checker.raise_pending()
-        values = {"loss": self.loss, "main_loss": self.main_loss, "main_entropy": self.entropy.mean()}
-        if self.aux_loss is not None and self.aux_entropy is not None:
-            values |= {"aux_loss": self.aux_loss, "aux_entropy": self.aux_entropy.mean()}
+        values = self.scalars()
         # One copy from the device; not as float64 where there was none, which MPS lacks.
         wide = torch.float64 if any(value.dtype == torch.float64 for value in values.values()) else torch.float32
         return dict(zip(values, torch.stack([v.to(wide) for v in values.values()]).tolist(), strict=True))

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -143,6 +144,51 @@ def test_a_loss_of_the_module_that_asks_for_more_is_refused():
     module.criterion = lambda logits, labels, images: F.cross_entropy(logits, labels)
     with pytest.raises(ConfigurationError, match=r"asks for images beside logits and labels.*loss="):
         trainer(callback()).fit(module, loader())
+
+
+class AnotherStrategy(DDPStrategy):
+    """As DeepSpeed's and FSDP's are: derived from another, and not to be taken for it."""
+
+
+class WithIterator(Classifier):
+    def training_step(self, dataloader_iter):
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
+@pytest.mark.parametrize(
+    ("module", "strategy", "message"),
+    [
+        (Classifier, lambda: AnotherStrategy(), "does not work with AnotherStrategy"),
+        (Classifier, lambda: DDPStrategy(static_graph=True), "DDPStrategy with a static graph"),
+        (WithIterator, lambda: "auto", r"does not work with dataloader_iter\. Write training_step\(batch, batch_idx\)"),
+    ],
+    ids=["another", "static graph", "dataloader_iter"],
+)
+def test_what_is_refused_when_fit_begins(module, strategy, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        trainer(callback(), strategy=strategy()).fit(module(), loader())
+
+
+def test_manual_optimization_calls_the_step_itself():
+    class Manual(Classifier):
+        def __init__(self):
+            super().__init__(entprop.wrap(net()))
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            entprop.training_step(self.model, *batch, method=METHOD, pixel_space=SPACE, backward=self.manual_backward)
+            optimizer.step()
+
+    module, by_hand = Manual(), entprop.wrap(net()).train()
+    trainer(max_steps=2).fit(module, loader(8))
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=module.lr)
+    for batch in list(loader(8))[:2]:
+        optimizer.zero_grad()
+        entprop.training_step(by_hand, *batch, method=METHOD, pixel_space=SPACE)
+        optimizer.step()
+    assert all(map(torch.equal, module.model.state_dict().values(), by_hand.state_dict().values()))
 
 
 YAML = """

@@ -1,7 +1,4 @@
-"""EntProp, or any other method of this library, in Lightning.
-
-    trainer = L.Trainer(callbacks=[EntPropLightningCallback(EntProp(fraction=0.2), pixel_space=space)])
-    trainer.fit(module, loader)
+"""The callback, and what a LightningModule does otherwise while it is fitted.
 
 Lightning calls ``training_step``, then zeroes gradients, then runs one backward, which under DDP must come after the
 forward of the container. A method has several backwards. So they all run in ``training_step``, where DDP does not
@@ -22,35 +19,28 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
+from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
+from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, Pass, asked
-from entprop_wrap.integrations.lightning_checkpoints import (
-    AUXILIARY_KEY,
-    LAGGED_KEY,
-    Copies,
-    add_waiting,
-    join,
-    separate,
-)
-from entprop_wrap.integrations.lightning_stand_ins import LogitsOf, ModelInContext, already_done, stand_in
+from entprop_wrap.integrations.lightning.stand_ins import LogitsOf, ModelInContext, already_done, stand_in
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, check_method
-from entprop_wrap.methods.lagged import load_lagged_state
+from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.training import training_step
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.wrapping.model import ensure_wrapped, is_wrapped, unwrap
 from entprop_wrap.wrapping.norm_layers import Selector
 from entprop_wrap.wrapping.optimizer import check_optimizer
-from entprop_wrap.wrapping.registry import find_registry
-from entprop_wrap.wrapping.state_dict import load_auxiliary_state_dict
+from entprop_wrap.wrapping.state_dict import auxiliary_names, load_auxiliary_state_dict
 
-__all__ = ["AUXILIARY_KEY", "EntPropLightningCallback"]
+__all__ = ["EntPropLightningCallback"]
 
-_IMAGES = ("pixel_values", "images", "image")
-_LABELS = ("labels", "label")
-_HOOKS = ("configure_model", "on_save_checkpoint", "on_load_checkpoint", "training_step", "optimizer_zero_grad")
+#: Where a Lightning checkpoint holds the auxiliary copies; its ``state_dict`` is the plain module's.
+_AUXILIARY = "entprop_auxiliary"
+#: Where it holds what waits for the next lagged step of each process.
+_LAGGED = "entprop_lagged"
 
 
 class EntPropLightningCallback(Callback):
@@ -61,9 +51,9 @@ class EntPropLightningCallback(Callback):
     EntProp: of the mixed images), for its logs and for a check of its loss. Lightning sees the loss that is minimised;
     ``main_loss``, ``aux_loss``, ``main_entropy`` and ``aux_entropy`` are logged beside it.
 
-    Checkpoints hold the plain module, and the copies under a key of their own, from which ``fit(ckpt_path=...)``
-    resumes exactly. A second ``fit`` of the same module continues with the copies of the first. Hooks around the
-    backward (``on_after_backward``, ...) run once a step, after the last backward.
+    Checkpoints written by ``fit`` hold the plain module, and the copies under a key of their own, from which
+    ``fit(ckpt_path=...)`` resumes exactly. Another ``fit`` without it starts from the plain module, with new copies.
+    Hooks around the backward (``on_after_backward``, ...) run once a step, after the last backward.
 
     Args:
         method: An instance of a training method; ``EntProp()`` by default.
@@ -76,8 +66,8 @@ class EntPropLightningCallback(Callback):
         exclude: As in ``entprop.wrap``.
 
     Raises:
-        ConfigurationError: When ``fit`` begins: no classifier was found, or another callback stands in the way. In a
-            step: the batch is not ``(images, labels)`` or a dict with both.
+        ConfigurationError: When ``fit`` begins: no classifier was found, or another callback stands in the way.
+        DataError: In a step: the batch is not ``(images, labels)`` or a dict with both.
         UnsupportedModelError: When ``fit`` begins: manual optimization, LBFGS, a strategy other than one device or DDP,
             ``sync_batchnorm=True``. At the first batch: ``training_step`` changes the images, does not call the model
             exactly once, or computes another loss.
@@ -98,14 +88,13 @@ class EntPropLightningCallback(Callback):
         self.pixel_space, self.model, self.loss = pixel_space, model, loss
         self.selectors: dict[str, Any] = {"include": include, "exclude": exclude}
         self._fit: _Fit | None = None
-        self._kept: Copies | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Prepare the module, whose model is wrapped as soon as it is complete."""
         if stage == "fit":
             self.teardown()
             _refuse(trainer, pl_module, self)
-            self._fit, self._kept = _Fit(self, trainer, pl_module, self._kept), None
+            self._fit = _Fit(self, trainer, pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the optimizer, and load what waits for a lagged step: the model is on its device by now."""
@@ -121,16 +110,33 @@ class EntPropLightningCallback(Callback):
         """Give the module back as it was."""
         fit, self._fit = self._fit, None
         if fit is not None:
-            self._kept = fit.end()
+            fit.end()
 
     on_exception = teardown
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add what waits for a lagged step and, after ``fit``, the copies."""
-        separate(checkpoint, pl_module)
-        if self._kept is not None and self._kept.belong_to(pl_module):
-            checkpoint[AUXILIARY_KEY] = self._kept.auxiliary
-        add_waiting(checkpoint, pl_module)
+        """Add what waits for the next lagged step of each process."""
+        waiting = lagged_state(self._fit.classifier) if self._fit is not None else None
+        if waiting:
+            everyone: list[Any] = [{key: value.cpu() for key, value in waiting.items()}]
+            if trainer.world_size > 1:
+                mine, everyone = everyone[0], everyone * trainer.world_size
+                torch.distributed.all_gather_object(everyone, mine)
+            checkpoint[_LAGGED] = everyone
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Load the copies of a checkpoint to resume from, after its plain weights."""
+        if self._fit is None:
+            return
+        self._fit.waiting = checkpoint.get(_LAGGED, [])
+        if not is_wrapped(pl_module):
+            return
+        if _AUXILIARY not in checkpoint:
+            raise CheckpointError(
+                "The checkpoint has no auxiliary copies: it was written without EntPropLightningCallback, or after "
+                "fit. Start a new run from its weights: load_from_checkpoint(path), then fit() without ckpt_path."
+            )
+        load_auxiliary_state_dict(pl_module, checkpoint[_AUXILIARY])
 
 
 class _Fit:
@@ -140,19 +146,16 @@ class _Fit:
     waiting: list[dict[str, Tensor]] | None = None  # for a lagged step, in the checkpoint to resume from
     prepared = ours = False  # ours: wrapped here
 
-    def __init__(self, callback: EntPropLightningCallback, trainer: Any, module: Any, kept: Copies | None) -> None:
-        self.callback, self.trainer, self.module, self.kept = callback, trainer, module, kept
+    def __init__(self, callback: EntPropLightningCallback, trainer: Any, module: Any) -> None:
+        self.callback, self.trainer, self.module = callback, trainer, module
         self.former = type(module)
         module.__class__ = _class_during_fit(self.former, self)
 
-    def end(self) -> Copies | None:
-        """Give the module its class back, unwrap the model if it was wrapped here, and return its copies."""
+    def end(self) -> None:
+        """Give the module its class back, and unwrap the model if it was wrapped here."""
         self.module.__class__ = self.former
-        if not self.ours:
-            return None
-        copies = Copies(self.module)
-        unwrap(self.classifier)
-        return copies
+        if self.ours:
+            unwrap(self.classifier)
 
     def prepare(self) -> None:
         """Wrap the model after the module has made it: the last moment before there are optimizers."""
@@ -161,8 +164,6 @@ class _Fit:
         callback = self.callback
         self.name, self.classifier = _find_classifier(self.module, callback.model)
         self.ours = ensure_wrapped(self.classifier, callback.method, **callback.selectors)
-        if self.ours and self.kept is not None and self.kept.belong_to(self.module):
-            load_auxiliary_state_dict(self.module, self.kept.auxiliary)
         self.model = ModelInContext(self.classifier, self.trainer.precision_plugin.forward_context)
         own = getattr(self.module, "criterion", None) or getattr(self.module, "loss_fn", None)
         self.loss: Loss = callback.loss or (own if callable(own) else F.cross_entropy)
@@ -193,9 +194,7 @@ class _Fit:
         if look and output.checker is not None:
             output.checker.raise_pending()
         result = self._own_step(own, batch, batch_idx, output, check=look and self.callback.loss is None)
-        values = {"main_loss": output.main_loss, "main_entropy": output.entropy.mean()}
-        if output.aux_loss is not None and output.aux_entropy is not None:
-            values |= {"aux_loss": output.aux_loss, "aux_entropy": output.aux_entropy.mean()}
+        values = {name: value for name, value in output.scalars().items() if name != "loss"}
         self.module.log_dict(values, batch_size=len(output.logits))
         loss = already_done(output.loss, self._reduced())
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
@@ -209,7 +208,8 @@ class _Fit:
         plugin.backward(loss, self.module, trainer.optimizers[0])
 
     def _own_step(self, own: Any, batch: Any, batch_idx: int, output: StepOutput, check: bool) -> Any:
-        batch = _rows_of(batch, len(output.logits))
+        """Run the module's own step on the logits of the main pass, and ``check`` that its loss is the one trained."""
+        batch = _first_rows(batch, len(output.logits))
         images, labels = _read_batch(batch)
         replacement = LogitsOf(self.classifier, images, self.model.in_its_form(output.logits))
         index = [batch_idx] if is_param_in_hook_signature(own.training_step, "batch_idx", min_args=2) else []
@@ -227,8 +227,8 @@ class _Fit:
             )
         if not isinstance(loss, Tensor) or loss.ndim:
             raise UnsupportedModelError(
-                f"{where} returned {'None' if loss is None else type(loss).__name__}, expected a scalar loss or a dict "
-                "with one under 'loss'. A batch cannot be skipped."
+                f"{where} returned {type(loss).__name__}, expected a scalar loss or a dict with one under 'loss'. A "
+                "batch cannot be skipped."
             )
         if expected is not None and not torch.allclose(
             loss.float(), expected.float(), rtol=1e-4, atol=1e-6, equal_nan=True
@@ -241,12 +241,12 @@ class _Fit:
         return result
 
     def _reduced(self) -> list[nn.Parameter]:
+        """Return the parameters whose gradients DDP has to reduce, on all processes the same ones."""
         if not isinstance(self.trainer.strategy, DDPStrategy):
             return []
-        wrapped = is_wrapped(self.module)
-        copies = {id(copy) for _, _, copy in find_registry(self.module).mirrors()} if wrapped else set()
-        trained = (parameter for parameter in self.module.parameters() if parameter.requires_grad)
-        return [parameter for parameter in trained if parameter.grad is not None or id(parameter) in copies]
+        copies = auxiliary_names(self.module)
+        trained = [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+        return [parameter for name, parameter in trained if parameter.grad is not None or name in copies]
 
 
 def _class_during_fit(former: type, fit: _Fit) -> type:
@@ -257,14 +257,11 @@ def _class_during_fit(former: type, fit: _Fit) -> type:
                 fit.prepare()
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            separate(checkpoint, self)
+            state, copies = checkpoint["state_dict"], auxiliary_names(self)
+            if copies:
+                checkpoint["state_dict"] = {key: value for key, value in state.items() if key not in copies}
+                checkpoint[_AUXILIARY] = {key: value for key, value in state.items() if key in copies}
             super().on_save_checkpoint(checkpoint)
-
-        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            super().on_load_checkpoint(checkpoint)
-            if is_wrapped(self):
-                join(checkpoint, self)
-            fit.waiting = checkpoint.get(LAGGED_KEY, [])
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return fit.step(super(), batch, batch_idx)
@@ -305,7 +302,8 @@ def _refuse(trainer: Any, module: Any, callback: Any) -> None:
     ):  # fmt: skip
         if found:
             raise UnsupportedModelError(f"EntPropLightningCallback does not work with {what}. Write {instead}.")
-    if changed := [name for name in _HOOKS if name in vars(module)]:
+    replaced = ("configure_model", "on_save_checkpoint", "training_step", "optimizer_zero_grad")
+    if changed := [name for name in replaced if name in vars(module)]:
         raise ConfigurationError(f"The module has {changed[0]} as an attribute. Override it in a subclass instead.")
 
 
@@ -325,26 +323,21 @@ def _find_classifier(module: Any, name: str | None) -> tuple[str, nn.Module]:
 
 
 def _read_batch(batch: Any) -> tuple[Tensor, Tensor]:
-    """Return images and labels."""
-    tensors = {}
-    if isinstance(batch, Mapping):
-        tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.ndim}
-        images, labels = ([tensors[key] for key in tensors if key in names] for names in (_IMAGES, _LABELS))
-        if len(images) == len(labels) == 1 and len(tensors) == 2:
-            return images[0], labels[0]
-    elif isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(item, Tensor) for item in batch):
-        return batch[0], batch[1]
-    raise ConfigurationError(
-        f"Expected batches (images, labels), or a dict whose only tensors are one of {', '.join(_IMAGES)} and one of "
-        f"{', '.join(_LABELS)}, found {type(batch).__name__} {list(tensors) or ''}. Images are mixed and selected: "
-        "leave out what cannot follow, in the dataset or in on_after_batch_transfer."
-    )
+    """Return images and labels, which must be the only tensors."""
+    images, labels = images_and_labels(batch, "training_step")
+    values = batch.values() if isinstance(batch, Mapping) else ()
+    if any(
+        isinstance(value, Tensor) and value.ndim and value is not images and value is not labels for value in values
+    ):
+        raise DataError(
+            f"training_step: found a dict with {', '.join(map(repr, batch))}. Images are mixed and selected: leave out "
+            "tensors that cannot follow, in the dataset or in on_after_batch_transfer."
+        )
+    return images, labels
 
 
-def _rows_of(batch: Any, rows: int) -> Any:
+def _first_rows(batch: Any, rows: int) -> Any:
     """Return the first rows of a batch that :func:`_read_batch` accepts."""
-    if rows == len(_read_batch(batch)[0]):
-        return batch
     if isinstance(batch, Mapping):
         return {k: v[:rows] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
     return type(batch)([item[:rows] for item in batch])

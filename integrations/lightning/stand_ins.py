@@ -15,15 +15,11 @@ __all__ = ["LogitsOf", "ModelInContext", "NamedLogits", "already_done", "stand_i
 
 
 class ModelInContext(nn.Module):
-    """The classifier as the step calls it: in the precision plugin's context, which is autocast or nothing.
-
-    It holds the model under the name that compiled modules use, so that everything that looks for the plain model
-    inside a container finds it.
-    """
+    """The classifier as the step calls it: in the precision plugin's context, which is autocast or nothing."""
 
     def __init__(self, model: nn.Module, context: Callable[[], Any]) -> None:
         super().__init__()
-        self._orig_mod = model
+        self._orig_mod = model  # the name that compiled modules use: whatever looks for the plain model finds it
         self.context = context
         self.form: type = Tensor
 
@@ -61,21 +57,18 @@ class LogitsOf(StandIn):
         self.__dict__.update(images=images, output=output)
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
-        """Return the known output.
-
-        Raises:
-            UnsupportedModelError: These are other images, or the model is to compute a loss.
-        """
+        """Return the known output; raise if the images are others, or the model is to compute a loss."""
         self.calls += 1
-        given = args[0] if args else next(iter(inputs.values()), None)
         if inputs.get("labels") is not None:
             raise UnsupportedModelError(
                 f"training_step lets {self._get_name()} compute the loss, which is impossible for mixed or selected "
                 "images. Write torch.nn.functional.cross_entropy(self.model(images).logits, labels)."
             )
+        given = args[0] if args else next(iter(inputs.values()), None)
         images = self.__dict__["images"]
-        same = isinstance(given, Tensor) and given.dtype == images.dtype
-        if given is not images and not (same and torch.equal(given, images)):  # type: ignore[arg-type]
+        if given is not images and not (
+            isinstance(given, Tensor) and given.dtype == images.dtype and torch.equal(given, images)
+        ):
             raise UnsupportedModelError(
                 f"training_step gives {self._get_name()} other images than the batch holds. Change them before, in the "
                 "dataset or in the module's on_after_batch_transfer."
@@ -99,14 +92,11 @@ class _AlreadyDone(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
-        return tuple(None for _ in range(1 + ctx.number))
+        return (None,) * (1 + ctx.number)
 
 
 def already_done(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """Return a loss whose backward reaches ``parameters`` and adds nothing: their gradients are there already.
-
-    Reaching them is what makes DDP reduce the gradients that they have.
-    """
+    """Return a loss whose backward adds nothing to ``parameters``, but reaches them: so DDP reduces their gradients."""
     anything = loss.new_zeros(()).requires_grad_()  # something has to be differentiable, with one process too
     result: Tensor = _AlreadyDone.apply(loss, anything, *parameters)
     return result
