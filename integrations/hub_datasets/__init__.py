@@ -7,10 +7,9 @@ model = AutoModelForImageClassification.from_pretrained(name, id2label=data.id2l
 
 from entprop_wrap.integrations.hub_datasets.collating import collate, hf_collate
 from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError, to_rgb
-from entprop_wrap.integrations.hub_datasets.formats import ImageFormat, image_format
 from entprop_wrap.integrations.hub_datasets.image_datasets import InMemoryImages, LabelledImages, in_memory
 from entprop_wrap.integrations.hub_datasets.loading import ImageData, load_images
-from entprop_wrap.integrations.hub_datasets.transforms import eval_transform, train_transform
+from entprop_wrap.integrations.hub_datasets.transforms import ImageFormat, eval_transform, image_format, train_transform
 
 __all__ = [
     "BrokenImageError",

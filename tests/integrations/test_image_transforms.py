@@ -12,7 +12,6 @@ from torchvision.transforms import v2
 from entprop_wrap import PixelSpace
 from entprop_wrap.errors import ConfigurationError, ImageError
 from entprop_wrap.integrations.hub_datasets import (
-    ImageFormat,
     collate,
     eval_transform,
     hf_collate,
@@ -137,15 +136,6 @@ def test_eval_transform_does_what_the_processor_does(name, options):
 def test_processors_of_another_kind_are_refused(options):
     with pytest.raises(ConfigurationError, match="ImageFormat"):
         image_format(SimpleNamespace(**options))
-
-
-def test_format_of_a_timm_configuration():
-    config = {"input_size": (3, 224, 224), "crop_pct": 0.95, "interpolation": "bicubic", "mean": MEAN, "std": STD}
-    expected = ImageFormat((224, 224), 235, PixelSpace(MEAN, STD), v2.InterpolationMode.BICUBIC)
-    assert image_format(config) == expected
-    assert image_format(SimpleNamespace(pretrained_cfg=config)) == expected
-    with pytest.raises(ConfigurationError, match="3 channels"):
-        image_format(config | {"input_size": (1, 28, 28)})
 
 
 def samples(count: int = 4) -> list[tuple[torch.Tensor, int]]:
