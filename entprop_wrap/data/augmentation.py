@@ -38,25 +38,18 @@ def augmentation(name: str, *, sigma: float = 0.1) -> Callable[[Any], Any] | Non
     """
     from torchvision.transforms import v2
 
-    known: dict[str, Callable[[], Any]] = {
+    # Through floats, because older versions of torchvision know no other noise.
+    noise = [v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise(sigma=sigma), v2.ToDtype(torch.uint8, scale=True)]
+    known: dict[str, Callable[[], Callable[[Any], Any] | None]] = {
         "none": lambda: None,
         "trivialaugment": v2.TrivialAugmentWide,
         "randaugment": v2.RandAugment,
         "augmix": v2.AugMix,
-        # Through floats, because older versions of torchvision know no other noise.
-        "gaussian": lambda: v2.RandomApply(
-            [
-                v2.ToDtype(torch.float32, scale=True),
-                v2.GaussianNoise(sigma=sigma),
-                v2.ToDtype(torch.uint8, scale=True),
-            ],
-            p=0.5,
-        ),
+        "gaussian": lambda: v2.RandomApply(noise, p=0.5),
     }
     if name not in known:
         raise ConfigurationError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, found {name!r}.")
-    found: Callable[[Any], Any] | None = known[name]()
-    return found
+    return known[name]()
 
 
 class AugmentedImages(Dataset[tuple[Tensor, Any]]):

@@ -40,7 +40,8 @@ def images_and_labels(batch: Any, name: str = "The data") -> tuple[Tensor, Tenso
 
 def refuse_dataset(data: Any, name: str) -> None:
     """Raise :class:`DataError` unless ``data`` is a map-style dataset with something in it."""
-    if isinstance(data, IterableDataset) or not _has_rows(data):
+    single = getattr(data, "ndim", 1) == 0 or isinstance(data, type)
+    if isinstance(data, IterableDataset) or single or not all(hasattr(data, n) for n in ("__getitem__", "__len__")):
         raise DataError(
             f"{name}: expected a map-style dataset (with __len__ and __getitem__) or a DataLoader over one, found "
             f"{type(data).__name__}. Load a stream whole."
@@ -52,11 +53,6 @@ def refuse_dataset(data: Any, name: str) -> None:
         )
     if len(data) == 0:
         raise DataError(f"{name} is empty. Expected at least one batch.")
-
-
-def _has_rows(data: Any) -> bool:
-    single = getattr(data, "ndim", 1) == 0 or isinstance(data, type)
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not single
 
 
 def refuse_loader(loader: DataLoader[Any], name: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from entprop_wrap.errors import DataError
 __all__ = ["GrownImages", "collate", "form_of", "to_bytes", "without_augmentation"]
 
 
+@dataclass(frozen=True, eq=False)
 class GrownImages(Dataset[Any]):
     """Images in uint8, in samples of the form of other samples.
 
-    Args:
+    Attributes:
         images: ``(N, C, H, W)`` uint8.
         labels: ``(N,)`` or ``(N, C)``.
         space: Pixel space of the samples.
@@ -31,19 +32,13 @@ class GrownImages(Dataset[Any]):
         augment: Applied to an image whenever it is loaded; None: nothing is.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        space: PixelSpace,
-        *,
-        dtype: torch.dtype,
-        keys: tuple[Any, Any] | None,
-        plain_labels: bool,
-        augment: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        self.images, self.labels, self.space = images, labels, space
-        self.dtype, self.keys, self.plain_labels, self.augment = dtype, keys, plain_labels, augment
+    images: Tensor
+    labels: Tensor
+    space: PixelSpace
+    dtype: torch.dtype
+    keys: tuple[Any, Any] | None
+    plain_labels: bool
+    augment: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -69,10 +64,7 @@ def without_augmentation(dataset: Any) -> Any:
     refuse_dataset(dataset, "dataset")
     if isinstance(dataset, ConcatDataset):
         return ConcatDataset([without_augmentation(part) for part in dataset.datasets])
-    if isinstance(dataset, GrownImages):
-        dataset = copy.copy(dataset)
-        dataset.augment = None
-    return dataset
+    return replace(dataset, augment=None) if isinstance(dataset, GrownImages) else dataset
 
 
 def form_of(dataset: Any, space: PixelSpace) -> dict[str, Any]:
