@@ -7,7 +7,7 @@ Everything else stays the Trainer's: loss, accumulation, clipping, mixed precisi
 Checkpoints hold the plain model; the auxiliary copies are in ``entprop_auxiliary.safetensors`` beside it.
 """
 
-from entprop_wrap.integrations.hf_trainer.callback import EntPropCallback, EntPropTrainerMixin
+from entprop_wrap.integrations.hf_trainer.callback import EntPropCallback
 from entprop_wrap.integrations.hf_trainer.checkpoints import last_complete_checkpoint
 
-__all__ = ["EntPropCallback", "EntPropTrainerMixin", "last_complete_checkpoint"]
+__all__ = ["EntPropCallback", "last_complete_checkpoint"]

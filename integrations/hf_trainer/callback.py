@@ -1,8 +1,8 @@
 """The callback, and the Trainer that it makes of a Trainer.
 
 No event of the Trainer lies between the backward and the clipping of gradients, so a callback alone cannot add a pass.
-``EntPropCallback`` therefore gives the Trainer a class of its own: its former class, with ``EntPropTrainerMixin``
-before it. What the mixin overrides is all that differs.
+``EntPropCallback`` therefore gives the Trainer a class of its own: its former class, with ``EntPropMixin`` before it.
+What the mixin overrides is all that differs.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, IterableDataset
+from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerCallback
 
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.data.validation import check_takes_images
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer.checkpoints import PlainCheckpoints
-from entprop_wrap.integrations.hf_trainer.loss import TrainerLoss, images_name_of
+from entprop_wrap.integrations.hf_trainer.loss import TrainerLoss
 from entprop_wrap.methods import EntProp, FastAdvProp
 from entprop_wrap.methods.base import Method, check_method
 from entprop_wrap.methods.step_output import StepOutput
@@ -31,7 +31,7 @@ from entprop_wrap.wrapping.norm_layers import Selector
 from entprop_wrap.wrapping.optimizer import check_optimizer
 from entprop_wrap.wrapping.state_dict import auxiliary_names
 
-__all__ = ["EntPropCallback", "EntPropTrainerMixin"]
+__all__ = ["EntPropCallback"]
 
 
 class EntPropCallback(TrainerCallback):
@@ -50,7 +50,7 @@ class EntPropCallback(TrainerCallback):
 
     Raises:
         ConfigurationError: When the Trainer is built: there is no ``processing_class`` to read the pixel space from.
-            When training begins: the callback was added too late, or the columns with the images were removed.
+            When training begins: the callback was added too late.
         OptimizerMismatchError: The Trainer was given an optimizer that does not train the copies.
         UnsupportedModelError: DeepSpeed, FSDP, DataParallel, an optimizer that steps inside the backward; or a loss
             that is not a function of logits and labels.
@@ -70,7 +70,8 @@ class EntPropCallback(TrainerCallback):
         self.trainer: Any = None
         self.space: PixelSpace | None = None
         self.loss: TrainerLoss | None = None
-        self.means = _RunningMeans()
+        self.steps: list[dict[str, Tensor]] = []  # since the last log
+        self.checker: Any = None
 
     def set_trainer(self, trainer: Any) -> None:
         """Prepare ``trainer``, before its ``train()``: what ``Trainer(callbacks=[...])`` does by itself."""
@@ -88,10 +89,10 @@ class EntPropCallback(TrainerCallback):
         self.wrap(trainer.model, trainer.optimizer)
         _warn_of_dropout(trainer.model)
         self.trainer, trainer.entprop = trainer, self
-        if not isinstance(trainer, EntPropTrainerMixin):
+        if not isinstance(trainer, EntPropMixin):
             former = type(trainer)
             own = {"__module__": former.__module__, "__qualname__": former.__qualname__, "__doc__": former.__doc__}
-            trainer.__class__ = type(former.__name__, (EntPropTrainerMixin, former), own)
+            trainer.__class__ = type(former.__name__, (EntPropMixin, former), own)
 
     def wrap(self, model: nn.Module, optimizer: Any = None) -> nn.Module:
         """Wrap a model of the Trainer if the method needs it; an ``optimizer`` must train its copies."""
@@ -121,38 +122,39 @@ class EntPropCallback(TrainerCallback):
             raise ConfigurationError(
                 "The Trainer has another training_step as an attribute. Override it in a subclass of Trainer instead."
             )
-        _check_columns(trainer)
-        model: Any = trainer.model
-        if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in model.parameters()):
+        if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in trainer.model.parameters()):
             _refuse_optimizer("A hook on the parameters' gradients")
         if self.method.auxiliaries:
-            check_optimizer(model, trainer.optimizer)
-        self.loss = TrainerLoss(trainer, super(EntPropTrainerMixin, trainer).training_step)  # type: ignore[misc]
-        self.means = _RunningMeans()
+            check_optimizer(trainer.model, trainer.optimizer)
+        self.loss = TrainerLoss(trainer, super(EntPropMixin, trainer).training_step)  # type: ignore[misc]
+        self.steps, self.checker = [], None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the Trainer its training step back."""
         self.loss = None
 
+    def add(self, output: StepOutput) -> None:
+        """Keep what the next log shows of a step, on the device."""
+        self.steps.append({name: value for name, value in output.scalars().items() if name != "loss"})
+        self.checker = output.checker
 
-class EntPropTrainerMixin(PlainCheckpoints):
-    """The same as a part of your own Trainer: ``class MyTrainer(EntPropTrainerMixin, Trainer)``.
+    def pop_means(self, accelerator: Any) -> dict[str, float]:
+        """Return means over the steps since the last log and all processes; raise what was found in their batches."""
+        steps, self.steps = self.steps, []
+        if self.checker is not None:
+            self.checker.raise_pending()
+        if not steps:
+            return {}
+        names = list(dict.fromkeys(name for step in steps for name in step))
+        values = [torch.stack([step[name].float() for step in steps if name in step]).mean() for name in names]
+        means = accelerator.gather(torch.stack(values)[None]).mean(0)
+        return dict(zip(names, means.tolist(), strict=True))
 
-        trainer = MyTrainer(..., entprop=EntPropCallback(EntProp(fraction=0.2)))
 
-    Args:
-        entprop: The callback with its options; None: ``EntPropCallback()``.
-        args: As the Trainer takes them.
-        kwargs: As the Trainer takes them.
-    """
+class EntPropMixin(PlainCheckpoints):
+    """What a Trainer does otherwise once it has an :class:`EntPropCallback`."""
 
     entprop: EntPropCallback
-
-    def __init__(self, *args: Any, entprop: EntPropCallback | None = None, **kwargs: Any) -> None:
-        self.entprop = EntPropCallback() if entprop is None else entprop
-        super().__init__(*args, **kwargs)
-        self.entprop.set_trainer(self)
-        self.add_callback(self.entprop)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a new model, wrapped."""
@@ -173,17 +175,16 @@ class EntPropTrainerMixin(PlainCheckpoints):
         # FastAdvProp trains two parts of a batch, each of at least two images; all others need two images.
         least = 4 if isinstance(self.entprop.method, FastAdvProp) else 2
         sampler = getattr(loader, "batch_sampler", None)
-        stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
-        if stream or type(sampler) is not BatchSampler or sampler.drop_last or not hasattr(sampler.sampler, "__len__"):
+        if type(sampler) is not BatchSampler or sampler.drop_last or not hasattr(sampler.sampler, "__len__"):
             return loader
-        number = len(sampler.sampler)  # type: ignore[arg-type]
-        if 0 < (rest := number % sampler.batch_size) < least <= sampler.batch_size and rest != number:
+        number, size = len(sampler.sampler), sampler.batch_size  # type: ignore[arg-type]
+        if 0 < (rest := number % size) < least <= size < number:
             sampler.drop_last = True  # the loader's length follows, and all that the Trainer computes from it
             if self.is_local_process_zero():
                 warnings.warn(
-                    f"{number} training images in batches of {sampler.batch_size} leave a last batch of {rest}, too "
-                    f"small for {type(self.entprop.method).__name__}: it is left out of every epoch, which has "
-                    f"{len(sampler)} batches then. Another per_device_train_batch_size leaves no such rest.",
+                    f"{number} training images in batches of {size} leave a last batch of {rest}, too small for "
+                    f"{type(self.entprop.method).__name__}: it is left out of every epoch, which has {len(sampler)} "
+                    "batches then. Another per_device_train_batch_size leaves no such rest.",
                     stacklevel=2,
                 )
         return loader
@@ -206,42 +207,15 @@ class EntPropTrainerMixin(PlainCheckpoints):
             loss=loss.mean,
             backward=loss.backward,
         )
-        self.entprop.means.add(output)
+        self.entprop.add(output)
         minimised: Tensor = output.loss * loss.weight()
         return minimised
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log both losses and entropies beside the training loss."""
         if "loss" in logs:
-            logs = {**logs, **self.entprop.means.pop(self.accelerator)}
+            logs = {**logs, **self.entprop.pop_means(self.accelerator)}
         super().log(logs, *args, **kwargs)
-
-
-class _RunningMeans:
-    """Means over the steps since the last log, gathered on the device in float32 (MPS has no float64)."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, Tensor] = {}
-        self.steps = 0
-        self.checker: Any = None
-
-    def add(self, output: StepOutput) -> None:
-        values = {"main_loss": output.main_loss, "main_entropy": output.entropy.mean()}
-        if output.aux_loss is not None and output.aux_entropy is not None:
-            values |= {"aux_loss": output.aux_loss, "aux_entropy": output.aux_entropy.mean()}
-        self.totals = {name: self.totals.get(name, 0) + value.float() for name, value in values.items()}
-        self.steps, self.checker = self.steps + 1, output.checker
-
-    def pop(self, accelerator: Any) -> dict[str, float]:
-        """Return the means over all processes, and begin anew; raise what the device has found in the batches."""
-        totals, steps, checker = self.totals, self.steps, self.checker
-        self.__init__()  # type: ignore[misc]
-        if checker is not None:
-            checker.raise_pending()
-        if not steps:
-            return {}
-        means = accelerator.gather(torch.stack(list(totals.values()))[None] / steps).mean(0)
-        return dict(zip(totals, means.tolist(), strict=True))
 
 
 def _trainer_being_built(callback: EntPropCallback) -> Any:
@@ -291,15 +265,3 @@ def _warn_of_dropout(model: nn.Module) -> None:
                 f"log(classes). Write model.get_submodule({name!r}).p = 0.2, for example.",
                 stacklevel=2,
             )
-
-
-def _check_columns(trainer: Any) -> None:
-    """Raise :class:`ConfigurationError` if the Trainer removes the columns that the images are made of."""
-    # The Trainer drops columns by the model's signature before a lazy transform has made pixel_values of them.
-    columns: list[str] = getattr(trainer.train_dataset, "column_names", None) or []
-    lazy = (getattr(trainer.train_dataset, "format", None) or {}).get("type") == "custom" if columns else False
-    if trainer.args.remove_unused_columns and lazy and (name := images_name_of(trainer.model)) not in columns:
-        raise ConfigurationError(
-            f"The dataset's transform makes {name!r} of its columns {', '.join(map(repr, columns))}, which the Trainer "
-            "removes. Write TrainingArguments(..., remove_unused_columns=False)."
-        )

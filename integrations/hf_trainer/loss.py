@@ -59,12 +59,9 @@ class TrainerLoss:
         images, self.labels, constants = _split(inputs, self.images_name, self.labels_name)
         self.inputs, self.items = inputs, items
         self.factor: Tensor | None = None
-        own = self.own_loss
-        if own is not None:
-            takes_labels = _takes(plain_model(model), self.labels_name) and not self.labels.is_floating_point()
-            own.labels = self.labels.long() if takes_labels and self.labels.ndim == 1 and not own.known else None
-            own.items = items
-        self.model = _ModelOnImages(model, self.images_name, constants, own, check_heads=not self.checked)
+        if self.own_loss is not None:
+            self.own_loss.prepare(self.labels, items, _takes(plain_model(model), self.labels_name))
+        self.model = _ModelOnImages(model, self.images_name, constants, self.own_loss, check_heads=not self.checked)
         return self.model.train(), images, self.labels
 
     @mean_by_construction  # and may keep count of its calls
@@ -130,11 +127,10 @@ class TrainerLoss:
         except EntPropError:
             raise
         except Exception as error:
-            self._check_label_type(error)
             raise UnsupportedModelError(
-                "The Trainer's loss could not be computed from logits and labels alone "
-                f"({type(error).__name__}: {error}). Expected compute_loss() or compute_loss_func to use nothing else "
-                "of the model's output."
+                f"The Trainer's loss could not be computed from logits and {self.labels.dtype} labels alone "
+                f"({type(error).__name__}: {error}). Expected compute_loss() or compute_loss_func to use nothing else, "
+                "and class indices to be int64."
             ) from error
         if through is None or stand_in.calls != 1:
             raise UnsupportedModelError(
@@ -152,47 +148,33 @@ class TrainerLoss:
             self.own_loss.check(type(plain_model(self.model._orig_mod)).__name__, self.labels)
         self.checked = True
 
-    def _check_label_type(self, error: Exception) -> None:
-        """Raise :class:`LabelError` if the labels are of a kind on which the Trainer's loss fails."""
-        found = f"The batch's {self.labels_name!r} are {self.labels.dtype} of shape {tuple(self.labels.shape)}"
-        if self.labels.is_floating_point() and self.trainer.label_smoother is not None:
-            raise LabelError(
-                f"{found}: soft labels, while the Trainer's label smoothing takes class indices. Write "
-                f"TrainingArguments(label_smoothing_factor=0). {_FIX}"
-            ) from error
-        if not self.labels.is_floating_point() and self.labels.dtype != torch.int64:
-            raise LabelError(
-                f"{found}, expected class indices as int64: write batch[{self.labels_name!r}].long() in the collator."
-            ) from error
-
 
 class _ModelsOwnLoss:
-    """Compares the loss that a model computes itself with cross-entropy, on the first batches.
-
-    Attributes:
-        labels: Class indices to give to the model in its next pass; None: do not look.
-        items: ``num_items_in_batch`` of the micro-batch.
-        by_items: Whether the model divides the sum of its losses by ``num_items_in_batch``, rather than averaging.
-        found: Loss and cross-entropy of the last batch, if they did not fit together.
-        known: Whether enough was seen to tell the loss from its relatives.
-    """
+    """Compares the loss that a model computes itself with cross-entropy, on the first batches."""
 
     def __init__(self, trainer: Any, labels_name: str) -> None:
-        self.labels_name, self.items = labels_name, None
-        self.labels: Tensor | None = None
+        self.labels_name = labels_name
+        self.labels: Tensor | None = None  # class indices to give to the model in its next pass; None: do not look
+        self.items: Any = None  # num_items_in_batch of the micro-batch, if the model takes it
         self.passes_items: bool = trainer.model_accepts_loss_kwargs
         # Without accumulation, and in one process, both ways to divide are the same.
         processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
         self.groups: bool = trainer.args.gradient_accumulation_steps * processes > 1
         self.tolerance = 1e-4 if trainer.accelerator.mixed_precision == "no" else 1e-2
-        self.by_items = self.known = self.seen = False
-        self.found: tuple[float, float] | None = None
+        self.by_items = False  # whether the model divides the sum of its losses by items, rather than averaging
+        self.known = False  # whether enough was seen to tell the loss from its relatives
+        self.seen = False
+        self.found: tuple[float, float] | None = None  # loss and cross-entropy of a batch where they do not fit
+
+    def prepare(self, labels: Tensor, items: Any, takes_labels: bool) -> None:
+        """Take a micro-batch, to be looked at if the model takes its labels, and is not known."""
+        look = takes_labels and not self.known and labels.ndim == 1 and not labels.is_floating_point()
+        self.labels = labels.long() if look else None
+        self.items = items if self.passes_items else None
 
     def inputs(self, number: int) -> dict[str, Any]:
         """Return what the model needs to compute a loss on ``number`` images; which images does not matter."""
-        items: dict[str, Any] = (
-            {"num_items_in_batch": self.items} if self.passes_items and self.items is not None else {}
-        )
+        items = {} if self.items is None else {"num_items_in_batch": self.items}
         return {self.labels_name: self._labels(number), **items}
 
     def _labels(self, number: int) -> Tensor:
@@ -207,7 +189,7 @@ class _ModelsOwnLoss:
         logits = logits.detach().float()
         value, expected = loss.item(), F.cross_entropy(logits, self._labels(len(logits))).item()
         tolerance = self.tolerance if loss.dtype in (torch.float32, torch.float64) else 1e-2
-        share = len(logits) / int(self.items) if self.passes_items and self.items is not None else 1.0
+        share = 1.0 if self.items is None else len(logits) / int(self.items)
         ways = [math.isclose(value, expected * factor, rel_tol=tolerance, abs_tol=1e-6) for factor in (1.0, share)]
         self.seen, self.found = True, None if any(ways) else (value, expected)
         self.by_items = not ways[0] and ways[1]
@@ -232,11 +214,7 @@ class _ModelsOwnLoss:
 
 
 class _ModelOnImages(nn.Module):
-    """The Trainer's (prepared) model as the step calls it: images in, output with logits out.
-
-    It holds the model under the name that compiled modules use, so that everything that looks for the plain model or
-    for DDP inside a container finds it.
-    """
+    """The Trainer's (prepared) model as the step calls it: images in, output with logits out."""
 
     def __init__(
         self,
@@ -247,41 +225,34 @@ class _ModelOnImages(nn.Module):
         check_heads: bool,
     ) -> None:
         super().__init__()
-        self._orig_mod = model
+        self._orig_mod = model  # the name that compiled modules use: whatever looks for the plain model or DDP finds it
         self.images_name, self.constants, self.own_loss = images_name, constants, own_loss
         self.check_heads = check_heads
 
     def forward(self, images: Tensor) -> Any:
         """Return the model's output for ``images``, without heads that the Trainer's loss would not train."""
-        output = self._run(images)
+        inputs, own = {self.images_name: images, **self.constants}, self.own_loss
+        self.own_loss = None  # the first pass also shows the model's own loss
+        if own is None or own.labels is None:
+            output = self._orig_mod(**inputs)
+        else:
+            try:
+                output = self._orig_mod(**inputs, **own.inputs(len(images)))
+            except IndexError:  # of a loss on labels that do not fit; the step finds the logits, and says so
+                return self._orig_mod(**inputs)
+            own.see(output)
         if self.check_heads and torch.is_grad_enabled() and isinstance(raw_logits(output), Tensor):
             refuse_idle_heads(output, _HEADS)
         return output
 
-    def _run(self, images: Tensor) -> Any:
-        # The first pass also shows the model's own loss.
-        inputs = {self.images_name: images, **self.constants}
-        own, self.own_loss = self.own_loss, None
-        if own is None or own.labels is None:
-            return self._orig_mod(**inputs)
-        try:
-            output = self._orig_mod(**inputs, **own.inputs(len(images)))
-        except IndexError:  # of a loss on labels that do not fit; the step finds the logits, and says so
-            return self._orig_mod(**inputs)
-        own.see(output)
-        return output
-
 
 class _Logits(StandIn):
-    """Stands in for the model while the Trainer computes a loss: it returns ``logits``, whatever goes in.
-
-    ``own_loss`` is the loss that the model would have computed itself, if it was given labels.
-    """
+    """Stands in for the model while the Trainer computes a loss: it returns ``logits``, whatever goes in."""
 
     def __init__(self, model: nn.Module, logits: Tensor, labels_name: str, by_items: bool) -> None:
         super().__init__(model)
         self.logits, self.labels_name, self.by_items = logits, labels_name, by_items
-        self.own_loss: Tensor | None = None
+        self.own_loss: Tensor | None = None  # that the model would have computed itself, given labels
 
     def forward(self, *args: Any, **inputs: Any) -> ImageClassifierOutput:
         """Return the logits, and the model's own kind of loss if there are labels."""

@@ -114,7 +114,7 @@ def test_runs_that_are_killed_resume_bit_for_bit(finished, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     moments = random.Random(1)
-    for number in range(4):
+    for number in range(2):
         folder = tmp_path / str(number)
         process = context.Process(target=run, args=(folder,))
         process.start()

@@ -36,7 +36,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("ResNet", None), ("ViT", None), ("Beit", None), ("ResNet", LAGGED), ("ViT", LAGGED)],
+    [("ResNet", None), ("ViT", None), ("ResNet", LAGGED)],
 )
 def test_checkpoints_are_plain_and_resume_is_bit_for_bit(name, method, tmp_path):
     whole, _, _ = train(build(name), callback(method), tmp_path / "whole", **OPTIONS)
@@ -47,7 +47,9 @@ def test_checkpoints_are_plain_and_resume_is_bit_for_bit(name, method, tmp_path)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
 
-    trainer = make_trainer(tmp_path / "b", model=name, callbacks=[callback(method)], **OPTIONS)
+    trainer = make_trainer(
+        tmp_path / "b", model=name, callbacks=[callback(method)], **{**OPTIONS, "save_strategy": "no"}
+    )
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert_same(trainer.model.state_dict(), whole.model.state_dict())
     copies, main = auxiliary_state_dict(trainer.model), main_state_dict(trainer.model)
@@ -78,7 +80,7 @@ def test_the_best_model_comes_back_with_its_copies(tmp_path):
     assert_same(trainer.model.state_dict(), states[1])
 
 
-def test_a_second_train_goes_on(tmp_path):
+def test_a_second_train_continues(tmp_path):
     trainer, _, gradients = train(build("ResNet"), callback(), tmp_path, max_steps=2)
     before = {n: v.clone() for n, v in auxiliary_state_dict(trainer.model).items()}
     assert "training_step" not in vars(trainer)
@@ -104,7 +106,7 @@ def test_another_method_does_not_resume_unnoticed(tmp_path):
     checkpoint = tmp_path / "checkpoint-2"
 
     def resume(method):
-        options = {**OPTIONS, "max_steps": 3}
+        options = {**OPTIONS, "max_steps": 3, "save_strategy": "no"}
         trainer = make_trainer(tmp_path / "b", model="ResNet", callbacks=[callback(method)], **options)
         trainer.train(resume_from_checkpoint=str(checkpoint))
         assert trainer.state.global_step == 3

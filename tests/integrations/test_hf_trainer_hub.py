@@ -92,8 +92,7 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("name", ["ResNet", "ViT"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("strategy", "name"), [*((one, "ResNet") for one in STRATEGIES), ("checkpoint", "ViT")])
 def test_what_is_pushed_is_plain(strategy, name, hub, tmp_path):
     trainer = make(tmp_path / "run", name, hub_strategy=strategy, hub_always_push=True)
     trainer.train()

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from transformers import Trainer, ViTImageProcessor
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from entprop_wrap import EntProp, PixelSpace, wrap
+from entprop_wrap import EntProp, PixelSpace, training_step, wrap
 from entprop_wrap.errors import (
     ConfigurationError,
     LabelError,
     OptimizerMismatchError,
     UnsupportedModelError,
 )
-from entprop_wrap.integrations.hf_trainer import EntPropCallback, EntPropTrainerMixin
+from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.methods import Vanilla
 from tests.helpers.every_method import METHODS, check_none_is_missing, named
 from tests.integrations.hf_trainer_reference import (
@@ -90,21 +90,6 @@ def test_a_callback_added_late(tmp_path):
     assert any("entprop_aux" in name for name in recorded.steps[0])
 
 
-def test_a_lazy_transform_and_remove_unused_columns(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    data = datasets.Dataset.from_dict({"image": list(range(8)), "labels": [i % 5 for i in range(8)]})
-    pixels = samples(8)
-
-    def transform(batch):
-        return {"pixel_values": [pixels[i]["pixel_values"] for i in batch["image"]], "labels": batch["labels"]}
-
-    data.set_transform(transform)
-    trainer = make(tmp_path, data=data, callbacks=[callback()])
-    with pytest.raises(ConfigurationError, match="remove_unused_columns=False"):
-        trainer.train()
-    make(tmp_path, data=data, callbacks=[callback()], remove_unused_columns=False).train()
-
-
 def test_a_batch_without_labels_or_with_other_tensors(tmp_path):
     no_labels = [{"pixel_values": sample["pixel_values"]} for sample in samples()]
     with pytest.raises(ConfigurationError, match="no 'labels'"):
@@ -134,20 +119,6 @@ def test_logs_carry_both_losses_and_entropies(tmp_path):
         assert 0 < log["aux_entropy"] < 2
         assert 0 < log["main_entropy"] < 2
         assert log["loss"] == pytest.approx(log["main_loss"] + 0.5 * log["aux_loss"], abs=2e-4)
-
-
-class WithMixin(EntPropTrainerMixin, Trainer):
-    pass
-
-
-def test_the_mixin_does_what_the_callback_does(tmp_path):
-    results = []
-    for trainer_class, options in ((Trainer, {"callbacks": [callback()]}), (WithMixin, {"entprop": callback()})):
-        trainer = make(tmp_path, trainer_class, **options)
-        trainer.train()
-        results.append(trainer.model.state_dict())
-    for key, value in results[0].items():
-        assert torch.equal(results[1][key], value)
 
 
 class Weighted(Trainer):
@@ -188,19 +159,11 @@ def test_a_compute_loss_of_anything_else_is_refused(trainer_class, tmp_path):
         make(tmp_path, trainer_class, callbacks=[callback()]).train()
 
 
-def focal(logits, labels):
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    return ((1 - (-losses).exp()) ** 2 * losses).mean()
-
-
 OTHER_LOSSES = {
     "smoothed": lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1),
     "with entropy": lambda x, y: F.cross_entropy(x, y) + 0.1 * (x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean(),
-    "focal": focal,
     "weighted": lambda x, y: F.cross_entropy(x, y, weight=torch.arange(1.0, 6.0), reduction="sum") / len(y),
-    "shifted": lambda x, y: F.cross_entropy(x, y) + 0.5,
     "summed": lambda x, y: F.cross_entropy(x, y, reduction="sum"),
-    "doubled": lambda x, y: 2 * F.cross_entropy(x, y),
 }
 
 
@@ -293,11 +256,8 @@ def test_soft_labels_need_a_loss_for_them(tmp_path):
 
 
 def test_labels_of_a_wrong_type_are_named(tmp_path):
-    soft = [{**s, "labels": torch.full((5,), 0.2)} for s in samples()]
-    with pytest.raises(LabelError, match=r"soft labels, while the Trainer's label smoothing.*label_smoothing_factor=0"):
-        make(tmp_path, data=soft, callbacks=[callback()], label_smoothing_factor=0.1).train()
     narrow = [{**s, "labels": torch.tensor(s["labels"], dtype=torch.int32)} for s in samples()]
-    with pytest.raises(LabelError, match=r"'labels' are torch.int32 of shape \(4,\).*long\(\)"):
+    with pytest.raises(UnsupportedModelError, match=r"torch\.int32 labels .*class indices to be int64"):
         make(tmp_path, data=narrow, callbacks=[callback()]).train()
 
 
@@ -305,12 +265,10 @@ def test_no_method_is_missing():
     check_none_is_missing()
 
 
-@pytest.mark.parametrize(("name", "accumulate"), [("ViT", 1), ("ResNet", 1), ("ConvNext", 2)])
+@pytest.mark.parametrize(("name", "accumulate"), [("ResNet", 1), ("ConvNext", 2)])
 @pytest.mark.parametrize("method", [*METHODS, EntProp(fraction=0.5, lagged=True)], ids=named)
 def test_every_method_trains_as_in_a_loop_of_its_own(method, name, accumulate, tmp_path):
     """One step, where the Trainer's loss is the mean of plain cross-entropy over the batches of the step."""
-    from entprop_wrap import training_step
-
     torch.manual_seed(5)
     draws = torch.get_rng_state()
     collator = RecordBatches()

@@ -68,12 +68,30 @@ def assert_close(found, expected, what):
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5 * max(size, 1e-3), msg=f"{what} {name}")
 
 
+def by_outputs(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs.logits, labels)
+
+
+def trainer_of(name, folder, model, **options):
+    images, labels = batch(name)
+    recorded = RecordGradients()
+    trainer = Trainer(
+        model=model,
+        args=arguments(folder, max_steps=1, per_device_train_batch_size=BATCH, data_seed=0, **options),
+        train_dataset=[{"pixel_values": x, "labels": int(y)} for x, y in zip(images, labels, strict=True)],
+        callbacks=[EntPropCallback(METHOD, pixel_space=entprop.PixelSpace()), recorded],
+        compute_loss_func=by_outputs if name in NO_LOSS else None,
+    )
+    return trainer, recorded
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_is_that_of_two_models_that_share_weights(name):
+def test_a_step_is_that_of_two_models_that_share_weights_in_the_trainer_too(name, tmp_path):
     plain = build_tiny(name)
     keys = list(plain.state_dict())
     model = entprop.wrap(copy.deepcopy(plain))
     perturb(model)  # equal copies would hide every error
+    in_trainer = copy.deepcopy(model)
     copies = auxiliary_tensors(model)
     images, labels = batch(name)
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
@@ -93,41 +111,17 @@ def test_a_step_is_that_of_two_models_that_share_weights(name):
         assert_close(ours, theirs, what)
     assert any(gradient is not None and gradient.any() for gradient in found[1].values())
 
+    trainer, recorded = trainer_of(name, tmp_path, in_trainer, remove_unused_columns=name not in NO_LOSS)
+    trainer.train()
+    assert sum("main_loss" in log for log in trainer.state.log_history) == 1
+    assert worst(recorded.steps, [{n: p.grad for n, p in parameters.items() if p.grad is not None}]) < 1e-3
+
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     moved = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
     assert moved <= {key for key, value in parameters.items() if value.grad is not None and value.grad.any()}
     assert any(map(is_auxiliary_key, moved))
     assert all(bool(value.isfinite().all()) for value in parameters.values())
     assert list(entprop.unwrap(model).state_dict()) == keys
-
-
-def by_outputs(outputs, labels, num_items_in_batch=None):
-    return F.cross_entropy(outputs.logits, labels)
-
-
-def trainer_of(name, folder, model, **options):
-    images, labels = batch(name)
-    recorded = RecordGradients()
-    trainer = Trainer(
-        model=model,
-        args=arguments(folder, max_steps=1, per_device_train_batch_size=BATCH, data_seed=0, **options),
-        train_dataset=[{"pixel_values": x, "labels": int(y)} for x, y in zip(images, labels, strict=True)],
-        callbacks=[EntPropCallback(METHOD, pixel_space=entprop.PixelSpace()), recorded],
-        compute_loss_func=by_outputs if name in NO_LOSS else None,
-    )
-    return trainer, recorded
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_trainer_does_the_same_step(name, tmp_path):
-    trainer, recorded = trainer_of(name, tmp_path, build_tiny(name), remove_unused_columns=name not in NO_LOSS)
-    trainer.train()
-    assert sum("main_loss" in log for log in trainer.state.log_history) == 1
-    model = entprop.wrap(build_tiny(name))
-    (order,) = trainer.get_train_dataloader()
-    entprop.training_step(model, order["pixel_values"], order["labels"], method=METHOD)
-    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert worst(recorded.steps, [expected]) < 1e-3
 
 
 @pytest.mark.parametrize("name", sorted(NO_LOSS & set(KINDS)))
