@@ -16,7 +16,7 @@ from entprop_wrap.integrations.hf_trainer import EntPropCallback, last_complete_
 from tests.integrations.hf_trainer_reference import SPACE, make_trainer
 
 FILE = "entprop_auxiliary.safetensors"
-STEPS = 6
+STEPS = 4
 
 
 def make(folder, **options):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch.func import functional_call
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 import entprop_wrap as entprop
@@ -82,6 +83,7 @@ def trainer_of(name, folder, model, **options):
         callbacks=[EntPropCallback(METHOD, pixel_space=entprop.PixelSpace()), recorded],
         compute_loss_func=by_outputs if name in NO_LOSS else None,
     )
+    trainer._get_train_sampler = lambda *args: SequentialSampler(images)
     return trainer, recorded
 
 

@@ -190,7 +190,7 @@ def make_trainer(model, folder, callback=None, collator=None, recorded=None, **o
     )
 
 
-@TABLE
+@pytest.mark.parametrize(("way", "name"), [("peft first", "ViT"), ("wrapped first", "ResNet"), ("norms saved", "ViT")])
 def test_the_trainer_saves_plain_adapters_and_resumes_bit_for_bit(way, name, tmp_path):
     options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     collator, recorded = RecordBatches(), RecordGradients()
