@@ -1,4 +1,4 @@
-"""Starting Python anew, alone or as two gloo processes."""
+"""A module run as two gloo processes."""
 
 import os
 import subprocess
@@ -8,19 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def python(module, *arguments):
-    """Run ``python -m module arguments`` to its end."""
-    return _run([sys.executable, "-m", module, *map(str, arguments)])
-
-
 def torchrun(logs, module, *arguments):
     """Run a module as two processes on the CPU; ``logs`` is a folder for the launcher's own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--log-dir={logs}"]
-    return _run([sys.executable, *launcher, "-m", module, *map(str, arguments)])
-
-
-def _run(command):
+    command = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-    return done.stdout

@@ -52,13 +52,6 @@ def resumable(folder, *, workers=0, stop_after=None):
     )
 
 
-def resume(*folders):
-    for folder in folders:
-        # Whatever the new process has done with its random numbers before must not matter.
-        torch.rand(17)
-        resumable(folder, workers=int(folder.endswith("workers"))).fit(resume=True)
-
-
 LAGGED = {
     "plain": {},
     "accumulated": {"gradient_accumulation_steps": 2, "ema_decay": 0.8, "channels_last": True},

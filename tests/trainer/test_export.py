@@ -1,30 +1,29 @@
-"""What fit() leaves in model/ loads without this package, in another process."""
+"""What fit() leaves in model/ is a plain model, which loads without this package."""
 
 import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 
 import entprop_wrap as entprop
 from entprop_wrap.trainer.export import save_weights
-from tests.helpers.launch import python
 from tests.helpers.trainer_toys import BatchNormNet, Images, make, tiny_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
 
 
-@pytest.fixture
-def images(tmp_path):
+def test_exports_load_as_the_plain_model(tmp_path):
+    def load_plain(folder):
+        plain = make(BatchNormNet)
+        plain.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+        return plain
+
     images = torch.rand(4, 3, 8, 8)
-    torch.save(images, tmp_path / "images.pt")
-    return images
-
-
-def test_exports_load_without_the_package(tmp_path, images):
-    expected = {}
-    for name, model in (("plain", make(BatchNormNet)), ("vit", tiny_vit())):
+    load_hub = transformers.AutoModelForImageClassification.from_pretrained
+    for name, model, load in (("plain", make(BatchNormNet), load_plain), ("vit", tiny_vit(), load_hub)):
         keys = list(model.state_dict())
         config = entprop.TrainerConfig(epochs=1, batch_size=20, output_dir=tmp_path / name, progress=False)
         entprop.Trainer(model, Images(), config=config).fit()
@@ -32,12 +31,9 @@ def test_exports_load_without_the_package(tmp_path, images):
         assert entprop.unwrap(model) is model
         assert list(model.state_dict()) == keys
         with torch.no_grad():
-            output = model.eval()(images)
-            expected[name] = output if name == "plain" else output.logits
-    python("tests.trainer.programs_without_package", tmp_path)
-    found = torch.load(tmp_path / "logits.pt")
-    assert torch.equal(found["plain"], expected["plain"])
-    torch.testing.assert_close(found["vit"], expected["vit"])
+            outputs = [part.eval()(images) for part in (model, load(tmp_path / name / "model"))]
+        expected, found = (getattr(output, "logits", output) for output in outputs)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0 if name == "plain" else 1e-6)
     assert json.loads((tmp_path / "vit/model/config.json").read_text())["architectures"] == [
         "ViTForImageClassification"
     ]
