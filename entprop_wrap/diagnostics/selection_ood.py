@@ -15,9 +15,8 @@ from entprop_wrap.diagnostics.method_stages import batches_of, logits_in, observ
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.uncertainty import entropy, least_confidence
 from entprop_wrap.methods.base import Method
-from entprop_wrap.robustness.corruptions import corrupt
+from entprop_wrap.robustness.corruptions import conditions_of
 from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
-from entprop_wrap.robustness.protocol import conditions_of
 from entprop_wrap.robustness.result import markdown_table
 from entprop_wrap.utils.options import check_seed, shown
 from entprop_wrap.utils.statistics import Interval, Result, bootstrap
@@ -117,7 +116,7 @@ def selection_ood(
         ConfigurationError: The method selects everything, and what :func:`entropy_stages` raises.
     """
     space, seed = space_of(pixel_space), check_seed(seed)
-    conditions = [] if ood is not None else conditions_of(corruptions, severities)
+    conditions = {} if ood is not None else conditions_of(corruptions, severities)
     groups: dict[str, list[Tensor]] = {"random": [], "selected": [], "perturbed": [], "rest": [], "ood": []}
     draws = torch.Generator().manual_seed(seed)
     with observing(model, data, method, space, max_images, seed, progress, "Selection") as (_, batches):
@@ -134,7 +133,7 @@ def selection_ood(
                 groups[name].append(logits.double().cpu())
             if conditions:
                 pixels = to_pixels(stages.images["clean"], space)
-                versions = [corrupt(pixels, name, severity, draws) for name, severity in conditions]
+                versions = [corrupt(pixels, severity, draws) for (_, severity), corrupt in conditions.items()]
                 found = [logits_in(model, to_images(version, space)) for version in versions]
                 groups["ood"].append(torch.cat(found).double().cpu())
         if ood is not None:

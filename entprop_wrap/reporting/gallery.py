@@ -13,7 +13,7 @@ from torch import Tensor
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ImageError
 from entprop_wrap.reporting.formatting import corruption_name
-from entprop_wrap.robustness import RobustnessResult, corrupt
+from entprop_wrap.robustness import SUITES, RobustnessResult, corrupt
 from entprop_wrap.robustness.pixels import check_batch, to_pixels
 
 __all__ = ["gallery_of"]
@@ -34,7 +34,8 @@ def gallery_of(images: Any, space: PixelSpace, result: RobustnessResult) -> tupl
     if len(severities) > 3:
         severities = (severities[0], severities[len(severities) // 2], severities[-1])
     rows = []
-    for number, name in enumerate(result.corruptions):
+    known = [name for name in result.corruptions if any(name in suite for suite in SUITES.values())]
+    for number, name in enumerate(known):
         example, shown = pixels[number % len(pixels)][None], corruption_name(name)
         pictures = [_picture(example, f"Example without {shown}", "as it is")]
         for severity in severities:

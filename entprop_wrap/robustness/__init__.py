@@ -3,7 +3,7 @@
 from entprop_wrap.robustness.attacks import FGSM, PGD, Attack, Transfer
 from entprop_wrap.robustness.autoattack import AutoAttack
 from entprop_wrap.robustness.comparison import Comparison, Estimate, compare
-from entprop_wrap.robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, SUITES, corrupt
+from entprop_wrap.robustness.corruptions import CORRUPTIONS, SUITES, corrupt, corruption
 from entprop_wrap.robustness.curves import accuracy_against_epsilon
 from entprop_wrap.robustness.evaluation import evaluate_robustness
 from entprop_wrap.robustness.result import RobustnessResult
@@ -11,7 +11,6 @@ from entprop_wrap.robustness.scores import Scores, hscore
 
 __all__ = [
     "CORRUPTIONS",
-    "EXTRA_CORRUPTIONS",
     "FGSM",
     "PGD",
     "SUITES",
@@ -25,6 +24,7 @@ __all__ = [
     "accuracy_against_epsilon",
     "compare",
     "corrupt",
+    "corruption",
     "evaluate_robustness",
     "hscore",
 ]

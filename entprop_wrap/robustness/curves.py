@@ -12,10 +12,10 @@ from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import attacks
 from entprop_wrap.robustness.attacks import PGD, Transfer, attacked, check_attack
+from entprop_wrap.robustness.corruptions.random import Streams
 from entprop_wrap.robustness.distributed import ShardedData
 from entprop_wrap.robustness.evaluated_model import EvaluatedModel, check_state
 from entprop_wrap.robustness.pixels import space_of
-from entprop_wrap.robustness.streams import Streams
 from entprop_wrap.utils.options import check_flag, check_number, check_seed, check_sequence, shown
 
 __all__ = ["accuracy_against_epsilon"]

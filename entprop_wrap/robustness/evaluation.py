@@ -11,13 +11,12 @@ from tqdm.auto import tqdm
 
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.robustness.attacks import Attack, attacked, check_attacks
-from entprop_wrap.robustness.corruptions import corrupt
+from entprop_wrap.robustness.corruptions import Corruption, conditions_of
+from entprop_wrap.robustness.corruptions.random import Streams
 from entprop_wrap.robustness.distributed import Batch, ShardedData
 from entprop_wrap.robustness.evaluated_model import Condition, EvaluatedModel, device_of, evaluated_models
 from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
-from entprop_wrap.robustness.protocol import conditions_of
 from entprop_wrap.robustness.result import RobustnessResult
-from entprop_wrap.robustness.streams import Streams
 from entprop_wrap.utils.options import check_flag, check_mapping, check_seed
 
 __all__ = ["evaluate_robustness"]
@@ -41,7 +40,7 @@ def evaluate_robustness(  # type: ignore[misc]  # the overloads leave the option
     data: Iterable[Any],
     *,
     pixel_space: PixelSpace | None = None,
-    corruptions: Sequence[str] | None = None,
+    corruptions: Sequence[str | Corruption] | None = None,
     suite: str | None = None,
     severities: Sequence[int] = (1, 2, 3, 4, 5),
     seed: int = 0,
@@ -64,9 +63,8 @@ def evaluate_robustness(  # type: ignore[misc]  # the overloads leave the option
         data: Batches ``(images, labels)``, or dicts with "pixel_values", "images" or "image" and "labels" or "label".
             Images are ``(N, 3, H, W)``, floating point, in ``pixel_space``, at least 32 px; labels are class indices.
         pixel_space: What the data is normalised with; None: nothing, images are in [0, 1].
-        corruptions: Names from any of the ``SUITES``; None: all of ``suite``.
-        suite: "c", the 15 of ImageNet-C (None: these); "c-bar", the 10 of ImageNet-C-bar; or "extra", the 4 that the
-            authors of ImageNet-C keep for validation.
+        corruptions: Names from any of the ``SUITES``, or your own (:func:`corruption`); None: all of ``suite``.
+        suite: "c", the 15 of ImageNet-C (None: these), or "c-bar", the 10 of ImageNet-C-bar.
         severities: From 1 (mild) to 5 (strong).
         seed: Seed of corruptions and attacks.
         auxiliaries: Also evaluate each auxiliary domain of wrapped models, as ``result.auxiliaries``.
@@ -86,7 +84,6 @@ def evaluate_robustness(  # type: ignore[misc]  # the overloads leave the option
         PixelRangeError: Images that do not lie in ``pixel_space``.
         LabelError: Labels of a wrong type or shape, or that do not fit the model.
         ModelOutputError: No logits, or logits that are NaN or infinite.
-        ImportError: Pillow is not installed, for "jpeg_compression".
 
     Source: EntProp (Enomoto, UAI 2024), section 4.1; protocol of Hendrycks & Dietterich (ICLR 2019).
     """
@@ -151,11 +148,15 @@ def evaluate_robustness(  # type: ignore[misc]  # the overloads leave the option
 
 
 def _corrupted(
-    batch: Batch, subjects: list[EvaluatedModel], conditions: list[tuple[str, int]], space: PixelSpace, streams: Streams
+    batch: Batch,
+    subjects: list[EvaluatedModel],
+    conditions: Mapping[tuple[str, int], Corruption],
+    space: PixelSpace,
+    streams: Streams,
 ) -> Iterator[tuple[Condition, Tensor]]:
     """Yield the images of a batch under each corruption."""
     # Accelerators corrupt much faster than a CPU; what is drawn is the same on all of them.
     pixels = to_pixels(batch.images.to(device_of(subjects[0].model, batch.images)), space)
-    for name, severity in conditions:
-        corrupted = corrupt(pixels, name, severity, streams.at(batch.position, name, severity))
+    for (name, severity), corrupt in conditions.items():
+        corrupted = corrupt(pixels, severity, streams.at(batch.position, name, severity))
         yield (name, severity), to_images(corrupted, space).to(batch.images.dtype)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.robustness.protocol import in_words, is_full
+from entprop_wrap.robustness.corruptions import CORRUPTIONS, SUITES
 from entprop_wrap.robustness.scores import Scores, hscore
 from entprop_wrap.utils.options import shown
 
@@ -103,12 +103,12 @@ class RobustnessResult:
     @property
     def is_full(self) -> bool:
         """Whether RA is over the 15 corruptions of ImageNet-C at 5 severities, as published RA is."""
-        return is_full(self.corrupted)
+        return _is_suite("c", self.corrupted)
 
     @property
     def protocol(self) -> str:
         """The corruptions and severities that RA is the mean over; says so when that is not the full protocol."""
-        return f"{self.images:,} images, seed {self.seed}, {in_words(self.corrupted)}"
+        return f"{self.images:,} images, seed {self.seed}, {_in_words(self.corrupted)}"
 
     def mce(self, baseline: RobustnessResult) -> float:
         """Return the mean corruption error relative to ``baseline``: 1 is the baseline, smaller is better.
@@ -229,3 +229,22 @@ def markdown_table(rows: list[list[str]]) -> str:
 def escaped(name: str) -> str:
     """Return a name on one line that Markdown shows as it is."""
     return re.sub(r"([\\`*_{}\[\]<>()#|~])", r"\\\1", " ".join(str(name).split()))
+
+
+def _is_suite(suite: str, conditions: Collection[tuple[str, int]]) -> bool:
+    return set(conditions) == {(name, severity) for name in SUITES[suite] for severity in range(1, 6)}
+
+
+def _in_words(conditions: Collection[tuple[str, int]]) -> str:
+    """Return what the conditions are, and that they are not the full protocol where that is so."""
+    if _is_suite("c", conditions):
+        return "15 corruptions x 5 severities"
+    if _is_suite("c-bar", conditions):
+        return "the 10 corruptions of ImageNet-C-bar x 5 severities"
+    names = dict.fromkeys(name for name, _ in conditions)
+    severities = ", ".join(map(str, dict.fromkeys(severity for _, severity in conditions)))
+    known = sum(name in CORRUPTIONS for name in names)
+    others = len(names) - known
+    count = f"{known} of the 15 corruptions" + (f" and {others} other" if others else "")
+    listed = "" if known == len(CORRUPTIONS) and not others else f" ({', '.join(names)})"
+    return f"{count}{listed} x severity {severities} - another protocol, not comparable with a full RA"

@@ -57,11 +57,6 @@ def impulse_noise(image, severity, rng):
     return out
 
 
-def speckle_noise(image, severity, rng):
-    c = pick(image, severity, [0.15, 0.2, 0.35, 0.45, 0.6], [0.06, 0.1, 0.12, 0.16, 0.2])
-    return clip(image + image * c * rng.normal(size=image.shape))
-
-
 # Blur
 
 
@@ -164,10 +159,6 @@ def zoom_blur(image, severity, rng=None):
     return clip(total / (len(factors) + 1))
 
 
-def gaussian_blur(image, severity, rng=None):
-    return clip(blur_channels(image, pick(image, severity, [1, 2, 3, 4, 6], [0.4, 0.6, 0.7, 0.8, 1])))
-
-
 # Weather
 
 
@@ -255,70 +246,6 @@ def fog(image, severity, rng):
     return clip((image + thickness * cloud) * image.max() / (image.max() + thickness))
 
 
-def spatter(image, severity, rng):
-    mean, deviation, sigma, least, strength, mud = pick(
-        image,
-        severity,
-        [
-            (0.65, 0.3, 4, 0.69, 0.6, 0),
-            (0.65, 0.3, 3, 0.68, 0.6, 0),
-            (0.65, 0.3, 2, 0.68, 0.5, 0),
-            (0.65, 0.3, 1, 0.65, 1.5, 1),
-            (0.67, 0.4, 1, 0.65, 1.5, 1),
-        ],
-        [
-            (0.62, 0.1, 0.7, 0.7, 0.5, 0),
-            (0.65, 0.1, 0.8, 0.7, 0.5, 0),
-            (0.65, 0.3, 1, 0.69, 0.5, 0),
-            (0.65, 0.1, 0.7, 0.69, 0.6, 1),
-            (0.65, 0.1, 0.5, 0.68, 0.6, 1),
-        ],
-    )
-    liquid = blur(rng.normal(size=image.shape[1:]) * deviation + mean, sigma)
-    if mud:
-        cover = blur((liquid > least).astype(np.float64), strength)
-        cover[cover < 0.8] = 0.0
-        brown = np.array([63, 42, 20]).reshape(3, 1, 1) / 255
-        return clip(image * (1 - cover) + brown * cover)
-    liquid[liquid < least] = 0.0
-    liquid = np.minimum(np.floor(liquid * 255), 255)
-    edges = canny(liquid, 50, 150)
-    distance = ndimage.distance_transform_edt(~edges) if edges.any() else np.full(liquid.shape, 20.0)
-    levels = np.floor(ndimage.uniform_filter(np.minimum(distance, 20), 3, mode="mirror") + 1e-9).astype(int)
-    counts = np.bincount(levels.ravel(), minlength=256)
-    lowest = counts[counts.nonzero()[0][0]]
-    table = np.round((counts.cumsum() - lowest) * 255 / max(counts.sum() - lowest, 1))
-    lamp = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
-    relief = np.clip(ndimage.correlate(table[levels], lamp, mode="mirror"), 0, 255)
-    light = liquid * np.round(ndimage.uniform_filter(relief, 3, mode="mirror"))
-    if light.max() > 0:
-        light = light / light.max() * strength
-    return clip(image + light * np.array([175, 238, 238]).reshape(3, 1, 1) / 255)
-
-
-def canny(plane, weak, strong):
-    """Edges as one pixel wide ridges of the slope: strong ones, and weak ones connected to them."""
-    across = ndimage.sobel(plane, axis=1, mode="nearest")
-    down = ndimage.sobel(plane, axis=0, mode="nearest")
-    slope = np.abs(across) + np.abs(down)
-    around = np.pad(slope, 1)
-    ridge = np.zeros(plane.shape, dtype=bool)
-    for y, x in np.ndindex(plane.shape):
-        if slope[y, x] <= weak:
-            continue
-        here, a, d = slope[y, x], across[y, x], down[y, x]
-        if abs(d) < math.tan(math.pi / 8) * abs(a):
-            ridge[y, x] = here > around[y + 1, x] and here >= around[y + 1, x + 2]
-        elif abs(d) > math.tan(3 * math.pi / 8) * abs(a):
-            ridge[y, x] = here > around[y, x + 1] and here >= around[y + 2, x + 1]
-        elif a * d >= 0:
-            ridge[y, x] = here > around[y, x] and here > around[y + 2, x + 2]
-        else:
-            ridge[y, x] = here > around[y, x + 2] and here > around[y + 2, x]
-    parts, _ = ndimage.label(ridge, structure=np.ones((3, 3)))
-    return ridge & np.isin(parts, np.unique(parts[ridge & (slope > strong)]))
-
-
 # Digital
 
 
@@ -347,17 +274,6 @@ def brightness(image, severity, rng=None):
     hue, saturation, value = to_hsv(image)
     c = pick(image, severity, [0.1, 0.2, 0.3, 0.4, 0.5], [0.05, 0.1, 0.15, 0.2, 0.3])
     return clip(from_hsv(hue, saturation, clip(value + c)))
-
-
-def saturate(image, severity, rng=None):
-    hue, saturation, value = to_hsv(image)
-    factor, offset = pick(
-        image,
-        severity,
-        [(0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)],
-        [(0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)],
-    )
-    return clip(from_hsv(hue, clip(saturation * factor + offset), value))
 
 
 def contrast(image, severity, rng=None):
@@ -432,9 +348,5 @@ REFERENCES = {
         elastic_transform,
         pixelate,
         jpeg_compression,
-        speckle_noise,
-        gaussian_blur,
-        spatter,
-        saturate,
     )
 }

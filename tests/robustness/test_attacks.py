@@ -185,7 +185,7 @@ def test_accuracy_falls_with_epsilon_to_zero():
 
 
 def _generator_of_the_curve():
-    from entprop_wrap.robustness.streams import Streams
+    from entprop_wrap.robustness.corruptions.random import Streams
 
     return Streams(0).at(0, "epsilon")
 

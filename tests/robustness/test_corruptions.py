@@ -1,6 +1,5 @@
 """The corruption suite against plain per-image code, and what it promises to every caller."""
 
-import sys
 from functools import cache
 
 import numpy as np
@@ -11,43 +10,28 @@ from scipy import stats
 from sklearn.datasets import load_sample_images
 
 from entprop_wrap.errors import ConfigurationError, ImageError, PixelRangeError
-from entprop_wrap.robustness.corruptions import (
-    C_BAR_CORRUPTIONS,
-    CORRUPTIONS,
-    EXTRA_CORRUPTIONS,
-    SUITES,
-    Corruption,
-    base,
-    corrupt,
-)
+from entprop_wrap.robustness.corruptions import CORRUPTIONS, SUITES, Corruption, base, corrupt, corruption
 from entprop_wrap.robustness.corruptions.filters import shrink_and_enlarge
 from entprop_wrap.robustness.corruptions.random import Draws
 from entprop_wrap.robustness.corruptions.textures import panes
 from tests.reference import corruptions_c_bar
 from tests.reference.corruptions import REFERENCES
 
-ALL = (*CORRUPTIONS, *EXTRA_CORRUPTIONS, *C_BAR_CORRUPTIONS)
+C_BAR = SUITES["c-bar"]
+ALL = (*CORRUPTIONS, *C_BAR)
 DRAWN = {
     *("gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "snow", "frost", "fog"),
-    *("elastic_transform", "speckle_noise", "spatter", *C_BAR_CORRUPTIONS),
+    *("elastic_transform", *C_BAR),
 }
 SEVERITIES = (1, 2, 3, 4, 5)
 
 # By PSNR the published constants themselves are not in order here: glass trades blur for copies, snow changes the
-# size of its flakes, frost dims what it covers, the elastic constants change their kind, spatter turns from water to
-# mud, saturation goes down and then up, and motion blur of CIFAR-C keeps its deviation from severity 3 to 4.
+# size of its flakes, frost dims what it covers, the elastic constants change their kind, and motion blur of CIFAR-C
+# keeps its deviation from severity 3 to 4.
 OUT_OF_ORDER = {
-    32: {"glass_blur", "motion_blur", "frost", "elastic_transform", "spatter", "saturate"},
-    96: {"glass_blur", "snow", "frost", "elastic_transform", "saturate"},
+    32: {"glass_blur", "motion_blur", "frost", "elastic_transform"},
+    96: {"glass_blur", "snow", "frost", "elastic_transform"},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache
@@ -90,12 +74,8 @@ class Replay:
 
 
 COMPARED = [
-    *(
-        (name, size, 1e-4)
-        for name in sorted(REFERENCES.keys() - {"shot_noise"})
-        for size in ((32, 32), (40, 53), (97, 120))
-    ),
-    *((name, (side, side), 1e-3) for name in C_BAR_CORRUPTIONS for side in (32, 45, 97)),  # the web has steep edges
+    *((name, size, 1e-4) for name in sorted(REFERENCES.keys() - {"shot_noise"}) for size in ((32, 45), (97, 120))),
+    *((name, (side, side), 1e-3) for name in C_BAR for side in (32, 97)),  # the web has steep edges
 ]
 
 
@@ -103,7 +83,7 @@ COMPARED = [
 def test_equals_the_reference_on_the_same_draws(name, size, close):
     image = photos(*size)[:1]
     reference = (REFERENCES | corruptions_c_bar.REFERENCES)[name]
-    for severity in SEVERITIES if size == (32, 32) or name in REFERENCES else (1, 5):
+    for severity in SEVERITIES if name in REFERENCES else (1, 5):
         expected = reference(image[0].numpy(), severity, Replay(severity))
         found = corrupt(image, name, severity, seeded(severity))[0].numpy()
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=f"severity {severity}")
@@ -114,7 +94,7 @@ def test_equals_the_reference_on_the_same_draws(name, size, close):
 
 def test_pixelate_samples_as_pillow_does_at_every_width():
     rng = np.random.default_rng(0)
-    for width in range(32, 230):
+    for width in range(32, 230, 7):
         line = rng.random((1, width)).astype(np.float32)
         small = max(1, int(width * (0.25, 0.4, 0.6, 0.65, 0.9)[width % 5]))
         picture = Image.fromarray(line).resize((small, 1), Image.Resampling.BOX)
@@ -135,36 +115,18 @@ def test_is_stronger_at_each_severity(name, size):
     assert name in OUT_OF_ORDER[size] or quality[0] > quality[-1] + 1.0
 
 
-def test_pictures_of_frost_are_kept_and_cropped_everywhere():
-    pictures = panes(256, 384, 42.0, 3, torch.device("cpu"))
-    assert (pictures.shape, pictures.dtype) == ((5, 3, 256, 384), torch.uint8)
-    assert panes(256, 384, 42.0, 3, torch.device("cpu")) is pictures
+def test_pictures_of_frost_are_drawn_once():
+    pictures = panes(256, 256, 42.0, 3, torch.device("cpu"))
+    assert (pictures.shape, pictures.dtype) == ((5, 3, 256, 256), torch.uint8)
+    assert panes(256, 256, 42.0, 3, torch.device("cpu")) is pictures
     assert len({picture.float().mean().item() for picture in pictures}) == 5
-    # On black images frost is the crop itself, so that where it came from can be found again.
-    crops = corrupt(torch.zeros(300, 3, 32, 200), "frost", 5, seeded()) * 255 / 0.45
-    crops = crops.round().to(torch.uint8)
-    numbers, tops, lefts = [], [], []
-    for crop in crops:
-        starts = (pictures[:, :, :225, :185] == crop[:, :1, :1]).all(1).nonzero()
-        (place,) = [
-            (number, top, left)
-            for number, top, left in starts.tolist()
-            if torch.equal(pictures[number, :, top : top + 32, left : left + 200], crop)
-        ]
-        for values, value in zip((numbers, tops, lefts), place, strict=True):
-            values.append(value)
-    assert stats.chisquare(np.bincount(numbers, minlength=5)).pvalue > 1e-3
-    assert stats.kstest(np.array(tops) / 224, "uniform").pvalue > 1e-3
-    assert stats.kstest(np.array(lefts) / 184, "uniform").pvalue > 1e-3
-    assert (min(tops), max(tops)) >= (0, 220)
-    assert abs(np.corrcoef([numbers, tops, lefts]) - np.eye(3)).max() < 0.2
 
 
 @pytest.mark.parametrize("size", [32, 96])
 def test_frost_hides_more_at_each_severity(size):
     # Its weights of image and ice add up to about the same, so what tells the severities apart is not the PSNR but
     # how much of the image is left: the correlation with it.
-    images = photos(size, size).repeat(4, 1, 1, 1)
+    images = photos(size, size)
     left = []
     for severity in SEVERITIES:
         pairs = zip(images, corrupt(images, "frost", severity, seeded()), strict=True)
@@ -189,14 +151,6 @@ def test_draws_have_their_distributions_and_no_correlation():
     assert np.abs(correlation).max() < 5 / np.sqrt(20_000)
 
 
-def test_gaussian_noise_is_white():
-    noise = corrupt(torch.full((8, 3, 96, 96), 0.5), "gaussian_noise", 1, seeded()).double() - 0.5
-    assert float(noise.std()) == pytest.approx(0.08, rel=0.01)
-    power = torch.fft.fft2(noise).abs().square().mean(dim=(0, 1)) / (96 * 96 * 0.08**2)
-    rings = torch.stack([power[:8, :8].mean(), power[8:48, 8:48].mean(), power[40:56, 40:56].mean()])
-    torch.testing.assert_close(rings, torch.ones(3, dtype=torch.float64), rtol=0, atol=0.1)
-
-
 @pytest.mark.parametrize(("side", "severity"), [(96, 1), (96, 2), (96, 4), (96, 5), (32, 1), (32, 5)])
 def test_shot_noise_counts_photons(side, severity):
     photons = {96: [60, 25, 12, 5, 3], 32: [500, 250, 100, 75, 50]}[side][severity - 1]
@@ -214,23 +168,16 @@ def test_shot_noise_counts_photons(side, severity):
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("size", [(32, 32), (144, 180)], ids=str)
-def test_a_batch_equals_its_parts(name, size):
-    images = photos(*size).float()
+def test_a_batch_equals_its_parts_and_its_slices(name, monkeypatch):
+    images = photos(32, 41).float()
     whole, parts = seeded(3), seeded(3)
     at_once = corrupt(images, name, 3, whole)
     in_parts = torch.cat([corrupt(images[at : at + 2], name, 3, parts) for at in (0, 2, 4)])
-    assert float(((at_once - in_parts).abs() > 1e-4).double().mean()) < 1e-4
     assert torch.equal(whole.get_state(), parts.get_state())
     assert torch.equal(corrupt(images, name, 3, seeded(3)), at_once)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_slices_change_nothing(name, monkeypatch):
-    images = photos(32, 32)
-    expected = corrupt(images, name, 4, seeded())
     monkeypatch.setattr(base, "_SLICE", 4 * images[0].numel())
-    torch.testing.assert_close(corrupt(images, name, 4, seeded()), expected, rtol=0, atol=1e-6)
+    for other in (in_parts, corrupt(images, name, 3, seeded(3))):
+        assert float(((at_once - other).abs() > 1e-4).double().mean()) < 1e-4
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -254,28 +201,27 @@ def test_without_a_generator_torch_seeds():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ALL)
-def test_keeps_shape_dtype_and_the_input(name, dtype):
-    images = photos(37, 50)[:2].to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-    copy = images.detach().clone()
-    for severity in SEVERITIES:
-        found = corrupt(images, name, severity, seeded())
+def test_keeps_shape_dtype_and_the_input(name):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        images = photos(37, 50)[:2].to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+        copy = images.detach().clone()
+        found = corrupt(images, name, 5, seeded())
         assert (found.shape, found.dtype, found.device) == (images.shape, images.dtype, images.device)
         assert 0.0 <= float(found.min()) <= float(found.max()) <= 1.0
         assert not found.requires_grad
         assert not torch.equal(found, copy)
-    assert torch.equal(images, copy)
-    if dtype.itemsize == 2:  # worked on in single precision, and rounded
-        assert torch.equal(found, corrupt(copy.float(), name, 5, seeded()).to(dtype))
+        assert torch.equal(images, copy)
+        if dtype.itemsize == 2:  # worked on in single precision, and rounded
+            assert torch.equal(found, corrupt(copy.float(), name, 5, seeded()).to(dtype))
 
 
-@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", ALL)
-def test_flat_images_stay_finite(name, value):
+def test_flat_images_stay_finite(name):
     for side in (32, 96):
+        images = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1).expand(3, 3, side, side)
         for severity in SEVERITIES:
-            assert bool(corrupt(torch.full((1, 3, side, side), value), name, severity, seeded()).isfinite().all())
+            assert bool(corrupt(images, name, severity, seeded()).isfinite().all())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -293,17 +239,31 @@ def test_the_tables():
         *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
         *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
     ]
-    assert list(EXTRA_CORRUPTIONS) == ["speckle_noise", "gaussian_blur", "spatter", "saturate"]
-    assert list(C_BAR_CORRUPTIONS) == [
+    assert list(C_BAR) == [
         *("blue_noise_sample", "brownish_noise", "caustic_refraction", "checkerboard_cutout", "cocentric_sine_waves"),
         *("inverse_sparkles", "perlin_noise", "plasma_noise", "single_frequency_greyscale", "sparkles"),
     ]
-    assert list(SUITES) == ["c", "extra", "c-bar"]
+    assert list(SUITES) == ["c", "c-bar"]
     for suite in SUITES.values():
         assert [function.__name__ for function in suite.values()] == list(suite)
         assert {type(function) for function in suite.values()} == {Corruption}  # which makes all checks
     with pytest.raises(TypeError):
         CORRUPTIONS["fog"] = None
+
+
+def test_a_corruption_of_ones_own():
+    @corruption((0.9, 0.8, 0.7, 0.6, 0.5), (0.5, 0.4, 0.3, 0.2, 0.1))
+    def dimmed(pixels, draws, kept):
+        """Darken."""
+        return pixels * kept + draws.uniform((3, 1, 1), 0.0, 1e-3)
+
+    assert (dimmed.__name__, dimmed.__doc__) == ("dimmed", "Darken.")
+    for side, kept in ((32, 0.3), (96, 0.7)):
+        found = dimmed(torch.ones(2, 3, side, side), 3, seeded())
+        torch.testing.assert_close(found, torch.full_like(found, kept), rtol=0, atol=1.1e-3)
+        assert not torch.equal(found[0], found[1])
+    with pytest.raises(ImageError, match="at least 32 px"):
+        dimmed(torch.ones(2, 3, 8, 8), 3)
 
 
 # Wrong calls
@@ -350,12 +310,6 @@ def test_refuses_wrong_severities_and_names():
 def test_refuses_a_generator_on_a_gpu():
     with pytest.raises(ConfigurationError, match=r"Write generator=torch\.Generator\(\)"):
         corrupt(GOOD, "fog", 1, torch.Generator("cuda"))
-
-
-def test_jpeg_without_pillow_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match="pip install pillow"):
-        corrupt(GOOD, "jpeg_compression", 1)
 
 
 def test_a_wrong_image_late_in_the_batch_draws_nothing(monkeypatch):

@@ -18,9 +18,8 @@ from entprop_wrap.errors import (
     UnsupportedModelError,
 )
 from entprop_wrap.functional import attacks
-from entprop_wrap.robustness import CORRUPTIONS, FGSM, PGD, SUITES, Transfer, evaluate_robustness, evaluation
-from entprop_wrap.robustness.corruptions.random import Draws
-from entprop_wrap.robustness.streams import Streams
+from entprop_wrap.robustness import CORRUPTIONS, FGSM, PGD, SUITES, Transfer, corruption, evaluate_robustness
+from entprop_wrap.robustness.corruptions.random import Draws, Streams
 from tests.helpers.architectures import ARCHITECTURES
 from tests.helpers.small_classifier import CLASSES, SPACE, classifier, dataset, loader, pixels
 
@@ -70,7 +69,7 @@ def test_a_suite_is_all_of_its_corruptions():
     assert "the 10 corruptions of ImageNet-C-bar x 5 severities" in found.protocol
     one = evaluate(corruptions=("plasma_noise",), severities=(3,))
     assert one.table == {("plasma_noise", 3): found.table["plasma_noise", 3]}
-    with pytest.raises(ConfigurationError, match="'c', 'extra' or 'c-bar', found 'cbar'"):
+    with pytest.raises(ConfigurationError, match="'c' or 'c-bar', found 'cbar'"):
         evaluate(corruptions=None, suite="cbar")
     with pytest.raises(ConfigurationError, match="twice"):
         evaluate(corruptions=("fog",), suite="c")
@@ -108,22 +107,27 @@ def test_streams_continue_where_other_batches_end():
         assert not torch.equal(Draws(torch.empty(7, 1), other).uniform((2,)), alone)
 
 
-def test_models_share_corrupted_batches(monkeypatch):
+def test_models_share_corrupted_batches_also_of_a_corruption_of_ones_own():
     calls = []
 
-    def counted(*arguments):
-        calls.append(arguments[1:3])
-        return corrupt(*arguments)
+    @corruption((0.9, 0.8, 0.7, 0.6, 0.5))
+    def dimmed(pixels, draws, kept):
+        calls.append(len(pixels))
+        return pixels * kept
 
-    corrupt = evaluation.corrupt
-    monkeypatch.setattr(evaluation, "corrupt", counted)
     models = {"vanilla": classifier(0), "EntProp": classifier(1)}
-    both = evaluate(models, corruptions=("fog", "frost"))
-    assert len(calls) == 3 * 2  # batches times conditions
+    both = evaluate(models, corruptions=("fog", dimmed))
+    assert calls == [4, 4, 3]
     assert list(both) == ["vanilla", "EntProp"]
     for name, model in models.items():
-        assert both[name] == evaluate(model, corruptions=("fog", "frost"))
+        assert both[name] == evaluate(model, corruptions=("fog", dimmed))
     assert both["vanilla"].clean != both["EntProp"].clean
+    assert (
+        "1 of the 15 corruptions and 1 other (fog, dimmed) x severity 3 - another protocol" in both["vanilla"].protocol
+    )
+    dimmed.__name__ = "fog"
+    with pytest.raises(ConfigurationError, match="has the name of another, 'fog'"):
+        evaluate(corruptions=(dimmed,))
 
 
 @pytest.mark.parametrize(

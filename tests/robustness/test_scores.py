@@ -101,8 +101,8 @@ def test_ra_is_the_plain_mean_and_says_over_what():
     full = result([0.5] * 75, conditions=[(name, s) for name in CORRUPTIONS for s in range(1, 6)])
     assert full.is_full
     assert full.protocol == "10 images, seed 0, 15 corruptions x 5 severities"
-    extra = result([0.5] * 2, conditions=[("fog", 1), ("spatter", 1)])
-    assert "1 of the 15 corruptions and 1 extra" in extra.protocol
+    extra = result([0.5] * 2, conditions=[("fog", 1), ("sparkles", 1)])
+    assert "1 of the 15 corruptions and 1 other" in extra.protocol
     some = result([0.5] * 15, conditions=[(name, 3) for name in CORRUPTIONS])
     assert "15 of the 15 corruptions x severity 3 -" in some.protocol
 

@@ -10,7 +10,7 @@ fractions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,26 +37,14 @@ _PIXELS = PixelSpace()
 
 
 class Corruption:
-    """A corruption: images in [0, 1] and a severity in, new images of the same kind out.
-
-    Args:
-        function: ``(pixels, draws, *constants) -> pixels``. Pixels ``(N, 3, H, W)`` are in [0, 1], detached and at
-            least float32; the result is clipped.
-        imagenet: Constants at severities 1 to 5, numbers or tuples.
-        cifar: The same for small images; None: the same ones.
-        slices: Factors of :data:`_SLICE` for large images and for small ones.
-    """
+    """A corruption: images in [0, 1] and a severity in, new images of the same kind out. See :func:`corruption`."""
 
     __name__: str
 
     def __init__(
-        self,
-        function: Callable[..., Tensor],
-        imagenet: tuple[Any, ...],
-        cifar: tuple[Any, ...] | None = None,
-        slices: tuple[float, float] = (1.0, 1.0),
+        self, function: Callable[..., Tensor], constants: Sequence[Sequence[Any]], slices: tuple[float, float]
     ) -> None:
-        self._function, self._constants, self._slices = function, (imagenet, cifar or imagenet), slices
+        self._function, self._constants, self._slices = function, constants, slices
         functools.update_wrapper(self, function)
         del self.__wrapped__  # type: ignore[attr-defined]  # its signature is not the one of the call
 
@@ -91,9 +79,20 @@ class Corruption:
         return result
 
 
-def corruption(*constants: Any, **slices: Any) -> Callable[[Callable[..., Tensor]], Corruption]:
-    """Make a :class:`Corruption` of the function below: with the constants of ImageNet-C, and those of CIFAR-C."""
-    return lambda function: Corruption(function, *constants, **slices)
+def corruption(
+    imagenet: tuple[Any, ...], cifar: tuple[Any, ...] | None = None, slices: tuple[float, float] = (1.0, 1.0)
+) -> Callable[[Callable[..., Tensor]], Corruption]:
+    """Make a :class:`Corruption` of the function below, ``(pixels, draws, *constants) -> pixels``.
+
+    Its pixels ``(N, 3, H, W)`` are in [0, 1], detached and at least float32; the result is clipped. What is random
+    comes from ``draws``, by ``uniform``, ``normal`` or ``below``.
+
+    Args:
+        imagenet: Constants at severities 1 to 5, numbers or tuples.
+        cifar: The same for images below 96 px; None: the same ones.
+        slices: Factors of the images that a CPU works on at once, for large images and for small ones.
+    """
+    return lambda function: Corruption(function, (imagenet, cifar or imagenet), slices)
 
 
 def _check(images: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Blur: defocus, frosted glass, motion, zoom, and Gaussian (Hendrycks & Dietterich 2019, section 4.1, appendix B)."""
+"""Blur: defocus, frosted glass, motion and zoom (Hendrycks & Dietterich 2019, section 4.1, appendix B)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from entprop_wrap.robustness.corruptions.base import corruption
 from entprop_wrap.robustness.corruptions.filters import add_shifted, correlate, gaussian_blur_2d, zoom_centre
 from entprop_wrap.robustness.corruptions.random import Draws
 
-__all__ = ["defocus_blur", "gaussian_blur", "glass_blur", "motion_blur", "move", "zoom_blur"]
+__all__ = ["defocus_blur", "glass_blur", "motion_blur", "move", "zoom_blur"]
 
 # Up to this many taps, adding shifted images costs less than a product of spectra.
 _FEW_TAPS = 32
@@ -85,12 +85,6 @@ def zoom_blur(pixels: Tensor, draws: Draws, count: int, step: float) -> Tensor:
         crop = planes[..., top : top + crop_height, left : left + crop_width]
         total += zoom_centre(crop, factor, height, width)
     return total[:, :number].contiguous().div_(count + 1).view(pixels.shape)
-
-
-@corruption((1.0, 2.0, 3.0, 4.0, 6.0), (0.4, 0.6, 0.7, 0.8, 1.0))
-def gaussian_blur(pixels: Tensor, draws: Draws, sigma: float) -> Tensor:
-    """Blur with a Gaussian. Nothing is drawn."""
-    return gaussian_blur_2d(pixels, sigma)
 
 
 def move(pixels: Tensor, radius: int, sigma: float, degrees: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Digital corruptions: brightness, contrast, elastic, pixelate, JPEG, saturate (Hendrycks & Dietterich 2019)."""
+"""Digital corruptions: brightness, contrast, elastic, pixelate, JPEG (Hendrycks & Dietterich 2019)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import io
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from entprop_wrap.robustness.corruptions.base import SMALL_SIDE, corruption
 from entprop_wrap.robustness.corruptions.filters import gaussian_blur_2d, lines, shrink_and_enlarge
 from entprop_wrap.robustness.corruptions.random import Draws
 
-__all__ = ["brightness", "contrast", "elastic_transform", "jpeg_compression", "pixelate", "saturate"]
+__all__ = ["brightness", "contrast", "elastic_transform", "jpeg_compression", "pixelate"]
 
 
 @corruption((0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3))
@@ -69,37 +70,12 @@ def pixelate(pixels: Tensor, draws: Draws, share: float) -> Tensor:
 @corruption((25, 18, 15, 10, 7), (80, 65, 58, 50, 40))
 def jpeg_compression(pixels: Tensor, draws: Draws, quality: int) -> Tensor:
     """Round to bytes, compress as JPEG, and decompress, on the CPU. Nothing is drawn."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("jpeg_compression needs Pillow: pip install pillow.") from error
     decoded = []
     for image in (pixels * 255.0).round().byte().permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=quality)
         decoded.append(torch.from_numpy(np.array(Image.open(file))))
     return torch.stack(decoded).permute(0, 3, 1, 2).to(pixels) / 255.0
-
-
-@corruption(
-    ((0.3, 0.0), (0.1, 0.0), (2.0, 0.0), (5.0, 0.1), (20.0, 0.2)),
-    ((0.3, 0.0), (0.1, 0.0), (1.5, 0.0), (2.0, 0.1), (2.5, 0.2)),
-)
-def saturate(pixels: Tensor, draws: Draws, factor: float, offset: float) -> Tensor:
-    """Change the saturation of HSV and leave hue and value as they are. Nothing is drawn.
-
-    Grey has no hue; as in the released code it counts as red, so that the offsets of severities 4 and 5 tint it. The
-    first two severities wash colours out, the others deepen them, so the order is not by strength.
-    """
-    value, low = pixels.amax(dim=1, keepdim=True), pixels.amin(dim=1, keepdim=True)
-    # 1 for the weakest channel and 0 for the strongest: the part of a colour that saturation acts on.
-    spread = value - low
-    grey = spread <= 0.0
-    depth = (value - pixels) / spread.masked_fill(grey, 1.0)
-    red = pixels.new_tensor([0.0, 1.0, 1.0]).view(1, 3, 1, 1)
-    saturation = spread / value.masked_fill(value <= 0.0, 1.0)
-    saturation = (saturation * factor + offset).clamp_(max=1.0)
-    return value - value * saturation * torch.where(grey, red, depth)
 
 
 def _affine_places(moves: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Noise: Gaussian, shot, impulse, and speckle (Hendrycks & Dietterich 2019, section 4.1 and appendix B)."""
+"""Noise: Gaussian, shot and impulse (Hendrycks & Dietterich 2019, section 4.1 and appendix B)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from entprop_wrap.robustness.corruptions.base import corruption
 from entprop_wrap.robustness.corruptions.random import Draws
 
-__all__ = ["gaussian_noise", "impulse_noise", "shot_noise", "speckle_noise"]
+__all__ = ["gaussian_noise", "impulse_noise", "shot_noise"]
 
 # Below this rate counts are found by summing the distribution, above it by expanding its quantiles.
 _FEW = 4.0
@@ -43,12 +43,6 @@ def impulse_noise(pixels: Tensor, draws: Draws, share: float) -> Tensor:
     # Products and maxima, because selecting by a mask costs a CPU ten times as much.
     kept, salt = (chance >= share / 2).to(pixels.dtype), (chance > 1.0 - share / 2).to(pixels.dtype)
     return torch.maximum(kept.mul_(pixels), salt)
-
-
-@corruption((0.15, 0.2, 0.35, 0.45, 0.6), (0.06, 0.1, 0.12, 0.16, 0.2))
-def speckle_noise(pixels: Tensor, draws: Draws, sigma: float) -> Tensor:
-    """Add normal noise in proportion to each value: the brighter, the noisier."""
-    return draws.normal(pixels.shape[1:]).mul_(sigma).add_(1.0).mul_(pixels)
 
 
 def _poisson(rate: Tensor, probability: Tensor, highest: float) -> Tensor:

@@ -9,6 +9,7 @@ Hash Functions" (2018), of the lowest measured avalanche bias of its form. It is
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from entprop_wrap.utils.options import check_generator
 
-__all__ = ["Draws", "image_seeds"]
+__all__ = ["Draws", "Streams"]
 
 # As signed 32-bit integers, which wrap around in torch on every device.
 _FIRST = 0x7FEB352D
@@ -39,7 +40,7 @@ class Draws:
 
     @functools.cached_property
     def _keys(self) -> Tensor:
-        seeds = image_seeds(len(self._pixels), self._generator)
+        seeds = _image_seeds(len(self._pixels), self._generator)
         # The high half first, by an arithmetic shift; the low half re-centred into the range of int32.
         keys = torch.stack([seeds >> 32, (seeds & 0xFFFFFFFF) - 2**31]).to(torch.int32)
         return keys.to(self._pixels.device).unsqueeze(-1)
@@ -74,8 +75,29 @@ class Draws:
         return _mix(mixed.bitwise_xor_(second))
 
 
-def image_seeds(count: int, generator: torch.Generator | None) -> Tensor:
-    """Draw the seeds of the next ``count`` images."""
+class Streams:
+    """Random numbers of an evaluation: a stream of image seeds for each purpose, such as ``("fog", 3)``."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._streams: dict[tuple[object, ...], tuple[torch.Generator, int]] = {}
+
+    def at(self, position: int, *purpose: object) -> torch.Generator:
+        """Return a new CPU generator that stands where ``position`` images have been drawn for.
+
+        What is drawn from it does not move the stream, so the answer depends on the arguments alone.
+        """
+        generator, drawn = self._streams.get(purpose, (None, 0))
+        if generator is None or drawn > position:
+            # The 0 keeps the draws of results that were published.
+            digest = hashlib.sha256(repr((self.seed, *purpose, 0)).encode()).digest()
+            generator, drawn = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True)), 0
+        _image_seeds(position - drawn, generator)
+        self._streams[purpose] = generator, position
+        return torch.Generator().set_state(generator.get_state())
+
+
+def _image_seeds(count: int, generator: torch.Generator | None) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator)
 
 
