@@ -56,8 +56,7 @@ class PGD:
     """Projected gradient ascent, within a ball around the image and within valid pixels.
 
     Each step moves by ``step_size`` along the sign of the gradient ("linf") or along the gradient scaled to length 1
-    ("l2"), then back into the ball. To measure robustness there is a stronger one, with restarts, which is this one
-    too: :class:`entprop_wrap.robustness.PGD`.
+    ("l2"), then back into the ball. :class:`entprop_wrap.robustness.PGD` is this one with defaults that measure.
 
     Source: Madry et al., ICLR 2018, section 2.1. The defaults are those of EntProp's AdvProp baseline (section 4.1.3).
 

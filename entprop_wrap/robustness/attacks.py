@@ -1,19 +1,22 @@
-"""Adversarial attacks, to measure accuracy under them: FGSM, PGD in two norms, and transfer from another model.
+"""Adversarial attacks, to measure accuracy under them: FGSM and PGD in two norms, on a model or by way of another.
 
-An attack is called ``attack(model, images, labels, pixel_space, generator)`` and returns images. Magnitudes are
-fractions of the pixel range, whatever the images are normalised with, and attacked pixels stay valid. The model is
-attacked as it is evaluated: in evaluation mode, with no gradient left on its parameters.
+An attack is called ``attack(model, images, labels, pixel_space, generator)`` and returns images; a function of your
+own, around another library, serves as well. Magnitudes are fractions of the pixel range, whatever the images are
+normalised with, and attacked pixels stay valid. The model is attacked as it is evaluated: in evaluation mode, with no
+gradient left on its parameters.
 
 High accuracy under one attack does not prove robustness: look at several, at large epsilons, where accuracy must fall
-to 0, and at transfer (Carlini et al. 2019, "On evaluating adversarial robustness", https://arxiv.org/abs/1902.06705).
-EntProp itself is not a defence: its accuracy under PGD is near that of vanilla training (its table 11).
+to 0, and at attacks by way of another model (Carlini et al. 2019, "On evaluating adversarial robustness",
+https://arxiv.org/abs/1902.06705). EntProp itself is not a defence: its accuracy under PGD is near that of vanilla
+training (its table 11).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,7 @@ from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.functional import attacks
 from entprop_wrap.functional.attacks import Gradient, normalize_l2
 from entprop_wrap.robustness.corruptions.random import Draws
+from entprop_wrap.robustness.distributed import Batch
 from entprop_wrap.robustness.evaluated_model import (
     check_evaluation_mode,
     check_finite,
@@ -33,18 +37,22 @@ from entprop_wrap.robustness.evaluated_model import (
 )
 from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
 from entprop_wrap.utils.modules import check_module
-from entprop_wrap.utils.options import check_choice, check_generator, check_integer, check_mapping, shown
+from entprop_wrap.utils.options import check_choice, check_generator, check_mapping, shown
 from entprop_wrap.utils.tensors import refuse_inference_mode
 
-__all__ = ["FGSM", "PGD", "Attack", "PixelAttack", "Transfer", "attacked", "check_attack", "check_attacks"]
+__all__ = ["FGSM", "PGD", "AttackFunction", "PixelAttack", "attacked", "check_attack", "check_attacks"]
 
-AttackLoss = Literal["cross_entropy", "margin"]
+#: ``(model, images, labels, pixel_space, generator) -> images``
+AttackFunction: TypeAlias = Callable[[nn.Module, Tensor, Tensor, PixelSpace, "torch.Generator | None"], Tensor]
 
 _PIXELS = PixelSpace()
 
 
-class Attack(Protocol):
-    """An attack; a function of your own with these arguments, around another library, serves as well."""
+class PixelAttack:
+    """An attack on pixels in [0, 1]: subclasses define :meth:`attack_pixels`."""
+
+    #: The model that is attacked in the place of the one under evaluation.
+    source: nn.Module | None = None
 
     def __call__(
         self,
@@ -54,7 +62,7 @@ class Attack(Protocol):
         pixel_space: PixelSpace | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return attacked images.
+        """Return attacked images, of the same shape and dtype, on the device of the model.
 
         Args:
             model: In evaluation mode, with parameters of at least 32 bits (or bfloat16).
@@ -64,9 +72,6 @@ class Attack(Protocol):
             generator: CPU generator of the random starts; None: torch's default. What is drawn for an image does not
                 depend on the batch size or the device.
 
-        Returns:
-            Images of the same shape and dtype, on the device of the model.
-
         Raises:
             ConfigurationError: The model is in training mode, or ``pixel_space`` is not a PixelSpace.
             ImageError: Images of a wrong type or shape, or not finite.
@@ -75,20 +80,7 @@ class Attack(Protocol):
             ModelOutputError: The model's logits are NaN or infinite.
             UnsupportedModelError: The model is float16, in which gradients vanish, or gives no gradient.
         """
-
-
-class PixelAttack:
-    """An attack on pixels in [0, 1]: ``attack(model, pixels, labels, space, generator) -> pixels``."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        pixel_space: PixelSpace | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return attacked images, as :class:`Attack` says."""
+        model = model if self.source is None else self.source
         check_module("The model", model)
         check_evaluation_mode(model, "The model")
         if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
@@ -115,39 +107,37 @@ class PGD(PixelAttack, attacks.PGD):
     """Projected gradient ascent on the loss, within a ball around the image and within valid pixels.
 
     It is :class:`entprop_wrap.functional.attacks.PGD`, which methods train with and which has the other options, with
-    an objective and restarts. The last iterate counts; of several restarts, for each image the one that is
-    misclassified, and with the highest loss among those.
+    an objective. The last iterate counts.
 
     Attributes:
-        restarts: Number of attempts, at least 1. More than one needs ``random_start``.
         loss: "cross_entropy", or "margin" (largest other logit minus that of the label), which still has a gradient
             where confidence has saturated the other (Carlini & Wagner 2017, their f6).
+        source: A model that is attacked in the place of the one under evaluation, in evaluation mode; better one that
+            was trained on its own. A model that only hides its gradients falls to images made for another, ordinary
+            one (Papernot et al. 2017, "Practical black-box attacks against machine learning").
 
     Source: Madry et al. (ICLR 2018), section 2.1.
     """
 
     steps: int = 20
     step_size: float | None = None
-    restarts: int = 1
-    loss: AttackLoss = "cross_entropy"
+    loss: Literal["cross_entropy", "margin"] = "cross_entropy"
+    source: nn.Module | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("loss", self.loss, ("cross_entropy", "margin"))
-        check_integer("restarts", self.restarts, 1)
-        if self.restarts > 1 and not self.random_start:
-            raise ConfigurationError("restarts > 1 without random_start would repeat the same attack. Leave one out.")
+        if self.source is not None:
+            check_module("source", self.source)
 
     def run(self, images: Tensor, gradient: Gradient, space: PixelSpace, generator: torch.Generator | None) -> Tensor:
         """Return the attacked images of a training method, which says what to increase.
 
         Raises:
-            ConfigurationError: ``restarts`` or ``loss`` is set, which have no effect there.
+            ConfigurationError: ``loss`` or ``source`` is set, which have no effect there.
         """
-        if self.restarts > 1 or self.loss != "cross_entropy":
-            raise ConfigurationError(
-                "A training method attacks once, with an objective of its own: leave out restarts and loss."
-            )
+        if self.source is not None or self.loss != "cross_entropy":
+            raise ConfigurationError("A training method has an objective of its own: leave out loss and source.")
         return super().run(images, gradient, space, generator)
 
     def attack_pixels(
@@ -155,22 +145,12 @@ class PGD(PixelAttack, attacks.PGD):
     ) -> Tensor:
         """Return attacked pixels."""
         origin, draws = pixels, Draws(pixels, generator)
-        best, highest = origin, torch.full((len(origin), 2), -math.inf, dtype=torch.float64, device="cpu")
-        for _ in range(self.restarts):
-            pixels = self._start(origin, draws) if self.random_start else origin
-            for _ in range(self.steps):
-                slope = _pixel_gradient(model, pixels, labels, space, self.loss)
-                pixels = self.ascend(pixels, origin, slope, _PIXELS)
-            if self.restarts == 1:
-                return pixels
-            with torch.no_grad():
-                found = logits(model, to_images(pixels, space))
-            check_finite(found, "The model under attack")
-            score = torch.stack([(found.argmax(1) != labels).double(), _losses(found, labels, self.loss)], 1).cpu()
-            better = (score[:, 0] > highest[:, 0]) | ((score[:, 0] == highest[:, 0]) & (score[:, 1] > highest[:, 1]))
-            best = torch.where(better.to(origin.device)[:, None, None, None], pixels, best)
-            highest = torch.where(better[:, None], score, highest)
-        return best
+        if self.random_start:
+            pixels = self._start(origin, draws)
+        for _ in range(self.steps):
+            gradient = _pixel_gradient(model, pixels, labels, space, self.loss)
+            pixels = self.ascend(pixels, origin, gradient, _PIXELS)
+        return pixels
 
     def _start(self, origin: Tensor, draws: Draws) -> Tensor:
         if self.norm == "linf":
@@ -192,64 +172,7 @@ class FGSM(PGD):
     random_start: bool = False
 
 
-@dataclass(frozen=True)
-class Transfer:
-    """Attack ``source`` instead of the model under evaluation.
-
-    A model that only hides its gradients falls to images made for another, ordinary one: worth a look wherever
-    training has changed how confident a model is.
-
-    Attributes:
-        source: The model that is attacked, in evaluation mode; better one that was trained on its own.
-        attack: How; one of :mod:`entprop_wrap.functional.attacks` too.
-
-    Raises:
-        ConfigurationError: ``source`` is not a model, or ``attack`` not an attack.
-
-    Source: Papernot et al. (2017), "Practical black-box attacks against machine learning".
-    """
-
-    source: nn.Module
-    attack: attacks.PGD = PGD()
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.source, nn.Module):
-            raise ConfigurationError(
-                f"Transfer expects the model to attack first, found {shown(self.source)}. Write Transfer(model, PGD())."
-            )
-        object.__setattr__(self, "attack", check_attack("attack", self.attack))
-
-    def __call__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        pixel_space: PixelSpace | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return images that attack ``source``; ``model`` is not looked at."""
-        attack: Any = self.attack
-        found: Tensor = attack(self.source, images, labels, pixel_space, generator)
-        return found
-
-    def at(self, epsilon: float) -> Transfer:
-        """Return the same attack at another magnitude."""
-        return replace(self, attack=self.attack.at(epsilon))
-
-
-def _losses(found: Tensor, labels: Tensor, loss: AttackLoss) -> Tensor:
-    """Return what an attack raises, ``(N,)``, by the logits ``(N, C)``.
-
-    It is the cross-entropy, or the "margin": the largest other logit minus that of the label.
-    """
-    found = found.to(_widest(found))
-    if loss == "cross_entropy":
-        return cross_entropy(found, labels, reduction="none")
-    own = one_hot(labels, found.shape[1]).bool()
-    return found.masked_fill(own, -math.inf).amax(1) - found.gather(1, labels[:, None]).squeeze(1)
-
-
-def _pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace, loss: AttackLoss) -> Tensor:
+def _pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace, loss: str) -> Tensor:
     """Return the gradient of each image's loss with respect to its pixels, up to a positive factor per image.
 
     No parameter gets any gradient. Attacks use signs and directions only, so the factor is free, and it is needed: the
@@ -264,38 +187,37 @@ def _pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: Pix
         check_finite(found, "The model under attack")
         if not found.requires_grad:
             raise UnsupportedModelError(
-                "The logits have no gradient: the model runs under torch.no_grad() inside. Attack it by "
-                "Transfer(source=...) from another model."
+                "The logits have no gradient: the model runs under torch.no_grad() inside. Attack it by way of "
+                "another model: PGD(source=...)."
             )
-        values = found.detach().to(_widest(found)).requires_grad_()
-        (slope,) = torch.autograd.grad(_losses(values, labels, loss).sum(), values)
+        widest = torch.float32 if found.device.type == "mps" else torch.float64  # MPS has no other
+        values = found.detach().to(widest).requires_grad_()
+        if loss == "margin":
+            own = one_hot(labels, values.shape[1]).bool()
+            total = (values.masked_fill(own, -math.inf).amax(1) - values.masked_select(own)).sum()
+        else:
+            total = cross_entropy(values, labels, reduction="sum")
+        (slope,) = torch.autograd.grad(total, values)
         slope = slope / slope.abs().amax(1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
         (gradient,) = torch.autograd.grad(found, pixels, slope.to(found.dtype))
     return gradient
 
 
-def _widest(values: Tensor) -> torch.dtype:
-    return torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no other
-
-
 def attacked(
     name: str,
-    attack: Attack,
+    attack: AttackFunction,
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    batch: Batch,
     space: PixelSpace,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Return the images that an attack, which may be anybody's function, makes of a batch, checked.
-
-    ``name`` is what messages call it.
-    """
-    found: Any = attack(model, images, labels, space, generator)
-    if not isinstance(found, Tensor) or found.shape != images.shape:
+    """Return the images that an attack, which may be anybody's function and is called ``name``, makes of a batch."""
+    found: Any = attack(model, batch.images, batch.labels, space, generator)
+    shape = tuple(batch.images.shape)
+    if not isinstance(found, Tensor) or tuple(found.shape) != shape:
         what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise ConfigurationError(f"{name} must return images of shape {tuple(images.shape)}; it returned {what}.")
-    check_batch(found, labels, space)
+        raise ConfigurationError(f"{name} must return images of shape {shape}; it returned {what}.")
+    check_batch(found, batch.labels, space)
     return found
 
 

@@ -74,8 +74,7 @@ class AutoAttack(PixelAttack):
         classes = clean.shape[1]
         if classes < _FEWEST_CLASSES:
             raise ConfigurationError(
-                f"AutoAttack needs at least {_FEWEST_CLASSES} classes, found {classes}. Write "
-                "PGD(loss='margin', restarts=5)."
+                f"AutoAttack needs at least {_FEWEST_CLASSES} classes, found {classes}. Write PGD(loss='margin')."
             )
         check_labels_fit(labels, classes, "The model")
 

@@ -37,7 +37,6 @@ class EvaluatedModel:
         self.name = name if domain is None else f"{name}, auxiliary {domain!r}"
         self.domain = domain
         self.tallies: dict[Condition, Tally] = {}
-        self.classes: int | None = None
 
     def inside(self) -> AbstractContextManager[None]:
         """Return the context in which the model runs in its domain."""
@@ -48,11 +47,6 @@ class EvaluatedModel:
         with torch.no_grad(), self.inside():
             found = logits(self.model, images)
         classes = found.shape[1]
-        if self.classes not in (None, classes):
-            raise ModelOutputError(
-                f"{self.name}: expected as many logits for every batch, found {self.classes} and then {classes}."
-            )
-        self.classes = classes
         check_labels_fit(labels, classes, self.name)
         if condition not in self.tallies:
             self.tallies[condition] = Tally(classes, found.device)

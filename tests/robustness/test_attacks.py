@@ -12,8 +12,8 @@ from entprop_wrap.errors import (
     PixelRangeError,
     UnsupportedModelError,
 )
-from entprop_wrap.robustness import FGSM, PGD, Transfer, accuracy_against_epsilon
-from entprop_wrap.robustness.corruptions.random import Draws
+from entprop_wrap.robustness import FGSM, PGD, accuracy_against_epsilon
+from entprop_wrap.robustness.corruptions.random import Draws, Streams
 from tests.helpers.small_classifier import CLASSES, SPACE, classifier, dataset, loader, pixels
 
 
@@ -89,7 +89,7 @@ def test_attacks_stay_in_the_ball_and_in_valid_pixels(norm, epsilon):
         SPACE.std
     ).view(-1, 1, 1)
     before = [parameter.clone() for parameter in model.state_dict().values()]
-    found = PGD(epsilon, steps=4, norm=norm, restarts=2)(model, images, labels, SPACE, torch.Generator())
+    found = PGD(epsilon, steps=4, norm=norm)(model, images, labels, SPACE, torch.Generator())
     change = (raw(found.double()) - raw(images.double())).flatten(1)
     size = change.abs().amax(1) if norm == "linf" else change.norm(dim=1)
     assert (size <= epsilon * (1 + 1e-4)).all()
@@ -116,27 +116,11 @@ def test_random_starts_fill_the_ball():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_attacks_do_not_depend_on_the_batch_size(norm):
     model, images, labels = double(7)
-    attack = PGD(2 / 255, steps=3, norm=norm, restarts=2)
+    attack = PGD(2 / 255, steps=3, norm=norm)
     whole = attack(model, images, labels, SPACE, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
     parts = [attack(model, x, y, SPACE, generator) for x, y in zip(images.split(3), labels.split(3), strict=True)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-12)
-
-
-def test_more_restarts_are_stronger_for_every_image():
-    model, images, labels = double(16)
-
-    def loss(found):
-        return torch.nn.functional.cross_entropy(model(found), labels, reduction="none")
-
-    one, many = (
-        PGD(1 / 255, steps=1, restarts=n)(model, images, labels, SPACE, torch.Generator().manual_seed(2))
-        for n in (1, 6)
-    )
-    wrong = [model(x).argmax(1) != labels for x in (one, many)]
-    assert (wrong[1] >= wrong[0]).all()
-    assert ((loss(many) >= loss(one)) | (wrong[1] & ~wrong[0])).all()
-    assert (loss(many) > loss(one)).any()
 
 
 def test_confident_models_still_have_a_gradient():
@@ -150,15 +134,17 @@ def test_confident_models_still_have_a_gradient():
         assert (model(found).argmax(1) != labels).all()
 
 
-def test_transfer_attacks_the_source():
+def test_another_model_is_attacked_in_its_place():
     model, source = classifier(), classifier(seed=5)
     images, labels = dataset(6).tensors
-    attack = PGD(4 / 255, steps=3)
-    expected = attack(source, images, labels, SPACE, torch.Generator().manual_seed(0))
-    found = Transfer(source, attack)(model, images, labels, SPACE, torch.Generator().manual_seed(0))
-    assert torch.equal(found, expected)
+    expected = PGD(4 / 255, steps=3)(source, images, labels, SPACE, torch.Generator().manual_seed(0))
+    attack = PGD(4 / 255, steps=3, source=source)
+    assert torch.equal(attack(model, images, labels, SPACE, torch.Generator().manual_seed(0)), expected)
+    assert attack.at(2 / 255).source is source
     with pytest.raises(ConfigurationError, match="training mode"):
-        Transfer(source.train(), attack)(model, images, labels, SPACE)
+        PGD(source=source.train())(model, images, labels, SPACE)
+    with pytest.raises(UnsupportedModelError, match=r"source: expected a torch\.nn\.Module"):
+        PGD(source="x")
 
 
 def test_accuracy_falls_with_epsilon_to_zero():
@@ -172,30 +158,18 @@ def test_accuracy_falls_with_epsilon_to_zero():
     assert values[0] == 1
     assert values[-1] == 0
     assert values == sorted(values, reverse=True)
-    attacked = PGD(8 / 255, steps=10)(model, images, data[0][1], SPACE, _generator_of_the_curve())
+    attacked = PGD(8 / 255, steps=10)(model, images, data[0][1], SPACE, Streams(0).at(0, "epsilon"))
     assert found[8 / 255] == float((model(attacked).argmax(1) == data[0][1]).float().mean())
-    transferred = accuracy_against_epsilon(
-        model, data, (0, 1 / 255), attack=Transfer(classifier(5), FGSM()), pixel_space=SPACE, progress=False
-    )
-    assert transferred[0] == 1
     with pytest.raises(PixelRangeError, match="8/255"):
         accuracy_against_epsilon(model, data, (8,), pixel_space=SPACE, progress=False)
     with pytest.raises(ConfigurationError, match="epsilons"):
         accuracy_against_epsilon(model, data, (), pixel_space=SPACE, progress=False)
 
 
-def _generator_of_the_curve():
-    from entprop_wrap.robustness.corruptions.random import Streams
-
-    return Streams(0).at(0, "epsilon")
-
-
 def test_magnitudes_scale_together():
     assert PGD(4 / 255, step_size=1 / 255).at(8 / 255).step_size == pytest.approx(2 / 255)
     assert PGD(4 / 255).at(8 / 255) == PGD(8 / 255)
     assert FGSM(1 / 255).at(2 / 255) == FGSM(2 / 255)
-    source = classifier()
-    assert Transfer(source, FGSM(1 / 255)).at(2 / 255) == Transfer(source, FGSM(2 / 255))
 
 
 @pytest.mark.parametrize(
@@ -206,8 +180,6 @@ def test_magnitudes_scale_together():
         ({"epsilon": 0}, "above 0"),
         ({"steps": 0}, "steps"),
         ({"steps": True}, "steps"),
-        ({"restarts": 0}, "restarts"),
-        ({"restarts": 2, "random_start": False}, "random_start"),
         ({"norm": "l1"}, "norm"),
         ({"loss": "dlr"}, "loss"),
         ({"norm": "l2", "epsilon": -1.0}, "epsilon"),
@@ -226,16 +198,12 @@ def test_models_that_cannot_be_attacked_are_refused():
         PGD()(classifier().half(), images, labels, SPACE)
     hidden = classifier()
     hidden.forward = torch.no_grad()(hidden.forward)
-    with pytest.raises(UnsupportedModelError, match="Transfer"):
+    with pytest.raises(UnsupportedModelError, match="PGD\\(source="):
         PGD()(hidden, images, labels, SPACE)
     with pytest.raises(LabelError, match=f"{CLASSES} logits"):
         PGD()(classifier(), images, labels + CLASSES, SPACE)
 
 
-ATTACKS = [FGSM(1 / 255), PGD(1 / 255, steps=1), PGD(1 / 255, steps=1, restarts=2), Transfer(classifier(5))]
-
-
-@pytest.mark.parametrize("attack", ATTACKS, ids=["fgsm", "pgd", "restarts", "transfer"])
 @pytest.mark.parametrize(
     ("change", "space", "error", "message"),
     [
@@ -248,20 +216,19 @@ ATTACKS = [FGSM(1 / 255), PGD(1 / 255, steps=1), PGD(1 / 255, steps=1, restarts=
         (lambda x: x, ((0.5,), (0.5,)), ConfigurationError, "pixel_space must be a PixelSpace"),
     ],
 )
-def test_images_that_are_refused(attack, change, space, error, message):
+def test_images_that_are_refused(change, space, error, message):
     with pytest.raises(error, match=message):
-        attack(classifier(), change(pixels(4)), torch.zeros(4, dtype=torch.long), space)
+        FGSM()(classifier(), change(pixels(4)), torch.zeros(4, dtype=torch.long), space)
 
 
-@pytest.mark.parametrize("attack", ATTACKS[:3], ids=["fgsm", "pgd", "restarts"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_refused(attack, value):
+def test_logits_that_are_not_finite_are_refused(value):
     model = classifier()
     with torch.no_grad():
         model[-1].bias[1] = value
-    for attacked, other in ((attack, model), (Transfer(model, attack), classifier())):
+    for attack, attacked in ((FGSM(), model), (PGD(source=model), classifier())):
         with pytest.raises(ModelOutputError, match="4 of 4 images are NaN or infinite"):
-            attacked(other, pixels(4), torch.zeros(4, dtype=torch.long))
+            attack(attacked, pixels(4), torch.zeros(4, dtype=torch.long))
 
 
 def test_labels_that_are_refused():

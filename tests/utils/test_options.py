@@ -26,7 +26,6 @@ from entprop_wrap.methods import (
 )
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 from entprop_wrap.robustness import corrupt
-from entprop_wrap.robustness.attacks import PGD as MeasuringPGD
 from entprop_wrap.utils.options import as_python, check_seed
 from tests.helpers.trainer_toys import BatchNormNet, Images, make
 
@@ -46,7 +45,6 @@ NUMBERS = {
 INTEGERS = {
     EntProp: ("attack_steps",),
     PGD: ("steps",),
-    MeasuringPGD: ("restarts",),
     EntropyAscent: ("steps",),
     Monitor: ("every", "patience"),
 }
