@@ -7,6 +7,7 @@ as the image processor in it says; where it holds none, --processor names the mo
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -46,6 +47,6 @@ print(result.to_markdown())
 print(f"\nSA {result.sa:.1%}   RA {result.ra:.1%}   Hscore {result.hscore:.1%}   ({result.protocol})")
 
 if options.report:
-    options.report.with_suffix(".json").write_text(result.to_json() + "\n")
+    options.report.with_suffix(".json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     options.report.with_suffix(".md").write_text(result.to_markdown() + "\n")
     report(result, options.report.with_suffix(".html"), title=f"Robustness of {options.model}")

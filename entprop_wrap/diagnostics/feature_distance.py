@@ -1,4 +1,4 @@
-"""``feature_distance`` and ``feature_picture``: where a method's images lie in the model's own feature space."""
+"""``feature_distance``: how far a method moves images in the model's own feature space."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.diagnostics.frechet import Covariance, frechet_distance
 from entprop_wrap.diagnostics.method_stages import logits_in, observing
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods.base import Method
 from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import escaped, markdown_table
 from entprop_wrap.utils.features import features_of
-from entprop_wrap.utils.options import check_choice, check_seed
+from entprop_wrap.utils.options import check_seed, shown
 from entprop_wrap.utils.statistics import Result
 from entprop_wrap.wrapping.model import is_wrapped
 
-__all__ = ["FeatureDistance", "FeaturePicture", "feature_distance", "feature_picture"]
+__all__ = ["FeatureDistance", "feature_distance", "frechet_distance"]
 
 _AUXILIARY = "perturbed, auxiliary"
 
@@ -43,7 +42,6 @@ class FeatureDistance(Result):
     floor: float
     images: dict[str, int]
     dimensions: int
-    covariance: str
     layer: str
 
     def to_markdown(self) -> str:
@@ -51,23 +49,7 @@ class FeatureDistance(Result):
         rows = [["images", "number", "distance to clean"]]
         rows += [[name, str(self.images[name]), f"{value:.4g}"] for name, value in self.distances.items()]
         rows.append(["half of clean (to the other half)", str(self.images["clean"] // 2), f"{self.floor:.4g}"])
-        note = f"{self.dimensions} features before {escaped(self.layer)}, {self.covariance} covariance."
-        return f"{markdown_table(rows)}\n\n{note}"
-
-
-@dataclass(frozen=True)
-class FeaturePicture(Result):
-    """Features of both domains in the plane of their two first principal components.
-
-    Attributes:
-        points: By set, "clean" (main norms) and "perturbed, auxiliary" (or "perturbed" on a plain model): ``(x, y)``.
-        labels: Class of each point, by the same names; of mixed images the first one.
-        explained: Share of the variance that each axis holds, in [0, 1].
-    """
-
-    points: dict[str, tuple[tuple[float, float], ...]]
-    labels: dict[str, tuple[int, ...]]
-    explained: tuple[float, float]
+        return f"{markdown_table(rows)}\n\n{self.dimensions} features before {escaped(self.layer)}."
 
 
 def feature_distance(
@@ -75,7 +57,6 @@ def feature_distance(
     data: Iterable[Any],
     *,
     method: Method | None = None,
-    covariance: Covariance = "sample",
     layer: str | None = None,
     pixel_space: PixelSpace | None = None,
     max_images: int | None = None,
@@ -85,15 +66,12 @@ def feature_distance(
     """Measure how far mixing, selection and perturbation move images in the model's own feature space.
 
     As table 6 of EntProp does with the features of an Inception network, which makes the numbers incomparable. Features
-    are taken in evaluation mode.
-
-    Arguments and errors are those of :func:`entropy_stages`, and these:
+    are taken in evaluation mode. Arguments and errors are those of :func:`entropy_stages`, and these:
 
     Args:
         model: A classifier in evaluation mode, wrapped or plain.
         data: Batches as training sees them.
         method: The method to look at; None: ``EntProp()``.
-        covariance: "sample", or "shrunk" for few images; see :func:`frechet_distance` for their bias.
         layer: Name of the layer whose input the features are; None: the classifier's head.
         pixel_space: What the data is normalised with; None: nothing.
         max_images: Number of images to stop at; None: all.
@@ -104,80 +82,8 @@ def feature_distance(
         ConfigurationError: Fewer than 4 images.
         ModelOutputError: No layer makes the logits: see ``layer``.
     """
-    check_choice("covariance", covariance, ("sample", "shrunk"))
-    sets, _, name = _collect(model, data, method, layer, pixel_space, max_images, seed, progress)
-    clean = sets["clean"]
-    if len(clean) < 4:
-        raise ConfigurationError(f"Expected at least 4 images for a distance between two halves, found {len(clean)}.")
-    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(int(seed)))
-    halves = clean[order[: len(clean) // 2]], clean[order[len(clean) // 2 :]]
-    return FeatureDistance(
-        distances={
-            name: frechet_distance(clean, features, covariance=covariance)
-            for name, features in sets.items()
-            if name != "clean"
-        },
-        floor=frechet_distance(*halves, covariance=covariance),
-        images={name: len(features) for name, features in sets.items()},
-        dimensions=clean.shape[1],
-        covariance=covariance,
-        layer=name,
-    )
-
-
-def feature_picture(
-    model: nn.Module,
-    data: Iterable[Any],
-    *,
-    method: Method | None = None,
-    layer: str | None = None,
-    pixel_space: PixelSpace | None = None,
-    max_images: int | None = 500,
-    seed: int = 0,
-    progress: bool = True,
-) -> FeaturePicture:
-    """Project features of clean images (main norms) and of perturbed ones (auxiliary norms) onto a plane.
-
-    The plane holds the two first principal components of both sets together; signs of axes are arbitrary but fixed.
-    Arguments and errors are those of :func:`feature_distance`.
-    """
-    sets, labels, _ = _collect(
-        model, data, method, layer, pixel_space, max_images, seed, progress, ("clean", "perturbed", _AUXILIARY)
-    )
-    if _AUXILIARY in sets:
-        del sets["perturbed"]
-    everything = torch.cat(list(sets.values()))
-    centred = everything - everything.mean(dim=0)
-    _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
-    if len(sizes) < 2:
-        raise ConfigurationError(f"A picture needs at least 2 features, found {len(sizes)}.")
-    # The largest entry of an axis is made positive, so that two runs give one picture.
-    axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()
-    variance = sizes.square()
-    shares = (variance / variance.sum().clamp(min=torch.finfo(variance.dtype).tiny)).tolist()
-    points = (centred @ axes.mT).split([len(features) for features in sets.values()])
-    return FeaturePicture(
-        points={name: tuple((x, y) for x, y in part.tolist()) for name, part in zip(sets, points, strict=True)},
-        labels={name: tuple(labels[name].tolist()) for name in sets},
-        explained=(shares[0], shares[1]),
-    )
-
-
-def _collect(
-    model: nn.Module,
-    data: Iterable[Any],
-    method: Method | None,
-    layer: str | None,
-    pixel_space: PixelSpace | None,
-    max_images: int | None,
-    seed: int,
-    progress: bool,
-    only: tuple[str, ...] | None = None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
-    """Return features in float64 and labels, both by set, and the layer's name."""
     space, seed = space_of(pixel_space), check_seed(seed)
-    features: dict[str, list[Tensor]] = defaultdict(list)
-    classes: dict[str, list[Tensor]] = defaultdict(list)
+    found: dict[str, list[Tensor]] = defaultdict(list)
     versions: dict[str, tuple[Tensor, str | None]]
     # The observer copies the model before it is given hooks.
     with (
@@ -190,14 +96,54 @@ def _collect(
             if own:
                 versions[_AUXILIARY] = stages.images["perturbed"], own[0]
             for name, (version, domain) in versions.items():
-                if only is None or name in only:
-                    logits_in(model, version, domain)
-                    features[name].append(recorder.last.double().cpu())
-                    classes[name].append(stages.labels_of(name).cpu())
-    kept = [name for name in features if name in observer.changed or name == _AUXILIARY or only is not None]
-    assert recorder.layer is not None
-    return (
-        {name: torch.cat(features[name]) for name in kept},
-        {name: torch.cat(classes[name]) for name in kept},
-        recorder.layer,
+                logits_in(model, version, domain)
+                found[name].append(recorder.last.double().cpu())
+    sets = {name: torch.cat(parts) for name, parts in found.items() if name in {*observer.changed, _AUXILIARY}}
+    clean = sets["clean"]
+    if len(clean) < 4:
+        raise ConfigurationError(f"Expected at least 4 images for a distance between two halves, found {len(clean)}.")
+    shuffled = clean[torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed))]
+    half = len(clean) // 2
+    return FeatureDistance(
+        distances={name: frechet_distance(clean, one) for name, one in sets.items() if name != "clean"},
+        floor=frechet_distance(shuffled[:half], shuffled[half:]),
+        images={name: len(one) for name, one in sets.items()},
+        dimensions=clean.shape[1],
+        layer=recorder.layer or "",
     )
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Return the squared Fréchet distance between normal distributions fitted to features ``(N, D)`` and ``(M, D)``.
+
+    ``|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2))``. With ``A = R'R`` and ``B = S'S`` the last trace is the sum of
+    the singular values of ``R S'``, which is exact for singular covariances too: fewer images than dimensions. Two
+    samples of one distribution are apart by about their sampling noise, the more so the fewer images there are for a
+    dimension: compare distances of equal numbers of images only.
+
+    Raises:
+        ConfigurationError: Other shapes, fewer than two images, or values that are not finite.
+
+    Source: Dowson & Landau 1982, equation 16; used for images by Heusel et al. (NeurIPS 2017), and in table 6 of
+    EntProp (Enomoto, UAI 2024).
+    """
+    for features in (a, b):
+        real = isinstance(features, Tensor) and not features.is_complex() and features.layout == torch.strided
+        if not real or features.is_meta or features.ndim != 2 or len(features) < 2 or features.shape[1:] != a.shape[1:]:
+            raise ConfigurationError(
+                f"Expected features (N, D) and (M, D) of at least 2 images each, found {shown(a)} and {shown(b)}."
+            )
+        if not bool(torch.isfinite(features).all()):
+            raise ConfigurationError("Expected finite features, found NaN or infinite values.")
+    (mean_a, root_a), (mean_b, root_b) = _fit(a), _fit(b)
+    cross = torch.linalg.svdvals(root_a @ root_b.mT).sum()
+    spread = root_a.square().sum() + root_b.square().sum() - 2 * cross
+    return max(float((mean_a - mean_b).square().sum() + spread), 0.0)
+
+
+def _fit(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean ``(D,)`` and a root ``R`` of the covariance ``R'R``, with at most D rows."""
+    features = features.detach().double().cpu()
+    mean = features.mean(dim=0)
+    root = (features - mean) / (len(features) - 1) ** 0.5
+    return mean, torch.linalg.qr(root, mode="r").R if len(root) > features.shape[1] else root

@@ -44,19 +44,12 @@ class Stages:
 
     images: dict[str, Tensor]
     selected: Tensor
-    labels: Tensor
 
     @property
     def candidates(self) -> Tensor:
         """``(N, C, H, W)``: the images that were selected from."""
         names = list(self.images)
         return self.images[names[names.index("selected") - 1]]
-
-    def labels_of(self, stage: str) -> Tensor:
-        """Return the labels of the images at a stage (of mixed images, of the first parent); unknown ones are last."""
-        names = list(self.images)
-        early = stage in names and names.index(stage) < names.index("selected")
-        return self.labels if early else self.labels[self.selected]
 
 
 class Observer:
@@ -111,7 +104,7 @@ class Observer:
         for before, stage in itertools.pairwise(found):
             if stage != "selected" and not torch.equal(found[stage], found[before]):
                 self.changed.add(stage)
-        return Stages(found, output.selected, labels)
+        return Stages(found, output.selected)
 
     def _run(self, method: Method, images: Tensor, labels: Tensor) -> tuple[StepOutput, Tensor]:
         buffers = list(self.model.buffers())

@@ -76,14 +76,10 @@ class Monitor:
             check_integer(name, value, 1)
         self.every, self.patience = every, patience
         self.warnings: dict[str, str] = {}
-        self._steps = 0
+        self._steps = self._window_steps = 0
+        self._window: Tensor | None = None  # on the device: sums of values, then how often each was finite
+        self._since: Tensor | None = None  # the same since the last evaluation
         self._classes = 2
-        self._has = (False, False)  # an auxiliary loss, a selection
-        self._pending: Tensor | None = None  # on the device: sums of values, and how often each was finite
-        self._held = 0  # steps in it
-        self._sums = [0.0] * (2 * _VALUES)
-        self._window_steps = 0
-        self._since = [0.0, 0.0]  # main loss since the last evaluation: sum, number
         self._lowest_aux = self._main_then = math.inf
         self._in_a_row = {"entropy": 0, "energy": 0, "guess": 0, "grows": 0, "worse": 0}
         self._evaluations: list[tuple[float, float]] = []  # validation loss, training loss
@@ -93,7 +89,6 @@ class Monitor:
         if not isinstance(output, StepOutput):
             raise TypeError(f"update() expects what training_step() returns, found {type(output).__name__}.")
         nothing = torch.zeros_like(output.main_loss)
-        self._has = output.aux_loss is not None, output.selected is not None
         aux = nothing if output.aux_loss is None else output.aux_loss
         selected = further = nothing
         if output.selected is not None:
@@ -103,13 +98,15 @@ class Monitor:
         values = torch.stack([value.detach().float() for value in found])
         finite = values.isfinite()
         both = torch.cat([torch.where(finite, values, 0.0), finite.float()])
-        self._pending = both if self._pending is None else self._pending + both
+        self._window = both if self._window is None else self._window + both
+        self._since = both if self._since is None else self._since + both
         self._classes = output.logits.shape[1]
-        self._held += 1
         self._steps += 1
-        if self._window_steps + self._held >= self.every:
-            self._read()
-            self._judge()
+        self._window_steps += 1
+        if self._window_steps >= self.every:
+            sums, steps = self._window.tolist(), self._window_steps
+            self._window, self._window_steps = None, 0
+            self._judge(sums, steps, output.aux_loss is not None, output.selected is not None)
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
         """Take in an evaluation: a mapping with "loss" (or "eval_loss") on data that is not trained on.
@@ -122,27 +119,14 @@ class Monitor:
             raise ConfigurationError(
                 f"evaluated() expects a mapping with 'loss', found {shown(metrics)}. Write evaluated({{'loss': loss}})."
             )
-        self._read()
-        total, number = self._since
-        self._since = [0.0, 0.0]
-        if number:  # else nothing was trained in between
-            self._evaluations.append((float(found), total / number))
+        if self._since is None:
+            return  # nothing was trained in between
+        sums, self._since = self._since.tolist(), None
+        if sums[_VALUES]:
+            self._evaluations.append((float(found), sums[0] / sums[_VALUES]))
             self._judge_validation()
 
-    def _read(self) -> None:
-        """Add what the device holds to the sums; this waits for it."""
-        if self._pending is None:
-            return
-        found = self._pending.tolist()
-        self._sums = [a + b for a, b in zip(self._sums, found, strict=True)]
-        self._since = [self._since[0] + found[0], self._since[1] + found[_VALUES]]
-        self._window_steps += self._held
-        self._pending, self._held = None, 0
-
-    def _judge(self) -> None:
-        steps, sums = self._window_steps, self._sums
-        self._window_steps, self._sums = 0, [0.0] * (2 * _VALUES)
-        auxiliary, selection = self._has
+    def _judge(self, sums: list[float], steps: int, auxiliary: bool, selection: bool) -> None:
         lost = steps - int(sums[_VALUES + 1])
         if auxiliary and lost:
             self._warn(

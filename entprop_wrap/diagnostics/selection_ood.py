@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.diagnostics.frechet import check_values
 from entprop_wrap.diagnostics.method_stages import batches_of, logits_in, observing
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.uncertainty import entropy, least_confidence
@@ -18,10 +17,10 @@ from entprop_wrap.methods.base import Method
 from entprop_wrap.robustness.corruptions import conditions_of
 from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
 from entprop_wrap.robustness.result import markdown_table
-from entprop_wrap.utils.options import check_seed, shown
+from entprop_wrap.utils.options import check_seed
 from entprop_wrap.utils.statistics import Interval, Result, bootstrap
 
-__all__ = ["OODScore", "SelectionOOD", "auroc", "fpr95", "selection_ood"]
+__all__ = ["OODScore", "SelectionOOD", "selection_ood"]
 
 #: Logits ``(N, C)``, in float64, to scores ``(N,)``; higher is further out of the distribution.
 _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -160,46 +159,27 @@ def _score(groups: dict[str, list[Tensor]], score: Callable[[Tensor], Tensor], d
 
     def statistics(batches: Sequence[int]) -> list[float]:
         drawn = {name: torch.cat([values[batch] for batch in batches]) for name, values in scores.items()}
-        areas = [auroc(drawn[name], drawn["ood"]) for name in names]
-        rates = [fpr95(drawn[name], drawn["ood"]) for name in names]
-        return [*areas, *rates, auroc(drawn["rest"], drawn["selected"]), areas[0] - areas[1]]
+        areas = [_auroc(drawn[name], drawn["ood"]) for name in names]
+        rates = [_fpr95(drawn[name], drawn["ood"]) for name in names]
+        return [*areas, *rates, _auroc(drawn["rest"], drawn["selected"]), areas[0] - areas[1]]
 
     found = bootstrap(statistics, len(groups["random"]), draws)
     return OODScore(dict(zip(names, found[:3], strict=True)), dict(zip(names, found[3:6], strict=True)), *found[6:])
 
 
-def auroc(negative: Tensor, positive: Tensor) -> float:
-    """Return the probability, in [0, 1], that a positive score ``(M,)`` is above a negative one ``(N,)``.
-
-    It is the area under the ROC curve. Ties count one half; of no scores it is NaN.
-
-    Raises:
-        ConfigurationError: Scores of another form, or NaN.
-    """
-    _check_scores(negative=negative, positive=positive)
-    ordered, positive = negative.double().sort().values, positive.double()
+def _auroc(negative: Tensor, positive: Tensor) -> float:
+    """Return the probability that a positive score ``(M,)`` is above a negative one ``(N,)``; ties count one half."""
+    ordered = negative.sort().values
     below = torch.searchsorted(ordered, positive) + torch.searchsorted(ordered, positive, right=True)
     return float(below.double().mean()) / 2 / len(ordered) if len(ordered) else float("nan")
 
 
-def fpr95(inside: Tensor, outside: Tensor) -> float:
-    """Return the share of ``outside`` that passes at the lowest threshold where at least 95 % of ``inside`` pass.
+def _fpr95(inside: Tensor, outside: Tensor) -> float:
+    """Return the share of ``outside`` not above the lowest threshold that at least 95 % of ``inside`` are not above.
 
-    Scores ``(N,)`` and ``(M,)`` are lower for more typical images, and pass if they are not above the threshold; of no
-    scores the share is NaN. Source: Liu et al., NeurIPS 2020, section 4.1.
-
-    Raises:
-        ConfigurationError: Scores of another form, or NaN.
+    Source: Liu et al., NeurIPS 2020, section 4.1.
     """
-    _check_scores(inside=inside, outside=outside)
     if not len(inside):
         return float("nan")
-    threshold = inside.double().sort().values[-(-19 * len(inside) // 20) - 1]
-    return float((outside.double() <= threshold).double().mean())
-
-
-def _check_scores(**scores: Tensor) -> None:
-    for name, values in scores.items():
-        check_values(name, values)
-        if values.ndim != 1 or bool(values.isnan().any()):
-            raise ConfigurationError(f"{name} must be scores (N,) without NaN, found {shown(values)}.")
+    threshold = inside.sort().values[-(-19 * len(inside) // 20) - 1]
+    return float((outside <= threshold).double().mean())

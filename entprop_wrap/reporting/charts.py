@@ -64,15 +64,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Line:
-    """Values of one name, in the unit of the axis.
-
-    Attributes:
-        name: In the legend.
-        x: Places on the horizontal axis.
-        y: Values.
-        spread: Half the length of the interval around each value, or None.
-        colour: Number of its colour and marker; the same name has the same number in every chart.
-    """
+    """Values ``y`` of one name at ``x``, with half the length of their intervals; ``colour`` is also its marker."""
 
     name: str
     x: Sequence[float]
@@ -97,18 +89,8 @@ def line_chart(
 ) -> Chart:
     """Draw lines, or dots where they are not ``joined``, with their intervals.
 
-    Args:
-        title: Caption.
-        lines: Lines to draw.
-        x_name: Label of the horizontal axis.
-        y_name: Label of the vertical axis, with its unit.
-        write: Format of a value in the table of ``numbers``.
-        x_labels: Ticks by place; None: round numbers.
-        x_scale: "linear", or "log1p" for sizes that begin at 0.
-        joined: Whether values are joined by lines.
-        from_zero: "x" or "y": the axis that begins at 0.
-        note: Text below.
-        numbers: Whether a table of the numbers comes with it.
+    ``write`` formats the table of ``numbers``; ``x_labels`` are ticks by place; ``x_scale`` is "linear", or "log1p" for
+    sizes that begin at 0; ``from_zero`` names the axis that begins at 0.
     """
 
     def draw(axes: Any) -> None:

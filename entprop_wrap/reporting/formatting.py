@@ -17,7 +17,7 @@ MINUS = "\N{MINUS SIGN}"
 
 def decimals_of(result: RobustnessResult) -> int:
     """Return the decimals that a percentage of this many images deserves: below 10,000 the second one is noise."""
-    return 1 if result.images < 10_000 else 2
+    return 1 if result.clean.images < 10_000 else 2
 
 
 def percent(value: float, decimals: int) -> str:

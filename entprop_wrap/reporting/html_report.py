@@ -19,7 +19,7 @@ from entprop_wrap.reporting.diagnostic_panels import panels
 from entprop_wrap.reporting.formatting import versions
 from entprop_wrap.reporting.gallery import gallery_of
 from entprop_wrap.reporting.heat_maps import heat_maps
-from entprop_wrap.reporting.study import Results, Study, cards, score_rows, study_of, verdict
+from entprop_wrap.reporting.study import Results, Study, cards, lower_is_better, score_rows, study_of, verdict
 from entprop_wrap.reporting.study_charts import study_charts
 from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.utils.options import check_mapping, check_number, check_text, is_number, shown
@@ -103,7 +103,7 @@ def report(
         study=study,
         verdict=verdict(study),
         cards=cards(study),
-        columns=study.columns,
+        columns=[{"name": name[:1].upper() + name[1:], "lower": lower_is_better(name)} for name in study.first.summary],
         rows=score_rows(study, costs),
         cost_name=cost_name if costs else None,
         charts=study_charts(study, costs, cost_name, curves),

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.reporting.formatting import corruption_name, decimals_of, percent, versions
-from entprop_wrap.robustness.result import RobustnessResult, markdown_table
+from entprop_wrap.robustness.result import RobustnessResult, escaped, markdown_table
 from entprop_wrap.utils.options import check_text
 
 __all__ = ["model_card"]
@@ -64,7 +64,7 @@ def model_card(
             result, {"dataset_name": dataset, "dataset_type": dataset_id, "dataset_split": dataset_split}
         ),
     )
-    body = f"# {_text(model)}\n\n{_section(result, dataset, training, command)}"
+    body = f"# {escaped(model)}\n\n{_section(result, dataset, training, command)}"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
@@ -79,8 +79,8 @@ def _eval_results(result: RobustnessResult, place: dict[str, Any]) -> list[EvalR
         entry("accuracy", "Accuracy (SA)", result.sa),
         entry("robust_accuracy", f"Mean accuracy under corruptions (RA): {result.protocol}", result.ra),
         entry("hscore", "Hscore, harmonic mean of SA and RA", result.hscore),
-        entry("mean_class_accuracy", "Mean class accuracy", result.mean_class_accuracy),
-        entry("expected_calibration_error", "Expected calibration error, 15 bins", result.calibration_error),
+        entry("mean_class_accuracy", "Mean class accuracy", result.clean.mean_class_accuracy),
+        entry("expected_calibration_error", "Expected calibration error, 15 bins", result.clean.calibration_error),
         *(
             entry("adversarial_accuracy", f"Accuracy under {name}", scores.accuracy)
             for name, scores in result.adversarial.items()
@@ -98,14 +98,6 @@ def _section(result: RobustnessResult, dataset: str, training: str | None, comma
     def write(value: float) -> str:
         return percent(value, decimals_of(result))
 
-    scores = {"clean accuracy (SA)": result.sa, "accuracy under corruptions (RA)": result.ra, "Hscore": result.hscore}
-    scores |= {f"accuracy under {_text(name)}": one.accuracy for name, one in result.adversarial.items()}
-    scores |= {f"accuracy on {_text(name)}": one.accuracy for name, one in result.shifts.items()}
-    scores |= {
-        "mean class accuracy": result.mean_class_accuracy,
-        "expected calibration error": result.calibration_error,
-        "expected calibration error, corrupted": result.corrupted_calibration_error,
-    }
     grid = [["accuracy, %", *(f"severity {one}" for one in result.severities), "mean"]]
     for name, mean in result.per_corruption.items():
         cells = [write(result.table[name, severity]) for severity in result.severities]
@@ -113,21 +105,16 @@ def _section(result: RobustnessResult, dataset: str, training: str | None, comma
     grid.append(["mean", *map(write, result.per_severity.values()), write(result.ra)])
     parts = [
         "## Robustness",
-        f"Evaluated on {_text(dataset)}: {result.protocol}.",
-        markdown_table([["score", "%"], *([name, write(value)] for name, value in scores.items())]),
+        f"Evaluated on {escaped(dataset)}: {result.protocol}.",
+        markdown_table([["score", "%"], *([escaped(name), write(value)] for name, value in result.summary.items())]),
         "SA is accuracy on images as they are, RA the plain mean over all corruptions and severities (not the mean "
         "corruption error), Hscore their harmonic mean (EntProp, Enomoto, UAI 2024).",
         markdown_table(grid),
     ]
     if training:
-        parts.append(_text(training))
+        parts.append(escaped(training))
     if command:
         fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", command)), default=0))
         parts.append(f"{fence}\n{command}\n{fence}")
     said = ", ".join(f"{key} {value}" for key, value in versions().items())
     return "\n\n".join([*parts, f"Measured with {said}."]) + "\n"
-
-
-def _text(words: str) -> str:
-    """Return words on one line that Markdown shows as they are."""
-    return re.sub(r"([\\`*_{}\[\]<>()#|~])", r"\\\1", " ".join(words.split()))

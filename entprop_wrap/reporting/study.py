@@ -2,63 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from entprop_wrap.reporting.formatting import decimals_of, percent, points
-from entprop_wrap.robustness import Comparison, Estimate, RobustnessResult, compare
+from entprop_wrap.robustness import Comparison, RobustnessResult, compare
 from entprop_wrap.utils.options import check_text
 
-__all__ = ["Column", "Results", "Study", "cards", "score_rows", "study_of", "verdict"]
+__all__ = ["Results", "Study", "cards", "lower_is_better", "score_rows", "study_of", "verdict"]
 
 #: One result; or by the name of a model its result, or one for each seed.
 Results: TypeAlias = "RobustnessResult | Mapping[str, RobustnessResult | Sequence[RobustnessResult]]"
 
 
 @dataclass(frozen=True)
-class Column:
-    """A score: its heading, how it is read from a result (None: not measured), and which way is better."""
-
-    name: str
-    get: Callable[[RobustnessResult], float | None]
-    lower_is_better: bool = False
-
-
-@dataclass(frozen=True)
 class Study:
-    """Results in one form.
+    """Results in one form, the first model being the baseline and ``best`` the one with the highest Hscore.
 
-    Attributes:
-        results: For each model one for each seed, all of one protocol; the first model is the baseline.
-        comparison: Their means and differences over seeds.
-        columns: The scores.
-        baseline: Name of the baseline.
-        best: Name of the model with the highest Hscore.
-        first: A result that stands for the protocol.
-        seeds: Number of results of each model.
-        confidence: Level of intervals, as text: "95 %".
-        decimals: Decimals of percentages.
+    ``first`` is a result that stands for the protocol, ``confidence`` the level of intervals as text.
     """
 
     results: dict[str, list[RobustnessResult]]
     comparison: Comparison
-    columns: list[Column]
     baseline: str
     best: str
     first: RobustnessResult
     seeds: int
     confidence: str
     decimals: int
-
-    def score(self, name: str, get: Callable[[RobustnessResult], Any]) -> Estimate:
-        """Return the mean of a model's score over seeds, with its interval."""
-        return Estimate.of([get(result) for result in self.results[name]], self.comparison.confidence)
-
-    def difference(self, name: str, get: Callable[[RobustnessResult], Any]) -> Estimate:
-        """Return a model's score minus the baseline's, paired by seed."""
-        pairs = zip(self.results[name], self.results[self.baseline], strict=True)
-        return Estimate.of([get(ours) - get(theirs) for ours, theirs in pairs], self.comparison.confidence)
 
 
 def study_of(results: Any, confidence: float) -> Study:
@@ -76,7 +48,6 @@ def study_of(results: Any, confidence: float) -> Study:
     return Study(
         results=rows,
         comparison=comparison,
-        columns=_columns(first),
         baseline=comparison.baseline,
         best=max(rows, key=lambda name: comparison.scores[name]["Hscore"].mean),
         first=first,
@@ -86,20 +57,9 @@ def study_of(results: Any, confidence: float) -> Study:
     )
 
 
-def _columns(first: RobustnessResult) -> list[Column]:
-    def accuracy(group: str, name: str) -> Callable[[RobustnessResult], float | None]:
-        return lambda result: scores.accuracy if (scores := getattr(result, group).get(name)) else None
-
-    return [
-        Column("SA", lambda result: result.sa),
-        Column("RA", lambda result: result.ra),
-        Column("Hscore", lambda result: result.hscore),
-        *(Column(f"Under {name}", accuracy("adversarial", name)) for name in first.adversarial),
-        *(Column(f"SA on {name}", accuracy("shifts", name)) for name in first.shifts),
-        Column("Mean class accuracy", lambda result: result.mean_class_accuracy),
-        Column("Calibration error", lambda result: result.calibration_error, True),
-        Column("Calibration error, corrupted", lambda result: result.corrupted_calibration_error, True),
-    ]
+def lower_is_better(score: str) -> bool:
+    """Return whether a score is an error."""
+    return score.startswith("Calibration error")
 
 
 def verdict(study: Study) -> str:
@@ -127,22 +87,21 @@ def cards(study: Study) -> list[dict[str, Any]]:
         "Hscore": "harmonic mean of SA and RA",
         "Calibration error": "clean images; lower is better",
     }
-    shown = [column for column in study.columns if column.name in words]
-    return [{**_cell(study, study.best, one), "name": one.name, "words": words[one.name]} for one in shown]
+    return [{**_cell(study, study.best, name), "name": name, "words": words[name]} for name in words]
 
 
-def _cell(study: Study, name: str, column: Column) -> dict[str, Any]:
-    value = study.score(name, column.get)
+def _cell(study: Study, name: str, score: str) -> dict[str, Any]:
+    value = study.comparison.scores[name][score]
     cell = {"value": percent(value.mean, study.decimals), "spread": "", "change": "", "change_spread": "", "sign": ""}
     if value.half_width is not None:
         cell["spread"] = f"± {percent(value.half_width, study.decimals)}"
     if name != study.baseline:
-        change = study.difference(name, column.get)
+        change = study.comparison.differences[name][score]
         cell["change"] = points(change.mean, study.decimals)
         if change.half_width is not None:
             cell["change_spread"] = f"± {percent(change.half_width, study.decimals)}"
             if abs(change.mean) > change.half_width:
-                cell["sign"] = "better" if (change.mean > 0) != column.lower_is_better else "worse"
+                cell["sign"] = "better" if (change.mean > 0) != lower_is_better(score) else "worse"
     return cell
 
 
@@ -150,19 +109,19 @@ def score_rows(study: Study, costs: Mapping[str, float]) -> list[dict[str, Any]]
     """Return a row for each model, and one for each auxiliary domain that was evaluated."""
     rows: list[dict[str, Any]] = []
     for name, results in study.results.items():
-        cells: list[dict[str, Any]] = [_cell(study, name, column) for column in study.columns]
+        cells: list[dict[str, Any]] = [_cell(study, name, score) for score in study.first.summary]
         rows.append({"name": name, "domain": "", "cells": cells, "cost": f"{costs[name]:g}" if name in costs else ""})
         for domain in results[0].auxiliaries:
-            found = [result.auxiliaries[domain] for result in results if domain in result.auxiliaries]
+            found = [result.auxiliaries[domain].summary for result in results if domain in result.auxiliaries]
             cells = []
-            for column in study.columns:
-                values = [value for one in found if (value := column.get(one)) is not None]
+            for score in study.first.summary:
+                values = [one[score] for one in found if score in one]
                 mean = percent(sum(values) / len(values), study.decimals) if values else "\N{EN DASH}"
                 cells.append({"value": mean, "spread": "", "change": "", "best": False})
             rows.append({"name": name, "domain": domain, "cells": cells, "cost": ""})
-    for number, column in enumerate(study.columns):
+    for number, score in enumerate(study.first.summary):
         mains = [row["cells"][number] for row in rows if not row["domain"]]
-        top = (min if column.lower_is_better else max)(float(cell["value"]) for cell in mains)
+        top = (min if lower_is_better(score) else max)(float(cell["value"]) for cell in mains)
         for cell in mains:
             cell["best"] = len(mains) > 1 and float(cell["value"]) == top
     return rows

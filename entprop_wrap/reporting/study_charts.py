@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from entprop_wrap.reporting import charts
 from entprop_wrap.reporting.charts import Chart, Line
-from entprop_wrap.reporting.study import Study
+from entprop_wrap.reporting.study import Study, lower_is_better
 from entprop_wrap.robustness import Estimate, RobustnessResult
 
 __all__ = ["study_charts"]
@@ -32,24 +31,24 @@ def study_charts(
 
 def _differences(study: Study) -> Chart:
     # attacks move by tens of points, which would hide the others
-    own = ("SA", "RA", "Hscore", "Calibration error", "Calibration error, corrupted")
-    columns = [column for column in study.columns if column.name in own]
+    scores = ("SA", "RA", "Hscore", "Calibration error", "Calibration error, corrupted")
     lines = [
-        _line(name, range(len(columns)), [study.difference(name, column.get) for column in columns], colour)
+        _line(name, range(len(scores)), [study.comparison.differences[name][score] for score in scores], colour)
         for colour, name in enumerate(study.results)
         if name != study.baseline
     ]
-    headings = [f"{column.name}{' ↓' if column.lower_is_better else ''}" for column in columns]
+    headings = [f"{score}{' ↓' if lower_is_better(score) else ''}" for score in scores]
     title = f"Differences to {study.baseline}"
     return charts.interval_chart(title, lines, headings, "percentage points", f"{_note(study)} ↓: lower is better.")
 
 
 def _by_severity(study: Study, score: str, words: str) -> Chart:
     labels: dict[float, str] = {0: "clean", **{one: str(one) for one in sorted(study.first.severities)}}
-    lines = [
-        _line(name, list(labels), [study.score(name, partial(_mean_at, severity=at, score=score)) for at in labels], n)
-        for n, name in enumerate(study.results)
-    ]
+    lines = []
+    for colour, (name, results) in enumerate(study.results.items()):
+        values = [[_mean_at(result, severity, score) for result in results] for severity in labels]
+        estimates = [Estimate.of(row, study.comparison.confidence) for row in values]
+        lines.append(_line(name, list(labels), estimates, colour))
     options: dict[str, Any] = {"x_labels": labels, "note": _note(study)}
     if score == "calibration_error":
         options["note"] = f"Lower is better: how far confidence is from accuracy. {_note(study)}"
@@ -59,7 +58,7 @@ def _by_severity(study: Study, score: str, words: str) -> Chart:
 
 def _against_cost(study: Study, costs: Mapping[str, float], cost_name: str) -> Chart:
     lines = [
-        _line(name, [float(costs[name])], [study.score(name, lambda result: result.hscore)], colour)
+        _line(name, [float(costs[name])], [study.comparison.scores[name]["Hscore"]], colour)
         for colour, name in enumerate(study.results)
         if name in costs
     ]

@@ -46,7 +46,7 @@ class Comparison:
         seeds: Number of seeds.
         confidence: Confidence of all intervals, in (0, 1).
         protocol: What RA is the mean over.
-        scores: Estimates by method and score: "SA", "RA", "Hscore", and those of shifts and attacks.
+        scores: Estimates by method and score, the names of ``RobustnessResult.summary``.
         differences: The method minus the baseline, seed by seed, in the same form.
     """
 
@@ -107,7 +107,7 @@ def compare(
                     f"{_measured(result)} for {name!r}."
                 )
     values = {
-        name: {key: [_values(result)[key] for result in row] for key in _values(first)} for name, row in rows.items()
+        name: {key: [result.summary[key] for result in row] for key in first.summary} for name, row in rows.items()
     }
     baseline, *others = values
     changes = {
@@ -140,22 +140,13 @@ def _rows(results: Any) -> dict[str, list[RobustnessResult]]:
     return rows
 
 
-def _values(result: RobustnessResult) -> dict[str, float]:
-    return {
-        "SA": result.sa,
-        "RA": result.ra,
-        "Hscore": result.hscore,
-        **{f"SA on {name}": scores.accuracy for name, scores in result.shifts.items()},
-        **{f"under {name}": scores.accuracy for name, scores in result.adversarial.items()},
-    }
-
-
 def _measured(result: RobustnessResult) -> str:
-    return f"{', '.join(_values(result))} over {result.protocol}"
+    return f"{', '.join(result.summary)} over {result.protocol}"
 
 
 def _table(head: str, estimates: dict[str, dict[str, Estimate]], form: str) -> str:
-    keys = next(iter(estimates.values()))
+    """Return accuracies as a table; what else there is would make it too wide."""
+    keys = [key for key in next(iter(estimates.values())) if not key.startswith(("Mean class", "Calibration"))]
     rows = [[escaped(name), *(_percent(row[key], form) for key in keys)] for name, row in estimates.items()]
     return markdown_table([[head, *map(escaped, keys)], *rows])
 

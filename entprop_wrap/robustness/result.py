@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -81,24 +80,18 @@ class RobustnessResult:
         return tuple(dict.fromkeys(severity for _, severity in self.corrupted))
 
     @property
-    def images(self) -> int:
-        """Number of clean images; each was also evaluated under every corruption and severity."""
-        return self.clean.images
-
-    @property
-    def mean_class_accuracy(self) -> float:
-        """Accuracy on clean images, averaged over classes."""
-        return self.clean.mean_class_accuracy
-
-    @property
-    def calibration_error(self) -> float:
-        """Expected calibration error on clean images (15 bins), in [0, 1]."""
-        return self.clean.calibration_error
-
-    @property
-    def corrupted_calibration_error(self) -> float:
-        """Mean of the expected calibration errors of all corruptions and severities (15 bins each), in [0, 1]."""
-        return fmean(scores.calibration_error for scores in self.corrupted.values())
+    def summary(self) -> dict[str, float]:
+        """The scores by name, in [0, 1]: SA, RA and Hscore, accuracy on shifts and under attacks, and calibration."""
+        return {
+            "SA": self.sa,
+            "RA": self.ra,
+            "Hscore": self.hscore,
+            **{f"SA on {name}": scores.accuracy for name, scores in self.shifts.items()},
+            **{f"under {name}": scores.accuracy for name, scores in self.adversarial.items()},
+            "Mean class accuracy": self.clean.mean_class_accuracy,
+            "Calibration error": self.clean.calibration_error,
+            "Calibration error, corrupted": fmean(scores.calibration_error for scores in self.corrupted.values()),
+        }
 
     @property
     def is_full(self) -> bool:
@@ -108,7 +101,7 @@ class RobustnessResult:
     @property
     def protocol(self) -> str:
         """The corruptions and severities that RA is the mean over; says so when that is not the full protocol."""
-        return f"{self.images:,} images, seed {self.seed}, {_in_words(self.corrupted)}"
+        return f"{self.clean.images:,} images, seed {self.seed}, {_in_words(self.corrupted)}"
 
     def mce(self, baseline: RobustnessResult) -> float:
         """Return the mean corruption error relative to ``baseline``: 1 is the baseline, smaller is better.
@@ -126,7 +119,7 @@ class RobustnessResult:
             raise ConfigurationError(
                 f"mCE needs the result of a baseline, found {shown(baseline)}. Write mce(evaluate_robustness(...))."
             )
-        if set(baseline.corrupted) != set(self.corrupted) or baseline.images != self.images:
+        if set(baseline.corrupted) != set(self.corrupted) or baseline.clean.images != self.clean.images:
             raise ConfigurationError(
                 f"mCE needs a baseline of the same protocol. Expected {self.protocol}; found {baseline.protocol}."
             )
@@ -136,7 +129,7 @@ class RobustnessResult:
         return fmean((1 - ours[name]) / (1 - theirs[name]) for name in ours)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain types that JSON knows; :meth:`from_dict` reads it back."""
+        """Return everything as plain types, for ``json.dumps``; :meth:`from_dict` reads it back."""
         return {
             "sa": self.sa,
             "ra": self.ra,
@@ -174,44 +167,15 @@ class RobustnessResult:
                 f"Expected what RobustnessResult.to_dict() returns, found {type(data).__name__} (failed at {error})."
             ) from error
 
-    def to_json(self) -> str:
-        """Return :meth:`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> RobustnessResult:
-        """Return the result that :meth:`to_json` wrote.
-
-        Raises:
-            ConfigurationError: ``text`` is something else.
-        """
-        try:
-            return cls.from_dict(json.loads(text))
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError(
-                f"Expected the text of RobustnessResult.to_json(), found {shown(text)}: {error}"
-            ) from error
-
     def to_markdown(self) -> str:
         """Return the scores and the table of accuracies in percent, as Markdown."""
         domains = {"main": self, **self.auxiliaries}
 
         def row(label: str, values: Iterable[float]) -> list[str]:
-            return [label, *(f"{100 * value:.2f}" for value in values)]
+            return [escaped(label), *(f"{100 * value:.2f}" for value in values)]
 
         rows = [["domain", *map(escaped, domains)] if self.auxiliaries else ["score", "%"]]
-        for label, key in (
-            ("SA", "sa"),
-            ("RA", "ra"),
-            ("Hscore", "hscore"),
-            ("Mean class accuracy", "mean_class_accuracy"),
-            ("Calibration error", "calibration_error"),
-        ):
-            rows.append(row(label, (getattr(result, key) for result in domains.values())))
-        for key, before in (("shifts", "SA on"), ("adversarial", "under")):
-            for name in getattr(self, key):
-                found = (getattr(result, key)[name].accuracy for result in domains.values())
-                rows.append(row(f"{before} {escaped(name)}", found))
+        rows += [row(name, (result.summary[name] for result in domains.values())) for name in self.summary]
         grid = [["accuracy, %", *map(str, self.severities), "mean"]]
         for name, mean in self.per_corruption.items():
             grid.append(row(name, [*(self.table[name, severity] for severity in self.severities), mean]))

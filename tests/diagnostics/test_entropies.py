@@ -34,8 +34,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("net", ["bn", "ln"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("net", "name"), [*(("bn", name) for name in METHODS), ("ln", "n3")])
 def test_stages_are_those_of_a_training_step(net, name):
     method, model, batch, labels = METHODS[name], make(net), images(12), torch.arange(12) % CLASSES
     observer = Observer(model, method, SPACE, seed=4)

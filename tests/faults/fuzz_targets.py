@@ -18,7 +18,6 @@ from torch import nn
 
 import entprop_wrap as entprop
 from entprop_wrap import diagnostics, robustness
-from entprop_wrap.diagnostics import plots
 from entprop_wrap.functional import attacks, losses, mixing, uncertainty
 from entprop_wrap.methods import entropic_retraining
 from entprop_wrap.robustness import corruptions
@@ -36,7 +35,6 @@ ROOMS = (
     corruptions,
     entropic_retraining,
     features,
-    plots,
     uncertainty,
 )
 
@@ -44,7 +42,7 @@ ROOMS = (
 NOT_CALLED = {
     *("Method", "Step", "StepOutput", "Summary", "Attack", "Mixer", "Gradient", "Uncertainty", "Corruption"),
     *("Features", "Comparison", "Estimate", "RobustnessResult", "Scores"),
-    *("DomainGap", "EntropyStages", "FeatureDistance", "FeaturePicture", "InputJacobian", "Interval", "LayerGap"),
+    *("DomainGap", "EntropyStages", "FeatureDistance", "InputJacobian", "Interval", "LayerGap"),
     *("OODScore", "SelectionOOD"),
     # Parts of methods, whose arguments were checked by then.
     *("ascend", "check_attack", "normalize_l2", "l2_norm", "uniform_start", "num_selected", "compute_scores", "top_k"),
@@ -106,18 +104,6 @@ def _data() -> list[Any]:
 def _result() -> robustness.RobustnessResult:
     options: dict[str, Any] = {"corruptions": ("brightness",), "severities": (1,), "progress": False}
     return robustness.evaluate_robustness(model(), _data(), **options)
-
-
-@functools.cache
-def _found(name: str) -> Any:
-    options = {"progress": False}
-    made = {
-        "plot_entropies": lambda: diagnostics.entropy_stages(model(), _data(), **options),
-        "plot_features": lambda: diagnostics.feature_picture(model(), _data(), **options),
-        "plot_gap": lambda: diagnostics.domain_gap(model()),
-        "plot_jacobians": lambda: {"a": diagnostics.input_jacobian(model(), _data(), **options)},
-    }
-    return made[name]()
 
 
 def _dataset() -> list[Any]:
@@ -183,8 +169,6 @@ GOOD: dict[Any, Callable[..., Any]] = {
     ("TrainerConfig", "optimizer"): lambda **_: "adamw",
     ("model_card", "model"): lambda **_: "net",
     ("model_card", "result"): lambda **_: _result(),
-    **{(name, "result"): functools.partial(lambda name, **_: _found(name), name) for name in plots.__all__},
-    ("plot_jacobians", "results"): lambda **_: _found("plot_jacobians"),
 }
 
 
@@ -241,7 +225,6 @@ def _all() -> dict[str, Target]:
         "PixelSpace.from_processor": entprop.PixelSpace.from_processor,
         "PixelSpace.from_timm": entprop.PixelSpace.from_timm,
         "RobustnessResult.from_dict": robustness.RobustnessResult.from_dict,
-        "RobustnessResult.from_json": robustness.RobustnessResult.from_json,
         "RobustnessResult.mce": _result().mce,
         "Monitor.update": lambda step: diagnostics.Monitor(every=1).update(step),
         "Monitor.evaluated": lambda metrics: diagnostics.Monitor().evaluated(metrics),
@@ -258,7 +241,6 @@ GOOD |= {
     ("PixelSpace.from_processor", "processor"): lambda **_: SimpleNamespace(do_rescale=True),
     ("PixelSpace.from_timm", "model"): lambda **_: {"mean": (0.5,), "std": (0.5,)},
     ("RobustnessResult.from_dict", "data"): lambda **_: _result().to_dict(),
-    ("RobustnessResult.from_json", "text"): lambda **_: _result().to_json(),
     ("RobustnessResult.mce", "baseline"): lambda **_: _result(),
     "step": lambda **_: entprop.training_step(model(training=True), *batch()),
     "metrics": lambda **_: {"loss": 1.0},

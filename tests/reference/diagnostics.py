@@ -26,10 +26,10 @@ def fpr95(inside, outside):
     raise AssertionError
 
 
-def frechet(a, b, covariances=None):
+def frechet(a, b):
     """Square root of a matrix by scipy."""
     a, b = a.double().numpy(), b.double().numpy()
-    cov_a, cov_b = covariances or (np.cov(a, rowvar=False), np.cov(b, rowvar=False))
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = scipy.linalg.sqrtm(cov_a @ cov_b)
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * np.real(root)))
 

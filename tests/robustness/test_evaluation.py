@@ -48,14 +48,14 @@ def naive_accuracies(model, data, seed, names, severities):
 
 
 def test_scores_equal_a_loop_over_images():
-    model, data = classifier(), dataset(11)
+    model, data = classifier(), dataset(7)
     found = evaluate_robustness(model, DataLoader(data, 4), pixel_space=SPACE, seed=7, progress=False)
     expected = naive_accuracies(model, data, 7, tuple(CORRUPTIONS), range(1, 6))
     assert found.table == expected
     assert list(found.table) == list(expected)
     assert found.is_full
-    assert found.images == 11
-    assert found.sa == sum(int(model(x[None]).argmax() == y) for x, y in data) / 11
+    assert found.clean.images == 7
+    assert found.sa == sum(int(model(x[None]).argmax() == y) for x, y in data) / 7
     assert found.ra == pytest.approx(sum(expected.values()) / 75, abs=1e-15)
     assert len(set(expected.values())) > 3  # the model does react
     logits = model(data.tensors[0]).detach()
@@ -63,11 +63,11 @@ def test_scores_equal_a_loop_over_images():
 
 
 def test_a_suite_is_all_of_its_corruptions():
-    found = evaluate(corruptions=None, suite="c-bar", severities=(1, 2, 3, 4, 5))
+    found = evaluate(data=loader(3), corruptions=None, suite="c-bar", severities=(1, 2, 3, 4, 5))
     assert {name for name, _ in found.table} == set(SUITES["c-bar"])
     assert not found.is_full
     assert "the 10 corruptions of ImageNet-C-bar x 5 severities" in found.protocol
-    one = evaluate(corruptions=("plasma_noise",), severities=(3,))
+    one = evaluate(data=loader(3), corruptions=("plasma_noise",), severities=(3,))
     assert one.table == {("plasma_noise", 3): found.table["plasma_noise", 3]}
     with pytest.raises(ConfigurationError, match="'c' or 'c-bar', found 'cbar'"):
         evaluate(corruptions=None, suite="cbar")
@@ -138,11 +138,10 @@ def test_models_share_corrupted_batches_also_of_a_corruption_of_ones_own():
             for keys in (("pixel_values", "labels"), ("images", "label"), ("image", "labels"))
         ),
         {"data": iter(loader())},
-        {"model": torch.compile(classifier(), backend="eager")},
     ],
-    ids=["pixel_values", "images", "image", "a stream", "compiled"],
+    ids=["pixel_values", "images", "image", "a stream"],
 )
-def test_forms_of_data_and_models_that_change_nothing(options):
+def test_forms_of_data_that_change_nothing(options):
     assert evaluate(**options) == evaluate()
 
 
@@ -157,13 +156,12 @@ def test_pixels_and_normalised_images_agree():
             return self.inner((x - mean) / std)
 
     plain = loader(space=PixelSpace())
-    found = evaluate(Normalised().eval(), plain, pixel_space=None, corruptions=None)
-    assert found.table == evaluate(corruptions=None).table
+    some = ("gaussian_noise", "snow", "elastic_transform")
+    found = evaluate(Normalised().eval(), plain, pixel_space=None, corruptions=some)
+    assert found.table == evaluate(corruptions=some).table
 
 
-@pytest.mark.parametrize(
-    "name", ["torchvision/resnet", "timm/vit", "timm/efficientnet", "transformers/vit", "transformers/resnet"]
-)
+@pytest.mark.parametrize("name", ["timm/efficientnet", "transformers/resnet"])
 def test_real_architectures(name):
     architecture = next(a for a in ARCHITECTURES if a.name == name)
     model = architecture.build().eval()
@@ -179,7 +177,7 @@ def test_real_architectures(name):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_models_take_images_in_their_own_dtype(dtype):
-    assert evaluate(classifier().to(dtype)).images == 11
+    assert evaluate(classifier().to(dtype)).clean.images == 11
 
 
 def test_autocast_is_respected():
@@ -302,7 +300,7 @@ def test_an_auxiliary_block_is_refused():
     model = entprop.wrap(classifier())
     with entprop.auxiliary(model), pytest.raises(UnsupportedModelError, match="auxiliaries=True"):
         evaluate(model)
-    assert evaluate(model).images == 11
+    assert evaluate(model).clean.images == 11
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -360,7 +358,8 @@ def test_pixel_spaces_that_do_not_fit_the_images():
     with pytest.raises(PixelRangeError, match="looks normalised"):
         evaluate(data=[(IMAGES, LABELS)], pixel_space=None)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (SPACE.mean, SPACE.std))
-    assert evaluate(data=[((RAW * 1.1 - 0.05 - mean) / std, LABELS)]).images == 4  # interpolation overshoots a little
+    overshooting = (RAW * 1.1 - 0.05 - mean) / std  # as interpolation does
+    assert evaluate(data=[(overshooting, LABELS)]).clean.images == 4
 
 
 @pytest.mark.parametrize("data", [[], DataLoader(TensorDataset(RAW[:0], LABELS[:0]), 4)])

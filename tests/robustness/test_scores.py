@@ -115,15 +115,12 @@ def test_results_survive_json_and_pickle():
         adversarial={"PGD": Scores(10, 0.1, 0.1, 2, 0)},
         auxiliaries={"aux": result([0.2] * 4, shifts={"sketch": Scores(5, 0.4, 0.4, 1, 0)})},
     )
-    assert RobustnessResult.from_json(found.to_json()) == found
+    assert RobustnessResult.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     assert pickle.loads(pickle.dumps(found)) == found
-    assert json.loads(found.to_json())["ra"] == found.ra
-    for wrong in ({}, {"clean": {}}, []):
+    assert found.to_dict()["ra"] == found.ra
+    for wrong in ({}, {"clean": {}}, [], None, 5):
         with pytest.raises(ConfigurationError, match="to_dict"):
             RobustnessResult.from_dict(wrong)
-    for text in ("", "{", "[]", "3", None, b"\xff", 5):
-        with pytest.raises(ConfigurationError, match=r"Expected (the text|what)"):
-            RobustnessResult.from_json(text)
 
 
 def test_markdown_shows_names_as_they_are():

@@ -25,7 +25,7 @@ from entprop_wrap.robustness.corruptions.base import Corruption, corruption
 from entprop_wrap.robustness.corruptions.refraction import caustic_refraction
 from entprop_wrap.utils.options import check_choice, check_integer, check_sequence, shown
 
-__all__ = ["CORRUPTIONS", "SUITES", "Corruption", "conditions_of", "corrupt", "corruption"]
+__all__ = ["CORRUPTIONS", "SUITES", "Corruption", "corrupt", "corruption"]
 
 
 def _named(*corruptions: Corruption) -> Mapping[str, Corruption]:

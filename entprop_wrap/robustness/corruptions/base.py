@@ -18,9 +18,9 @@ from torch import Tensor
 
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.data.validation import check_images
-from entprop_wrap.errors import ImageError, PixelRangeError
+from entprop_wrap.errors import ConfigurationError, ImageError, PixelRangeError
 from entprop_wrap.robustness.corruptions.random import Draws
-from entprop_wrap.utils.options import check_integer
+from entprop_wrap.utils.options import check_integer, shown
 
 __all__ = ["SMALL_SIDE", "Corruption", "corruption"]
 
@@ -91,8 +91,15 @@ def corruption(
         imagenet: Constants at severities 1 to 5, numbers or tuples.
         cifar: The same for images below 96 px; None: the same ones.
         slices: Factors of the images that a CPU works on at once, for large images and for small ones.
+
+    Raises:
+        ConfigurationError: Not one constant for each severity.
     """
-    return lambda function: Corruption(function, (imagenet, cifar or imagenet), slices)
+    tables = imagenet, imagenet if cifar is None else cifar
+    for table in tables:
+        if not isinstance(table, (list, tuple)) or len(table) != 5:
+            raise ConfigurationError(f"Expected the constants of severities 1 to 5 as a tuple, found {shown(table)}.")
+    return lambda function: Corruption(function, tables, slices)
 
 
 def _check(images: Tensor) -> None:
