@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.diagnostics.method_stages import batches_of, isolated
 from entprop_wrap.errors import ModelOutputError, UnsupportedModelError
-from entprop_wrap.robustness.evaluated_model import check_finite, logits
+from entprop_wrap.robustness.evaluated_model import check_finite, in_domain, logits
 from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.options import check_name, check_seed
 from entprop_wrap.utils.statistics import Interval, Result, mean_of
 from entprop_wrap.utils.tensors import refuse_inference_mode
-from entprop_wrap.wrapping.model import auxiliary as auxiliary_domain
 
 __all__ = ["InputJacobian", "input_jacobian"]
 
@@ -98,7 +96,7 @@ def input_jacobian(
 
 def _parts(model: nn.Module, images: Tensor, auxiliary: str | None) -> list[Tensor]:
     """Cut a batch so that the Jacobians of a part fit into memory."""
-    with torch.no_grad(), _inside(model, auxiliary):
+    with torch.no_grad(), in_domain(model, auxiliary):
         classes = logits(model, images[:1]).shape[1]
     most = max(1, _ENTRIES // (classes * images[0].numel()))
     return [images[at : at + most] for at in range(0, len(images), most)]
@@ -107,7 +105,7 @@ def _parts(model: nn.Module, images: Tensor, auxiliary: str | None) -> list[Tens
 def _norms(model: nn.Module, images: Tensor, space: PixelSpace, auxiliary: str | None) -> tuple[Tensor, Tensor]:
     """Return the Frobenius and the spectral norms ``(N,)``, in float64 on the CPU."""
     pixels = images.detach().clone().requires_grad_()
-    with torch.enable_grad(), _inside(model, auxiliary):
+    with torch.enable_grad(), in_domain(model, auxiliary):
         output = logits(model, pixels)
         check_finite(output, "The model")  # a bias of NaN leaves the Jacobian finite
         # One row of the Jacobians of all images at once: in evaluation mode no image knows of another. Class by class,
@@ -130,7 +128,3 @@ def _norms(model: nn.Module, images: Tensor, space: PixelSpace, auxiliary: str |
         raise ModelOutputError("Some Jacobians are NaN or infinite. Look for diverged weights, or half precision.")
     squares = torch.linalg.eigvalsh(gram)
     return squares.sum(1).clamp(min=0).sqrt(), squares[:, -1].clamp(min=0).sqrt()
-
-
-def _inside(model: nn.Module, auxiliary: str | None) -> AbstractContextManager[None]:
-    return nullcontext() if auxiliary is None else auxiliary_domain(model, auxiliary)

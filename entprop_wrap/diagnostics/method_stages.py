@@ -6,7 +6,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,11 +24,11 @@ from entprop_wrap.methods.input_gradient import ImageGradient
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.robustness.distributed import check_batches
-from entprop_wrap.robustness.evaluated_model import check_finite, check_state, device_of, logits
+from entprop_wrap.robustness.evaluated_model import check_finite, check_state, device_of, in_domain, logits
 from entprop_wrap.robustness.pixels import check_batch
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.options import check_flag, check_integer
-from entprop_wrap.wrapping.model import auxiliary, is_wrapped, wrap
+from entprop_wrap.wrapping.model import is_wrapped, wrap
 from entprop_wrap.wrapping.registry import find_registry
 
 __all__ = ["Observer", "Stages", "batches_of", "isolated", "logits_in", "observing"]
@@ -203,7 +203,7 @@ def logits_in(model: nn.Module, images: Tensor, domain: str | None = None) -> Te
     """Return logits ``(N, C)``, which must be finite, in the main domain or an auxiliary one, without gradients."""
     # A DDP forward broadcasts buffers, which would wait for other processes.
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    with torch.no_grad(), nullcontext() if domain is None else auxiliary(model, domain):
+    with torch.no_grad(), in_domain(model, domain):
         found = logits(model, images)
     check_finite(found, "The model")
     return found

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.robustness.result import RobustnessResult, escaped, markdown_table
 from entprop_wrap.utils.options import check_number
-from entprop_wrap.utils.statistics import t_critical
+from entprop_wrap.utils.statistics import Result, t_critical
 
 __all__ = ["Comparison", "Estimate", "compare"]
 
@@ -38,7 +38,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """Scores of several methods over the same seeds. Numbers are in [0, 1]; Markdown shows percent.
 
     Attributes:
@@ -56,10 +56,6 @@ class Comparison:
     protocol: str
     scores: dict[str, dict[str, Estimate]]
     differences: dict[str, dict[str, Estimate]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain types that JSON knows."""
-        return asdict(self)
 
     def to_markdown(self) -> str:
         """Return a table of scores and a table of differences, in percent and percentage points, as Markdown."""

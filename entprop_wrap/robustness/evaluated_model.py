@@ -17,7 +17,7 @@ from entprop_wrap.errors import (
     NotWrappedError,
     UnsupportedModelError,
 )
-from entprop_wrap.robustness.distributed import gather
+from entprop_wrap.robustness.distributed import Batch, gather
 from entprop_wrap.robustness.scores import Scores, Tally
 from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import check_module, plain_model, walk
@@ -38,20 +38,15 @@ class EvaluatedModel:
         self.domain = domain
         self.tallies: dict[Condition, Tally] = {}
 
-    def inside(self) -> AbstractContextManager[None]:
-        """Return the context in which the model runs in its domain."""
-        return nullcontext() if self.domain is None else auxiliary(self.model, self.domain)
-
-    def measure(self, condition: Condition, images: Tensor, labels: Tensor, counted: bool) -> None:
-        """Pass images, and count them under ``condition`` if they are ``counted``."""
-        with torch.no_grad(), self.inside():
-            found = logits(self.model, images)
-        classes = found.shape[1]
-        check_labels_fit(labels, classes, self.name)
+    def measure(self, condition: Condition, batch: Batch) -> None:
+        """Pass the images of a batch, and count them under ``condition`` unless another process does."""
+        with torch.no_grad(), in_domain(self.model, self.domain):
+            found = logits(self.model, batch.images)
+        check_labels_fit(batch.labels, found.shape[1], self.name)
         if condition not in self.tallies:
-            self.tallies[condition] = Tally(classes, found.device)
-        if counted:
-            self.tallies[condition].add(found, labels)
+            self.tallies[condition] = Tally(found.shape[1], found.device)
+        if batch.counted:
+            self.tallies[condition].add(found, batch.labels)
 
     def check_logits(self) -> None:
         """Raise :class:`ModelOutputError` if logits so far were not all finite; waits for the device."""
@@ -80,6 +75,11 @@ def evaluated_models(models: Mapping[str, nn.Module], auxiliaries: bool) -> dict
         ]
         for name, model in models.items()
     }
+
+
+def in_domain(model: nn.Module, domain: str | None) -> AbstractContextManager[None]:
+    """Return the context in which a model runs in an auxiliary domain; None: the main one, which plain models have."""
+    return nullcontext() if domain is None else auxiliary(model, domain)
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import attacks as training_attacks
 from entprop_wrap.robustness.attacks import PGD, AttackFunction, attacked, check_attack, check_attacks
+from entprop_wrap.robustness.autoattack import AutoAttack
 from entprop_wrap.robustness.corruptions import Corruption, conditions_of
 from entprop_wrap.robustness.corruptions.random import Streams
-from entprop_wrap.robustness.distributed import Batch, ShardedData
-from entprop_wrap.robustness.evaluated_model import Condition, EvaluatedModel, check_state, device_of, evaluated_models
+from entprop_wrap.robustness.distributed import ShardedData
+from entprop_wrap.robustness.evaluated_model import EvaluatedModel, check_state, device_of, evaluated_models, in_domain
 from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
 from entprop_wrap.robustness.result import RobustnessResult
 from entprop_wrap.utils.options import check_flag, check_mapping, check_number, check_seed, check_sequence, shown
@@ -109,26 +110,30 @@ def evaluate_robustness(  # type: ignore[misc]  # the overloads leave the option
     with tqdm(total=passes or None, desc="Robustness", unit="pass", disable=hidden) as bar:
         for batch in share:
             for subject in subjects:
-                subject.measure(_CLEAN, batch.images, batch.labels, batch.counted)
+                subject.measure(_CLEAN, batch)
             bar.update(len(subjects))
             for name, attack in attacks.items():
                 for subject in subjects:
                     generator = streams.at(batch.position, "attack", name)
-                    with subject.inside():
+                    with in_domain(subject.model, subject.domain):
                         images = attacked(f"attacks[{name!r}]", attack, subject.model, batch, space, generator)
-                    subject.measure(("attack", name), images, batch.labels, batch.counted)
+                    subject.measure(("attack", name), batch._replace(images=images))
                 bar.update(len(subjects))
             # After the attacks: one that does not fit the model is to fail before the many passes, not after.
-            for condition, images in _corrupted(batch, subjects, conditions, space, streams):
+            # Accelerators corrupt much faster than a CPU; what is drawn is the same on all of them.
+            pixels = to_pixels(batch.images.to(device_of(subjects[0].model, batch.images)), space)
+            for (name, severity), corrupt in conditions.items():
+                corrupted = corrupt(pixels, severity, streams.at(batch.position, name, severity))
+                changed = batch._replace(images=to_images(corrupted, space).to(batch.images.dtype))
                 for subject in subjects:
-                    subject.measure(condition, images, batch.labels, batch.counted)
+                    subject.measure((name, severity), changed)
                 bar.update(len(subjects))
             for subject in subjects:
                 subject.check_logits()
     for name, other in others.items():
         for batch in other:
             for subject in subjects:
-                subject.measure(("shift", name), batch.images, batch.labels, batch.counted)
+                subject.measure(("shift", name), batch)
                 subject.check_logits()
 
     def result(subject: EvaluatedModel) -> RobustnessResult:
@@ -152,7 +157,7 @@ def accuracy_against_epsilon(
     data: Iterable[Any],
     epsilons: Sequence[float] = (0, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 32 / 255),
     *,
-    attack: training_attacks.PGD | None = None,
+    attack: training_attacks.PGD | AutoAttack | None = None,
     pixel_space: PixelSpace | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -167,7 +172,7 @@ def accuracy_against_epsilon(
         model: In evaluation mode, in its main domain.
         data: Batches in ``pixel_space``, as :func:`~entprop_wrap.robustness.evaluate_robustness` takes them.
         epsilons: Fractions of the pixel range (for ``norm="l2"``, lengths in that unit); 0 means no attack.
-        attack: What to do at each epsilon, its own being replaced; None: :class:`PGD` as it comes.
+        attack: PGD, FGSM or AutoAttack, whose own epsilon is replaced; None: :class:`PGD` as it comes.
         pixel_space: What the data is normalised with; None: nothing.
         seed: Seed of random starts.
         progress: Show a progress bar, on the first process.
@@ -196,26 +201,11 @@ def accuracy_against_epsilon(
     with tqdm(total=len(share) * len(sized) or None, disable=not progress or share.process > 0, unit="pass") as bar:
         for batch in share:
             for epsilon, one in sized.items():
-                images = batch.images
+                changed = batch
                 if one is not None:
                     generator = streams.at(batch.position, "epsilon")
-                    images = attacked("attack", one, subject.model, batch, space, generator)
-                subject.measure(("epsilon", str(epsilon)), images, batch.labels, batch.counted)
+                    changed = batch._replace(images=attacked("attack", one, subject.model, batch, space, generator))
+                subject.measure(("epsilon", str(epsilon)), changed)
                 bar.update()
             subject.check_logits()
     return {epsilon: subject.scores(("epsilon", str(epsilon))).accuracy for epsilon in sized}
-
-
-def _corrupted(
-    batch: Batch,
-    subjects: list[EvaluatedModel],
-    conditions: Mapping[tuple[str, int], Corruption],
-    space: PixelSpace,
-    streams: Streams,
-) -> Iterator[tuple[Condition, Tensor]]:
-    """Yield the images of a batch under each corruption."""
-    # Accelerators corrupt much faster than a CPU; what is drawn is the same on all of them.
-    pixels = to_pixels(batch.images.to(device_of(subjects[0].model, batch.images)), space)
-    for (name, severity), corrupt in conditions.items():
-        corrupted = corrupt(pixels, severity, streams.at(batch.position, name, severity))
-        yield (name, severity), to_images(corrupted, space).to(batch.images.dtype)

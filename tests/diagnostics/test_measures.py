@@ -219,6 +219,7 @@ def test_jacobians_in_another_pixel_space_are_the_same():
     np.testing.assert_allclose(inside.frobenius, outside.frobenius, rtol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs")
 def test_jacobians_under_activation_checkpointing():
     class Checkpointed(torch.nn.Module):
         def __init__(self, reentrant):

@@ -150,7 +150,7 @@ def test_the_best_of_a_column_is_bold_and_of_errors_the_smallest(tmp_path, seeds
     rows = re.findall(r'<tr><th scope="row">(vanilla|EntProp)</th>(.*?)</tr>', text, re.DOTALL)[:2]
     bold = {name: ["<b>" in cell for cell in re.findall("<td>(.*?)</td>", row, re.DOTALL)] for name, row in rows}
     values = {
-        name: [compare(seeds).scores[name]["SA"].mean, -sum(one.calibration_error for one in seeds[name]) / 3]
+        name: [compare(seeds).scores[name]["SA"].mean, -sum(one.clean.calibration_error for one in seeds[name]) / 3]
         for name in seeds
     }
     for place, column in enumerate((0, -2)):

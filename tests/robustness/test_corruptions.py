@@ -83,7 +83,7 @@ COMPARED = [
 def test_equals_the_reference_on_the_same_draws(name, size, close):
     image = photos(*size)[:1]
     reference = (REFERENCES | corruptions_c_bar.REFERENCES)[name]
-    for severity in SEVERITIES if name in REFERENCES else (1, 5):
+    for severity in SEVERITIES if name in REFERENCES else (1, 5) if size == (32, 32) else (3,):
         expected = reference(image[0].numpy(), severity, Replay(severity))
         found = corrupt(image, name, severity, seeded(severity))[0].numpy()
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=f"severity {severity}")

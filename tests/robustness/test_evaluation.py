@@ -48,14 +48,15 @@ def naive_accuracies(model, data, seed, names, severities):
 
 
 def test_scores_equal_a_loop_over_images():
-    model, data = classifier(), dataset(7)
+    model, images = classifier(), dataset(7).tensors[0]
+    data = TensorDataset(images, model(images).argmax(1))
     found = evaluate_robustness(model, DataLoader(data, 4), pixel_space=SPACE, seed=7, progress=False)
     expected = naive_accuracies(model, data, 7, tuple(CORRUPTIONS), range(1, 6))
     assert found.table == expected
     assert list(found.table) == list(expected)
     assert found.is_full
     assert found.clean.images == 7
-    assert found.sa == sum(int(model(x[None]).argmax() == y) for x, y in data) / 7
+    assert found.sa == 1
     assert found.ra == pytest.approx(sum(expected.values()) / 75, abs=1e-15)
     assert len(set(expected.values())) > 3  # the model does react
     logits = model(data.tensors[0]).detach()
@@ -161,16 +162,12 @@ def test_pixels_and_normalised_images_agree():
     assert found.table == evaluate(corruptions=some).table
 
 
-@pytest.mark.parametrize("name", ["timm/efficientnet", "transformers/resnet"])
-def test_real_architectures(name):
-    architecture = next(a for a in ARCHITECTURES if a.name == name)
+def test_models_of_the_hub():
+    architecture = next(a for a in ARCHITECTURES if a.name == "transformers/resnet")
     model = architecture.build().eval()
     data = loader(6, side=architecture.size)
     found = evaluate(model, data)
-    with torch.no_grad():
-        outputs = [(model(x), y) for x, y in data]
-    right = sum(int(((o if torch.is_tensor(o) else o.logits).argmax(1) == y).sum()) for o, y in outputs)
-    assert found.sa == right / 6
+    assert found.sa == sum(int((model(x).logits.argmax(1) == y).sum()) for x, y in data) / 6
     wrapped = entprop.wrap(model)
     assert evaluate(wrapped, data) == found
 

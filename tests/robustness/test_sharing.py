@@ -1,5 +1,7 @@
 """Two processes give the result of one, and refuse data that they do not both go through."""
 
+import os
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
@@ -34,6 +36,7 @@ def every_score(result):
 def work(rank):
     from accelerate import Accelerator
 
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # the group there is serves
     prepare = Accelerator(cpu=True).prepare
     data = DataLoader(dataset(9), batch_size=4)
     for other in (
