@@ -241,6 +241,7 @@ GOOD |= {
     ("PixelSpace.from_processor", "processor"): lambda **_: SimpleNamespace(do_rescale=True),
     ("PixelSpace.from_timm", "model"): lambda **_: {"mean": (0.5,), "std": (0.5,)},
     ("RobustnessResult.from_dict", "data"): lambda **_: _result().to_dict(),
+    ("corruption", "imagenet"): lambda **_: (0.1, 0.2, 0.3, 0.4, 0.5),
     ("RobustnessResult.mce", "baseline"): lambda **_: _result(),
     "step": lambda **_: entprop.training_step(model(training=True), *batch()),
     "metrics": lambda **_: {"loss": 1.0},

@@ -112,23 +112,59 @@ def points(value):
     return "0.0" if percent(value) in ("0.0", "-0.0") else f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
-@pytest.fixture
-def seeds():
-    return {"vanilla": [result(0), result(1), result(2)], "EntProp": [result(3), result(4), result(5)]}
+SEEDS = {"vanilla": [result(0), result(1), result(2)], "EntProp": [result(3), result(4), result(5)]}
+#: Of one model, of which an auxiliary domain was evaluated on another shift.
+OWN = result(1, shift="other")
+ONE = result(0, auxiliaries={"aux": OWN})
+
+
+def stages(perturbed):
+    names = ("clean", "mixed", "selected", "perturbed")
+    return EntropyStages(
+        values={name: (0.0, 0.5, math.log(10)) for name in names},
+        stages={name: Interval(0.9, 0.8, 1.0) for name in names},
+        changes={"mixed": Interval(0.4, 0.3, 0.5), "selected": Interval(0.7, 0.6, 0.8), "perturbed": perturbed},
+        classes=10,
+        images=3,
+        batches=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A page on two models over three seeds, with all that compares them."""
+    curves = {"EntProp": {0: 0.9, 0.5 / 255: 0.5, 4 / 255: 0.125}, "vanilla": {0: 0.8, 4 / 255: 0.0}}
+    costs = {"vanilla": 1, "EntProp": 1.203}
+    return write(tmp_path_factory.mktemp("several"), SEEDS, curves=curves, costs=costs, cost_name="passes")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """A page on one result, with examples, diagnostics and facts."""
+    layers = tuple(LayerGap(f"bn{i}", "BatchNorm2d", "aux", {"weight": 0.1 * i, "bias": 0.2}, 0.3) for i in range(3))
+    found = {"EntProp: entropy": stages(Interval(-0.377, -0.496, -0.259)), "other": stages(Interval(0.2, 0.1, 0.3))}
+    return write(
+        tmp_path_factory.mktemp("single"),
+        ONE,
+        images=pixels(2, side=40),
+        diagnostics={**found, "Gap": DomainGap(layers)},
+        warnings={"EntProp, seed 0, auxiliary loss": "It grows. Lower epsilon."},
+        command="train --seeds 3",
+        facts={"Commit": "abc123", "Seed": 3},
+    )
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
-def test_scores_and_differences_are_those_of_the_comparison(tmp_path, seeds):
-    _, page = write(tmp_path, seeds, costs={"vanilla": 1, "EntProp": 1.203}, cost_name="passes")
-    comparison = compare(seeds)
+def test_scores_and_differences_are_those_of_the_comparison(several):
+    page, comparison = several[1], compare(SEEDS)
     head, *rows = page.tables["Scores in percent"]
     assert head[:6] == ["Model", "SA", "RA", "Hscore", "SA on sketch", "Under PGD-20"]
     assert [head[-1], *(row[-1] for row in rows)] == ["passes", "1", "1.203"]
     for key, heading in {"SA": "SA", "RA": "RA", "Hscore": "Hscore", "under PGD-20": "Under PGD-20"}.items():
         place = head.index(heading)
-        plain, ours = (comparison.scores[name][key] for name in seeds)
+        plain, ours = (comparison.scores[name][key] for name in SEEDS)
         change = comparison.differences["EntProp"][key]
         assert rows[0][place] == f"{percent(plain.mean)} ± {percent(plain.half_width)}"
         assert rows[1][place].startswith(f"{percent(ours.mean)} ± {percent(ours.half_width)}")
@@ -139,21 +175,20 @@ def test_scores_and_differences_are_those_of_the_comparison(tmp_path, seeds):
         "Calibration error, corrupted ↓": lambda r: sum(s.calibration_error for s in r.corrupted.values()) / 6,
     }.items():
         cells = [row[head.index(heading)] for row in rows]
-        for name, cell in zip(seeds, cells, strict=True):
-            assert cell.split(" ± ")[0] == percent(sum(map(get, seeds[name])) / 3)
-        change = sum(get(a) - get(b) for a, b in zip(seeds["EntProp"], seeds["vanilla"], strict=True)) / 3
+        for name, cell in zip(SEEDS, cells, strict=True):
+            assert cell.split(" ± ")[0] == percent(sum(map(get, SEEDS[name])) / 3)
+        change = sum(get(a) - get(b) for a, b in zip(SEEDS["EntProp"], SEEDS["vanilla"], strict=True)) / 3
         assert f"{points(change)} ±" in cells[1]
 
 
-def test_the_best_of_a_column_is_bold_and_of_errors_the_smallest(tmp_path, seeds):
-    text, _ = write(tmp_path, seeds)
-    rows = re.findall(r'<tr><th scope="row">(vanilla|EntProp)</th>(.*?)</tr>', text, re.DOTALL)[:2]
+def test_the_best_of_a_column_is_bold_and_of_errors_the_smallest(several):
+    rows = re.findall(r'<tr><th scope="row">(vanilla|EntProp)</th>(.*?)</tr>', several[0], re.DOTALL)[:2]
     bold = {name: ["<b>" in cell for cell in re.findall("<td>(.*?)</td>", row, re.DOTALL)] for name, row in rows}
     values = {
-        name: [compare(seeds).scores[name]["SA"].mean, -sum(one.clean.calibration_error for one in seeds[name]) / 3]
-        for name in seeds
+        name: [compare(SEEDS).scores[name]["SA"].mean, -sum(one.clean.calibration_error for one in SEEDS[name]) / 3]
+        for name in SEEDS
     }
-    for place, column in enumerate((0, -2)):
+    for place, column in enumerate((0, -3)):
         best = max(values, key=lambda name: values[name][place])
         assert [name for name in bold if bold[name][column]] == [best]
 
@@ -210,34 +245,27 @@ def test_decimals_are_as_many_as_the_images_are_worth(tmp_path, images, sa):
     assert page.tables["model: accuracy, %"][1][1] == sa
 
 
-def test_one_result_needs_no_name_and_has_no_spread(tmp_path):
-    one = result(0)
-    text, page = write(tmp_path, one)
-    _, row = page.tables["Scores in percent"]
-    assert row[:4] == ["model", percent(one.sa), percent(one.ra), percent(one.hscore)]
+def test_one_result_needs_no_name_and_has_no_spread(single):
+    text, page = single
+    _, row, auxiliary = page.tables["Scores in percent"]
+    assert row[:4] == ["model", percent(ONE.sa), percent(ONE.ra), percent(ONE.hscore)]
+    assert auxiliary[:4] == ["model, auxiliary aux", percent(OWN.sa), percent(OWN.ra), percent(OWN.hscore)]
+    assert auxiliary[4] == DASH  # the shift was not measured there
     assert "±" not in text
     assert not any("minus" in caption for caption in page.tables)
-    assert one.protocol in page.words
+    assert ONE.protocol in page.words
     assert "do not compare" in text
     assert "a difference may be chance" in text
-
-
-def test_auxiliary_domains_have_rows(tmp_path):
-    own = result(1, shift="other")
-    _, page = write(tmp_path, {"EntProp": result(0, auxiliaries={"aux": own})})
-    row = page.tables["Scores in percent"][2]
-    assert row[:4] == ["EntProp, auxiliary aux", percent(own.sa), percent(own.ra), percent(own.hscore)]
-    assert row[4] == DASH  # the shift was not measured there
 
 
 # Maps and charts ------------------------------------------------------------------------------------------------------
 
 
-def test_heat_maps_hold_every_accuracy_and_its_means(tmp_path, seeds):
-    _, page = write(tmp_path, seeds)
+def test_heat_maps_hold_every_accuracy_and_its_means(several):
+    page = several[1]
 
     def mean(name, condition):
-        return sum(one.table[condition] for one in seeds[name]) / 3
+        return sum(one.table[condition] for one in SEEDS[name]) / 3
 
     def expected(get, form):
         everything = []
@@ -249,30 +277,29 @@ def test_heat_maps_hold_every_accuracy_and_its_means(tmp_path, seeds):
         columns = [sum(column) / 2 for column in zip(*everything, strict=True)]
         return [*rows, ["mean", *map(form, columns), form(sum(columns) / 3)]]
 
-    for name in seeds:
+    for name in SEEDS:
         assert page.tables[f"{name}: accuracy, %"] == expected(lambda c, name=name: mean(name, c), percent)
     change = expected(lambda c: mean("EntProp", c) - mean("vanilla", c), points)
     assert page.tables["EntProp minus vanilla: points"] == change
 
 
-def test_charts_come_with_their_numbers(tmp_path, seeds):
-    curves = {"EntProp": {0: 0.9, 0.5 / 255: 0.5, 4 / 255: 0.125}, "vanilla": {0: 0.8, 4 / 255: 0.0}}
-    _, page = write(tmp_path, seeds, curves=curves, costs={"EntProp": 1.2, "vanilla": 1.0}, cost_name="passes")
+def test_charts_come_with_their_numbers(several):
+    page = several[1]
     head, *rows = page.tables["Accuracy by severity, in numbers"]
     assert head == ["severity", "vanilla", "EntProp"]
-    comparison = compare(seeds)
-    assert rows[0] == ["clean", *(percent(comparison.scores[name]["SA"].mean) for name in seeds)]
+    comparison = compare(SEEDS)
+    assert rows[0] == ["clean", *(percent(comparison.scores[name]["SA"].mean) for name in SEEDS)]
     for row, severity in zip(rows[1:], SEVERITIES, strict=True):
-        means = [sum(one.per_severity[severity] for one in seeds[name]) / 3 for name in seeds]
+        means = [sum(one.per_severity[severity] for one in SEEDS[name]) / 3 for name in SEEDS]
         assert row == [str(severity), *map(percent, means)]
     assert page.tables["Accuracy against epsilon, in numbers"][1:] == [
         ["0", "80.0", "90.0"],
         ["0.5", DASH, "50.0"],
         ["4", "0.0", "12.5"],
     ]
-    hscores = {name: percent(comparison.scores[name]["Hscore"].mean) for name in seeds}
+    hscores = {name: percent(comparison.scores[name]["Hscore"].mean) for name in SEEDS}
     rows = page.tables["Hscore against passes, in numbers"][1:]
-    assert rows == [["1", hscores["vanilla"], DASH], ["1.2", DASH, hscores["EntProp"]]]
+    assert rows == [["1", hscores["vanilla"], DASH], ["1.203", DASH, hscores["EntProp"]]]
 
 
 def places(svg):
@@ -309,8 +336,9 @@ def test_drawings_take_the_colours_of_the_page_and_names_as_they_are():
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_asks_for_nothing_and_is_for_everyone(tmp_path, seeds):
-    text, page = write(tmp_path, seeds, images=pixels(2), costs={"EntProp": 2, "vanilla": 1})
+@pytest.mark.parametrize("which", ["several", "single"])
+def test_the_page_asks_for_nothing_and_is_for_everyone(which, request):
+    text, page = request.getfixturevalue(which)
     bare = re.sub("data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
     assert not re.search(r"https?:|//|@import|url\((?!#)|<script|<link|javascript", bare)
     links = [attributes["href"] for _, attributes in page.tags if "href" in attributes]
@@ -319,7 +347,7 @@ def test_the_page_asks_for_nothing_and_is_for_everyone(tmp_path, seeds):
     assert len(names) == len(set(names))
     assert {link[1:] for link in links} <= set(names)
     sources = [attributes["src"] for _, attributes in page.tags if "src" in attributes]
-    assert sources
+    assert (sources != []) == (which == "single")
     assert all(one.startswith("data:image/png;base64,") for one in sources)
     policy = next(attributes["content"] for tag, attributes in page.tags if attributes.get("http-equiv"))
     assert policy.startswith("default-src 'none'")
@@ -390,8 +418,8 @@ def test_names_in_other_scripts_and_long_ones_are_shown(tmp_path, recwarn):
     assert not [one for one in recwarn if "Glyph" in str(one.message)]
 
 
-def test_versions_command_and_facts_are_told(tmp_path):
-    text, _ = write(tmp_path, result(0), command="train --seeds 3", facts={"Commit": "abc123", "Seed": 3})
+def test_versions_command_and_facts_are_told(single):
+    text, _ = single
     assert "<code>train --seeds 3</code>" in text
     for name, value in {"Seed": 3, "Commit": "abc123", "torch": torch.__version__}.items():
         assert f"<dt>{name}</dt><dd>{value}</dd>" in text
@@ -410,10 +438,9 @@ def test_what_an_evaluation_returns_is_taken(tmp_path):
 # Pictures -------------------------------------------------------------------------------------------------------------
 
 
-def test_examples_are_corrupted_at_full_size_and_take_turns(tmp_path):
+def test_examples_are_corrupted_at_full_size_and_take_turns(single):
     images = pixels(2, side=40)
-    text, _ = write(tmp_path, result(0), images=images)
-    sources = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)"', text)
+    sources = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)"', single[0])
     assert len(sources) == 2 * 4
     for number, name in enumerate(CORRUPTIONS):
         one = images[number]
@@ -434,25 +461,12 @@ def test_large_examples_are_shrunk_and_that_is_said(tmp_path):
 # Diagnostics ----------------------------------------------------------------------------------------------------------
 
 
-def stages(perturbed):
-    names = ("clean", "mixed", "selected", "perturbed")
-    return EntropyStages(
-        values={name: (0.0, 0.5, math.log(10)) for name in names},
-        stages={name: Interval(0.9, 0.8, 1.0) for name in names},
-        changes={"mixed": Interval(0.4, 0.3, 0.5), "selected": Interval(0.7, 0.6, 0.8), "perturbed": perturbed},
-        classes=10,
-        images=3,
-        batches=3,
-    )
-
-
-def test_a_stage_that_does_not_raise_entropy_is_said_with_its_meaning(tmp_path):
-    found = {"EntProp: entropy": stages(Interval(-0.377, -0.496, -0.259)), "other": stages(Interval(0.2, 0.1, 0.3))}
-    _, page = write(tmp_path, result(0), diagnostics=found)
-    (alert,) = [one for one in page.alerts if one]
+def test_diagnostics_are_explained(single):
+    _, page = single
+    monitor, alert = [one for one in page.alerts if one]
+    assert monitor == "EntProp, seed 0, auxiliary loss: It grows. Lower epsilon."
     assert "\N{MINUS SIGN}0.377 [\N{MINUS SIGN}0.496, \N{MINUS SIGN}0.259] nats" in alert
     assert "not a failure of training" in alert
-    assert "lower epsilon" in alert
     assert page.words.count("Here every stage is.") == 1
     assert page.tables["other: mean entropy, nats"][1:] == [
         ["clean", "0.9 [0.8, 1]", ""],
@@ -460,6 +474,9 @@ def test_a_stage_that_does_not_raise_entropy_is_said_with_its_meaning(tmp_path):
         ["selected", "0.9 [0.8, 1]", "+0.7 [0.6, 0.8]"],
         ["perturbed", "0.9 [0.8, 1]", "+0.2 [0.1, 0.3]"],
     ]
+    assert page.tables["Gap: distance by layer"][3] == ["bn2", "0.2", "0.2", "0.3"]
+    assert "weight 0.2 in layer 'bn2'" in page.words
+    assert "All of it is small" not in page.words
 
 
 def test_a_stage_has_one_colour_in_every_picture(tmp_path):
@@ -471,19 +488,6 @@ def test_a_stage_has_one_colour_in_every_picture(tmp_path):
     colours = [[*dict.fromkeys(re.findall(r"fill: var\(--(c\d)\)", one))] for one in drawn]
     assert colours[0] == [colours[1][0], colours[0][1], *colours[1][1:]]
     assert not {"c0", "c1", "c2"} & set(colours[0])  # the first models
-
-
-def test_what_the_monitor_said_is_shown(tmp_path):
-    _, page = write(tmp_path, result(0), warnings={"EntProp, seed 0, auxiliary loss": "It grows. Lower epsilon."})
-    assert [one for one in page.alerts if one] == ["EntProp, seed 0, auxiliary loss: It grows. Lower epsilon."]
-
-
-def test_the_gap_names_its_largest_layers(tmp_path):
-    layers = tuple(LayerGap(f"bn{i}", "BatchNorm2d", "aux", {"weight": 0.1 * i, "bias": 0.2}, 0.3) for i in range(3))
-    _, page = write(tmp_path, result(0), diagnostics={"Gap": DomainGap(layers)})
-    assert page.tables["Gap: distance by layer"][3] == ["bn2", "0.2", "0.2", "0.3"]
-    assert "weight 0.2 in layer 'bn2'" in page.words
-    assert "All of it is small" not in page.words
 
 
 @pytest.mark.filterwarnings("ignore:The stage")

@@ -41,10 +41,11 @@ class Corruption:
 
     __name__: str
 
-    def __init__(
-        self, function: Callable[..., Tensor], constants: Sequence[Sequence[Any]], slices: tuple[float, float]
-    ) -> None:
-        self._function, self._constants, self._slices = function, constants, slices
+    #: Factors of the images that a CPU works on at once, for large images and for small ones.
+    slices: tuple[float, float] = (1.0, 1.0)
+
+    def __init__(self, function: Callable[..., Tensor], constants: Sequence[Sequence[Any]]) -> None:
+        self._function, self._constants = function, constants
         functools.update_wrapper(self, function)
         del self.__wrapped__  # type: ignore[attr-defined]  # its signature is not the one of the call
 
@@ -71,7 +72,7 @@ class Corruption:
         constants = self._constants[small][severity - 1]
         constants = constants if isinstance(constants, tuple) else (constants,)
         on_cpu = images.device.type == "cpu"
-        count = max(1, int(_SLICE * self._slices[small]) // images[0].numel()) if on_cpu else len(images)
+        count = max(1, int(_SLICE * self.slices[small]) // images[0].numel()) if on_cpu else len(images)
         result = images.new_empty(images.shape)
         for part, into in zip(torch.split(images.detach(), count), torch.split(result, count), strict=True):
             pixels = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
@@ -80,7 +81,7 @@ class Corruption:
 
 
 def corruption(
-    imagenet: tuple[Any, ...], cifar: tuple[Any, ...] | None = None, slices: tuple[float, float] = (1.0, 1.0)
+    imagenet: tuple[Any, ...], cifar: tuple[Any, ...] | None = None
 ) -> Callable[[Callable[..., Tensor]], Corruption]:
     """Make a :class:`Corruption` of the function below, ``(pixels, draws, *constants) -> pixels``.
 
@@ -90,7 +91,6 @@ def corruption(
     Args:
         imagenet: Constants at severities 1 to 5, numbers or tuples.
         cifar: The same for images below 96 px; None: the same ones.
-        slices: Factors of the images that a CPU works on at once, for large images and for small ones.
 
     Raises:
         ConfigurationError: Not one constant for each severity.
@@ -99,7 +99,7 @@ def corruption(
     for table in tables:
         if not isinstance(table, (list, tuple)) or len(table) != 5:
             raise ConfigurationError(f"Expected the constants of severities 1 to 5 as a tuple, found {shown(table)}.")
-    return lambda function: Corruption(function, tables, slices)
+    return lambda function: Corruption(function, tables)
 
 
 def _check(images: Tensor) -> None:

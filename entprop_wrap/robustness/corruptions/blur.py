@@ -65,7 +65,6 @@ def motion_blur(pixels: Tensor, draws: Draws, radius: int, sigma: float) -> Tens
 @corruption(
     ((12, 0.01), (16, 0.01), (11, 0.02), (13, 0.02), (11, 0.03)),
     ((7, 0.01), (12, 0.01), (16, 0.01), (21, 0.01), (26, 0.01)),
-    slices=(8.0, 2.0),
 )
 def zoom_blur(pixels: Tensor, draws: Draws, count: int, step: float) -> Tensor:
     """Average the image with enlargements of its centre, as when driving towards it. Nothing is drawn."""
@@ -85,6 +84,9 @@ def zoom_blur(pixels: Tensor, draws: Draws, count: int, step: float) -> Tensor:
         crop = planes[..., top : top + crop_height, left : left + crop_width]
         total += zoom_centre(crop, factor, height, width)
     return total[:, :number].contiguous().div_(count + 1).view(pixels.shape)
+
+
+zoom_blur.slices = (8.0, 2.0)
 
 
 def move(pixels: Tensor, radius: int, sigma: float, degrees: Tensor) -> Tensor:
