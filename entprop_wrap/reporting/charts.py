@@ -169,7 +169,8 @@ def histograms(title: str, sets: Mapping[str, tuple[Sequence[float], int]], high
         axes.grid(axis="y", visible=False)
 
     note = "Share of images at each entropy, each row to its own height; triangles are means."
-    return Chart(title, _svg(draw, f"{title}: histograms of {', '.join(sets)}, {x_name}."), note=note)
+    words = ", ".join(f"{name} (mean {mean:.3g})" for name, mean in means.items())
+    return Chart(title, _svg(draw, f"{title}: histograms of {words}, {x_name}."), note=note)
 
 
 def _plot(axes: Any, line: Line, places: Sequence[float], joined: bool) -> None:

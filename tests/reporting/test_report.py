@@ -118,10 +118,10 @@ OWN = result(1, shift="other")
 ONE = result(0, auxiliaries={"aux": OWN})
 
 
-def stages(perturbed):
+def stages(perturbed, middle=0.5):
     names = ("clean", "mixed", "selected", "perturbed")
     return EntropyStages(
-        values={name: (0.0, 0.5, math.log(10)) for name in names},
+        values={name: (0.0, middle, math.log(10)) for name in names},
         stages={name: Interval(0.9, 0.8, 1.0) for name in names},
         changes={"mixed": Interval(0.4, 0.3, 0.5), "selected": Interval(0.7, 0.6, 0.8), "perturbed": perturbed},
         classes=10,
@@ -142,12 +142,16 @@ def several(tmp_path_factory):
 def single(tmp_path_factory):
     """A page on one result, with examples, diagnostics and facts."""
     layers = tuple(LayerGap(f"bn{i}", "BatchNorm2d", "aux", {"weight": 0.1 * i, "bias": 0.2}, 0.3) for i in range(3))
-    found = {"EntProp: entropy": stages(Interval(-0.377, -0.496, -0.259)), "other": stages(Interval(0.2, 0.1, 0.3))}
+    found = {
+        "EntProp: entropy": stages(Interval(-0.377, -0.496, -0.259)),
+        "other": stages(Interval(0.2, 0.1, 0.3), 0.7),
+        "Gap": DomainGap(layers),
+    }
     return write(
         tmp_path_factory.mktemp("single"),
         ONE,
         images=pixels(2, side=40),
-        diagnostics={**found, "Gap": DomainGap(layers)},
+        diagnostics=found,
         warnings={"EntProp, seed 0, auxiliary loss": "It grows. Lower epsilon."},
         command="train --seeds 3",
         facts={"Commit": "abc123", "Seed": 3},
