@@ -27,7 +27,6 @@ from entprop_wrap.robustness import RobustnessResult, compare, corrupt, evaluate
 from entprop_wrap.robustness.scores import Scores
 from tests.helpers.small_classifier import SPACE, classifier, loader, pixels
 
-ROOT = Path(__file__).parents[2]
 CORRUPTIONS = ("fog", "gaussian_noise")
 SEVERITIES = (1, 3, 5)
 VOID = {"br", "img", "meta", "wbr"}
@@ -587,15 +586,6 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path, results, options, er
     with pytest.raises(error, match=message):
         report(results, tmp_path / "report.html", **options)
     assert list(tmp_path.iterdir()) == []
-
-
-# Packaging ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_template_is_packaged():
-    settings = (ROOT / "pyproject.toml").read_text()
-    assert '    "entprop_wrap.reporting",' in settings
-    assert '"entprop_wrap.reporting" = ["report.html"]' in settings
 
 
 @pytest.mark.parametrize("missing", ["jinja2", "matplotlib", "huggingface_hub"])
