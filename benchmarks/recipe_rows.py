@@ -14,6 +14,8 @@ from torchvision.transforms import v2
 
 from entprop_wrap import EntProp
 from entprop_wrap.functional import uncertainty
+from entprop_wrap.functional.attacks import ascend
+from entprop_wrap.functional.losses import Target
 from entprop_wrap.functional.uncertainty import entropy, num_selected, top_k
 from entprop_wrap.methods import FastAdvProp, Method, Vanilla
 
@@ -26,6 +28,7 @@ class Row:
 
     Attributes:
         first: Method of the first 30 % of the steps, instead.
+        last: Method of the last 30 %.
         average: Decay per step of a moving average of the weights, which is evaluated instead.
         recalibrate: Estimate the main statistics anew after training, on images hardened by a signed gradient step.
     """
@@ -34,6 +37,7 @@ class Row:
     copies: str = "all"
     epochs: float = 1.0
     first: Callable[[float | None], Any] | None = None
+    last: Callable[[float | None], Any] | None = None
     average: float | None = None
     recalibrate: bool = False
 
@@ -58,22 +62,42 @@ class Consistent(Method):
     The Jensen-Shannon divergence of AugMix (Hendrycks et al., ICLR 2020), between the domains.
     """
 
+    harden: Hardener | None = None
+    epsilon: float | None = None
     fraction: float = 0.2
     weight: float = 12.0
+    random: bool = False
     auxiliary: str | None = "aux"
 
     def step(self, step):  # noqa: D102
-        logits, main_loss = step.main_pass(step.images, step.labels)
-        selected = top_k(entropy(logits), num_selected(len(logits), self.fraction))
-        low, scale = step.space.bounds(step.images)[0], step.space.scale(step.images)
-        views = trivial_augment(((step.images[selected] - low) / scale).clamp(0, 1), step.generator) * scale + low
+        images = step.images.clone().requires_grad_(self.harden is None)
+        with step.only_local():
+            logits = step.forward(images)
+            main_loss = step.loss(logits, step.labels)
+            step.backward(main_loss)
+        logits = logits.detach()
+        score = torch.rand(len(logits), generator=step.generator) if self.random else entropy(logits)
+        selected = top_k(score, num_selected(len(logits), self.fraction))
+        target, number = Target(step.labels).rows(selected), len(selected)
+        low, scale = step.space.bounds(images)[0], step.space.scale(images)
+        views = images.detach()[selected]
+        if self.harden is not None:
+            views = self.harden(((views - low) / scale).clamp(0, 1), step.generator).clamp(0, 1) * scale + low
+        gradient = None
+        if self.epsilon is not None and self.harden is None:
+            gradient = images.grad[selected]
+        elif self.epsilon is not None:
+            with step.auxiliary(self.auxiliary, record_statistics=False):
+                gradient = step.pixel_gradient(views, target)
+        if gradient is not None:
+            views = ascend(views, views, gradient, epsilon=self.epsilon, step_size=self.epsilon, space=step.space)
         with step.auxiliary(self.auxiliary):
             aux_logits = step.forward(views)
             shares = [part.softmax(1).clamp(1e-7, 1) for part in (logits[selected], aux_logits)]
             middle = (sum(shares) / 2).log()
             divergence = sum(F.kl_div(middle, share, reduction="batchmean") for share in shares) / 2
-            aux_loss = step.loss(aux_logits, step.labels[selected])
-            step.backward(self.fraction * (aux_loss + self.weight * divergence))
+            aux_loss = target.loss(step.loss, aux_logits)
+            step.backward(number / len(logits) * (aux_loss + self.weight * divergence))
         return step.output(logits=logits, main_loss=main_loss, passes=1 + self.fraction, selected=selected)
 
 
@@ -151,6 +175,9 @@ ROWS = {
     ),
     "finetuning": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon)),
     "finetuning, statistics": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon), "statistics"),
+    "finetuning, statistics, plain at last": Row(
+        lambda epsilon: EntProp.finetuning(epsilon=epsilon), "statistics", last=lambda epsilon: Vanilla()
+    ),
     "finetuning, affine": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon), "affine"),
     "finetuning, shared": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon, auxiliary=None)),
     "FastAdvProp": Row(lambda epsilon: FastAdvProp() if epsilon is None else FastAdvProp(epsilon=epsilon)),
@@ -168,7 +195,20 @@ ROWS = {
     "... Fourier noise": changed(fourier),
     "... AugMix": changed(aug_mix),
     "... TrivialAugment": changed(trivial_augment),
-    "... TrivialAugment, JSD": Row(lambda epsilon: Consistent(), "statistics"),
+    "... JSD": Row(lambda epsilon: Consistent(epsilon=epsilon or 1 / 255), "statistics"),
+    "... TrivialAugment, JSD": Row(lambda epsilon: Consistent(trivial_augment), "statistics"),
+    "... TrivialAugment, 4 JSD": Row(lambda epsilon: Consistent(trivial_augment, weight=48.0), "statistics"),
+    "... TrivialAugment, JSD / 4": Row(lambda epsilon: Consistent(trivial_augment, weight=3.0), "statistics"),
+    "... TrivialAugment, JSD, random selection": Row(
+        lambda epsilon: Consistent(trivial_augment, random=True), "statistics"
+    ),
+    "... TrivialAugment, JSD, step": Row(
+        lambda epsilon: Consistent(trivial_augment, epsilon=epsilon or 1 / 255), "statistics"
+    ),
+    "... TrivialAugment, JSD, recalibrated": Row(
+        lambda epsilon: Consistent(trivial_augment), "statistics", recalibrate=True
+    ),
+    "vanilla, recalibrated": Row(lambda epsilon: Vanilla(), recalibrate=True),
     "... recalibrated": Row(unmixed(), "statistics", recalibrate=True),
     "... averaged": Row(unmixed(), "statistics", average=0.97),
     "vanilla, averaged": Row(lambda epsilon: Vanilla(), average=0.97),

@@ -237,12 +237,12 @@ def train(task: Task, row: Row, augment: str, seed: int) -> tuple[nn.Module, dic
         if row.average is None
         else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(row.average), use_buffers=True)
     )
-    first = method if row.first is None else row.first(regime.epsilon)
+    first, last = (method if made is None else made(regime.epsilon) for made in (row.first, row.last))
     loading, begin = 0.0, time.process_time()
     for number, (images, labels, seconds) in enumerate(batches(task, part, augment, epochs, order)):
         loading += seconds
         optimizer.zero_grad()
-        chosen = first if number < 0.3 * steps else method
+        chosen = first if number < 0.3 * steps else last if number >= 0.7 * steps else method
         entprop.training_step(model, images, labels, method=chosen, pixel_space=task.space, generator=generator)
         optimizer.step()
         schedule.step()
