@@ -165,6 +165,14 @@ ROWS = {
     "EntProp, unmixed": Row(lambda epsilon: EntProp(epsilon=epsilon, mix=None)),
     "EntProp, unmixed, shared": Row(unmixed(auxiliary=None)),
     "EntProp, unmixed, statistics": Row(unmixed(), "statistics"),
+    "EntProp, view": Row(lambda epsilon: EntProp(mix=None, view="trivialaugment", attack_steps=0), "statistics"),
+    "EntProp, view, all copied": Row(lambda epsilon: EntProp(mix=None, view="trivialaugment", attack_steps=0)),
+    "EntProp, view, random selection": Row(
+        lambda epsilon: EntProp(mix=None, view="trivialaugment", attack_steps=0, uncertainty="random"), "statistics"
+    ),
+    "EntProp, view, lagged": Row(
+        lambda epsilon: EntProp(mix=None, view="trivialaugment", attack_steps=0, lagged=True), "statistics"
+    ),
     "EntProp, unmixed, statistics, lagged, equal budget": Row(unmixed(lagged=True, equal_budget=True), "statistics"),
     "EntProp, lagged, equal budget, statistics": Row(
         lambda epsilon: EntProp(epsilon=epsilon, lagged=True, equal_budget=True), "statistics"
@@ -194,7 +202,6 @@ ROWS = {
     "... Gaussian noise": changed(gaussian),
     "... Fourier noise": changed(fourier),
     "... AugMix": changed(aug_mix),
-    "... TrivialAugment": changed(trivial_augment),
     "... JSD": Row(lambda epsilon: Consistent(epsilon=epsilon or 1 / 255), "statistics"),
     "... TrivialAugment, JSD": Row(lambda epsilon: Consistent(trivial_augment), "statistics"),
     "... TrivialAugment, 4 JSD": Row(lambda epsilon: Consistent(trivial_augment, weight=48.0), "statistics"),

@@ -18,6 +18,7 @@ from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.input_gradient import ImageGradient, watching
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
+from entprop_wrap.methods.views import Augmentation, augmented, find_augmentation
 from entprop_wrap.utils.options import (
     check_choice,
     check_flag,
@@ -64,6 +65,9 @@ class EntProp(Method):
             and mixes the selected images among themselves, and their gradients.
         auxiliary_target: Labels of mixed images in the auxiliary pass: "mixed" has both, as in the main pass; "source"
             only the first, which is the wrong one where ``share < 1/2`` (Algorithm 1 to the letter).
+        view: Augments the selected images, in the place of gradient steps (``attack_steps=0``): "trivialaugment",
+            "randaugment", "augmix" or "gaussian" for each image, or a function of pixels ``(N, C, H, W)`` in [0, 1].
+            Ours, by measurement (docs/recipes.md). None: nothing.
         uncertainty: Score to select by, ``(logits, labels) -> (N,)``, or the name of one; see
             ``entprop_wrap.functional.uncertainty``. The labels are those of the images themselves, also where the
             batch is mixed. "random" is the control.
@@ -98,6 +102,7 @@ class EntProp(Method):
     mix: str | None | Mixer = "mixup"  # noqa: RUF036 - parsers of command lines try types in this order
     mix_on: Literal["batch", "auxiliary"] = "batch"
     auxiliary_target: Literal["mixed", "source"] = "mixed"
+    view: str | None | Augmentation = None  # noqa: RUF036
     uncertainty: str | None | Uncertainty = "entropy"  # noqa: RUF036
     threshold: float | None = None
     weighting: Literal["per_image", "sum"] = "per_image"
@@ -122,6 +127,13 @@ class EntProp(Method):
         object.__setattr__(
             self, "uncertainty", find_uncertainty("entropy" if self.uncertainty is None else self.uncertainty)
         )
+        if self.view is not None:
+            object.__setattr__(self, "view", find_augmentation(self.view))
+            if self.attack_steps:
+                raise ConfigurationError(
+                    f"view takes the place of gradient steps, found attack_steps={self.attack_steps}: write "
+                    "attack_steps=0 with it, or view=None."
+                )
         for name, allowed in (
             ("mix_on", ("batch", "auxiliary")),
             ("auxiliary_target", ("mixed", "source")),
@@ -269,6 +281,8 @@ class EntProp(Method):
         if self.auxiliary_target == "source":
             target = target.source()
 
+        if self.view is not None:
+            return augmented(step, origin, cast(Augmentation, self.view), "of view="), target
         epsilon, step_size = self.attack
         hardened = origin
         for attack_step in range(self.attack_steps):

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard, cast
 
-import torch
 from torch import Tensor
 
-from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.errors import ConfigurationError, ImageError
+from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import Attack
 from entprop_wrap.methods.advprop import attacked, check_statistics, check_targets, propagate
 from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
+from entprop_wrap.methods.views import Augmentation, augmented
 from entprop_wrap.utils.options import as_python, check_flag, check_name, check_number, shown
 
-__all__ = ["Augmentation", "FineGrainedAdvProp"]
+__all__ = ["FineGrainedAdvProp"]
 
 #: ``pixels (N, C, H, W) in [0, 1] -> pixels`` of the same shape, whose labels stay what they are.
-Augmentation = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -105,51 +102,11 @@ class FineGrainedAdvProp(Method):
         def images(name: str, branch: Attack | Augmentation) -> Callable[[int], Tensor]:
             if _is_attack(branch):
                 return lambda classes: attacked(step, branch, name, classes, self.targeted, self.attack_statistics)
-            return lambda classes: augmented(step, cast(Augmentation, branch), name)
+            return lambda classes: augmented(step, step.images, cast(Augmentation, branch), f"of the branch {name!r}")
 
         passes = 1.0 + sum(1 + (branch.steps if _is_attack(branch) else 0) for branch in self.branches.values())
         made = {name: images(name, branch) for name, branch in self.branches.items()}
         return propagate(step, made, self._weights, passes)
-
-
-def augmented(step: Step, augmentation: Augmentation, name: str) -> Tensor:
-    """Return the step's images, augmented in pixel space.
-
-    Raises:
-        ImageError: The augmentation returned something else than images of the same shape, or (CPU) not finite ones.
-    """
-    with torch.no_grad(), default_generator_following(step.generator):
-        pixels = augmentation(_to_pixels(step.images, step.space))
-    if not isinstance(pixels, Tensor) or pixels.shape != step.images.shape or not pixels.is_floating_point():
-        found = f"{pixels.dtype} of shape {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else repr(pixels)
-        raise ImageError(
-            f"The augmentation of the branch {name!r} must return floating-point pixels of shape "
-            f"{tuple(step.images.shape)}, found {found}."
-        )
-    lower, upper = step.space.bounds(step.images)
-    images = torch.lerp(lower, upper, pixels.to(step.images).clamp(0, 1))
-    step.checker.images(images, step.space)
-    return images
-
-
-@contextmanager
-def default_generator_following(generator: torch.Generator | None) -> Iterator[None]:
-    """Seed torch's default CPU generator from ``generator`` within the block, and put its state back; None: do not."""
-    if generator is None:
-        yield
-        return
-    seed = int(torch.randint(2**62, (), generator=generator))
-    before = torch.get_rng_state()
-    try:
-        torch.default_generator.manual_seed(seed)
-        yield
-    finally:
-        torch.set_rng_state(before)
-
-
-def _to_pixels(images: Tensor, space: PixelSpace) -> Tensor:
-    lower, _ = space.bounds(images)
-    return ((images - lower) / space.scale(images)).clamp_(0, 1)
 
 
 def _is_attack(branch: Any) -> TypeGuard[Attack]:

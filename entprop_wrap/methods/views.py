@@ -1,0 +1,87 @@
+"""Other views of a step's images: augmentations in pixel space, drawn from the step's generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from entprop_wrap.data.augmentation import AUGMENTATIONS, augmentation
+from entprop_wrap.errors import ConfigurationError, ImageError
+from entprop_wrap.utils.options import shown
+
+if TYPE_CHECKING:
+    from entprop_wrap.methods.step import Step
+
+__all__ = ["Augmentation", "EachImage", "augmented", "find_augmentation"]
+
+#: Floating-point pixels ``(N, C, H, W)`` in [0, 1] to as many of the same shape.
+Augmentation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class EachImage:
+    """An augmentation of :func:`entprop_wrap.data.augmentation.augmentation` by name, drawn anew for each image."""
+
+    name: str
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the pixels ``(N, 3, H, W)``, rounded to bytes and augmented."""
+        change = augmentation(self.name)
+        assert change is not None
+        return torch.stack([change(image) for image in pixels.mul(255).round().to(torch.uint8)]).to(pixels) / 255
+
+
+def find_augmentation(view: str | Augmentation) -> Augmentation:
+    """Return the augmentation that ``view`` is, or names.
+
+    Raises:
+        ConfigurationError: There is none of that name, or it is not a function.
+    """
+    named = AUGMENTATIONS[1:]
+    if isinstance(view, str) and view in named:
+        return EachImage(view)
+    if not callable(view) or isinstance(view, type):
+        raise ConfigurationError(
+            f"view must be None, one of {', '.join(map(repr, named))}, or a function of pixels (N, C, H, W) in [0, 1]; "
+            f"found {shown(view)}."
+        )
+    return view
+
+
+def augmented(step: Step, images: Tensor, change: Augmentation, name: str) -> Tensor:
+    """Return ``images`` of the step, changed in pixel space; ``name`` says in messages whose augmentation it is.
+
+    Raises:
+        ImageError: The augmentation returned something else than images of the same shape, or (CPU) not finite ones.
+    """
+    lower, upper = step.space.bounds(images)
+    with torch.no_grad(), _default_generator_following(step.generator):
+        pixels = change(((images - lower) / step.space.scale(images)).clamp_(0, 1))
+    if not isinstance(pixels, Tensor) or pixels.shape != images.shape or not pixels.is_floating_point():
+        found = f"{pixels.dtype} of shape {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else repr(pixels)
+        raise ImageError(
+            f"The augmentation {name} must return floating-point pixels of shape {tuple(images.shape)}, found {found}."
+        )
+    changed = torch.lerp(lower, upper, pixels.to(images).clamp(0, 1))
+    step.checker.images(changed, step.space)
+    return changed
+
+
+@contextmanager
+def _default_generator_following(generator: torch.Generator | None) -> Iterator[None]:
+    """Seed torch's default CPU generator from ``generator`` within the block, and put its state back; None: do not."""
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**62, (), generator=generator))
+    before = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(before)
