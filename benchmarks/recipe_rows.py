@@ -139,18 +139,18 @@ def _each(transform: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
 
 
 def unmixed(**options: Any) -> Callable[[float | None], EntProp]:
-    """Return ``EntProp.augmented`` of the regime's epsilon, with options."""
-    return lambda epsilon: EntProp.augmented(**{"epsilon": epsilon, **options})
+    """Return EntProp without mixing, of the regime's epsilon, with options."""
+    return lambda epsilon: EntProp(**{"epsilon": epsilon, "mix": None, **options})
 
 
 def changed(harden: Hardener) -> Row:
-    """Return ``EntProp.augmented`` with another hardener."""
+    """Return EntProp without mixing with another hardener."""
     return Row(lambda epsilon: Changed(harden=harden, attack_steps=0, mix=None), "statistics")
 
 
 def scaled(factor: float) -> Row:
-    """Return ``EntProp.augmented`` with another epsilon."""
-    return Row(lambda epsilon: EntProp.augmented(epsilon=factor * (epsilon or 1 / 255)), "statistics")
+    """Return EntProp without mixing with another epsilon."""
+    return Row(lambda epsilon: EntProp(mix=None, epsilon=factor * (epsilon or 1 / 255)), "statistics")
 
 
 ROWS = {
@@ -165,14 +165,10 @@ ROWS = {
     "EntProp, unmixed": Row(lambda epsilon: EntProp(epsilon=epsilon, mix=None)),
     "EntProp, unmixed, shared": Row(unmixed(auxiliary=None)),
     "EntProp, unmixed, statistics": Row(unmixed(), "statistics"),
-    "EntProp, view": Row(lambda epsilon: EntProp(mix=None, view="trivialaugment", attack_steps=0), "statistics"),
-    "EntProp, view, all copied": Row(lambda epsilon: EntProp(mix=None, view="trivialaugment", attack_steps=0)),
-    "EntProp, view, random selection": Row(
-        lambda epsilon: EntProp(mix=None, view="trivialaugment", attack_steps=0, uncertainty="random"), "statistics"
-    ),
-    "EntProp, view, lagged": Row(
-        lambda epsilon: EntProp(mix=None, view="trivialaugment", attack_steps=0, lagged=True), "statistics"
-    ),
+    "EntProp, view": Row(lambda epsilon: EntProp.augmented(), "statistics"),
+    "EntProp, view, all copied": Row(lambda epsilon: EntProp.augmented()),
+    "EntProp, view, random selection": Row(lambda epsilon: EntProp.augmented(uncertainty="random"), "statistics"),
+    "EntProp, view, lagged": Row(lambda epsilon: EntProp.augmented(lagged=True), "statistics"),
     "EntProp, unmixed, statistics, lagged, equal budget": Row(unmixed(lagged=True, equal_budget=True), "statistics"),
     "EntProp, lagged, equal budget, statistics": Row(
         lambda epsilon: EntProp(epsilon=epsilon, lagged=True, equal_budget=True), "statistics"

@@ -161,14 +161,15 @@ class EntProp(Method):
 
     @classmethod
     def augmented(cls, **options: Any) -> EntProp:
-        """Return a preset for training behind an augmentation (TrivialAugment, RandAugment); ``options`` change it.
+        """Return a preset for training behind an augmentation (RandAugment, TrivialAugment); ``options`` change it.
 
-        The images are not mixed on top of their augmentation, and the domains share affine parameters: only running
-        statistics are apart. On nets without batch norm, which keep none, write ``copies="all"``. A model that is
-        wrapped by hand needs ``wrap(model, copies="statistics")``. Ours, by measurement: docs/recipes.md has the
-        evidence, from scratch on small data.
+        The selected images are augmented once more, in the place of gradient steps, nothing is mixed, and the domains
+        share affine parameters: only running statistics are apart. On nets without batch norm, which keep none, write
+        ``copies="all"``. A model that is wrapped by hand needs ``wrap(model, copies="statistics")``. With
+        ``view=None, attack_steps=1`` they move along the gradient instead. Ours, by measurement: docs/recipes.md has
+        the evidence, from scratch on small data.
         """
-        return cls(**{"mix": None, "copies": "statistics", **options})
+        return cls(**{"mix": None, "copies": "statistics", "view": "trivialaugment", "attack_steps": 0, **options})
 
     @property
     def attack(self) -> tuple[float, float]:

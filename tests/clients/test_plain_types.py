@@ -34,6 +34,10 @@ def test_names_stand_for_objects():
         (["entprop_wrap.EntProp", "--m.mix=cutmix", "--m.alpha=0.2"], EntProp(mix=CutMix(0.2))),
         (["entprop_wrap.EntProp", "--m.mix=null", "--m.fraction=0.3"], EntProp(fraction=0.3, mix=None)),
         (["entprop_wrap.EntProp", "--m.uncertainty=random"], EntProp(uncertainty=uncertainty.random)),
+        (
+            ["entprop_wrap.EntProp", "--m.view=augmix", "--m.attack_steps=0"],
+            EntProp(view="augmix", attack_steps=0),
+        ),
         (["entprop_wrap.methods.MixProp", "--m.alpha=0.2"], MixProp(MixUp(0.2))),
         (["entprop_wrap.methods.FastAdvProp", "--m.fraction=0.3"], FastAdvProp(fraction=0.3)),
         (["entprop_wrap.methods.Vanilla", "--m.label_smoothing=0.1"], Vanilla(label_smoothing=0.1)),
