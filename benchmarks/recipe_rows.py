@@ -30,6 +30,7 @@ class Row:
         first: Method of the first 30 % of the steps, instead.
         last: Method of the last 30 %.
         average: Decay per step of a moving average of the weights, which is evaluated instead.
+        twice: Augment all images once more, with TrivialAugment.
         recalibrate: Estimate the main statistics anew after training, on images hardened by a signed gradient step.
     """
 
@@ -39,6 +40,7 @@ class Row:
     first: Callable[[float | None], Any] | None = None
     last: Callable[[float | None], Any] | None = None
     average: float | None = None
+    twice: bool = False
     recalibrate: bool = False
 
 
@@ -127,7 +129,7 @@ def aug_mix(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return _each(v2.AugMix(), pixels)
 
 
-def trivial_augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def trivial_augment(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Augment once more."""
     return _each(v2.TrivialAugmentWide(), pixels)
 
@@ -156,6 +158,7 @@ def scaled(factor: float) -> Row:
 ROWS = {
     "vanilla": Row(lambda epsilon: Vanilla()),
     "vanilla, 1.3 x": Row(lambda epsilon: Vanilla(), epochs=1.3),
+    "vanilla, augmented twice": Row(lambda epsilon: Vanilla(), twice=True),
     "EntProp": Row(lambda epsilon: EntProp(epsilon=epsilon)),
     "EntProp, statistics": Row(lambda epsilon: EntProp(epsilon=epsilon), "statistics"),
     "EntProp, affine": Row(lambda epsilon: EntProp(epsilon=epsilon), "affine"),

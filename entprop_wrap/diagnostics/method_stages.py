@@ -88,7 +88,7 @@ class Observer:
             # The mixtures before the attack, which nothing outside sees: the same step, same draws, without attack.
             state = self.generator.get_state()
             with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
-                mixed = self._run(replace(self.method, attack_steps=0), images, labels)[0].aux_images
+                mixed = self._run(replace(self.method, attack_steps=0, view=None), images, labels)[0].aux_images
             self.generator.set_state(state)
         output, passed = self._run(self.method, images, labels)
         if output.selected is None or output.aux_images is None:
