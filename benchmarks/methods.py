@@ -21,9 +21,9 @@ from typing import Any
 
 from recipes import difference
 
+from entprop_wrap.cli import main as train
+from entprop_wrap.cli.options import parse
 from entprop_wrap.robustness import Estimate
-from entprop_wrap.train import main as train
-from entprop_wrap.train.options import parse
 
 #: By row: a method and its options; "again" continues from the vanilla model, shorter and with a smaller learning rate.
 METHODS = {

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import entprop_wrap as entprop
+from entprop_wrap.cli.models import repair_keep_probabilities
 from entprop_wrap.integrations.hub_datasets import eval_transform, load_images, train_transform
 from entprop_wrap.robustness import evaluate_robustness
-from entprop_wrap.train.models import repair_keep_probabilities
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--dataset", default="timm/oxford-iiit-pet", help="Hub id or local folder")

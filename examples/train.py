@@ -4,11 +4,11 @@
     accelerate launch examples/train.py --dataset path/to/images --model resnet50 --pretrained
     accelerate launch examples/train.py --help               # all options
 
-The same as ``entprop-train`` and ``python -m entprop_wrap.train``, which need no clone: the code is in
-``entprop_wrap/train``. A comparison of your own in Python is shorter: see finetune_trainer.py.
+The same as ``entprop-train`` and ``python -m entprop_wrap.cli``, which need no clone: the code is in
+``entprop_wrap/cli``. A comparison of your own in Python is shorter: see finetune_trainer.py.
 """
 
-from entprop_wrap.train import main
+from entprop_wrap.cli import main
 
 if __name__ == "__main__":
     main()

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from entprop_wrap.train import methods
-from entprop_wrap.train.options import parse
+from entprop_wrap.cli import methods, results
+from entprop_wrap.cli.options import parse
 from tests.helpers.in_process import call, load
 
 TINY = ["--epochs", 4, "--batch-size", 8, "--max-train", 16, "--robustness-images", 4, "--severities", 3]
@@ -15,6 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 
 @pytest.fixture
 def benchmark(monkeypatch):
+    for name in ("page", "curves"):  # figures are what takes the longest
+        monkeypatch.setattr(results, name, lambda *_: None)
     return load("benchmarks/methods.py", monkeypatch)
 
 

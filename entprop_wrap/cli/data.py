@@ -15,10 +15,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from entprop_wrap.cli.options import DIGITS, Options, did_you_mean
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import DataError
 from entprop_wrap.integrations.hub_datasets import eval_transform, in_memory, load_images, train_transform
-from entprop_wrap.train.options import DIGITS, Options, did_you_mean
 
 __all__ = ["Data", "load", "say"]
 
@@ -47,11 +47,7 @@ class Data:
 
 
 def load(options: Options, space: PixelSpace, size: int) -> Data:
-    """Load ``options.dataset`` for a model that takes images of ``size`` pixels in ``space``.
-
-    Raises:
-        DataError: There are no such images, or none with labels.
-    """
+    """Load ``options.dataset`` for a model that takes images of ``size`` pixels in ``space``."""
     data = digits(options, space) if options.dataset == DIGITS else images(options, space, size)
     number = len(data.test)
     if options.robustness_images and options.robustness_images < number:
@@ -123,11 +119,7 @@ def images(options: Options, space: PixelSpace, size: int) -> Data:
 
 
 def find(name: str) -> None:
-    """Raise at once where there is neither a folder with files nor a dataset of the Hub: the Hub would be asked often.
-
-    Raises:
-        DataError: There is no such data; the message says where it was looked for.
-    """
+    """Raise where there is neither a folder with files nor a dataset of the Hub, which would else be asked often."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not any(child.is_file() for child in path.rglob("*")):

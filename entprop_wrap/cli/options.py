@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -78,7 +80,9 @@ class MethodOptions:
     methods: list[str] = option("what to train and compare", ("vanilla", "entprop"), choices=METHODS)
     fraction: float | None = option("k, the share of the batch for the auxiliary norms (default: 0.2)")
     threshold: float | None = option("select only samples of higher entropy, in nats, and at most the share k")
-    attack_steps: int | None = option("n, gradient steps on the pixels (default: entprop 1, which is free; advprop 5)")
+    attack_steps: int | None = option(
+        "n, gradient steps on the pixels (default: entprop 1, which is free; advprop 5)", least=0
+    )
     epsilon: float | None = option("largest change of a pixel, such as 4/255 (digits: 0.1, for 16 grey levels)")
     step_size: float | None = option("change per step (default: derived from epsilon)")
     mix: Literal["mixup", "cutmix", "none"] | None = option("how to raise entropy before selection (default: mixup)")
@@ -100,12 +104,12 @@ class MethodOptions:
 class TrainingOptions:
     """Training."""
 
-    epochs: int | None = option("(default: 10; digits: 60)", least=1)
+    epochs: int = option("(default: 10; digits: 60)", least=1)
     batch_size: int = option("images per process and step", 64, least=2)
     eval_batch_size: int = option("images per batch of the evaluation", 256, least=1)
-    optimizer: Literal["adamw", "adam", "sgd"] | None = option("(default: adamw; digits: sgd)")
-    learning_rate: float | None = option("(default: 3e-4; digits: 0.1)")
-    weight_decay: float | None = option("not applied to norms and biases (default: 0.01; digits: 5e-4)")
+    optimizer: Literal["adamw", "adam", "sgd"] = option("(default: adamw; digits: sgd)")
+    learning_rate: float = option("(default: 3e-4; digits: 0.1)")
+    weight_decay: float = option("not applied to norms and biases (default: 0.01; digits: 5e-4)")
     schedule: Literal["cosine", "linear", "step", "constant"] = option("of the learning rate", "cosine")
     warmup: float = option("share of the steps to warm up for", 0.1)
     max_grad_norm: float | None = option("clip gradients to this norm (default: off)")
@@ -214,58 +218,44 @@ def flag(name: str) -> str:
 
 
 def _add(parser: argparse.ArgumentParser, group: type) -> None:
+    """Add a flag for each field of a group of options."""
     place = parser.add_argument_group(str(group.__doc__).partition(".")[0].lower())
     hints = get_type_hints(group)
     for one in fields(group):
-        if hints[one.name] is bool:
-            place.add_argument(flag(one.name), action="store_true", help=one.metadata["help"])
+        hint, about = hints[one.name], one.metadata
+        if hint is bool:
+            place.add_argument(flag(one.name), action="store_true", help=about["help"])
             continue
-        read, many, choices = _kind(hints[one.name], one.metadata)
+        kind = next(part for part in (get_args(hint) or (hint,)) if part is not type(None))
+        literal = hint if get_origin(hint) is Literal else kind
+        choices = get_args(literal) if get_origin(literal) is Literal else about.get("choices")
         default: Any = one.default_factory() if callable(one.default_factory) else one.default
+        many = get_origin(hint) is list
         shown = " ".join(map(str, default)) if many else default
-        more = "" if default is None or default == [] else f" (default: {shown})"
-        metavar = one.metadata.get("metavar", one.name.upper())
-        names = f": {', '.join(choices)}" if choices else ""
-        text = f"{one.metadata['help']}{names}{more}"
+        read: Callable[[str], Any] = {int: _integer(about), float: fraction}.get(kind, kind)
         extra: dict[str, Any] = {"nargs": "+", "action": "extend" if one.name == "set" else "store"} if many else {}
-        place.add_argument(flag(one.name), type=read, default=default, help=text, metavar=metavar, **extra)
+        place.add_argument(
+            flag(one.name),
+            type=str if choices else read,
+            choices=choices,
+            default=default,
+            help=about["help"]
+            + (f": {', '.join(choices)}" if choices else "")
+            + ("" if shown in (None, "") else f" (default: {shown})"),
+            metavar=about.get("metavar", one.name.upper()),
+            **extra,
+        )
 
 
-def _kind(hint: Any, metadata: Any) -> tuple[Callable[[str], Any], bool, Sequence[str]]:
-    """Return how to read one value, whether there may be several, and the choices."""
-    plain = [part for part in (get_args(hint) or (hint,)) if part is not type(None)]
-    many = get_origin(hint) is list
-    choices = metadata.get("choices", ())
-    if get_origin(hint) is Literal or get_origin(plain[0]) is Literal:
-        choices = get_args(hint if get_origin(hint) is Literal else plain[0])
-    if choices:
-        return _choice(choices), many, choices
-    if plain[0] is int:
-        return _integer(metadata.get("least"), metadata.get("most")), many, ()
-    return (fraction if plain[0] is float else plain[0]), many, ()
+def _integer(about: Mapping[str, Any]) -> Callable[[str], int]:
+    """Return what reads an integer within the bounds of an option."""
+    least, most = about.get("least", 0), about.get("most", math.inf)
 
-
-def _choice(choices: Sequence[str]) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in choices:
-            raise argparse.ArgumentTypeError(
-                f"expected one of {', '.join(choices)}; found {text!r}.{did_you_mean(text, choices)}"
-            )
-        return text
-
-    return read
-
-
-def _integer(least: int | None, most: int | None) -> Callable[[str], int]:
     def read(text: str) -> int:
-        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-        wanted = f"expected an integer{'' if least is None else ' ' + bounds}, found {text!r}"
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(wanted) from None
-        if (least is not None and value < least) or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(wanted)
-        return value
+        with contextlib.suppress(ValueError):
+            if least <= (value := int(text)) <= most:
+                return value
+        bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"expected an integer {bounds}, found {text!r}")
 
     return read

@@ -17,11 +17,7 @@ __all__ = ["fit", "phases_of"]
 
 
 def phases_of(epochs: int) -> tuple[int, ...]:
-    """Return the epochs of each phase: twice a tenth of all, and the rest.
-
-    Raises:
-        ConfigurationError: No epochs are left for the last phase.
-    """
+    """Return the epochs of each phase: twice a tenth of all, and the rest."""
     every = max(1, epochs // 10)
     if epochs <= 2 * every:
         raise ConfigurationError(f"me_ada_growth trains in three phases, found {epochs} epochs: choose more epochs.")
@@ -40,16 +36,8 @@ def fit(
 ) -> Trainer:
     """Train as long as each of the phases says, all but the last in folders of their own; return the last Trainer.
 
-    A phase that was finished is not trained again when it is resumed; what the data has grown after it is made again.
-
-    Args:
-        model: The model.
-        data: Training dataset.
-        eval_data: Evaluation data.
-        phases: Epochs of each.
-        config: Settings of all phases, each of which has a schedule of its own.
-        resume: Continue from what is there.
-        options: More for the Trainer.
+    Each phase has a schedule of its own. A phase that was finished is not trained again when it is resumed; what the
+    data has grown after it is made again.
     """
     output = Path(config.output_dir)
     for phase, epochs in enumerate(phases, start=1):

@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from entprop_wrap.cli.data import say
+from entprop_wrap.cli.options import SMALL, Options, did_you_mean
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import CheckpointError, ConfigurationError
 from entprop_wrap.integrations.hub_datasets import image_format
-from entprop_wrap.train.data import say
-from entprop_wrap.train.options import SMALL, Options, did_you_mean
 
 IMAGENET = PixelSpace((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -38,14 +38,10 @@ class Blueprint:
 
 
 def find(options: Options) -> Blueprint:
-    """Find ``options.model``: the built-in CNN, a folder or Hub id, or a name of torchvision or timm, in this order.
-
-    Raises:
-        ConfigurationError: There is no such model.
-    """
+    """Find ``options.model``: the built-in CNN, a folder or Hub id, or a name of torchvision or timm, in this order."""
     name = options.model
     if name == SMALL:
-        load = _load("from entprop_wrap.train.models import small_cnn", "small_cnn({classes})")
+        load = _load("from entprop_wrap.cli.models import small_cnn", "small_cnn({classes})")
         return Blueprint(
             lambda classes: small_cnn(len(classes)), PixelSpace((0.5,), (0.5,)), options.image_size or 32, load
         )
@@ -87,11 +83,7 @@ def _load(library: str, model: str) -> str:
 
 
 def start_from(model: nn.Module, path: Path | None) -> nn.Module:
-    """Give a model trained weights: of a safetensors file, or of the model.safetensors in a folder; None: as it is.
-
-    Raises:
-        CheckpointError: There are none, or those of another model.
-    """
+    """Give a model trained weights: of a safetensors file, or of the model.safetensors in a folder; None: as it is."""
     if path is None:
         return model
     file = path / "model.safetensors" if path.is_dir() else path
@@ -100,17 +92,13 @@ def start_from(model: nn.Module, path: Path | None) -> nn.Module:
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(
             f"--weights {path}: expected the weights of this very model, in a safetensors file or in a folder such as "
-            f"outputs/train/vanilla-seed0/model, which train.py wrote. {str(error)[:500]}"
+            f"outputs/train/vanilla-seed0/model. {str(error)[:500]}"
         ) from error
     return model
 
 
 def hub(name: str, options: Options) -> Blueprint:
-    """Return a Hugging Face image classifier, by Hub id or from a local folder.
-
-    Raises:
-        ConfigurationError: There is none, or none with an image processor.
-    """
+    """Return a Hugging Face image classifier, by Hub id or from a local folder."""
     import transformers
 
     auto: Any = transformers

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import accelerate
 from torch import nn
 
+from entprop_wrap.cli import methods as method_parts
+from entprop_wrap.cli import models as model_parts
+from entprop_wrap.cli import results
+from entprop_wrap.cli.data import Data, load
+from entprop_wrap.cli.options import Options
+from entprop_wrap.cli.phases import fit
 from entprop_wrap.data.augmentation import AugmentedImages
 from entprop_wrap.diagnostics import Monitor
 from entprop_wrap.robustness import PGD, evaluate_robustness
-from entprop_wrap.train import methods as method_parts
-from entprop_wrap.train import models as model_parts
-from entprop_wrap.train import results
-from entprop_wrap.train.data import Data, load
-from entprop_wrap.train.options import Options
-from entprop_wrap.train.phases import fit
 from entprop_wrap.trainer import TrainerConfig
 from entprop_wrap.wrapping.model import unwrap, wrap
 
@@ -49,11 +47,7 @@ def run(options: Options) -> None:
         trained = {}
         for name, method in methods.items():
             accelerate.utils.set_seed(seed)
-            own = replace(
-                settings,
-                seed=seed,
-                output_dir=options.run_folder(name, seed),
-            )
+            own = replace(settings, seed=seed, output_dir=options.run_folder(name, seed))
             one, trained[name] = train(name, method, build(), data, own, options)
             runs.append(one)
         scores = evaluate_robustness(
@@ -74,25 +68,11 @@ def run(options: Options) -> None:
 
 
 def config(options: Options) -> TrainerConfig:
-    """Return what all runs have in common."""
-    assert options.epochs is not None
-    assert options.learning_rate is not None
-    assert options.weight_decay is not None
-    return TrainerConfig(
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        eval_batch_size=options.eval_batch_size,
-        optimizer=options.optimizer or "adamw",
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        schedule=options.schedule,
-        warmup=options.warmup,
-        mixed_precision=options.mixed_precision,
-        max_grad_norm=options.max_grad_norm,
-        channels_last=options.channels_last,
-        evaluate_every=max(1, options.epochs // 10),
-        workers=options.workers,
-    )
+    """Return what all runs have in common: the options that have the name of one of the Trainer's."""
+    shared = {
+        field.name: getattr(options, field.name) for field in fields(TrainerConfig) if hasattr(options, field.name)
+    }
+    return TrainerConfig(**shared, evaluate_every=max(1, options.epochs // 10))
 
 
 def train(
@@ -101,9 +81,6 @@ def train(
     """Train one model; return the record of the run, and the plain model in evaluation mode."""
     monitor = Monitor() if options.monitor else None
     phases = method_parts.phases(name, method, options)
-    folder = Path(settings.output_dir)
-    seconds = seconds_before(folder, settings.batch_size)
-    start = time.perf_counter()
     trainer = fit(
         model,
         data.train,
@@ -115,30 +92,16 @@ def train(
         pixel_space=data.space,
         monitor=monitor,
     )
-    seconds += time.perf_counter() - start
     found = {}
-    if accelerate.PartialState().is_main_process:
-        (folder / "seconds.json").write_text(json.dumps({"seconds": seconds}) + "\n")
     if method.auxiliaries:
         if settings.seed == options.seed and accelerate.PartialState().num_processes == 1:
             found = results.diagnose(name, method, trainer.model.eval(), data, options)
         unwrap(trainer.model)
-    history = results.read_history(folder)
+    history = results.read_history(Path(settings.output_dir))
+    images_per_step = settings.batch_size * accelerate.PartialState().num_processes
     warnings = monitor.warnings if monitor else {}
-    one = results.Run(name, settings.seed, seconds, history, diagnostics=found, warnings=warnings)
+    one = results.Run(name, settings.seed, history, images_per_step, diagnostics=found, warnings=warnings)
     return one, trainer.model.eval()
-
-
-def seconds_before(folder: Path, batch_size: int) -> float:
-    """Return how long a run has been trained before it is resumed; of one that was killed, its logged steps alone."""
-    if (folder / "seconds.json").exists():
-        return float(json.loads((folder / "seconds.json").read_text())["seconds"])
-    seconds, last = 0.0, 0
-    for record in results.read_history(folder):
-        if "images_per_second" in record:
-            images = (record["step"] - last) * batch_size * accelerate.PartialState().num_processes
-            seconds, last = seconds + images / record["images_per_second"], record["step"]
-    return seconds
 
 
 def attacks(epsilon: float | None) -> dict[str, Any]:

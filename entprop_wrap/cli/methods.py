@@ -7,6 +7,9 @@ from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any, get_args, get_type_hints
 
+from entprop_wrap.cli.options import DIGITS, MethodOptions, Options, did_you_mean, flag
+from entprop_wrap.cli.options import fraction as read_fraction
+from entprop_wrap.cli.phases import phases_of
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.functional.mixing import CutMix, MixUp
@@ -22,9 +25,6 @@ from entprop_wrap.methods import (
     Vanilla,
 )
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
-from entprop_wrap.train.options import DIGITS, MethodOptions, Options, did_you_mean, flag
-from entprop_wrap.train.options import fraction as read_fraction
-from entprop_wrap.train.phases import phases_of
 
 
 def weak_and_strong(strong: PGD) -> FineGrainedAdvProp:
@@ -79,11 +79,7 @@ WORDS = {"true": True, "false": False, "none": None}
 
 
 def build(options: Options) -> dict[str, Any]:
-    """Return the methods to compare, by name.
-
-    Raises:
-        ConfigurationError: An option that none of the methods takes, or a value that a method refuses.
-    """
+    """Return the methods to compare, by name; raise where none of them takes an option, or one refuses its value."""
     methods = {name: METHODS[name]() for name in options.methods}
     changes: dict[str, dict[str, Any]] = {name: {} for name in methods}
     if options.epsilon is None and options.dataset == DIGITS:
@@ -105,22 +101,13 @@ def build(options: Options) -> dict[str, Any]:
     return {name: changed(method, changes[name]) for name, method in methods.items()}
 
 
-def epochs(method: Any, options: Options) -> int:
-    """Return for how many epochs to train: fewer where a method has a published budget and it is asked for."""
-    assert options.epochs is not None
-    if options.equal_cost and isinstance(method, FastAdvProp):
-        return method.equal_cost_epochs(options.epochs)
-    return options.epochs
-
-
 def phases(name: str, method: Any, options: Options) -> tuple[int, ...]:
-    """Return the epochs of each phase of training, after each of which the data grows: one, but for ME-ADA.
-
-    Raises:
-        ConfigurationError: There are too few epochs for ME-ADA's.
-    """
-    number = epochs(method, options)
-    return phases_of(number) if name == "me_ada_growth" else (number,)
+    """Return the epochs of each phase of training, after each of which the data grows: one, but for ME-ADA."""
+    if name == "me_ada_growth":
+        return phases_of(options.epochs)
+    if options.equal_cost and isinstance(method, FastAdvProp):
+        return (method.equal_cost_epochs(options.epochs),)
+    return (options.epochs,)
 
 
 def _flags(options: Options) -> Iterator[tuple[str, str, Any]]:

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from entprop_wrap import diagnostics
+from entprop_wrap.cli.data import Data, say
+from entprop_wrap.cli.options import Options
 from entprop_wrap.methods import EntProp
 from entprop_wrap.reporting import report
-from entprop_wrap.train.data import Data, say
-from entprop_wrap.train.options import Options
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Run:
     Attributes:
         method: Name of the method.
         seed: Its seed.
-        seconds: Wall time of training, with its evaluations on the way, over all resumptions.
         history: The records of metrics.jsonl.
+        images_per_step: Images of a step, over all processes.
         scores: Result of ``evaluate_robustness``.
         diagnostics: Results of ``entprop_wrap.diagnostics`` by title, of the first seed.
         warnings: What the monitor said, by signature.
@@ -38,8 +38,8 @@ class Run:
 
     method: str
     seed: int
-    seconds: float
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]]
+    images_per_step: int
     scores: Any = None
     diagnostics: dict[str, Any] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
@@ -48,6 +48,16 @@ class Run:
     def passes(self) -> float:
         """Mean passes per step."""
         return statistics.fmean(record["passes"] for record in self.history if "passes" in record)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the steps, over all resumptions and phases; without evaluations and checkpoints."""
+        seconds, last = 0.0, 0
+        for record in self.history:
+            if "images_per_second" in record:
+                images = (record["step"] - last) * self.images_per_step
+                seconds, last = seconds + images / record["images_per_second"], record["step"]
+        return seconds
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

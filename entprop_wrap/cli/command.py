@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
-from entprop_wrap.train.options import parse
+from entprop_wrap.cli.options import Options, flag, parse
 
 DESCRIPTION = """Train an image classifier with EntProp and without, from the same seed, and compare them.
 
@@ -25,18 +27,6 @@ one folder per run with its checkpoints, its metrics.jsonl and the final model, 
 --weights starts from such a model: entropic_retraining needs that, few epochs, and a small learning rate.
 """
 
-#: What to write here, by the words of messages that are for Python.
-HINTS = {
-    ("resume=True",): "--resume continues",
-    ("output_dir",): "--output starts elsewhere",
-    ("batch_size", "batch size", "drop_last"): "--batch-size sets the batch",
-    ("more epochs",): "--epochs sets how long",
-    ("label_column",): "--label-column names the labels; images in a folder for each class need none",
-    ("image_column",): "--image-column names the images",
-    ("train_split",): "--train-split names the split",
-    ("eval_split",): "--eval-split names the split",
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train and compare. Errors of the package end as one line, and Ctrl-C too.
@@ -48,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(DESCRIPTION.format(command=command), arguments)
     errors: type[Exception] = type("NotImportedYet", (Exception,), {})
     try:
+        from entprop_wrap.cli.run import run
         from entprop_wrap.errors import EntPropError as errors
-        from entprop_wrap.train.run import run
 
         run(options)
     except KeyboardInterrupt:
@@ -63,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def hint(message: str) -> str:
-    """Return what a message that speaks of Python arguments means on this command line."""
-    found = [option for words, option in HINTS.items() if any(word in message for word in words)]
+    """Return the flags for the Python arguments that a message names."""
+    flags = {"output_dir": "--output", **{one.name: flag(one.name) for one in fields(Options)}}
+    found = [flags[name] for name in flags if re.search(rf"\b{name}{'' if '_' in name else '='}", message)]
     return f"\nOn this command line: {', '.join(found)}." if found else ""

@@ -1,0 +1,5 @@
+"""``python -m entprop_wrap.cli``."""
+
+from entprop_wrap.cli import main
+
+main()
