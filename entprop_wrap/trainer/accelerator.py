@@ -27,11 +27,6 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
 
     Accelerate keeps one precision per Python process. Several Trainers in a process may differ nevertheless: each has
     its own Accelerator, whose shared part is made anew where the precision changes.
-
-    Raises:
-        ConfigurationError: ``accelerate launch`` was told something else than ``config``, fp16 on the CPU, or
-            processes that do not know of one another.
-        UnsupportedModelError: DeepSpeed, FSDP1 or Megatron.
     """
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16", "fp16"):

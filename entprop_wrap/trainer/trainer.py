@@ -311,7 +311,7 @@ class Trainer:
         with tqdm(total=state.total_steps, initial=position.step, disable=not visible, unit="step") as self._bar:
             state.prepared.optimizer.zero_grad()
             self._since = time.perf_counter()
-            self._untimed = state.meter.images  # of a log line's steps that were taken before the run was resumed
+            self._images_before = state.meter.images  # of a log line's steps that were taken before the run was resumed
             if position.epoch and not position.batch and position.evaluation is None:
                 self._evaluate_if_due()  # which was interrupted
             while position.epoch < self.config.epochs:
@@ -383,7 +383,7 @@ class Trainer:
         """Write the averages since the last log line. Everything that waits for the device is here."""
         state, position = self._state, self.position
         values, finite, batches = state.meter.read(self.accelerator)
-        images, state.meter, self._untimed = state.meter.images - self._untimed, Meter(), 0
+        images, state.meter, self._images_before = state.meter.images - self._images_before, Meter(), 0
         now = time.perf_counter()
         seconds, self._since = max(now - self._since, 1e-9), now
         # Under fp16 single overflows are part of the method; nothing but overflows is not.
@@ -408,7 +408,7 @@ class Trainer:
         due = position.epoch == config.epochs or position.epoch % config.evaluate_every == 0
         if self.eval_batches is None or not due:
             return
-        with self._untimed_block():
+        with self._untimed():
             position.evaluation = found = self.evaluate()
         if self.monitor is not None:
             self.monitor.evaluated(found)
@@ -425,7 +425,7 @@ class Trainer:
         on_main(self.accelerator, self.checkpoints.prune)
 
     def _save(self) -> None:
-        with self._untimed_block():
+        with self._untimed():
             path = self.checkpoints.save(self._state)
             on_main(self.accelerator, self.checkpoints.prune)
         self._say(f"Saved {path}.")
@@ -440,7 +440,7 @@ class Trainer:
         self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=position.step)
 
     @contextmanager
-    def _untimed_block(self) -> Iterator[None]:
+    def _untimed(self) -> Iterator[None]:
         """Leave the time inside the with-block out of the images per second."""
         began = time.perf_counter()
         yield
