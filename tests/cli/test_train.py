@@ -178,10 +178,12 @@ def test_ctrl_c_is_one_line_that_says_how_to_continue(train, tmp_path):
             time.sleep(0.01)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background ignores
     thread = threading.Thread(target=interrupt)
     thread.start()
     done = train(*small, "--epochs", 20_000, output=tmp_path / "out")
     thread.join()
+    signal.signal(signal.SIGINT, before)
     assert done.code == 130
     assert "Traceback" not in done.out
     (line,) = re.findall(r"^Interrupted\. To continue: (.*)$", done.out, re.MULTILINE)
