@@ -24,7 +24,7 @@ from entprop_wrap.methods.step_loss import refuse_idle_heads
 from entprop_wrap.utils.model_output import raw_logits
 from entprop_wrap.utils.modules import plain_model
 
-__all__ = ["TrainerLoss", "images_name_of"]
+__all__ = ["TrainerLoss"]
 
 _FIX = (
     "Pass the loss to the Trainer, as a function of logits: compute_loss_func=lambda outputs, labels, "
@@ -47,7 +47,7 @@ class TrainerLoss:
 
     def __init__(self, trainer: Any, own_step: Callable[..., Tensor]) -> None:
         self.trainer, self.own_step = trainer, own_step
-        self.images_name = images_name_of(trainer.model)
+        self.images_name = _images_name(trainer.model)
         self.labels_name = (trainer.label_names or ["labels"])[0]
         self.checked = False
         self.own_loss: _ModelsOwnLoss | None = None
@@ -282,7 +282,7 @@ class _ForTheModelOnly(Tensor):
         )
 
 
-def images_name_of(model: nn.Module) -> str:
+def _images_name(model: nn.Module) -> str:
     """Return the name under which ``model`` takes images."""
     if _takes(model, "pixel_values", by_name=True):
         return "pixel_values"  # what image processors make; Perceiver takes it beside its main input

@@ -1,13 +1,12 @@
 """Image classification data for training and evaluation, from the Hugging Face Hub, a folder or memory.
 
 data = load_images("timm/oxford-iiit-pet", train_transform=train_transform(224), eval_transform=eval_transform(224))
-loader = DataLoader(data.train, batch_size=64, shuffle=True, num_workers=4, collate_fn=collate)
+loader = DataLoader(data.train, batch_size=64, shuffle=True, num_workers=4)
 model = AutoModelForImageClassification.from_pretrained(name, id2label=data.id2label, label2id=data.label2id)
 """
 
-from entprop_wrap.integrations.hub_datasets.collating import collate, hf_collate
 from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError, to_rgb
-from entprop_wrap.integrations.hub_datasets.image_datasets import InMemoryImages, LabelledImages, in_memory
+from entprop_wrap.integrations.hub_datasets.image_datasets import InMemoryImages, LabelledImages, hf_collate, in_memory
 from entprop_wrap.integrations.hub_datasets.loading import ImageData, load_images
 from entprop_wrap.integrations.hub_datasets.transforms import ImageFormat, eval_transform, image_format, train_transform
 
@@ -17,7 +16,6 @@ __all__ = [
     "ImageFormat",
     "InMemoryImages",
     "LabelledImages",
-    "collate",
     "eval_transform",
     "hf_collate",
     "image_format",

@@ -11,13 +11,13 @@ import torch
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from entprop_wrap.errors import ImageError
 from entprop_wrap.integrations.hub_datasets.decoding import read_image, to_rgb
 from entprop_wrap.utils.options import check_integer
 
-__all__ = ["InMemoryImages", "LabelledImages", "in_memory"]
+__all__ = ["InMemoryImages", "LabelledImages", "hf_collate", "in_memory"]
 
 
 class LabelledImages(Dataset[tuple[Any, int]]):
@@ -104,3 +104,13 @@ def in_memory(dataset: LabelledImages, size: int, transform: Callable[[Tensor], 
         square = ImageOps.fit(dataset.read(index), (size, size), Resampling.BILINEAR)
         images[index] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
     return InMemoryImages(images, dataset.labels, transform)
+
+
+def hf_collate(samples: Sequence[tuple[Any, Any]]) -> dict[str, Tensor]:
+    """Stack B pairs of a tensor ``(3, H, W)`` and a label, an int or soft labels ``(C,)``, for Hugging Face models.
+
+    Returns:
+        ``{"pixel_values": (B, 3, H, W), "labels": (B,)}``, or labels ``(B, C)``.
+    """
+    images, labels = default_collate(list(samples))
+    return {"pixel_values": images, "labels": labels}

@@ -132,7 +132,7 @@ def test_a_push_that_is_skipped_moves_nothing(hub, tmp_path):
         assert (run / name).read_bytes() == first == (hub.folder / name).read_bytes()
 
 
-def test_weights_alone_are_saved_pushed_and_gone_on_from(hub, tmp_path):
+def test_weights_alone_are_saved_pushed_and_continued_from(hub, tmp_path):
     options = {"hub_strategy": "checkpoint", "hub_always_push": True, "save_only_model": True}
     best = {
         "eval_strategy": "steps",

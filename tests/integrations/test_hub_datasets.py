@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 
 from entprop_wrap.errors import ConfigurationError, DataError, LabelError
 from entprop_wrap.integrations.hub_datasets import (
-    collate,
     in_memory,
     load_images,
     train_transform,
@@ -39,7 +38,7 @@ def test_pets_from_parquet(tmp_path):
     assert data.classes[:2] == ("Abyssinian", "american_bulldog")
     assert torch.bincount(data.train.labels).tolist()[:4] == [6, 5, 2, 2]
     assert torch.bincount(data.eval.labels, minlength=37).min() >= 1
-    images, labels = next(iter(DataLoader(data.train, batch_size=4, num_workers=1, collate_fn=collate)))
+    images, labels = next(iter(DataLoader(data.train, batch_size=4, num_workers=1)))
     assert images.shape == (4, 3, 64, 64)
     assert labels.tolist() == [0] * 4
     held = in_memory(data.eval, 64)

@@ -1,4 +1,4 @@
-"""Transforms, parity with image processors, and batches."""
+"""Transforms, parity with image processors, and batches for Hugging Face models."""
 
 import pickle
 from types import SimpleNamespace
@@ -10,9 +10,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from entprop_wrap import PixelSpace
-from entprop_wrap.errors import ConfigurationError, ImageError
+from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.integrations.hub_datasets import (
-    collate,
     eval_transform,
     hf_collate,
     image_format,
@@ -138,33 +137,11 @@ def test_processors_of_another_kind_are_refused(options):
         image_format(SimpleNamespace(**options))
 
 
-def samples(count: int = 4) -> list[tuple[torch.Tensor, int]]:
-    return [(torch.full((3, 8, 8), index / 10), index) for index in range(count)]
-
-
-def test_collate_gives_tuples_and_hf_collate_dicts():
-    images, labels = collate(samples())
-    assert images.shape == (4, 3, 8, 8)
-    assert labels.dtype == torch.int64
-    assert labels.tolist() == [0, 1, 2, 3]
-    assert isinstance(collate(samples()), tuple)
-    batch = hf_collate(samples())
+def test_batches_for_hugging_face_models():
+    images = [torch.full((3, 8, 8), index / 10) for index in range(4)]
+    batch = hf_collate([(image, index) for index, image in enumerate(images)])
     assert set(batch) == {"pixel_values", "labels"}
-    assert torch.equal(batch["pixel_values"], images)
-
-
-def test_collate_takes_soft_labels():
-    soft = [(image, torch.tensor([0.25, 0.75])) for image, _ in samples()]
-    assert collate(soft)[1].shape == (4, 2)
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        ([noise()], "give the dataset a transform"),
-        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], "of one size"),
-    ],
-)
-def test_collate_says_what_is_missing(images, message):
-    with pytest.raises(ImageError, match=message):
-        collate([(image, 0) for image in images])
+    assert torch.equal(batch["pixel_values"], torch.stack(images))
+    assert batch["labels"].dtype == torch.int64
+    assert batch["labels"].tolist() == [0, 1, 2, 3]
+    assert hf_collate([(image, torch.tensor([0.25, 0.75])) for image in images])["labels"].shape == (4, 2)
