@@ -264,6 +264,9 @@ def test_a_corruption_of_ones_own():
         assert not torch.equal(found[0], found[1])
     with pytest.raises(ImageError, match="at least 32 px"):
         dimmed(torch.ones(2, 3, 8, 8), 3)
+    grey = corruption((1, 2, 3, 4, 5))(lambda pixels, draws, constant: pixels.mean(1, keepdim=True))
+    with pytest.raises(ImageError, match=r"shape \(2, 3, 32, 32\), found \(2, 1, 32, 32\)"):
+        grey(torch.ones(2, 3, 32, 32), 1)
 
 
 # Wrong calls

@@ -76,7 +76,12 @@ class Corruption:
         result = images.new_empty(images.shape)
         for part, into in zip(torch.split(images.detach(), count), torch.split(result, count), strict=True):
             pixels = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
-            into.copy_(self._function(pixels, Draws(pixels, generator), *constants).clamp(0.0, 1.0))
+            corrupted = self._function(pixels, Draws(pixels, generator), *constants)
+            if corrupted.shape != pixels.shape:  # copying would broadcast one channel to three
+                raise ImageError(
+                    f"The corruption must return pixels of shape {tuple(pixels.shape)}, found {tuple(corrupted.shape)}."
+                )
+            into.copy_(corrupted.clamp(0.0, 1.0))
         return result
 
 
