@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.methods import EntropyAscent, grow
+from entprop_wrap.methods import grow
 from entprop_wrap.trainer import Trainer, TrainerConfig
 
 __all__ = ["fit", "phases_of"]
@@ -49,7 +49,6 @@ def fit(
             data = grow(
                 model,
                 data,
-                ascent=EntropyAscent.cifar(),
                 pixel_space=options.get("pixel_space"),
                 workers=config.workers,
                 progress=config.progress,

@@ -6,7 +6,8 @@ from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.entprop import EntProp
 from entprop_wrap.methods.fast_advprop import FastAdvProp
 from entprop_wrap.methods.fine_grained_advprop import FineGrainedAdvProp
-from entprop_wrap.methods.me_ada import MEADA, EntropyAscent, grow
+from entprop_wrap.methods.growth import grow
+from entprop_wrap.methods.me_ada import MEADA, EntropyAscent
 from entprop_wrap.methods.mixprop import MixProp
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD, Attack, check_attack
-from entprop_wrap.functional.losses import Target
+from entprop_wrap.functional.targets import Target
 from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
@@ -67,11 +67,7 @@ def propagate(
 ) -> StepOutput:
     """Train on clean images through the main norms, then on those of each branch through its auxiliary norms.
 
-    Args:
-        step: The batch.
-        branches: By auxiliary: from the number of classes to the images of this branch, in the rows of the batch.
-        weights: Weight of each branch's loss.
-        passes: What it costs.
+    A branch maps the number of classes to its images, in the rows of the batch.
     """
     logits, main_loss = step.main_pass(step.images, step.labels)
     images, aux_logits, losses = [], [], []

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import ascend, check_magnitude
-from entprop_wrap.functional.losses import Target
 from entprop_wrap.functional.mixing import Mixer, find_mixer
+from entprop_wrap.functional.targets import Target
 from entprop_wrap.functional.uncertainty import Uncertainty, compute_scores, find_uncertainty, num_selected, top_k
 from entprop_wrap.methods import lagged
 from entprop_wrap.methods.base import Method
@@ -63,8 +63,6 @@ class EntProp(Method):
             mixer, or None.
         mix_on: "batch" mixes the whole batch before the main pass (Algorithm 1); "auxiliary" keeps the main pass clean
             and mixes the selected images among themselves, and their gradients.
-        auxiliary_target: Labels of mixed images in the auxiliary pass: "mixed" has both, as in the main pass; "source"
-            only the first, which is the wrong one where ``share < 1/2`` (Algorithm 1 to the letter).
         view: Augments the selected images, in the place of gradient steps (``attack_steps=0``): "trivialaugment",
             "randaugment", "augmix" or "gaussian" for each image, or a function of pixels ``(N, C, H, W)`` in [0, 1].
             Ours, by measurement (docs/recipes.md). None: nothing.
@@ -101,7 +99,6 @@ class EntProp(Method):
     step_size: float | None = None
     mix: str | None | Mixer = "mixup"  # noqa: RUF036 - parsers of command lines try types in this order
     mix_on: Literal["batch", "auxiliary"] = "batch"
-    auxiliary_target: Literal["mixed", "source"] = "mixed"
     view: str | None | Augmentation = None  # noqa: RUF036
     uncertainty: str | None | Uncertainty = "entropy"  # noqa: RUF036
     threshold: float | None = None
@@ -136,7 +133,6 @@ class EntProp(Method):
                 )
         for name, allowed in (
             ("mix_on", ("batch", "auxiliary")),
-            ("auxiliary_target", ("mixed", "source")),
             ("weighting", ("per_image", "sum")),
             ("copies", ("all", "affine", "statistics")),
         ):
@@ -279,8 +275,6 @@ class EntProp(Method):
             origin, target = mix.apply(origin), Target.mixed(target.labels, mix, target.index)
             # The gradient of the mixed loss for a change that both parents share, to first order.
             gradient = mix.apply(gradient)
-        if self.auxiliary_target == "source":
-            target = target.source()
 
         if self.view is not None:
             return augmented(step, origin, cast(Augmentation, self.view), "of view="), target

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import ascend, check_magnitude, uniform_start
-from entprop_wrap.functional.losses import Target
+from entprop_wrap.functional.targets import Target
 from entprop_wrap.functional.uncertainty import num_selected
 from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.input_gradient import input_gradient

@@ -19,7 +19,7 @@ from entprop_wrap.errors import ModelOutputError, UnsupportedModelError
 from entprop_wrap.utils.modules import plain_model, walk
 from entprop_wrap.utils.tensors import index_rows
 
-__all__ = ["ImageGradient", "input_gradient", "watching"]
+__all__ = ["ImageGradient", "input_gradient", "refusing_reentrant", "watching"]
 
 #: The convolution that each model begins with; None where autograd is to take the gradient.
 _stems: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Conv2d] | None] = weakref.WeakKeyDictionary()
@@ -122,6 +122,25 @@ def _convolutions(model: nn.Module, root: nn.Module) -> list[nn.Conv2d]:
     convolutions = [module for module in walk(root) if isinstance(module, nn.Conv2d)]
     # FSDP2 shards weights outside of the model's own passes, and a parametrisation may compute anew in each.
     return [conv for conv in convolutions if type(conv._parameters.get("weight")) is nn.Parameter]
+
+
+@contextmanager
+def refusing_reentrant() -> Iterator[None]:
+    """Take gradients of images alone inside the with-block.
+
+    Raises:
+        UnsupportedModelError: The model uses reentrant checkpointing, which torch cannot differentiate this way.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "checkpoint" not in str(error).lower():
+            raise
+        raise UnsupportedModelError(
+            "The gradient of the images alone is needed, which reentrant activation checkpointing cannot give. Write "
+            "use_reentrant=False (gradient_checkpointing_kwargs in Hugging Face models), or switch checkpointing off; "
+            "EntProp with attack_steps=1 trains with it."
+        ) from error
 
 
 def input_gradient(images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.errors import CheckpointError, UnsupportedModelError
-from entprop_wrap.functional.losses import Target
+from entprop_wrap.functional.targets import Target
 from entprop_wrap.utils.modules import plain_model, walk
 
 __all__ = ["Waiting", "lagged_state", "load_lagged_state", "put", "waiting_for"]
@@ -25,12 +25,7 @@ __all__ = ["Waiting", "lagged_state", "load_lagged_state", "put", "waiting_for"]
 
 @dataclass(frozen=True)
 class Waiting:
-    """Hardened images and their targets.
-
-    Attributes:
-        images: ``(m, C, H, W)`` in the pixel space of the step that made them, detached.
-        target: Labels of the ``m`` images.
-    """
+    """Hardened images ``(m, C, H, W)``, detached, in the pixel space of the step that made them, and their labels."""
 
     images: Tensor
     target: Target

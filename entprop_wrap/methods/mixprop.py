@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.functional.losses import Target
 from entprop_wrap.functional.mixing import Mixer, find_mixer
+from entprop_wrap.functional.targets import Target
 from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput

@@ -14,10 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from entprop_wrap.data import validation
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError, DivergedError, LabelError, UnsupportedModelError
-from entprop_wrap.functional.losses import Loss, Target, asked
+from entprop_wrap.functional.losses import Loss
+from entprop_wrap.functional.targets import Target
 from entprop_wrap.functional.uncertainty import entropy
-from entprop_wrap.methods.input_gradient import ImageGradient
-from entprop_wrap.methods.step_loss import StepLoss, check_scalar, refuse_idle_heads
+from entprop_wrap.methods.input_gradient import ImageGradient, refusing_reentrant
+from entprop_wrap.methods.loss_checks import check_scalar, refuse_idle_heads
+from entprop_wrap.methods.step_loss import StepLoss, asked
 from entprop_wrap.methods.step_output import StepOutput, finished
 from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import no_gradient_sync, plain_model, refuse_container, walk
@@ -126,22 +128,21 @@ class Step:
 
     def main_pass(self, images: Tensor, labels: Tensor | Target) -> tuple[Tensor, Tensor]:
         """Train on ``images`` through the main norms, in a pass before the last; return logits and mean loss."""
-        target = labels if isinstance(labels, Target) else Target(labels)
         with self.only_local():
-            logits = self.forward(images)
-            loss = target.loss(self.loss, logits)
-            self.backward(loss)
-        return logits.detach(), loss.detach()
+            return self._train(images, labels, 1.0)
 
     def auxiliary_pass(
         self, name: str | None, images: Tensor, labels: Tensor | Target, *, weight: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Train on ``images`` through the auxiliary norms ``name``; return logits and mean loss, before ``weight``."""
-        target = labels if isinstance(labels, Target) else Target(labels)
         with self.auxiliary(name):
-            logits = self.forward(images)
-            loss = target.loss(self.loss, logits)
-            self.backward(weight * loss)
+            return self._train(images, labels, weight)
+
+    def _train(self, images: Tensor, labels: Tensor | Target, weight: float) -> tuple[Tensor, Tensor]:
+        target = labels if isinstance(labels, Target) else Target(labels)
+        logits = self.forward(images)
+        loss = target.loss(self.loss, logits)
+        self.backward(weight * loss)
         return logits.detach(), loss.detach()
 
     def output(
@@ -268,16 +269,8 @@ class Step:
         with self.only_local():
             value = objective(self.forward(images))
             scale = 2.0 ** (9 + (len(images) - 1).bit_length())
-            try:
+            with refusing_reentrant():
                 (gradient,) = torch.autograd.grad(value * scale, images)
-            except RuntimeError as error:
-                if "checkpoint" not in str(error).lower():
-                    raise
-                raise UnsupportedModelError(
-                    "Attack steps after the first need the gradient of the images alone, which reentrant activation "
-                    "checkpointing cannot give. Write use_reentrant=False (gradient_checkpointing_kwargs in Hugging "
-                    "Face models), or attack_steps=1."
-                ) from error
         return gradient
 
     def warn_if_mixed(self) -> None:

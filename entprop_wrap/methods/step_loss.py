@@ -1,21 +1,22 @@
-"""The loss of a training loop inside a step: what it may ask for, and what shows in its first call."""
+"""The loss of a training loop inside a step, with whatever it asks for of the pass of its logits."""
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from entprop_wrap.data.validation import Checker
-from entprop_wrap.errors import ConfigurationError, EntPropError, ModelOutputError
-from entprop_wrap.functional.losses import Loss, Pass, asked, is_mean, takes_any_targets
-from entprop_wrap.utils.model_output import raw_logits
+from entprop_wrap.errors import ConfigurationError, EntPropError
+from entprop_wrap.functional.losses import Loss, Pass, takes_any_targets
+from entprop_wrap.methods.loss_checks import check_scalar, is_mean
 
-__all__ = ["StepLoss", "check_scalar", "refuse_idle_heads"]
+__all__ = ["StepLoss", "asked"]
 
 
 class StepLoss:
@@ -87,64 +88,11 @@ class StepLoss:
         return {name: getattr(given, name) for name in self.asked}
 
 
-def check_scalar(loss: object) -> None:
-    """Raise :class:`ConfigurationError` unless ``loss`` is what a loss returns: a tensor without dimensions."""
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ConfigurationError(
-            f"loss must return a scalar tensor, the mean over the batch; found {found}. Leave out reduction='none'."
-        )
-
-
-def refuse_idle_heads(
-    output: Any,
-    fix: str = "Write a loss that takes all that the model returned, loss=lambda logits, labels, outputs: ..., or "
-    "switch the heads off (aux_logits=False).",
-) -> None:
-    """Raise :class:`ModelOutputError` if a model returns more than logits, with parameters that these do not train.
-
-    GoogLeNet's auxiliary classifiers, the distillation head of DeiT, the projection of a contrastive loss. ``fix`` says
-    what to write instead.
-    """
-    logits: Tensor = raw_logits(output)
-    others = [(name, t) for name, t in _tensors(output) if t.requires_grad and t is not logits]
-    if not others:
-        return
-    trained = _leaves(logits)
-    # Outputs of a compiled model come from one node, so that all seem to be trained: there the shape tells.
-    idle = [
-        f"{name} {tuple(tensor.shape)}"
-        for name, tensor in others
-        if not _leaves(tensor) <= trained or (tensor.grad_fn is logits.grad_fn and tensor.shape == logits.shape)
-    ]
-    if idle:
-        raise ModelOutputError(
-            f"The model returns heads that a loss of the logits does not train: {', '.join(idle)}. {fix}"
-        )
-
-
-def _tensors(output: Any, name: str = "outputs") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(output, Tensor):
-        yield name, output
-    elif isinstance(output, dict):
-        for key, value in output.items():
-            yield from _tensors(value, f"{name}[{key!r}]")
-    elif isinstance(output, (list, tuple)):
-        fields = getattr(output, "_fields", None)
-        for place, value in enumerate(output):
-            yield from _tensors(value, f"{name}.{fields[place]}" if fields else f"{name}[{place}]")
-
-
-def _leaves(tensor: Tensor) -> set[int]:
-    """Return the ids of the leaves that a backward of ``tensor`` reaches."""
-    leaves: set[int] = set()
-    seen, stack = set(), [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (variable := getattr(node, "variable", None)) is not None:
-            leaves.add(id(variable))
-        stack.extend(following for following, _ in node.next_functions)
-    return leaves
+def asked(function: Callable[..., Any], names: Collection[str], given: int) -> frozenset[str]:
+    """Return which of ``names`` are parameters of ``function`` beyond the first, ``given`` ones."""
+    called: Any = function.forward if isinstance(function, nn.Module) else function
+    try:
+        parameters = list(inspect.signature(called).parameters.values())[given:]
+    except (TypeError, ValueError):  # of a callable that is written in C
+        return frozenset()
+    return frozenset(p.name for p in parameters if p.name in names and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))

@@ -19,13 +19,7 @@ UNRECORDED = " unrecorded"
 
 
 class Rows(NamedTuple):
-    """Key of a pass whose first rows run in the main domain, and the rest in an auxiliary one.
-
-    Attributes:
-        auxiliary: The domain of the rest.
-        main: How many images run in the main domain.
-        total: How many images the pass has.
-    """
+    """Key of a pass of ``total`` images whose first ``main`` run in the main domain, and the rest in ``auxiliary``."""
 
     auxiliary: str
     main: int

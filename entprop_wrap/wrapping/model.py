@@ -32,7 +32,8 @@ from entprop_wrap.utils.options import check_choice, check_flag, shown
 from entprop_wrap.wrapping.active_domain import key_of
 from entprop_wrap.wrapping.norm_layers import Selector, find_norms
 from entprop_wrap.wrapping.optimizer import guard_first_step
-from entprop_wrap.wrapping.registry import Registry, attach, detach, find_registry, find_wrapped, registry_on
+from entprop_wrap.wrapping.registry import Registry, find_registry, find_wrapped, registry_on
+from entprop_wrap.wrapping.root_hook import attach, detach
 from entprop_wrap.wrapping.switched_norm import (
     HOLDER_PREFIX,
     Copies,
@@ -226,10 +227,7 @@ def is_wrapped(model: nn.Module) -> bool:
 def ensure_wrapped(model: nn.Module, method: Any, **options: Any) -> bool:
     """Wrap ``model`` as ``method`` needs it, unless it is wrapped; return whether it was wrapped here.
 
-    Args:
-        model: The model.
-        method: What has ``auxiliaries``, and maybe ``copies``, the default of :func:`wrap`'s.
-        options: Options of :func:`wrap`; without effect on a model that is wrapped.
+    ``options`` are those of :func:`wrap`, without effect on a wrapped model; ``copies`` is the method's by default.
 
     Raises:
         AuxiliaryNameError: The model is wrapped, but with other auxiliaries.

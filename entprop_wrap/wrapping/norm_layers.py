@@ -59,10 +59,7 @@ def find_norms(
 ) -> dict[str, nn.Module]:
     """Map qualified names to the norm layers of ``model``, in the order of ``named_modules()``.
 
-    Args:
-        model: Any module tree; it is only read.
-        include: Selectors of modules to take *in addition to* those that :func:`is_norm` recognises.
-        exclude: Selectors of modules to leave out; it wins over ``include``.
+    ``include`` selects modules in addition to those that :func:`is_norm` recognises; ``exclude`` wins over it.
 
     Raises:
         ConfigurationError: A selector matches no module, or ``include`` matches one without state of its own.
@@ -78,11 +75,8 @@ def find_norms(
             "Name the norm layer itself rather than the block around it."
         )
     recognised = [name for name, module in modules.items() if is_norm(module)]
-    chosen = {
-        name: module
-        for name, module in modules.items()
-        if name not in excluded and (name in included or is_norm(module))
-    }
+    wanted = included.union(recognised) - excluded
+    chosen = {name: module for name, module in modules.items() if name in wanted}
     if not chosen:
         raise NoNormLayersError(_why_none(model, modules, recognised))
     _refuse_untouchable(chosen)

@@ -33,14 +33,7 @@ _TOLERANCE = 1e-3
 
 @contextmanager
 def rows_split(model: nn.Module, auxiliary: str, main: int, total: int) -> Iterator[None]:
-    """Run the first ``main`` of ``total`` images through the main norms and the rest through ``auxiliary``.
-
-    Args:
-        model: The wrapped model, in any container; :func:`prove_rows` has accepted it.
-        auxiliary: Name of the auxiliary domain.
-        main: Number of images of the main domain, above 0 and below ``total``.
-        total: Number of images of every pass inside the with-block.
-    """
+    """Run the first ``main`` of the ``total`` images of each pass through the main norms, the rest through others."""
     with find_registry(model).switch.block(Rows(auxiliary, main, total)):
         yield
 
@@ -49,12 +42,7 @@ def prove_rows(model: nn.Module, images: Tensor, auxiliary: str) -> None:
     """Raise unless one pass over split rows equals two separate passes; tried once per model, then remembered.
 
     Copies are moved away from the norms for the trial, as equal ones would hide every error, and put back. The passes
-    run in evaluation mode, so that nothing is drawn and no statistic moves.
-
-    Args:
-        model: The wrapped model, in any container.
-        images: ``(N, C, H, W)``, N at least 2; up to 5 of them are used.
-        auxiliary: Name of the auxiliary domain.
+    run in evaluation mode, so that nothing is drawn and no statistic moves. Up to 5 of the images are used.
 
     Raises:
         UnsupportedModelError: The rows of some layer are not those of the images, in their order. Names the first.
@@ -113,8 +101,9 @@ def _equal(joint: Tensor, parts: list[Tensor]) -> bool:
 @contextmanager
 def _trial(root: nn.Module, registry: Registry, auxiliary: str) -> Iterator[None]:
     """Make the copies differ from the norms, and the model deterministic, inside the with-block."""
-    parameters: list[Tensor] = [p for copy in registry.copies(auxiliary) for p in copy.parameters(recurse=False)]
-    buffers = [b for copy in registry.copies(auxiliary) for b in copy.buffers(recurse=False) if b.is_floating_point()]
+    copies = registry.copies(auxiliary)
+    parameters: list[Tensor] = [p for copy in copies for p in copy.parameters(recurse=False)]
+    buffers = [b for copy in copies for b in copy.buffers(recurse=False) if b.is_floating_point()]
     before = [tensor.detach().clone() for tensor in (*parameters, *buffers)]
     modes = [(module, module.training) for module in walk(root)]
     dice = random.Random(0)

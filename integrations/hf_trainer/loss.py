@@ -20,7 +20,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from entprop_wrap.errors import ConfigurationError, EntPropError, LabelError, UnsupportedModelError
 from entprop_wrap.functional.losses import mean_by_construction
 from entprop_wrap.integrations.stand_ins import StandIn, replaced
-from entprop_wrap.methods.step_loss import refuse_idle_heads
+from entprop_wrap.methods.loss_checks import refuse_idle_heads
 from entprop_wrap.utils.model_output import raw_logits
 from entprop_wrap.utils.modules import plain_model
 

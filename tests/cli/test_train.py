@@ -351,8 +351,8 @@ HARD = AdversarialTraining().attack.at(0.1)
         (["advprop.weight=0.5"], {"advprop": AdvProp(STRONG, weight=0.5), "mixprop": MixProp()}),
         (["uncertainty=margin"], {"entprop": EntProp(epsilon=0.1, uncertainty=uncertainty.logit_margin)}),
         (
-            ["auxiliary_target=source"],
-            {"random_selection": EntProp(epsilon=0.1, uncertainty=uncertainty.random, auxiliary_target="source")},
+            ["lagged=true"],
+            {"random_selection": EntProp(epsilon=0.1, uncertainty=uncertainty.random, lagged=True)},
         ),
         (["ascent.steps=3", "ascent.layer=none"], {"me_ada": MEADA(EntropyAscent(steps=3), fraction=0.2)}),
         (["shuffle=False", "beta=0.25"], {"fast_advprop": FastAdvProp(epsilon=0.1, shuffle=False, beta=0.25)}),

@@ -1,10 +1,11 @@
 """Every engine gives what one plain float64 process gives, step for step: the two-pass step and the lagged one.
 
-Three steps with momentum, the last on an uneven batch. The other options of EntProp on DDP and FSDP2 are in
-test_entprop_distributed.py, what accumulation and precision do to other methods in test_step_loops.py.
+Three steps with momentum, the last on an uneven batch. Other methods and options on DDP and FSDP2 are in
+test_methods_distributed.py, what accumulation and precision do to them in test_methods_loops.py.
 """
 
 import contextlib
+import functools
 import warnings
 from dataclasses import replace
 
@@ -34,6 +35,7 @@ METHODS = {
 }
 SIZES = (8, 8, 6)
 STEPS = len(SIZES)
+FEWER = 2  # where code is compiled: compiling again for another size is slow
 
 
 class Block(nn.Module):
@@ -191,24 +193,21 @@ def regions(model):
 ENGINES = {
     "channels_last": (False, lambda model: model.to(memory_format=torch.channels_last)),
     "checkpointed": (True, lambda model: model),
-    "compiled": (False, compiled),
     "compiled in place": (False, compiled_in_place),
     "compiled, checkpointed": (True, compiled),
-    "compiled, checkpointed, effects skipped": (True, compiled),
-    "regions": (False, regions),
-    "regions, checkpointed": (True, regions),
     "regions, checkpointed, effects skipped": (True, regions),
 }
 
 
-@pytest.fixture(scope="module")
-def expected():
-    return {name: train(make(), method) for name, method in METHODS.items()}
+@functools.cache
+def expected(name, steps):
+    return train(make(), METHODS[name], steps=steps)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_one_process(engine, expected):
+def test_one_process(engine):
     checkpointed, prepare = ENGINES[engine]
+    steps = FEWER if engine.startswith(("compiled", "regions")) else STEPS
     if "," in engine and not RECENT_TORCH:
         pytest.skip("torch 2.6 records batch statistics twice under a compiled checkpoint")
     recorded_twice = engine == "checkpointed"  # by the recomputation, in any model
@@ -216,7 +215,8 @@ def test_one_process(engine, expected):
     for name, method in METHODS.items():
         model = make(checkpointed)
         with settings_of(engine):
-            problems += compare(train(prepare(model), method), expected[name], name, not recorded_twice)
+            found = train(prepare(model), method, steps=steps)
+            problems += compare(found, expected(name, steps), name, not recorded_twice)
         assert bool(lagged_state(model)) == method.lagged
         entprop.unwrap(model)
         assert not any(is_auxiliary_key(key) for key in model.state_dict())
@@ -299,30 +299,35 @@ DISTRIBUTED = {
     "DDP, regions": (False, lambda model, mesh: ddp(regions(model), mesh)),
     "FSDP2": (False, shard),
     "FSDP2, checkpointed": (True, shard),
-    "FSDP2, checkpointed, compiled": (True, shard_compiled_blocks),
     "FSDP2, checkpointed, compiled, effects skipped": (True, shard_compiled_blocks),
 }
 COMPILED = [engine for engine in DISTRIBUTED if "compiled" in engine or "regions" in engine]
-EAGER = [engine for engine in DISTRIBUTED if engine not in COMPILED]
 
 
-def distributed(rank, expected, engines):
+def distributed(rank, expected):
+    few_images(rank)
     warnings.simplefilter("ignore")
     mesh, problems = init_device_mesh("cpu", (2,)), []
-    for engine in engines:
-        checkpointed, prepare = DISTRIBUTED[engine]
+    for engine, (checkpointed, prepare) in DISTRIBUTED.items():
         if "FSDP2" in engine and not RECENT_TORCH:
             continue
-        for (name, resumed), (steps, own) in expected.items():
+        for (name, resumed, steps), (gradients, own) in expected.items():
+            if (steps == FEWER) != (engine in COMPILED):
+                continue
             with settings_of(engine):
-                found = train(prepare(make(checkpointed), mesh), METHODS[name], rank, resumed, len(steps))
+                found = train(prepare(make(checkpointed), mesh), METHODS[name], rank, resumed, steps)
             # DDP gives every process the first one's statistics, FSDP2 leaves each its own.
-            eager_twice = checkpointed and engine in EAGER
+            eager_twice = checkpointed and engine not in COMPILED
             with_buffers = not eager_twice and (rank == 0 or "FSDP2" in engine)
-            problems += compare(found, (steps, own[rank]), f"{engine}, {name}, resumed={resumed}", with_buffers)
-    if "FSDP2" in engines and RECENT_TORCH:
+            problems += compare(found, (gradients, own[rank]), f"{engine}, {name}, resumed={resumed}", with_buffers)
+    if RECENT_TORCH:
         refuse_other_sizes(shard(make(), mesh))
     return problems
+
+
+def few_images(rank):
+    with pytest.warns(UserWarning, match="Only 3 images a step"):  # not 6, of both processes
+        take_step(DistributedDataParallel(make()), METHODS["two passes"], 0, rank)
 
 
 def refuse_other_sizes(model):
@@ -336,21 +341,10 @@ def refuse_other_sizes(model):
     entprop.training_step(model, larger, labels, method=METHODS["lagged"])
 
 
-@pytest.mark.parametrize("engines", [EAGER, COMPILED], ids=["eager", "compiled"])
-def test_two_processes(engines):
+def test_two_processes():
     """The mean of both processes' gradients; each selects among its own images, and keeps its own hardened ones."""
-    cases = [("two passes", False), ("lagged", False), *([("lagged", True)] if engines is EAGER else [])]
-    steps = STEPS if engines is EAGER else 2  # compiling again for another size is slow
-    expected = {(name, resumed): together(METHODS[name], resumed, steps) for name, resumed in cases}
-    for problems in run_processes(distributed, expected, engines):
+    eager = [("two passes", False, STEPS), ("lagged", False, STEPS), ("lagged", True, STEPS)]
+    cases = [*eager, ("two passes", False, FEWER), ("lagged", False, FEWER)]
+    expected = {case: together(METHODS[case[0]], *case[1:]) for case in cases}
+    for problems in run_processes(distributed, expected):
         assert not problems, "\n".join(problems)
-
-
-def few_images(rank):
-    with pytest.warns(UserWarning, match="Only 3 images a step"):  # not 6, of both processes
-        take_step(DistributedDataParallel(make()), METHODS["two passes"], 0, rank)
-    return True
-
-
-def test_too_few_images_are_counted_by_process():
-    assert run_processes(few_images) == [True, True]

@@ -12,9 +12,8 @@ from entprop_wrap.errors import ConfigurationError, ModelOutputError, Unsupporte
 from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining, activation_entropy, channel_dimension
 from tests.methods.covering import covering, name_of
-from tests.methods.test_entprop_parity import Pair
-from tests.methods.test_methods_parity import BATCH, assert_matches, run
-from tests.methods.test_step_loops import wrapped
+from tests.methods.loops import wrapped
+from tests.methods.parity import BATCH, Pair, assert_matches, run
 from tests.reference import entropic_retraining as reference
 from tests.reference.models import MODELS, build, random_batch
 

@@ -13,9 +13,18 @@ from entprop_wrap.methods import AdvProp, FineGrainedAdvProp
 from entprop_wrap.methods.advprop import wrong_labels
 from entprop_wrap.robustness import PGD as MeasuringPGD
 from tests.methods.covering import covering, name_of
-from tests.methods.test_entprop_parity import IMAGENET, Pair, assert_equal, plain_name, relative_error
-from tests.methods.test_methods_parity import BATCH, PIXELS, SPACES, batch_in, seeded
-from tests.methods.test_step_loops import wrapped
+from tests.methods.loops import wrapped
+from tests.methods.parity import (
+    BATCH,
+    IMAGENET,
+    PIXELS,
+    SPACES,
+    Pair,
+    Rows,
+    batch_in,
+    plain_name,
+    seeded,
+)
 from tests.reference import fine_grained_advprop as reference
 from tests.reference.models import CLASSES, MODELS, random_batch
 
@@ -95,29 +104,24 @@ def test_a_step_equals_the_reference(case):
         plain, main, before, images, labels, branches, attack_statistics=case["attack_statistics"], **space
     )
 
-    rows = {}
-
-    def add(name, found, wanted):
-        wanted = torch.as_tensor(wanted, dtype=torch.float64)
-        rows[name] = (wanted.norm().item(), relative_error(found, wanted))
-
+    rows = Rows()
     for name in ("loss", "main_loss", "logits", "passes"):
-        add(name, getattr(out, name), getattr(expected, name))
+        rows.add(name, getattr(out, name), getattr(expected, name))
     weights = {name: branch.weight for name, branch in branches.items()}
-    add("aux_loss", out.aux_loss, sum(weights[n] * expected.losses[n] for n in names) / sum(weights.values()))
-    add("aux_logits", out.aux_logits, torch.cat([expected.aux_logits[name] for name in names]))
-    add("aux_images", out.aux_images, torch.cat([expected.aux_images[name] for name in names]))
+    rows.add("aux_loss", out.aux_loss, sum(weights[n] * expected.losses[n] for n in names) / sum(weights.values()))
+    rows.add("aux_logits", out.aux_logits, torch.cat([expected.aux_logits[name] for name in names]))
+    rows.add("aux_images", out.aux_images, torch.cat([expected.aux_images[name] for name in names]))
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     for name, value in {**expected.main_gradients, **expected.main_buffers}.items():
-        add(f"main {name}", gradients[name] if name in gradients else model.get_buffer(name), value)
+        rows.add(f"main {name}", gradients[name] if name in gradients else model.get_buffer(name), value)
     for auxiliary, own in auxiliaries.items():
         assert set(own) == {*expected.auxiliary_gradients[auxiliary], *expected.auxiliary_buffers[auxiliary]}
         for name, tensor in own.items():
             if name in expected.auxiliary_gradients[auxiliary]:
-                add(f"{auxiliary} {name}", tensor.grad, expected.auxiliary_gradients[auxiliary][name])
+                rows.add(f"{auxiliary} {name}", tensor.grad, expected.auxiliary_gradients[auxiliary][name])
             else:
-                add(f"{auxiliary} {name}", tensor, expected.auxiliary_buffers[auxiliary][name])
-    assert_equal(rows)
+                rows.add(f"{auxiliary} {name}", tensor, expected.auxiliary_buffers[auxiliary][name])
+    rows.check()
 
 
 @pytest.mark.parametrize("kind", ["batch_norm", "layer_norm"])

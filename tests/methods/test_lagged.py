@@ -6,15 +6,14 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import entprop_wrap as entprop
 from entprop_wrap import EntProp
 from entprop_wrap.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
 from tests.helpers.architectures import ARCHITECTURES
-from tests.helpers.processes import run_processes
-from tests.methods.test_entprop_parity import FixedMixer, Pair, assert_equal, relative_error
+from tests.methods.loops import gradients
+from tests.methods.parity import FixedMixer, Pair, Rows, compare_state
 from tests.reference import entprop as two_passes
 from tests.reference import lagged as reference
 from tests.reference.models import build, random_batch
@@ -45,27 +44,17 @@ def test_three_steps_match_two_separate_passes(kind, blend, equal_budget):
         out = entprop.training_step(pair.model, images, labels, method=method)
         waiting = expected.waiting
         assert out.selected.tolist() == expected.selected
-        rows = {"loss": (0.0, relative_error(out.loss, expected.loss))}
-        state = lagged_state(pair.model)
-        rows["waiting"] = (0.0, relative_error(state["images"], waiting.images))
-        for what, found, wanted in (
-            ("gradient", pair.gradients(), (expected.main_gradients, expected.auxiliary_gradients)),
-            ("buffer", pair.buffers(), (expected.main_buffers, expected.auxiliary_buffers)),
-        ):
-            for ours, theirs in zip(found, wanted, strict=True):
-                assert set(ours) == set(theirs)
-                rows |= {f"{what} {name}": (0.0, relative_error(ours[name], theirs[name])) for name in theirs}
-        assert_equal(rows)
+        rows = Rows()
+        rows.add("loss", out.loss, expected.loss)
+        rows.add("waiting", lagged_state(pair.model)["images"], waiting.images)
+        compare_state(rows, pair, expected)
+        rows.check()
     if blend is not None:
         blend.__dict__["partner"] = (3, 0, 6, 1, 4, 2, 5)
 
 
 def wrapped(kind, seed=0):
     return entprop.wrap(build(kind, seed=seed))
-
-
-def gradients(model):
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 @pytest.mark.parametrize(("options", "passes"), [({}, [1, 1.4, 1.4]), ({"equal_budget": True}, [1, 1, 1])])
@@ -130,20 +119,23 @@ def test_models_that_permute_the_batch_are_refused_by_layer(make):
     entprop.training_step(model, *random_batch(8), method=EntProp())
 
 
-#: Architectures whose rows do not lie together, so that lagged=True is refused.
-REFUSED: set[str] = set()
+#: Rows of windows, tokens, channels last or pixels: where a layout could keep an image's rows apart.
+LAYOUTS = (
+    "torchvision/swin",
+    "timm/maxvit",
+    "timm/coatnet",
+    "timm/efficientnet",
+    "transformers/swin",
+    "transformers/cvt",
+)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.name in LAYOUTS], ids=lambda a: a.name)
 def test_architectures(architecture):
     model = entprop.wrap(architecture.build())
     method = EntProp(fraction=0.5, epsilon=0.01, mix=None, lagged=True)
     images = architecture.images(6).sigmoid()
     labels = torch.arange(6) % 5
-    if architecture.name in REFUSED:
-        with pytest.raises(UnsupportedModelError, match="lagged=False"):
-            entprop.training_step(model, images, labels, method=method)
-        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         entprop.training_step(model, images, labels, method=method)
@@ -188,33 +180,3 @@ def test_options_that_contradict_each_other():
     entprop.training_step(model, *random_batch(7), method=method)
     with pytest.raises(ConfigurationError, match=r"at most 0\.5, found 0\.7"):
         entprop.training_step(model, *random_batch(7), method=method)
-
-
-def two_steps(model, rank):
-    method = EntProp(fraction=0.4, mix=None, lagged=True)
-    for number in range(2):
-        model.zero_grad()
-        entprop.training_step(model, *random_batch(7, seed=10 * number + rank), method=method)
-    return {name.removeprefix("module."): gradient for name, gradient in gradients(model).items()}
-
-
-def work(rank, expected):
-    problems = []
-    for kind, mean in expected.items():
-        for unused in (False, True):
-            found = two_steps(DistributedDataParallel(wrapped(kind), find_unused_parameters=unused), rank)
-            problems += [
-                f"{kind}, find_unused_parameters={unused}: {name}"
-                for name, value in mean.items()
-                if relative_error(found[name], value) > 1e-10
-            ]
-    return problems
-
-
-def test_two_processes_are_the_mean_of_two_halves():
-    expected = {}
-    for kind in KINDS:
-        halves = [two_steps(wrapped(kind), rank) for rank in range(2)]
-        expected[kind] = {name: (value + halves[1][name]) / 2 for name, value in halves[0].items()}
-    for problems in run_processes(work, expected):
-        assert not problems, "\n".join(problems)

@@ -12,9 +12,8 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.methods import MEADA, EntropyAscent
 from tests.methods.covering import covering, name_of
-from tests.methods.test_entprop_parity import Pair
-from tests.methods.test_methods_parity import SPACES, assert_matches, batch_in, run
-from tests.methods.test_step_loops import wrapped
+from tests.methods.loops import wrapped
+from tests.methods.parity import SPACES, Pair, assert_matches, batch_in, run
 from tests.reference import meada as reference
 from tests.reference.models import HEADS, MODELS, build, random_batch
 
@@ -59,9 +58,6 @@ def test_defaults_are_the_published_ones_for_cifar():
     out = run(pair, (images, labels), MEADA())
     expected = reference.step(pair.plain, pair.main, pair.auxiliary, images, labels, head="fc")
     assert_matches(pair, out, expected)
-    assert MEADA.cifar() == MEADA()
-    assert MEADA.cifar(fraction=0.5) == MEADA(fraction=0.5)
-    assert MEADA.mnist().ascent == EntropyAscent(eta=10.0, gamma=1.0, steps=15, step_size=1 / 32)
     # 20 of a batch mean over 128, on images with a std of one half
     assert EntropyAscent().step_size == 20 / 128 / 4
 

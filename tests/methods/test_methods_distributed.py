@@ -1,4 +1,4 @@
-"""The other methods on two gloo processes, against one process that does both halves one after the other.
+"""Every method on two gloo processes, against one process that does both halves one after the other.
 
 The functions that run in the processes check several things each: starting a process costs more than the checks.
 """
@@ -10,7 +10,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import entprop_wrap as entprop
+from entprop_wrap import EntProp, MixUp
 from entprop_wrap.errors import UnsupportedModelError
+from entprop_wrap.functional import CutMix
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import (
     MEADA,
@@ -26,7 +28,7 @@ from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 from entprop_wrap.methods.fast_advprop import shuffle_between_processes
 from tests.helpers.processes import run_processes
 from tests.helpers.versions import RECENT_TORCH
-from tests.methods.test_step_loops import wrapped
+from tests.methods.loops import wrapped
 from tests.reference.models import random_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
@@ -40,6 +42,13 @@ def half_as_bright(pixels):
 
 
 METHODS = {
+    "entprop": EntProp(fraction=0.4, mix=None),
+    "entprop, still": EntProp(fraction=0.4, attack_steps=0, mix=MixUp()),
+    "entprop, sum": EntProp(fraction=0.4, attack_steps=3, weighting="sum"),
+    "entprop, auxiliary": EntProp(fraction=0.4, attack_steps=2, mix=CutMix(), mix_on="auxiliary"),
+    "entprop, random": EntProp(fraction=0.4, attack_steps=2, uncertainty="random"),
+    "entprop, threshold": EntProp(fraction=0.8, threshold=0.9, mix=None),
+    "entprop, shared": EntProp(fraction=0.4, attack_steps=3, auxiliary=None),
     "vanilla": Vanilla(entropy_weight=0.1),
     "mixprop": MixProp(),
     "advprop": AdvProp(ATTACK),
@@ -123,21 +132,21 @@ def differences(found, expected, what):
 def check(rank, expected):
     problems = []
     for (kind, name), (mean, own_buffers) in expected.items():
-        for unused in (False, True):
-            method = SHUFFLED if name == "fast advprop, shuffled" else METHODS[name]
-            what = f"{kind}, {name}, find_unused_parameters={unused}"
-            parallel = DistributedDataParallel(model_for(method, kind), find_unused_parameters=unused)
-            reductions = {}
-            parallel.register_comm_hook(reductions, average)
-            try:
-                step(parallel, rank, method)
-            except RuntimeError as error:
-                problems.append(f"{what}: {error}")
-                continue
-            problems += differences(gradients(parallel), mean, what)
-            problems += differences(buffers(parallel), own_buffers[rank], what)
-            if set(reductions.values()) != {1}:
-                problems.append(f"{what}: buckets are reduced {reductions} times")
+        unused = kind == "layer_norm"
+        method = SHUFFLED if name == "fast advprop, shuffled" else METHODS[name]
+        what = f"{kind}, {name}, find_unused_parameters={unused}"
+        parallel = DistributedDataParallel(model_for(method, kind), find_unused_parameters=unused)
+        reductions = {}
+        parallel.register_comm_hook(reductions, average)
+        try:
+            step(parallel, rank, method)
+        except RuntimeError as error:
+            problems.append(f"{what}: {error}")
+            continue
+        problems += differences(gradients(parallel), mean, what)
+        problems += differences(buffers(parallel), own_buffers[rank], what)
+        if set(reductions.values()) != {1}:
+            problems.append(f"{what}: buckets are reduced {reductions} times")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""``training_step`` inside other people's loops: passes, accumulation, clipping, AMP, and what it refuses."""
+"""``training_step`` in loops of torch and Accelerate: accumulation, clipping, AMP, and what it refuses."""
 
 import contextlib
 import copy
@@ -15,145 +15,20 @@ import entprop_wrap as entprop
 from entprop_wrap import errors, functional
 from entprop_wrap.functional import CutMix
 from entprop_wrap.methods import Vanilla
-from tests.reference.models import CLASSES, MODELS, build, random_batch
+from tests.methods.loops import (
+    assert_close,
+    distance,
+    distance_under_autocast,
+    entprop_method,
+    gradients,
+    plain_gradients,
+    wrapped,
+)
+from tests.reference.models import CLASSES, build, random_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 
-BATCH, FRACTION, SELECTED = 7, 0.4, 3
-MIXES = {
-    "unmixed": {"mix": None},
-    "mixup_batch": {"mix": entprop.MixUp(alpha=1.0), "mix_on": "batch"},
-    "mixup_auxiliary": {"mix": entprop.MixUp(alpha=1.0), "mix_on": "auxiliary"},
-    "cutmix_batch": {"mix": CutMix(alpha=1.0), "mix_on": "batch"},
-    "cutmix_auxiliary": {"mix": CutMix(alpha=1.0), "mix_on": "auxiliary"},
-}
-
-
-def entprop_method(**options):
-    return entprop.EntProp(**{"fraction": FRACTION, "mix": None, **options})
-
-
-def wrapped(kind="batch_norm", dtype=torch.float64, seed=0, auxiliaries=("aux",)):
-    """A wrapped model whose copies differ from its main norms and from each other; always the same one."""
-    plain = build(kind, seed=seed, dtype=dtype)
-    names = set(plain.state_dict())
-    model = entprop.wrap(plain, auxiliaries=auxiliaries)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name not in names:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
-    return model
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def plain_gradients(batch, *, kind="batch_norm", dtype=torch.float64, amp=None, method=None, **options):
-    """Gradients of one step in a plain loop, on a fresh model, under autocast to ``amp`` if given."""
-    model = wrapped(kind, dtype, auxiliaries=getattr(method, "auxiliaries", ()) or ("aux",))
-    with torch.autocast("cpu", amp, enabled=amp is not None):
-        entprop.training_step(model, *batch, method=method or entprop_method(**options))
-    return gradients(model)
-
-
-def distance_under_autocast(batch, *, kind, amp):
-    """How far autocast alone moves the gradient of an ordinary training step."""
-    full, reduced = (
-        plain_gradients(batch, kind=kind, dtype=torch.float32, method=Vanilla(), amp=to) for to in (None, amp)
-    )
-    return distance(reduced, full)
-
-
-def assert_close(found, expected, tolerance):
-    assert set(found) == set(expected)
-    wrong = {}
-    for name, wanted in expected.items():
-        error = (found[name] - wanted).norm().item() / max(wanted.norm().item(), 1e-4)
-        if not error <= tolerance:
-            wrong[name] = error
-    assert not wrong, f"relative errors above {tolerance}: {wrong}"
-
-
-def distance(found, expected):
-    """Relative distance of two whole gradients."""
-    assert set(found) == set(expected)
-    apart = sum((found[name].double() - wanted.double()).square().sum() for name, wanted in expected.items())
-    return math.sqrt(apart / sum(wanted.double().square().sum() for wanted in expected.values()))
-
-
-# Passes ---------------------------------------------------------------------------------------------------------------
-
-
-class _Counted(torch.autograd.Function):
-    """The identity; writes down the batch size of each backward pass."""
-
-    @staticmethod
-    def forward(context, tensor, log):
-        context.log = log
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(context, gradient):
-        context.log.append(len(gradient))
-        return gradient, None
-
-
-class Counter:
-    """Batch sizes of the forward and backward passes through a model, and of the calls of ``backward``."""
-
-    def __init__(self, model):
-        self.forwards, self.backwards, self.calls = [], [], 0
-        model.register_forward_pre_hook(lambda module, args: self.forwards.append(len(args[0])))
-        model.register_forward_hook(lambda module, args, output: _Counted.apply(output, self.backwards))
-
-    def backward(self, loss):
-        self.calls += 1
-        loss.backward()
-
-
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("steps", [0, 1, 2, 5])
-def test_passes(steps, mix):
-    """One main pass and one per attack step: neither mixing nor the first attack step adds any."""
-    model = wrapped()
-    counter = Counter(model)
-    out = entprop.training_step(
-        model, *random_batch(BATCH), method=entprop_method(attack_steps=steps, **MIXES[mix]), backward=counter.backward
-    )
-    passes = [BATCH] + [SELECTED] * max(steps, 1)
-    assert counter.forwards == passes
-    assert counter.backwards == passes
-    assert counter.calls == 2
-    assert out.passes == pytest.approx(sum(passes) / BATCH)
-
-
-def test_vanilla_is_one_pass():
-    model = wrapped()
-    counter = Counter(model)
-    out = entprop.training_step(model, *random_batch(BATCH), method=Vanilla(), backward=counter.backward)
-    assert (counter.forwards, counter.backwards, counter.calls, out.passes) == ([BATCH], [BATCH], 1, 1)
-
-
-def test_the_losses_handed_to_backward_add_up_to_the_loss():
-    losses = []
-
-    def backward(loss):
-        losses.append(loss.item())
-        loss.backward()
-
-    for weighting in ("per_image", "sum"):
-        losses.clear()
-        out = entprop.training_step(
-            wrapped(), *random_batch(BATCH), method=entprop_method(weighting=weighting), backward=backward
-        )
-        weight = {"per_image": SELECTED / BATCH, "sum": 1.0}[weighting]
-        assert losses == pytest.approx([out.main_loss.item(), weight * out.aux_loss.item()], rel=1e-12)
-        assert out.loss.item() == pytest.approx(sum(losses), rel=1e-12)
-
-
-# Loops ----------------------------------------------------------------------------------------------------------------
+BATCH, SELECTED = 7, 3
 
 
 @pytest.fixture
@@ -170,19 +45,21 @@ def accelerator():
     reset()
 
 
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("kind", MODELS)
-def test_a_plain_and_an_accelerate_loop_agree(kind, steps, mix, accelerator):
-    batch = random_batch(BATCH)
-    models = [wrapped(kind), wrapped(kind)]
-    outs = []
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("batch_norm", {"mix": entprop.MixUp(alpha=1.0)}),
+        ("layer_norm", {"mix": CutMix(alpha=1.0), "mix_on": "auxiliary", "attack_steps": 3}),
+        ("mixed_norms", {"attack_steps": 3}),
+    ],
+)
+def test_a_plain_and_an_accelerate_loop_agree(kind, options, accelerator):
+    models, outs = [wrapped(kind), wrapped(kind)], []
     for model, accelerate in zip(models, (None, accelerator()), strict=True):
-        trained = accelerate.prepare(model) if accelerate else model
         out = entprop.training_step(
-            trained,
-            *batch,
-            method=entprop_method(attack_steps=steps, **MIXES[mix]),
+            accelerate.prepare(model) if accelerate else model,
+            *random_batch(BATCH),
+            method=entprop_method(**options),
             backward=accelerate.backward if accelerate else None,
             generator=torch.Generator().manual_seed(0),
         )
@@ -193,8 +70,7 @@ def test_a_plain_and_an_accelerate_loop_agree(kind, steps, mix, accelerator):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("kind", ["batch_norm", "layer_norm"])
+@pytest.mark.parametrize(("kind", "steps"), [("batch_norm", 3), ("layer_norm", 1)])
 def test_accumulated_gradients_are_the_mean_of_the_steps(kind, steps, accelerator):
     accelerate = accelerator(gradient_accumulation_steps=3)
     model = wrapped(kind)
@@ -235,8 +111,7 @@ def test_clipping_sees_both_branches(accelerator):
     assert_close(gradients(model), {name: g * (0.05 / (total + 1e-6)) for name, g in expected.items()}, 1e-12)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("how", ["autocast", "accelerate"])
+@pytest.mark.parametrize(("how", "kind"), [("autocast", "batch_norm"), ("accelerate", "layer_norm")])
 def test_bfloat16_is_close_to_float32(how, kind, accelerator):
     batch = random_batch(BATCH, dtype=torch.float32)
     expected = plain_gradients(batch, kind=kind, dtype=torch.float32, attack_steps=2)
@@ -246,47 +121,11 @@ def test_bfloat16_is_close_to_float32(how, kind, accelerator):
             out = entprop.training_step(model, *batch, method=entprop_method(attack_steps=2))
     else:
         accelerate = accelerator(mixed_precision="bf16")
-        prepared = accelerate.prepare(model)
-        out = entprop.training_step(
-            prepared, *batch, method=entprop_method(attack_steps=2), backward=accelerate.backward
-        )
+        call = accelerate.prepare(model)
+        out = entprop.training_step(call, *batch, method=entprop_method(attack_steps=2), backward=accelerate.backward)
     assert out.entropy.dtype == torch.float32
     assert out.aux_images.dtype == torch.float32
-    assert 0 < distance(gradients(model), expected) < 2 * distance_under_autocast(batch, kind=kind, amp=torch.bfloat16)
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("kind", MODELS)
-def test_a_scaled_loss_gives_the_same_gradients_once_unscaled(kind, steps):
-    batch = random_batch(BATCH, dtype=torch.float32)
-    expected = plain_gradients(batch, kind=kind, dtype=torch.float32, attack_steps=steps)
-    model = wrapped(kind, torch.float32)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-    entprop.training_step(
-        model, *batch, method=entprop_method(attack_steps=steps), backward=lambda loss: scaler.scale(loss).backward()
-    )
-    scaler.unscale_(optimizer)
-    assert_close(gradients(model), expected, 1e-5)
-    before = [p.detach().clone() for p in model.parameters()]
-    scaler.step(optimizer)
-    scaler.update()
-    assert not all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-
-
-@pytest.mark.parametrize("kind", ["batch_norm", "layer_norm"])
-def test_float16_with_a_scaler_is_close_to_float32(kind):
-    batch = random_batch(BATCH, dtype=torch.float32)
-    expected = plain_gradients(batch, kind=kind, dtype=torch.float32, attack_steps=3)
-    model = wrapped(kind, torch.float32)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-    with torch.autocast("cpu", torch.float16):
-        entprop.training_step(
-            model, *batch, method=entprop_method(attack_steps=3), backward=lambda loss: scaler.scale(loss).backward()
-        )
-    scaler.unscale_(optimizer)
-    assert 0 < distance(gradients(model), expected) < 3 * distance_under_autocast(batch, kind=kind, amp=torch.float16)
+    assert 0 < distance(gradients(model), expected) < 2 * distance_under_autocast(kind, torch.bfloat16, BATCH)
 
 
 def test_a_scaler_skips_a_step_that_overflows_in_the_auxiliary_branch():
@@ -437,26 +276,13 @@ def untouched(model):
     assert [module.training for module in model.modules()] == modes
 
 
-@pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("name", BAD_BATCHES)
-def test_bad_batches_are_refused(name, steps):
+def test_bad_batches_are_refused(name):
     batch, space, error, message = BAD_BATCHES[name]
-    model = wrapped()
-    with untouched(model), pytest.raises(error, match=message):
-        entprop.training_step(
-            model,
-            *batch(),
-            method=entprop_method(attack_steps=steps),
-            pixel_space=entprop.PixelSpace(**space) if space else None,
-        )
-
-
-@pytest.mark.parametrize("name", ["uint8", "NHWC", "NaN", "labels too large", "labels float", "labels too few"])
-def test_vanilla_refuses_bad_batches_too(name):
-    batch, _, error, message = BAD_BATCHES[name]
-    model = wrapped()
-    with untouched(model), pytest.raises(error, match=message):
-        entprop.training_step(model, *batch(), method=Vanilla())
+    model, space = wrapped(), entprop.PixelSpace(**space) if space else None
+    for method in (entprop_method(), Vanilla()):
+        with untouched(model), pytest.raises(error, match=message):
+            entprop.training_step(model, *batch(), method=method, pixel_space=space)
 
 
 @pytest.mark.parametrize("name", BAD_MODELS)
@@ -506,7 +332,6 @@ BAD_OPTIONS = {
     "attack_steps negative": ({"attack_steps": -1}, "attack_steps"),
     "attack_steps fractional": ({"attack_steps": 1.5}, "attack_steps"),
     "mix_on": ({"mix_on": "selected", "mix": entprop.MixUp()}, "batch.*auxiliary"),
-    "auxiliary_target": ({"auxiliary_target": "y_a"}, "mixed.*source"),
     "weighting": ({"weighting": "mean"}, "per_image.*sum"),
     "mix a number": ({"mix": 0.2}, "MixUp"),
     "mix a class": ({"mix": entprop.MixUp}, "MixUp"),

@@ -8,7 +8,7 @@ import torch
 import entprop_wrap as entprop
 from entprop_wrap.errors import AuxiliaryNameError, PixelRangeError, UnsupportedModelError
 from entprop_wrap.methods import AdvProp, Vanilla
-from tests.methods.test_step_loops import gradients
+from tests.methods.loops import gradients
 from tests.reference.models import build
 
 SPACE = entprop.PixelSpace(0.5, 0.25)

@@ -131,7 +131,6 @@ def step(
     step_size: float | None = None,
     batch_blend: Blend | None = None,
     auxiliary_blend: Blend | None = None,
-    auxiliary_target: str = "mixed",
     weighting: str = "per_image",
     uncertainty: Callable[[Tensor, Tensor], float] = entropy,
     threshold: float | None = None,
@@ -186,8 +185,6 @@ def step(
     if auxiliary_blend is not None:
         x_s, g_s = auxiliary_blend(x_s), auxiliary_blend(g_s)
         other_s, share = y_s[list(auxiliary_blend.partner)], auxiliary_blend.share
-    if auxiliary_target == "source":
-        other_s = y_s
 
     # perturbation: the first step takes the main pass's gradient, the others ask the auxiliary network
     if epsilon is None:
