@@ -21,3 +21,5 @@ def test_the_block_is_written_between_the_markers():
 
 def test_every_architecture_has_a_row():
     assert len(works_with.table().splitlines()) == len(ARCHITECTURES) + 2
+    assert len(ARCHITECTURES) >= 20
+    assert {a.name.split("/")[0] for a in ARCHITECTURES} == {"torchvision", "timm", "transformers"}

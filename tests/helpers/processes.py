@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -16,14 +17,35 @@ import torch.multiprocessing
 
 LIMIT = timedelta(seconds=60)
 
+#: What takes long to import: done once, in the server that processes are forked from.
+HEAVY = [
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "accelerate",
+    "entprop_wrap.methods",
+    "entprop_wrap.trainer",
+]
+
+
+def context() -> multiprocessing.context.BaseContext:
+    """Return how processes start: forked from a server that is fresh, but for what it has imported; else anew."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(HEAVY)
+    return server
+
 
 def run_processes(function: Callable[..., Any], *args: Any, processes: int = 2) -> list[Any]:
     """Call ``function(rank, *args)`` in each process of a gloo group; return the results by rank.
 
     ``function`` must be importable. An exception in one process is raised here with its traceback.
     """
+    method = context().get_start_method()
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_work, (processes, folder, function, args), nprocs=processes)
+        given = (processes, folder, function, args)
+        torch.multiprocessing.start_processes(_work, given, nprocs=processes, start_method=method)
         results = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(processes)]
     errors = [result for succeeded, result in results if not succeeded]
     if errors:

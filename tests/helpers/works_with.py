@@ -1,6 +1,6 @@
 """The table of docs/works_with.md, made from the table of tests: ``python -m tests.helpers.works_with`` writes it.
 
-A tick is a passing test of ``tests/wrapping/test_table.py``; there is no other source for it.
+A tick is a check of ``tests/wrapping/test_table.py`` that passes; there is no other source for it.
 """
 
 import sys

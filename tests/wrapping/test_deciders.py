@@ -4,6 +4,7 @@ For the main parameters it decides as on the plain model.
 """
 
 import copy
+import functools
 import warnings
 from functools import partial
 
@@ -25,11 +26,10 @@ def _group_norm_net():
 
 
 NETS = {
-    "batch norm": _timm("test_resnet"),
-    "layer norm": _timm("test_vit"),
-    "group norm": _group_norm_net,
-    "batch norm with activation": _timm("test_efficientnet"),
-    "group norm with activation": _timm("test_efficientnet_gn"),
+    "batch norm": functools.cache(_timm("test_resnet")),
+    "layer norm": functools.cache(_timm("test_vit")),
+    "group norm": functools.cache(_group_norm_net),
+    "batch norm with activation": functools.cache(_timm("test_efficientnet")),
 }
 
 
@@ -144,7 +144,7 @@ def _decisions(decide, model):
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("decider", DECIDERS)
 def test_a_copy_is_treated_like_its_norm(decider, net):
-    plain = NETS[net]()
+    plain = copy.deepcopy(NETS[net]())
     model = entprop.wrap(copy.deepcopy(plain))
     copies = auxiliary_names(model)
     expected, found = _decisions(DECIDERS[decider], plain), _decisions(DECIDERS[decider], model)
@@ -159,7 +159,7 @@ def test_initialising_by_class_reaches_the_copies(net):
         if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
             nn.init.constant_(module.weight, 0.5)
 
-    model = entprop.wrap(NETS[net]()).apply(start)
+    model = entprop.wrap(copy.deepcopy(NETS[net]())).apply(start)
     mirrors = list(model._entprop_registry.mirrors())
     assert mirrors
     assert all(torch.equal(norm, mirror) for _, norm, mirror in mirrors)
@@ -167,7 +167,7 @@ def test_initialising_by_class_reaches_the_copies(net):
 
 def test_recalibration_leaves_the_statistics_of_the_copies():
     """``update_bn`` fills the main statistics again, and knows no way to fill those of the copies."""
-    model = entprop.wrap(NETS["batch norm"]())
+    model = entprop.wrap(copy.deepcopy(NETS["batch norm"]()))
     with entprop.auxiliary(model):
         model(torch.randn(4, 3, 32, 32))
     before = model.bn1.entprop_aux.running_mean.clone()
@@ -178,7 +178,7 @@ def test_recalibration_leaves_the_statistics_of_the_copies():
 
 
 def test_a_copy_frozen_by_itself():
-    model = entprop.wrap(NETS["batch norm"]())
+    model = entprop.wrap(copy.deepcopy(NETS["batch norm"]()))
     model.bn1.entprop_aux.requires_grad_(False)
     assert not model.bn1.entprop_aux.weight.requires_grad
     assert model.bn1.weight.requires_grad

@@ -1,15 +1,12 @@
-"""DDP and FSDP2 on two gloo processes, against one process with the whole batch.
-
-The functions that run in the processes check several things each: starting a process costs more than the checks.
-"""
+"""DDP and FSDP2 on two gloo processes, against one process with the whole batch; steps are in tests/methods."""
 
 import contextlib
 import copy
 
 import pytest
 import torch
-import torch.distributed
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import entprop_wrap as entprop
@@ -19,7 +16,7 @@ from tests.helpers.keys import is_auxiliary_key
 from tests.helpers.norm_nets import rows, toy
 from tests.helpers.oracle import perturb
 from tests.helpers.processes import run_processes
-from tests.helpers.versions import needs_recent_torch
+from tests.helpers.versions import RECENT_TORCH
 
 STEPS = 3
 
@@ -86,17 +83,15 @@ def _ddp(rank):
     share = slice(4 * rank, 4 * rank + 4)
     single = _train(_model())
     for unused in (False, True):
-        for mode in ("none", "plain"):
-            parallel = DistributedDataParallel(_model(mode=mode), find_unused_parameters=unused)
-            _same(_train(parallel, share), single)
-            entprop.unwrap(parallel)
-            assert not any(is_auxiliary_key(key) for key in parallel.state_dict())
+        parallel = DistributedDataParallel(_model(mode="plain" if unused else "none"), find_unused_parameters=unused)
+        _same(_train(parallel, share), single)
+        entprop.unwrap(parallel)
+        assert not any(is_auxiliary_key(key) for key in parallel.state_dict())
 
     # Steps of one domain only, and mixed with steps of both.
-    for schedule in ((_main_only,) * 3, (_main_only, _two_passes, _main_only)):
+    for unused, schedule in ((False, (_main_only,) * 3), (True, (_main_only, _two_passes, _main_only))):
         wanted = _train(_model(), passes=schedule)
-        for unused in (False, True):
-            _same(_train(DistributedDataParallel(_model(), find_unused_parameters=unused), share, schedule), wanted)
+        _same(_train(DistributedDataParallel(_model(), find_unused_parameters=unused), share, schedule), wanted)
 
     # Fine-tuning in eval mode.
     model = _model("batch").eval()
@@ -105,20 +100,9 @@ def _ddp(rank):
 
     # Batch norms: every process keeps its statistics, as always; the copies' too. Buffers are broadcast.
     model = _model("batch")
-    parallel = DistributedDataParallel(model)
-    _train(parallel, share)
+    _train(DistributedDataParallel(model), share)
     for block in model.blocks:
         assert block.inner.num_batches_tracked == block.inner.entprop_aux.num_batches_tracked == STEPS
-    return True
-
-
-def test_ddp():
-    assert run_processes(_ddp) == [True, True]
-
-
-def _ddp_rest(rank):
-    share = slice(4 * rank, 4 * rank + 4)
-    single = _train(_model())
 
     # An infinite copy stays out of the main pass.
     model = _model()
@@ -135,82 +119,44 @@ def _ddp_rest(rank):
     logits[:, 0] = -1.0
     logits.div_(2.0).sum().backward()
 
-    # Compiled inside and outside.
-    for compiled in (
-        lambda: DistributedDataParallel(torch.compile(_model(), backend="aot_eager")),
-        lambda: torch.compile(DistributedDataParallel(_model()), backend="aot_eager"),
-    ):
-        torch._dynamo.reset()
-        found = _train(compiled())
-        strip = [{n.replace("_orig_mod.", "").removeprefix("module."): g for n, g in step.items()} for step in found]
-        _same(strip, single)
+    # Copies of a part of the tensors.
+    for unused, copies in ((False, "affine"), (True, "statistics")):
+        alone = entprop.wrap(toy("batch").double(), copies=copies)
+        parallel = DistributedDataParallel(copy.deepcopy(alone), find_unused_parameters=unused)
+        for _ in range(2):  # the same batch on both, whose mean is that of one
+            for call in (alone, parallel):
+                call.zero_grad()
+                _two_passes(call, _batch(0))
+        for (name, mine), other in zip(alone.named_parameters(), parallel.parameters(), strict=True):
+            torch.testing.assert_close(other.grad, mine.grad, msg=f"{copies} {name}")
 
-    # Accumulation, both passes of the first micro-batch unsynchronised.
-    model = _model()
-    parallel = DistributedDataParallel(model)
-    with parallel.no_sync():
-        _two_passes(parallel, _batch(0)[share])
-    _two_passes(parallel, _batch(1)[share])
-    whole = _model()
-    _two_passes(whole, _batch(0))
-    _two_passes(whole, _batch(1))
-    for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
-
-    # Wrapped too late.
-    try:
+    with pytest.raises(UnsupportedModelError, match=r"DistributedDataParallel\(entprop.wrap\(model\)\)"):
         entprop.wrap(DistributedDataParallel(toy()))
-    except UnsupportedModelError as error:
-        return str(error)
-    raise AssertionError("wrap() took a DDP model")
+    if RECENT_TORCH:
+        _fsdp(share, single)
 
 
-def test_ddp_with_compilation_accumulation_and_infinities():
-    messages = run_processes(_ddp_rest)
-    assert all("DistributedDataParallel(entprop.wrap(model))" in message for message in messages)
-
-
-def _shard(model, mesh):
+def _fsdp(share, single):
     from torch.distributed.fsdp import fully_shard
 
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def _fsdp(rank):
-    from torch.distributed.device_mesh import init_device_mesh
+    def shard(model):
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
 
     mesh = init_device_mesh("cpu", (2,))
-    share = slice(4 * rank, 4 * rank + 4)
-    single = _train(_model())
-    for mode in ("none", "plain"):
-        sharded = _shard(_model(mode=mode), mesh)
-        found = _train(sharded, share)
-        whole = [{n: None if g is None else g.full_tensor() for n, g in step.items()} for step in found]
-        _same(whole, single)
-        assert any(is_auxiliary_key(key) for key in sharded.state_dict())
-        entprop.unwrap(sharded)
-        assert not any(is_auxiliary_key(key) for key in sharded.state_dict())
-    try:
-        entprop.wrap(_shard(toy().double(), mesh))
-    except UnsupportedModelError as error:
-        return str(error)
-    raise AssertionError("wrap() took a sharded model")
+    sharded = shard(_model(mode="plain"))
+    found = _train(sharded, share)
+    _same([{n: None if g is None else g.full_tensor() for n, g in step.items()} for step in found], single)
+    assert any(is_auxiliary_key(key) for key in sharded.state_dict())
+    entprop.unwrap(sharded)
+    assert not any(is_auxiliary_key(key) for key in sharded.state_dict())
+    with pytest.raises(UnsupportedModelError, match="first, then shard it"):
+        entprop.wrap(shard(toy().double()))
 
 
-@needs_recent_torch
-def test_fsdp2():
-    pytest.importorskip("torch.distributed.fsdp")
-    messages = run_processes(_fsdp)
-    assert all("call entprop.wrap(model) first, then shard it" in message for message in messages)
-
-
-@pytest.mark.skip(
-    reason="torch's SyncBatchNorm synchronises on accelerators only; test_traps.py builds and switches it"
-)
-def test_sync_batch_norm_on_two_processes():
-    pass
+def test_two_processes():
+    run_processes(_ddp)
 
 
 def test_no_sync_is_found_in_containers():

