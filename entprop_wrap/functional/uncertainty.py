@@ -136,31 +136,12 @@ def num_selected(batch: int, fraction: float) -> int:
     """Return how many of ``batch`` samples a ``fraction`` in (0, 1] selects: rounded half up, at least two.
 
     A batch norm in training mode cannot take the statistics of a single image.
-
-    Raises:
-        ConfigurationError: The batch holds fewer than two samples.
     """
-    if batch < 2:
-        raise ConfigurationError(
-            f"Expected a batch of at least 2 images to select from, found {batch}. Drop the last incomplete "
-            "batch (DataLoader(..., drop_last=True); in the Hugging Face Trainer "
-            "TrainingArguments(dataloader_drop_last=True), which leaves out evaluation images, too) or choose a batch "
-            "size that leaves no such rest."
-        )
     return min(batch, max(2, math.floor(fraction * batch + 0.5)))
 
 
 def top_k(values: Tensor, number: int) -> Tensor:
-    """Return the indices of the ``number`` highest of ``values`` ``(N,)``, highest first, without a device sync.
-
-    Raises:
-        ConfigurationError: The scores are not a vector of at least ``number`` entries.
-    """
-    if values.ndim != 1 or len(values) < number:
-        raise ConfigurationError(
-            f"An uncertainty gives one score per image, (N,); found shape {tuple(values.shape)}. A loss "
-            "needs reduction='none'."
-        )
+    """Return the indices of the ``number`` highest of ``values`` ``(N,)``, highest first, without a device sync."""
     return values.topk(number).indices
 
 

@@ -126,10 +126,8 @@ def count_adversarial(batch: int, fraction: float) -> int:
     """
     if batch < 4:
         raise ConfigurationError(
-            f"Expected a batch of at least 4 images, 2 clean and 2 adversarial ones, found {batch}. Drop the last "
-            "incomplete batch (DataLoader(..., drop_last=True); in the Hugging Face Trainer "
-            "TrainingArguments(dataloader_drop_last=True), which leaves out evaluation images, too) or choose a batch "
-            "size that leaves no such rest."
+            f"Expected a batch of at least 4 images, 2 clean and 2 adversarial ones, found {batch}. Choose another "
+            "batch size, or drop the last batch: DataLoader(..., drop_last=True)."
         )
     return min(num_selected(batch, fraction), batch - 2)
 

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import uncertainty
 
 LOGITS = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
@@ -43,11 +42,6 @@ def test_entropy_of_certainty_and_of_ignorance():
 )
 def test_counts_round_half_up_and_are_at_least_two(batch, fraction, expected):
     assert uncertainty.num_selected(batch, fraction) == expected
-
-
-def test_a_batch_of_one_cannot_be_selected_from():
-    with pytest.raises(ConfigurationError, match="drop_last"):
-        uncertainty.num_selected(1, 0.5)
 
 
 def test_top_gives_the_highest_first():

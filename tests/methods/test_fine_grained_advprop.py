@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import entprop_wrap as entprop
-from entprop_wrap.errors import ConfigurationError, ImageError, NotWrappedError
+from entprop_wrap.errors import ConfigurationError, ImageError
 from entprop_wrap.functional.attacks import PGD, uniform_start
 from entprop_wrap.methods import AdvProp, FineGrainedAdvProp
 from entprop_wrap.methods.advprop import wrong_labels
@@ -240,13 +240,6 @@ def test_options_out_of_range_are_refused(options, message):
 def test_soft_labels_have_no_wrong_class():
     with pytest.raises(ConfigurationError, match="targeted=False"):
         step(FineGrainedAdvProp({"adv": PGD()}, targeted=True), random_batch(BATCH, soft=True))
-
-
-def test_a_model_without_copies_is_refused_before_anything_runs():
-    plain = Pair("batch_norm").plain
-    with pytest.raises(NotWrappedError):
-        entprop.training_step(plain, *random_batch(BATCH), method=FineGrainedAdvProp({"adv": PGD()}))
-    assert all(p.grad is None for p in plain.parameters())
 
 
 def test_it_is_a_value():

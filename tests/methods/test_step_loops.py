@@ -310,14 +310,6 @@ def test_a_step_without_gradients_is_refused(context):
         entprop.training_step(model, *random_batch(BATCH), method=entprop_method())
 
 
-@pytest.mark.parametrize("score", [F.cross_entropy, lambda logits, labels: logits])
-def test_an_uncertainty_that_is_not_one_score_an_image_is_refused_before_the_backward(score):
-    model = wrapped()
-    with pytest.raises(errors.ConfigurationError, match=r"one score per image"):
-        entprop.training_step(model, *random_batch(BATCH), method=entprop_method(uncertainty=score))
-    assert not gradients(model)
-
-
 BAD_OPTIONS = {
     "epsilon in pixels": ({"epsilon": 4}, "4/255"),
     "epsilon in pixels, float": ({"epsilon": 4.0}, "4/255"),

@@ -246,13 +246,6 @@ def test_unwrapping_inside_a_block():
     entprop.unwrap(model)
 
 
-def test_unwrapping_through_containers():
-    model = entprop.wrap(toy())
-    compiled = torch.compile(model, backend="eager")
-    entprop.unwrap(nn.Sequential(compiled))
-    assert _is_untouched(model)
-
-
 def test_a_wrapped_part_of_a_larger_model():
     plain = nn.Sequential(toy(), nn.LayerNorm(5))
     model = nn.Sequential(entprop.wrap(copy.deepcopy(plain[0])), copy.deepcopy(plain[1]))
@@ -559,18 +552,6 @@ def test_a_forward_and_backward_inside_a_backward(mode):
     assert model._entprop_registry.switch.pins == {}
 
 
-def test_eval_mode_uses_the_copies_and_moves_nothing():
-    plain = toy("batch").eval()
-    model = entprop.wrap(copy.deepcopy(plain))
-    perturb(model)
-    before, batch = snapshot(model), rows()
-    expected = expected_pass(plain, batch, auxiliary_tensors(model))
-    with entprop.auxiliary(model):
-        output = model(batch)
-    assert torch.equal(output, expected.logits)
-    assert not changed(model, before)
-
-
 def test_hooks_on_a_norm_run_once_in_each_domain():
     model, calls = toy(), []
     model.last.register_forward_hook(lambda module, args, output: calls.append(module))
@@ -681,18 +662,6 @@ def test_per_sample_gradients_and_jacobians(auxiliary):
     for name, parameter in model.named_parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(per_sample[name].mean(0), gradient, msg=name)
-
-
-def test_input_gradients_of_an_attack():
-    model = entprop.wrap(toy("batch", mode="plain"))
-    before = snapshot(model)
-    batch = rows().requires_grad_()
-    with entprop.auxiliary(model, record_statistics=False):
-        loss = loss_of(model(batch), batch)
-    (gradient,) = torch.autograd.grad(loss, batch)
-    assert gradient.abs().sum() > 0
-    assert not changed(model, before)
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_double_backward():
