@@ -11,7 +11,7 @@ from entprop_wrap.robustness.result import escaped, markdown_table
 from entprop_wrap.utils.modules import check_module
 from entprop_wrap.utils.statistics import Result
 from entprop_wrap.wrapping.registry import find_registry
-from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX
+from entprop_wrap.wrapping.switched_norm import COPY_PREFIX
 
 __all__ = ["DomainGap", "LayerGap", "domain_gap"]
 
@@ -65,7 +65,7 @@ def domain_gap(model: nn.Module) -> DomainGap:
     layers = []
     for name, norm in registry.norms.items():
         for auxiliary in registry.auxiliaries:
-            copy = norm._modules[HOLDER_PREFIX + auxiliary]
+            copy = norm._modules[COPY_PREFIX + auxiliary]
             assert copy is not None
             parameters = {
                 key: _relative(_wide(copy._parameters[key]), _wide(parameter))

@@ -35,7 +35,7 @@ from entprop_wrap.wrapping.optimizer import guard_first_step
 from entprop_wrap.wrapping.registry import Registry, find_registry, find_wrapped, registry_on
 from entprop_wrap.wrapping.root_hook import attach, detach
 from entprop_wrap.wrapping.switched_norm import (
-    HOLDER_PREFIX,
+    COPY_PREFIX,
     Copies,
     SwitchedNorm,
     copy_of,
@@ -211,7 +211,7 @@ def summary(model: nn.Module) -> Summary:
     check_module("summary()", model)
     registry = find_registry(model)
     root = find_wrapped(model)[0][0]
-    copies = {id(mirror): mirror.numel() for _, _, mirror in registry.mirrors()}
+    copies = {id(copied): copied.numel() for _, _, copied in registry.copied_parameters()}
     total = sum(parameter.numel() for parameter in root.parameters())
     added = sum(copies.values())
     kinds = Counter(type(norm).__name__ for norm in registry.norms.values())
@@ -285,7 +285,7 @@ def _refuse_norms(norms: dict[str, nn.Module], auxiliaries: tuple[str, ...]) -> 
     for name, norm in norms.items():
         if "forward" in norm.__dict__:
             problems.append(f"{name!r} has a forward() set on the instance (a patched kernel or device-map hook)")
-        elif any(hasattr(norm, HOLDER_PREFIX + auxiliary) for auxiliary in auxiliaries):
+        elif any(hasattr(norm, COPY_PREFIX + auxiliary) for auxiliary in auxiliaries):
             problems.append(f"{name!r} already has an attribute named after an auxiliary")
     if problems:
         raise UnsupportedModelError(

@@ -106,7 +106,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _check(registry: Registry, optimizer: Optimizer) -> None:
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    pairs = [(name, copy) for name, norm, copy in registry.mirrors() if copy.requires_grad and id(norm) in trained]
+    pairs = [
+        (name, copy) for name, norm, copy in registry.copied_parameters() if copy.requires_grad and id(norm) in trained
+    ]
     if missing := [name for name, copy in pairs if id(copy) not in trained]:
         raise OptimizerMismatchError(
             f"The optimizer trains {missing[0]!r} but not its auxiliary copy ({len(missing)} of {len(pairs)} copies "

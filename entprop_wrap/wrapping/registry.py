@@ -12,7 +12,7 @@ from torch import nn
 from entprop_wrap.errors import ConfigurationError, NotWrappedError, UnsupportedModelError
 from entprop_wrap.utils.modules import refuse_container, refuse_static_graph, walk
 from entprop_wrap.wrapping.active_domain import ActiveDomain
-from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX, AuxiliaryNorm, SwitchedNorm
+from entprop_wrap.wrapping.switched_norm import COPY_PREFIX, AuxiliaryNorm, SwitchedNorm
 
 __all__ = ["Registry", "find_registry", "find_wrapped", "refuse_idle_copies", "refuse_inside_block"]
 
@@ -42,23 +42,23 @@ class Registry:
             yield from (parameter for parameter in {**norm._parameters, **copied}.values() if parameter is not None)
 
     def copies(self, auxiliary: str) -> list[nn.Module]:
-        """Return the holders of one auxiliary's tensors, norm by norm."""
+        """Return the copies of one auxiliary, norm by norm."""
         return [copy_in(norm, auxiliary) for norm in self.norms.values()]
 
-    def mirrors(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    def copied_parameters(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Yield ``(name of the norm parameter, the parameter, one copy of it)`` over all norms and auxiliaries."""
         for name, norm in self.norms.items():
             for auxiliary in self.auxiliaries:
                 copies = copy_in(norm, auxiliary)._parameters
                 for key, parameter in norm._parameters.items():
-                    mirror = copies.get(key)
-                    if parameter is not None and mirror is not None:
-                        yield f"{name}.{key}" if name else key, parameter, mirror
+                    copied = copies.get(key)
+                    if parameter is not None and copied is not None:
+                        yield f"{name}.{key}" if name else key, parameter, copied
 
 
 def copy_in(norm: nn.Module, auxiliary: str) -> nn.Module:
-    """Return the holder of one auxiliary's tensors in ``norm``."""
-    return cast(nn.Module, norm._modules[HOLDER_PREFIX + auxiliary])
+    """Return the copy of ``norm`` for one auxiliary."""
+    return cast(nn.Module, norm._modules[COPY_PREFIX + auxiliary])
 
 
 def find_registry(model: nn.Module) -> Registry:
@@ -101,8 +101,8 @@ def refuse_idle_copies(registry: Registry, auxiliaries: tuple[str, ...]) -> None
         if any(copy.requires_grad for copy in registry.tensors(auxiliary)):
             continue
         tracks = any(buffer is not None for norm in registry.norms.values() for buffer in norm._buffers.values())
-        mirrors = zip(registry.tensors(None), registry.tensors(auxiliary), strict=True)
-        if not tracks and all(torch.equal(parameter, copy) for parameter, copy in mirrors):
+        pairs = zip(registry.tensors(None), registry.tensors(auxiliary), strict=True)
+        if not tracks and all(torch.equal(parameter, copy) for parameter, copy in pairs):
             raise ConfigurationError(
                 f"The copies {auxiliary!r} are frozen and equal to the norm layers: the auxiliary pass would be a "
                 "second main pass. Expected copies that train; PEFT and other code that freezes a model freezes them "
@@ -141,9 +141,9 @@ def _audit(registry: Registry, norms: list[SwitchedNorm]) -> None:
             f"{foreign} norm layers are copies taken out of a wrapped model: build the model first, then wrap() it"
         )
     names = {id(norm): name for name, norm in registry.norms.items()}
-    holders = [HOLDER_PREFIX + auxiliary for auxiliary in registry.auxiliaries]
+    names_of_copies = [COPY_PREFIX + auxiliary for auxiliary in registry.auxiliaries]
     for norm in norms:
-        if not all(isinstance(norm._modules.get(holder), AuxiliaryNorm) for holder in holders):
+        if not all(isinstance(norm._modules.get(name), AuxiliaryNorm) for name in names_of_copies):
             problems.append(f"the copy in {names.get(id(norm), '?')!r} was replaced after wrap()")
         elif "forward" in norm.__dict__:
             problems.append(f"{names.get(id(norm), '?')!r} was given a forward() of its own after wrap()")

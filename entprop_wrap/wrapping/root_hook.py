@@ -13,7 +13,7 @@ from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.utils.graphs import leaves_of
 from entprop_wrap.wrapping.active_domain import ActiveDomain, Key, domains_of
 from entprop_wrap.wrapping.registry import ATTRIBUTE, Registry, registry_on
-from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX, block_fast_path
+from entprop_wrap.wrapping.switched_norm import COPY_PREFIX, block_fast_path
 
 __all__ = ["attach", "detach"]
 
@@ -31,7 +31,7 @@ def detach(root: nn.Module) -> None:
     registry, modules = registry_on(root), dict(root.named_modules())
     for place in [modules[name] for name in registry.norms if name in modules]:
         for auxiliary in registry.auxiliaries:  # a SyncBatchNorm conversion has converted the copies, too
-            place._modules.pop(HOLDER_PREFIX + auxiliary, None)
+            place._modules.pop(COPY_PREFIX + auxiliary, None)
     registry.norms = {}  # whoever still holds the registry finds nothing in it
     del root.__dict__[ATTRIBUTE]
     for key in [key for key, hook in root._forward_hooks.items() if isinstance(hook, _LeaveForward)]:

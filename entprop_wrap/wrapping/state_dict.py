@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.utils.modules import check_module, plain_model, walk
 from entprop_wrap.utils.options import shown
-from entprop_wrap.wrapping.switched_norm import HOLDER_PREFIX, AuxiliaryNorm, SwitchedNorm
+from entprop_wrap.wrapping.switched_norm import COPY_PREFIX, AuxiliaryNorm, SwitchedNorm
 
 __all__ = [
     "auxiliary_names",
@@ -155,8 +155,8 @@ def strip_copies(checkpoint: Any) -> Any:
 
 def _is_copy(key: str, keys: Mapping[str, Any]) -> bool:
     norm, _, tensor = key.rpartition(".")
-    norm, _, holder = norm.rpartition(".")
-    return holder.startswith(HOLDER_PREFIX) and (f"{norm}.{tensor}" if norm else tensor) in keys
+    norm, _, child = norm.rpartition(".")
+    return child.startswith(COPY_PREFIX) and (f"{norm}.{tensor}" if norm else tensor) in keys
 
 
 def _keep_only(entries: dict[str, Any], wanted: Callable[[str], bool]) -> None:

@@ -22,7 +22,7 @@ from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.wrapping.active_domain import UNRECORDED, ActiveDomain, Rows
 
 __all__ = [
-    "HOLDER_PREFIX",
+    "COPY_PREFIX",
     "AuxiliaryNorm",
     "Copies",
     "SwitchedNorm",
@@ -37,7 +37,7 @@ __all__ = [
 
 #: The copies live in a child of each norm named ``entprop_<auxiliary>``. Weight decay is decided by parameter name in
 #: many trainers, so the name contains neither "norm" nor "bias".
-HOLDER_PREFIX = "entprop_"
+COPY_PREFIX = "entprop_"
 
 #: Which tensors of a norm an auxiliary domain has of its own: parameters and buffers, parameters, or buffers.
 Copies = Literal["all", "affine", "statistics"]
@@ -258,7 +258,7 @@ def install(norm: nn.Module, copies: dict[str, AuxiliaryNorm], switch: ActiveDom
     base = type(norm)
     views: dict[str, View] = {}
     for name, copy in copies.items():
-        norm.add_module(HOLDER_PREFIX + name, copy)
+        norm.add_module(COPY_PREFIX + name, copy)
         views[name] = _view(norm, copy, record=True)
         views[name + UNRECORDED] = _view(norm, copy, record=False)
     views[UNRECORDED] = _view(norm, norm, record=False)

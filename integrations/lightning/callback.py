@@ -21,30 +21,13 @@ from torch.optim import LBFGS
 
 from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.data.pixel_space import PixelSpace
-<<<<<<< HEAD:integrations/lightning/callback.py
 from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, UnsupportedModelError
-from entprop_wrap.functional.losses import Loss, Pass, asked
+from entprop_wrap.functional.losses import Loss, Pass
 from entprop_wrap.integrations.lightning.stand_ins import LogitsOf, ModelInContext, already_done, stand_in
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, check_method
 from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
-=======
-from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
-from entprop_wrap.functional.losses import Loss, Pass
-from entprop_wrap.integrations.lightning_checkpoints import (
-    AUXILIARY_KEY,
-    LAGGED_KEY,
-    Copies,
-    add_waiting,
-    join,
-    separate,
-)
-from entprop_wrap.integrations.lightning_stand_ins import LogitsOf, ModelInContext, already_done, stand_in
-from entprop_wrap.methods import EntProp
-from entprop_wrap.methods.base import Method, check_method
-from entprop_wrap.methods.lagged import load_lagged_state
 from entprop_wrap.methods.step_loss import asked
->>>>>>> 4e6bb21 (Methods and wrapping: one error for reentrant checkpointing, one walk of the graph; growth, targets, checks of a loss and the root's hook in files of their own; no auxiliary_target, no presets of ME-ADA; tests of methods in fewer tables):integrations/lightning.py
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.training import training_step
 from entprop_wrap.utils.modules import plain_model

@@ -39,7 +39,7 @@ def test_layer_decay_gives_copies_the_rate_of_their_originals():
     for group in param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.75):
         scale |= {id(parameter): (group["lr_scale"], group["weight_decay"]) for parameter in group["params"]}
     assert len({rate for rate, _ in scale.values()}) > 2
-    for name, norm, copy in model._entprop_registry.mirrors():
+    for name, norm, copy in model._entprop_registry.copied_parameters():
         assert scale[id(norm)] == scale[id(copy)], name
 
 

@@ -8,15 +8,9 @@ from entprop_wrap.errors import ConfigurationError, PixelRangeError
 from entprop_wrap.functional.attacks import PGD, ball_start
 from entprop_wrap.methods import AdvProp
 from entprop_wrap.robustness import PGD as MeasuringPGD
-<<<<<<< HEAD
 from entprop_wrap.robustness import accuracy_against_epsilon, evaluate_robustness
-from tests.methods.test_methods_parity import SPACES, batch_in, seeded
-from tests.methods.test_step_loops import gradients, wrapped
-=======
-from entprop_wrap.robustness import Transfer, accuracy_against_epsilon, evaluate_robustness
 from tests.methods.loops import gradients, wrapped
 from tests.methods.parity import SPACES, batch_in, seeded
->>>>>>> 4e6bb21 (Methods and wrapping: one error for reentrant checkpointing, one walk of the graph; growth, targets, checks of a loss and the root's hook in files of their own; no auxiliary_target, no presets of ME-ADA; tests of methods in fewer tables)
 from tests.reference.models import build, random_batch
 
 

@@ -107,7 +107,7 @@ def as_blend(mix, shape):
 
 
 def plain_name(name, plain):
-    """The entry of the plain model that ``name`` is an auxiliary copy of: the same but for the holder in between."""
+    """The entry of the plain model that ``name`` is an auxiliary copy of: but for the name in between, the same."""
     *path, leaf = name.split(".")
     for length in range(len(path) - 1, -1, -1):
         candidate = ".".join([*path[:length], leaf])

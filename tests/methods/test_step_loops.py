@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 import entprop_wrap as entprop
-from entprop_wrap import errors, functional
+from entprop_wrap import errors
 from entprop_wrap.functional import CutMix
 from entprop_wrap.methods import Vanilla
 from tests.methods.loops import (
@@ -342,11 +342,11 @@ def test_bad_options_are_refused_where_they_are_written(name):
         entprop.EntProp(**options)
 
 
-@pytest.mark.parametrize("mixer", ["MixUp", "CutMix"])
-@pytest.mark.parametrize("alpha", [0, -1.0, math.nan, math.inf])
-def test_bad_alphas_are_refused(mixer, alpha):
-    with pytest.raises(errors.ConfigurationError, match="alpha"):
-        getattr(functional, mixer)(alpha=alpha)
+def test_bad_alphas_are_refused():
+    for mixer in (entprop.MixUp, CutMix):
+        for alpha in (0, -1.0, math.nan, math.inf):
+            with pytest.raises(errors.ConfigurationError, match="alpha"):
+                mixer(alpha=alpha)
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def _check(model, output, expected, auxiliary, tolerance=1e-9):
     found.buffers, wanted = {}, copy.copy(expected[auxiliary])
     wanted.buffers = {}  # a recomputation records statistics twice, in any model
     assert_same(found, wanted, tolerance)
-    for _, norm, mirror in model._entprop_registry.mirrors():
-        idle = mirror if auxiliary is None else norm
+    for _, norm, copied in model._entprop_registry.copied_parameters():
+        idle = copied if auxiliary is None else norm
         assert idle.grad is None or not idle.grad.any()
 
 
@@ -77,9 +77,9 @@ def test_one_backward_of_both_domains(mode, auxiliary_first):
         with entprop.auxiliary(model, auxiliary):
             outputs[auxiliary] = model(batch)
     sum(loss_of(output, batch) for output in outputs.values()).backward()
-    for name, norm, mirror in model._entprop_registry.mirrors():
+    for name, norm, copied in model._entprop_registry.copied_parameters():
         torch.testing.assert_close(norm.grad, expected[None].gradients[name], msg=name)
-        torch.testing.assert_close(mirror.grad, expected["aux"].gradients[name], msg=name)
+        torch.testing.assert_close(copied.grad, expected["aux"].gradients[name], msg=name)
     both = expected[None].gradients["head.weight"] + expected["aux"].gradients["head.weight"]
     torch.testing.assert_close(model.head.weight.grad, both)
 

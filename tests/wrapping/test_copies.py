@@ -144,9 +144,9 @@ def test_a_plain_checkpoint_restarts_the_copies():
     plain = toy("batch", seed=5)
     plain(rows())
     assert model.load_state_dict(plain.state_dict(), strict=True)
-    for name, norm, mirror in model._entprop_registry.mirrors():
-        assert torch.equal(norm, mirror), name
-        assert norm.data_ptr() != mirror.data_ptr()
+    for name, norm, copied in model._entprop_registry.copied_parameters():
+        assert torch.equal(norm, copied), name
+        assert norm.data_ptr() != copied.data_ptr()
     assert torch.equal(model.blocks[0].inner.entprop_aux.running_mean, plain.blocks[0].inner.running_mean)
     _exact(model)
 
@@ -162,9 +162,9 @@ def test_a_checkpoint_without_metadata_or_batch_counts():
 def test_assigning_a_checkpoint():
     model = _wrapped()
     model.load_state_dict(toy("batch", seed=5).state_dict(), assign=True)
-    mirrors = list(model._entprop_registry.mirrors())
-    assert all(isinstance(mirror, nn.Parameter) and mirror.requires_grad for _, _, mirror in mirrors)
-    assert not {id(norm) for _, norm, _ in mirrors} & {id(mirror) for _, _, mirror in mirrors}
+    pairs = list(model._entprop_registry.copied_parameters())
+    assert all(isinstance(copied, nn.Parameter) and copied.requires_grad for _, _, copied in pairs)
+    assert not {id(norm) for _, norm, _ in pairs} & {id(copied) for _, _, copied in pairs}
     _exact(model)
 
 
@@ -231,9 +231,9 @@ def test_one_auxiliary_of_two_in_a_checkpoint():
         assert torch.equal(fresh.state_dict()[name], tensor)
         if (
             not is_auxiliary_key(name)
-            and (mirror := fresh.state_dict().get(_copy_key(fresh, name, "more"))) is not None
+            and (copied := fresh.state_dict().get(_copy_key(fresh, name, "more"))) is not None
         ):
-            assert torch.equal(mirror, tensor)
+            assert torch.equal(copied, tensor)
 
 
 def _copy_key(model, name, auxiliary):

@@ -160,9 +160,9 @@ def test_initialising_by_class_reaches_the_copies(net):
             nn.init.constant_(module.weight, 0.5)
 
     model = entprop.wrap(copy.deepcopy(NETS[net]())).apply(start)
-    mirrors = list(model._entprop_registry.mirrors())
-    assert mirrors
-    assert all(torch.equal(norm, mirror) for _, norm, mirror in mirrors)
+    pairs = list(model._entprop_registry.copied_parameters())
+    assert pairs
+    assert all(torch.equal(norm, copied) for _, norm, copied in pairs)
 
 
 def test_recalibration_leaves_the_statistics_of_the_copies():

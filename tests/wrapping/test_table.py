@@ -111,8 +111,8 @@ def state_dicts(row):
     copy.deepcopy(row.plain).load_state_dict(main)
     fresh = entprop.wrap(row.architecture.build())
     fresh.load_state_dict({name: tensor.clone() for name, tensor in main.items()})
-    for name, norm, mirror in fresh._entprop_registry.mirrors():
-        assert torch.equal(norm, mirror), name
+    for name, norm, copied in fresh._entprop_registry.copied_parameters():
+        assert torch.equal(norm, copied), name
     entprop.load_auxiliary_state_dict(fresh, copies)
     assert all(torch.equal(tensor, fresh.state_dict()[name]) for name, tensor in model.state_dict().items())
     fresh.load_state_dict(model.state_dict())
@@ -186,10 +186,10 @@ def checkpointing(row):
 
     outputs = row.forward(model), row.forward(model, "aux")
     sum(loss_of(output, row.images) for output in outputs).backward()
-    for name, norm, mirror in model._entprop_registry.mirrors():
+    for name, norm, copied in model._entprop_registry.copied_parameters():
         if main[name] is not None:
             torch.testing.assert_close(norm.grad, main[name], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(mirror.grad, aux[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(copied.grad, aux[name], rtol=1e-5, atol=1e-6)
 
 
 #: The columns of the table: title, check, and below whether it applies to an architecture.

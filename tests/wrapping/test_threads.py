@@ -79,9 +79,9 @@ def test_backwards_overlap_in_time(mode):
 
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(work, (None, "aux")))
-    for name, norm, mirror in model._entprop_registry.mirrors():
+    for name, norm, copied in model._entprop_registry.copied_parameters():
         torch.testing.assert_close(norm.grad, expected[None].gradients[name], msg=name)
-        torch.testing.assert_close(mirror.grad, expected["aux"].gradients[name], msg=name)
+        torch.testing.assert_close(copied.grad, expected["aux"].gradients[name], msg=name)
     assert model._entprop_registry.switch.pins == {}
 
 

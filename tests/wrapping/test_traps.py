@@ -546,9 +546,9 @@ def test_a_forward_and_backward_inside_a_backward(mode):
     output = model(batch)
     output.register_hook(hook)
     loss_of(output, batch).backward()
-    for name, norm, mirror in model._entprop_registry.mirrors():
+    for name, norm, copied in model._entprop_registry.copied_parameters():
         torch.testing.assert_close(norm.grad, main.gradients[name], msg=name)
-        torch.testing.assert_close(mirror.grad, aux.gradients[name], msg=name)
+        torch.testing.assert_close(copied.grad, aux.gradients[name], msg=name)
     assert model._entprop_registry.switch.pins == {}
 
 
@@ -703,8 +703,11 @@ def test_summary():
 def test_copies_inherit_what_the_norms_are():
     model = toy("batch").to(torch.float64)
     model.last.requires_grad_(False)
+    model.last.register_buffer("scratch", torch.zeros(8), persistent=False)
     entprop.wrap(model)
     copy_ = model.last.entprop_aux
+    assert copy_.scratch is not model.last.scratch
+    assert not any("scratch" in key for key in model.state_dict())
     assert copy_.weight.dtype == torch.float64
     assert not copy_.weight.requires_grad
     assert model.blocks[0].inner.entprop_aux.weight.requires_grad
