@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -29,11 +30,15 @@ def is_mean(loss: Loss, logits: Tensor, labels: Tensor, value: Tensor, more: Map
         return True
     rows = logits.detach().repeat(2, 1), torch.cat([labels, labels])
 
-    def twice(leaf: Any) -> Any:
+    def repeated(leaf: Any) -> Any:
+        if isinstance(leaf, dict):  # of a class of its own, which torch takes for a leaf
+            again = copy.copy(leaf)
+            again.update(tree_map(repeated, dict(leaf)))
+            return again
         of_rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == len(logits)
         return torch.cat([leaf.detach()] * 2) if of_rows else leaf
 
-    more = tree_map(twice, dict(more or {}))
+    more = {name: tree_map(repeated, value) for name, value in (more or {}).items()}
     again: Callable[[], Tensor] = partial(loss, *rows, **more)
     if isinstance(loss, nn.Module):  # on clones, as the backward needs the buffers untouched
         buffers = {name: buffer.clone() for name, buffer in loss.named_buffers()}

@@ -44,8 +44,9 @@ def run_processes(function: Callable[..., Any], *args: Any, processes: int = 2) 
     """
     method = context().get_start_method()
     with tempfile.TemporaryDirectory() as folder:
-        given = (processes, folder, function, args)
-        torch.multiprocessing.start_processes(_work, given, nprocs=processes, start_method=method)
+        # A file, as a server is sent few tensors only: each takes a descriptor.
+        (Path(folder) / "call").write_bytes(pickle.dumps((function, args)))
+        torch.multiprocessing.start_processes(_work, (processes, folder), nprocs=processes, start_method=method)
         results = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(processes)]
     errors = [result for succeeded, result in results if not succeeded]
     if errors:
@@ -53,13 +54,14 @@ def run_processes(function: Callable[..., Any], *args: Any, processes: int = 2) 
     return [result for _, result in results]
 
 
-def _work(rank: int, processes: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _work(rank: int, processes: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes, timeout=LIMIT
     )
     try:
+        function, args = pickle.loads((Path(folder) / "call").read_bytes())
         outcome = True, function(rank, *args)
     except BaseException:
         outcome = False, f"process {rank}: {traceback.format_exc()}"
