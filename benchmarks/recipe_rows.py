@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from entprop_wrap import EntProp
 from entprop_wrap.functional import uncertainty
 from entprop_wrap.functional.attacks import ascend
-from entprop_wrap.functional.losses import Target
+from entprop_wrap.functional.targets import Target
 from entprop_wrap.functional.uncertainty import entropy, num_selected, top_k
 from entprop_wrap.methods import FastAdvProp, Method, Vanilla
 

@@ -8,7 +8,7 @@ import torch
 import entprop_wrap as entprop
 from entprop_wrap import EntProp, PixelSpace
 from entprop_wrap.errors import ConfigurationError, ImageError
-from tests.methods.test_entprop_parity import Pair, relative_error
+from tests.methods.parity import Pair, relative_error
 from tests.reference.models import random_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
