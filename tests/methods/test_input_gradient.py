@@ -1,0 +1,53 @@
+"""The gradient of the images through the first layer, and where that is not the whole of it."""
+
+import pytest
+import torch
+from torch import nn
+
+import entprop_wrap as entprop
+from entprop_wrap import EntProp
+from entprop_wrap.errors import UnsupportedModelError
+
+pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
+EPSILON = 0.01
+
+
+class Net(nn.Module):
+    """Logits from a convolution, and with a weight above 0 from the pixels themselves."""
+
+    def __init__(self, beside):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)
+        self.pixels, self.beside = nn.Linear(3 * 36, 5), beside
+
+    def forward(self, images):
+        logits = self.head(self.norm(self.conv(images)).relu().mean((2, 3)))
+        return logits + self.beside * self.pixels(images.flatten(1))
+
+
+@pytest.mark.parametrize("beside", [0.0, 0.3, 30.0])
+def test_it_is_that_of_the_selected_rows_in_every_step(beside):
+    torch.manual_seed(0)
+    model = entprop.wrap(Net(beside).double())
+    method = EntProp(fraction=0.5, epsilon=EPSILON, mix=None)
+    for _ in range(3):  # the first finds out how, the others rely on it
+        images, labels = torch.rand(8, 3, 6, 6, dtype=torch.float64) * 0.8 + 0.1, torch.arange(8) % 5
+        leaf = images.clone().requires_grad_()
+        with torch.random.fork_rng(devices=[]):
+            loss = nn.functional.cross_entropy(model(leaf), labels)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        out = entprop.training_step(model, images, labels, method=method)
+        expected = images[out.selected] + EPSILON * gradient[out.selected].sign()
+        torch.testing.assert_close(out.aux_images, expected, rtol=0, atol=1e-12)
+        model.zero_grad()
+
+
+def test_images_that_go_elsewhere_after_the_first_step_are_noticed():
+    model = entprop.wrap(Net(0.0))
+    images, labels = torch.rand(8, 3, 6, 6), torch.arange(8) % 5
+    entprop.training_step(model, images, labels, method=EntProp(mix=None))
+    first, model.conv = model.conv, nn.Conv2d(3, 4, 3)  # noqa: F841 - kept alive
+    with pytest.raises(UnsupportedModelError, match="no longer go straight"):
+        entprop.training_step(model, images, labels, method=EntProp(mix=None))
+    model.zero_grad()
+    entprop.training_step(model, images, labels, method=EntProp(mix=None))  # finds out anew
