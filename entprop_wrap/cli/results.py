@@ -77,7 +77,7 @@ def table(runs: Sequence[Run], data: Data) -> str:
     head = ["method", "seeds", "SA", "RA", "Hscore", *attacks, "seconds", "passes per step"]
     lines = [
         f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes. "
-        f"SA: clean accuracy on {runs[0].scores.images:,} test images. RA: {runs[0].scores.protocol}.",
+        f"SA: clean accuracy on {runs[0].scores.clean.images:,} test images. RA: {runs[0].scores.protocol}.",
         "",
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
@@ -181,7 +181,7 @@ def curves(runs: Sequence[Run], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), line, label=label if line == "-" else None, **style)
     axes[0].set(xlabel="epoch", ylabel="training loss (dotted: auxiliary)", yscale="log")
-    axes[1].set(xlabel="epoch", ylabel=f"SA on the {runs[0].scores.images:,} test images")
+    axes[1].set(xlabel="epoch", ylabel=f"SA on the {runs[0].scores.clean.images:,} test images")
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend()
