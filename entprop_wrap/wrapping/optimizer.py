@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -82,13 +81,6 @@ _guarded: weakref.WeakKeyDictionary[Registry, weakref.WeakKeyDictionary[Optimize
 def guard_first_step(registry: Registry) -> None:
     """Check every optimizer against this model before its first step, and again when it was given more groups."""
     _guarded[registry] = weakref.WeakKeyDictionary()
-    _watch_optimizers()
-
-
-@functools.cache
-def _watch_optimizers() -> None:
-    # One hook for all models, never removed: torch iterates over its dictionary of hooks while it calls them.
-    register_optimizer_step_pre_hook(_before_step)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -115,3 +107,8 @@ def _check(registry: Registry, optimizer: Optimizer) -> None:
             "are missing): it was built before wrap(). Write model = entprop.wrap(model) first, then "
             "optimizer = Optimizer(entprop.parameter_groups(model, ...))."
         )
+
+
+# One hook for all models, never removed: torch iterates over its dictionary of hooks while it calls them. It is here from
+# the import on, before those of training steps, whose messages know less of an optimizer that steps inside a backward.
+register_optimizer_step_pre_hook(_before_step)
