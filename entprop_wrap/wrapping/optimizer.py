@@ -109,6 +109,6 @@ def _check(registry: Registry, optimizer: Optimizer) -> None:
         )
 
 
-# One hook for all models, never removed: torch iterates over its dictionary of hooks while it calls them. It is here from
-# the import on, before those of training steps, whose messages know less of an optimizer that steps inside a backward.
+# One hook for all models, never removed: torch iterates over its dictionary of hooks while it calls them. It is here
+# from the import on, before those of training steps, whose messages know less of optimizers that step in a backward.
 register_optimizer_step_pre_hook(_before_step)
