@@ -29,7 +29,7 @@ ROOMS = (
     *(
         importlib.import_module(f"entprop_wrap.{room.name}")
         for room in pkgutil.iter_modules(entprop.__path__)
-        if room.name not in ("__main__", "errors", "train", "utils")
+        if room.name not in ("__main__", "errors", "cli", "utils")
     ),
     attacks,
     corruptions,
