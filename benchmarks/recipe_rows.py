@@ -201,6 +201,7 @@ ROWS = {
     "... Gaussian noise": changed(gaussian),
     "... Fourier noise": changed(fourier),
     "... AugMix": changed(aug_mix),
+    "... TrivialAugment": changed(trivial_augment),
     "... JSD": Row(lambda epsilon: Consistent(epsilon=epsilon or 1 / 255), "statistics"),
     "... TrivialAugment, JSD": Row(lambda epsilon: Consistent(trivial_augment), "statistics"),
     "... TrivialAugment, 4 JSD": Row(lambda epsilon: Consistent(trivial_augment, weight=48.0), "statistics"),
