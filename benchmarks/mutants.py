@@ -18,9 +18,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Tests of each part, the likeliest first.
+#: Tests of each part, the likeliest and cheapest first.
 TESTS = {
-    "switch": ["tests/wrapping/test_copies.py", "tests/wrapping/test_traps.py", "tests/wrapping", "tests/methods"],
+    "switch": [
+        "tests/wrapping/test_copies.py",
+        "tests/wrapping/test_norms.py",
+        "tests/wrapping/test_traps.py",
+        "tests/wrapping",
+    ],
     "step": ["tests/methods/test_entprop_parity.py", "tests/methods/test_methods_parity.py", "tests/methods"],
     "trainer": ["tests/trainer/test_resume.py", "tests/trainer"],
 }
@@ -136,6 +141,8 @@ def main():
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "*cache*", "site"))
         (copy / "entprop_wrap/integrations").symlink_to("../integrations")
         for number, (part, file, text, new) in enumerate(chosen, start=1):
+            if number < options.first:
+                continue
             path = copy / "entprop_wrap" / file
             original = path.read_text()
             path.write_text(original.replace(text, new))
@@ -143,11 +150,16 @@ def main():
             path.write_text(original)
             survivors += [] if caught else [f"{file}: {text!r} -> {new!r}"]
             print(f"{number}/{len(chosen)} {'caught ' if caught else 'SURVIVED'} {file}: {text!r} {caught}", flush=True)
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught", *survivors, sep="\n")
+    print(f"{len(survivors)} of {len(chosen) - options.first + 1} survived", *survivors, sep="\n")
 
 
-def run_tests(copy, tests):
-    """Return the first test that fails, or an empty text."""
+def run_tests(copy, stages):
+    """Return the first test that fails, or an empty text; a stage is collected when those before it have passed."""
+    return next(filter(None, (run_stage(copy, stage) for stage in stages)), "")
+
+
+def run_stage(copy, tests):
+    """Return the first test of a file or folder that fails, or an empty text."""
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
@@ -160,9 +172,11 @@ def run_tests(copy, tests):
         "no:cacheprovider",
         "--no-header",
         "-rfE",
-        *tests,
+        tests,
     ]
     result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if result.returncode > 2:
+        raise SystemExit(f"{tests}: {result.stderr}")
     failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return (failed or [result.stdout[-200:] + result.stderr[-200:]])[0] if result.returncode else ""
 
@@ -170,6 +184,7 @@ def run_tests(copy, tests):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(TESTS), help="mutants of this part alone")
+    parser.add_argument("--first", type=int, default=1, help="number of the mutant to begin with")
     parser.add_argument("--list", action="store_true", help="print the mutants and check that their texts are there")
     return parser.parse_args()
 

@@ -110,22 +110,22 @@ class EntPropCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check what there is only now, and begin to take the place of the training step."""
-        trainer = self.trainer
+        trainer, model = self.trainer, kwargs.get("model")
         if trainer is None or self not in trainer.callback_handler.callbacks:
             raise ConfigurationError(
                 "EntPropCallback was added after the Trainer was built. Write Trainer(..., callbacks=[EntPropCallback("
                 "...)]), or callback.set_trainer(trainer) between trainer.add_callback(callback) and trainer.train()."
             )
-        if kwargs.get("model") is not trainer.model:
+        if model is not trainer.model:
             raise ConfigurationError("This EntPropCallback belongs to another Trainer. Make one for each.")
         if "training_step" in vars(trainer):
             raise ConfigurationError(
                 "The Trainer has another training_step as an attribute. Override it in a subclass of Trainer instead."
             )
-        if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in trainer.model.parameters()):
+        if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in model.parameters()):
             _refuse_optimizer("A hook on the parameters' gradients")
         if self.method.auxiliaries:
-            check_optimizer(trainer.model, trainer.optimizer)
+            check_optimizer(model, trainer.optimizer)
         self.loss = TrainerLoss(trainer, super(EntPropMixin, trainer).training_step)  # type: ignore[misc]
         self.steps, self.checker = [], None
 

@@ -92,7 +92,7 @@ class _AlreadyDone(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
-        return (None,) * (1 + ctx.number)
+        return (None,) * (1 + int(ctx.number))
 
 
 def already_done(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
