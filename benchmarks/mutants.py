@@ -24,6 +24,7 @@ TESTS = {
         "tests/wrapping/test_copies.py",
         "tests/wrapping/test_norms.py",
         "tests/wrapping/test_traps.py",
+        "tests/methods/test_lagged.py",
         "tests/wrapping",
     ],
     "step": ["tests/methods/test_entprop_parity.py", "tests/methods/test_methods_parity.py", "tests/methods"],
