@@ -3,8 +3,8 @@
     python benchmarks/mutants.py                    # all; minutes for each, prints the survivors
     python benchmarks/mutants.py --only switch --list
 
-A mutant is a text of the product replaced in a copy of the checkout. It is caught if a test of its part fails. A text
-that is no longer in its file ends the script with an error before anything runs.
+A mutant is a text of the product replaced in a copy of the checkout. It is caught if a test of its part fails. Where a
+text is no longer in its file, the script stops before it runs anything.
 """
 
 from __future__ import annotations

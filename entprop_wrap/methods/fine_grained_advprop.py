@@ -19,8 +19,6 @@ from entprop_wrap.utils.options import as_python, check_flag, check_name, check_
 
 __all__ = ["FineGrainedAdvProp"]
 
-#: ``pixels (N, C, H, W) in [0, 1] -> pixels`` of the same shape, whose labels stay what they are.
-
 
 @dataclass(frozen=True)
 class FineGrainedAdvProp(Method):
