@@ -51,9 +51,8 @@ def model_card(
         raise ConfigurationError(f"result must be a RobustnessResult, found {type(result).__name__}.")
     model, dataset = check_text("model", model), check_text("dataset", dataset)
     dataset_id = check_text("dataset_id", dataset_id)
-    for name, value in {"dataset_split": dataset_split, "training": training, "command": command}.items():
-        if value is not None:
-            check_text(name, value)
+    given = {"dataset_split": dataset_split, "training": training, "command": command}.items()
+    dataset_split, training, command = (value if value is None else check_text(name, value) for name, value in given)
     data = ModelCardData(
         pipeline_tag="image-classification",
         tags=["image-classification", "robustness", "entprop"],

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
@@ -39,6 +40,11 @@ def card(found=None, **options):
 def evaluated(text):
     """Return what the Hub finds in the front matter, by name and type of the metric."""
     return {(one.dataset_name, one.metric_type): one for one in ModelCard(text).data.eval_results}
+
+
+def test_text_of_numpy_is_text():
+    given = {"dataset_split": "test", "training": "12 epochs", "command": "entprop-train"}
+    assert card(**{name: np.str_(value) for name, value in given.items()}) == card(**given)
 
 
 def test_the_hub_reads_every_score_exactly():
