@@ -1,16 +1,6 @@
-"""Each example, run as a user runs it, in a process of its own, on tiny data.
+"""Each example, run as a user runs it, on tiny data."""
 
-The processes are forked from one server that has imported torch and its neighbours, as that takes longer than most
-examples.
-"""
-
-import contextlib
-import multiprocessing
-import os
-import runpy
 import shlex
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,45 +8,13 @@ import torch
 import transformers
 from PIL import Image
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-HEAVY = [
-    "torch",
-    "torchvision.transforms.v2",
-    "transformers",
-    "datasets",
-    "timm.data",
-    "sklearn.datasets",
-    "accelerate",
-]
-
-
-def _work(script, arguments, folder):
-    os.chdir(folder)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    with open("log.txt", "w") as log:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(log.fileno(), stream.fileno())
-        torch.set_num_threads(1)
-        sys.argv = [str(script), *map(str, arguments)]
-        sys.path.insert(0, str(script.parent))
-        runpy.run_path(str(script), run_name="__main__")
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+from tests.helpers.in_process import run_script
 
 
 def run(folder, name, *arguments, exitcode=0):
     """Run an example in ``folder``; return what it printed."""
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    with contextlib.suppress(AttributeError):
-        context.set_forkserver_preload(HEAVY)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    process = context.Process(target=_work, args=(EXAMPLES / name, arguments, folder))
-    process.start()
-    process.join()
-    printed = (folder / "log.txt").read_text()
-    assert process.exitcode == exitcode, printed
+    code, printed = run_script(f"examples/{name}", folder, *arguments)
+    assert code == exitcode, printed
     return printed
 
 
