@@ -188,16 +188,17 @@ class EntProp(Method):
             score = compute_scores(cast(Uncertainty, self.uncertainty), logits.detach(), step.labels, step.generator)
             selected = top_k(score, number)
             step.backward(main_loss)
-        logits = logits.detach()
+        logits, main_loss = logits.detach(), main_loss.detach()
         if self.threshold is not None:  # after the backward was queued, so that the device has work while we wait
             number = max(2, int((score[selected] > self.threshold).sum()))
             selected = selected[:number]
         step.warn_if_few(number)
         aux_images, aux_target = self._harden(step, images, gradient, target, selected)
+        del gradient, images  # else the auxiliary pass runs beside a batch of images
         weight = number / batch if self.weighting == "per_image" else 1.0
         aux_logits, aux_loss = step.auxiliary_pass(self.auxiliary, aux_images, aux_target, weight=weight)
         return step.output(
-            loss=main_loss.detach() + weight * aux_loss,
+            loss=main_loss + weight * aux_loss,
             main_loss=main_loss,
             logits=logits,
             passes=(batch + number * max(self.attack_steps, 1)) / batch,

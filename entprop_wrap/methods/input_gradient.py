@@ -71,7 +71,7 @@ class ImageGradient:
                 handle.remove()
 
     def rows(self, selected: Tensor) -> Tensor:
-        """Return the gradients ``(m, C, H, W)`` of the images ``selected`` ``(m,)``, after the backward.
+        """Return the gradients ``(m, C, H, W)`` of the images ``selected`` ``(m,)``, after the backward; once.
 
         Raises:
             UnsupportedModelError: The model has changed since its first step: its images go elsewhere.
@@ -87,7 +87,9 @@ class ImageGradient:
                 "The images no longer go straight into the layer that they went into in this model's first step. "
                 "Expected a model that stays as it is; found one that was changed. The next step finds out anew."
             )
-        return self._through(self.stem, selected)
+        found = self._through(self.stem, selected)
+        self.output_gradients.clear()  # as large as the output of the layer, through all attack steps otherwise
+        return found
 
     def _agrees(self, whole: Tensor) -> bool:
         if not self._watched():
