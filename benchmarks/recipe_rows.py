@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
 
 from entprop_wrap import EntProp
 from entprop_wrap.functional import uncertainty
@@ -18,8 +17,7 @@ from entprop_wrap.functional.attacks import ascend
 from entprop_wrap.functional.targets import Target
 from entprop_wrap.functional.uncertainty import entropy, num_selected, top_k
 from entprop_wrap.methods import FastAdvProp, Method, Vanilla
-
-Hardener = Callable[[Tensor, torch.Generator], Tensor]
+from entprop_wrap.methods.views import Augmentation, EachImage, augmented
 
 
 @dataclass(frozen=True)
@@ -45,26 +43,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Changed(EntProp):
-    """EntProp whose selected images are changed without a gradient."""
-
-    harden: Hardener | None = None
-
-    def _harden(self, step, images, source, target, selected):
-        low, scale = step.space.bounds(images)[0], step.space.scale(images)
-        pixels = ((images.detach()[selected] - low) / scale).clamp(0, 1)
-        changed = self.harden(pixels, step.generator).clamp(0, 1)
-        return changed * scale + low, target.rows(selected)
-
-
-@dataclass(frozen=True)
 class Consistent(Method):
     """Cross-entropy of another view of the most uncertain images, and its divergence from the first view's prediction.
 
     The Jensen-Shannon divergence of AugMix (Hendrycks et al., ICLR 2020), between the domains.
     """
 
-    harden: Hardener | None = None
+    view: Augmentation | None = None
     epsilon: float | None = None
     fraction: float = 0.2
     weight: float = 12.0
@@ -72,7 +57,7 @@ class Consistent(Method):
     auxiliary: str | None = "aux"
 
     def step(self, step):  # noqa: D102
-        images = step.images.clone().requires_grad_(self.harden is None)
+        images = step.images.clone().requires_grad_(self.view is None)
         with step.only_local():
             logits = step.forward(images)
             main_loss = step.loss(logits, step.labels)
@@ -81,12 +66,11 @@ class Consistent(Method):
         score = torch.rand(len(logits), generator=step.generator) if self.random else entropy(logits)
         selected = top_k(score, num_selected(len(logits), self.fraction))
         target, number = Target(step.labels).rows(selected), len(selected)
-        low, scale = step.space.bounds(images)[0], step.space.scale(images)
         views = images.detach()[selected]
-        if self.harden is not None:
-            views = self.harden(((views - low) / scale).clamp(0, 1), step.generator).clamp(0, 1) * scale + low
+        if self.view is not None:
+            views = augmented(step, views, self.view, "of the row")
         gradient = None
-        if self.epsilon is not None and self.harden is None:
+        if self.epsilon is not None and self.view is None:
             gradient = images.grad[selected]
         elif self.epsilon is not None:
             with step.auxiliary(self.auxiliary, record_statistics=False):
@@ -103,18 +87,17 @@ class Consistent(Method):
         return step.output(logits=logits, main_loss=main_loss, passes=1 + self.fraction, selected=selected)
 
 
-def gaussian(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def gaussian(pixels: Tensor) -> Tensor:
     """Add noise of a standard deviation drawn from [0, 0.2] for each image."""
-    sigma = 0.2 * torch.rand(len(pixels), 1, 1, 1, generator=generator)
-    return pixels + sigma * torch.randn(pixels.shape, generator=generator)
+    return pixels + 0.2 * torch.rand(len(pixels), 1, 1, 1) * torch.randn(pixels.shape)
 
 
-def fourier(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def fourier(pixels: Tensor) -> Tensor:
     """Add one plane wave to each channel, of exponential amplitude, mean 0.1, after AFA (Vaish et al., CVPR 2024)."""
     number, channels, height, width = pixels.shape
 
     def draw() -> Tensor:
-        return torch.rand(number, channels, 1, 1, generator=generator)
+        return torch.rand(number, channels, 1, 1)
 
     amplitude = -0.1 * (1 - draw()).log()
     frequency, angle, phase = height * draw() / 2, math.pi * draw(), 2 * math.pi * draw()
@@ -124,36 +107,22 @@ def fourier(pixels: Tensor, generator: torch.Generator) -> Tensor:
     )
 
 
-def aug_mix(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Mix chains of augmentations."""
-    return _each(v2.AugMix(), pixels)
-
-
-def trivial_augment(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Augment once more."""
-    return _each(v2.TrivialAugmentWide(), pixels)
-
-
-def _each(transform: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    with torch.random.fork_rng(devices=[]):  # images of all rows stay the same
-        torch.manual_seed(int(1e6 * float(pixels.double().sum())) % 2**31)
-        return torch.stack([transform(image) for image in (255 * pixels).round().to(torch.uint8)]) / 255
-
-
 def unmixed(**options: Any) -> Callable[[float | None], EntProp]:
     """Return EntProp without mixing, of the regime's epsilon, with options."""
     return lambda epsilon: EntProp(**{"epsilon": epsilon, "mix": None, **options})
 
 
-def changed(harden: Hardener) -> Row:
-    """Return EntProp without mixing with another hardener."""
-    return Row(lambda epsilon: Changed(harden=harden, attack_steps=0, mix=None), "statistics")
+def changed(view: str | Augmentation) -> Row:
+    """Return EntProp without mixing, with another change of the selected images than a gradient step."""
+    return Row(lambda epsilon: EntProp.augmented(view=view), "statistics")
 
 
 def scaled(factor: float) -> Row:
     """Return EntProp without mixing with another epsilon."""
     return Row(lambda epsilon: EntProp(mix=None, epsilon=factor * (epsilon or 1 / 255)), "statistics")
 
+
+TRIVIAL_AUGMENT = EachImage("trivialaugment")
 
 ROWS = {
     "vanilla": Row(lambda epsilon: Vanilla()),
@@ -171,6 +140,8 @@ ROWS = {
     "EntProp, view": Row(lambda epsilon: EntProp.augmented(), "statistics"),
     "EntProp, view, all copied": Row(lambda epsilon: EntProp.augmented()),
     "EntProp, view, random selection": Row(lambda epsilon: EntProp.augmented(uncertainty="random"), "statistics"),
+    "EntProp, view, RandAugment": Row(lambda epsilon: EntProp.augmented(view="randaugment"), "statistics"),
+    "EntProp, view, noise": Row(lambda epsilon: EntProp.augmented(view=gaussian), "statistics"),
     "EntProp, view, lagged": Row(lambda epsilon: EntProp.augmented(lagged=True), "statistics"),
     "EntProp, unmixed, statistics, lagged, equal budget": Row(unmixed(lagged=True, equal_budget=True), "statistics"),
     "EntProp, lagged, equal budget, statistics": Row(
@@ -184,6 +155,9 @@ ROWS = {
     "finetuning, statistics": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon), "statistics"),
     "finetuning, statistics, plain at last": Row(
         lambda epsilon: EntProp.finetuning(epsilon=epsilon), "statistics", last=lambda epsilon: Vanilla()
+    ),
+    "finetuning, statistics, k = 0.1": Row(
+        lambda epsilon: EntProp.finetuning(epsilon=epsilon, fraction=0.1), "statistics"
     ),
     "finetuning, affine": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon), "affine"),
     "finetuning, shared": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon, auxiliary=None)),
@@ -200,20 +174,20 @@ ROWS = {
     "... 3 epsilon": scaled(3),
     "... Gaussian noise": changed(gaussian),
     "... Fourier noise": changed(fourier),
-    "... AugMix": changed(aug_mix),
-    "... TrivialAugment": changed(trivial_augment),
+    "... AugMix": changed("augmix"),
+    "... TrivialAugment": changed("trivialaugment"),
     "... JSD": Row(lambda epsilon: Consistent(epsilon=epsilon or 1 / 255), "statistics"),
-    "... TrivialAugment, JSD": Row(lambda epsilon: Consistent(trivial_augment), "statistics"),
-    "... TrivialAugment, 4 JSD": Row(lambda epsilon: Consistent(trivial_augment, weight=48.0), "statistics"),
-    "... TrivialAugment, JSD / 4": Row(lambda epsilon: Consistent(trivial_augment, weight=3.0), "statistics"),
+    "... TrivialAugment, JSD": Row(lambda epsilon: Consistent(TRIVIAL_AUGMENT), "statistics"),
+    "... TrivialAugment, 4 JSD": Row(lambda epsilon: Consistent(TRIVIAL_AUGMENT, weight=48.0), "statistics"),
+    "... TrivialAugment, JSD / 4": Row(lambda epsilon: Consistent(TRIVIAL_AUGMENT, weight=3.0), "statistics"),
     "... TrivialAugment, JSD, random selection": Row(
-        lambda epsilon: Consistent(trivial_augment, random=True), "statistics"
+        lambda epsilon: Consistent(TRIVIAL_AUGMENT, random=True), "statistics"
     ),
     "... TrivialAugment, JSD, step": Row(
-        lambda epsilon: Consistent(trivial_augment, epsilon=epsilon or 1 / 255), "statistics"
+        lambda epsilon: Consistent(TRIVIAL_AUGMENT, epsilon=epsilon or 1 / 255), "statistics"
     ),
     "... TrivialAugment, JSD, recalibrated": Row(
-        lambda epsilon: Consistent(trivial_augment), "statistics", recalibrate=True
+        lambda epsilon: Consistent(TRIVIAL_AUGMENT), "statistics", recalibrate=True
     ),
     "vanilla, recalibrated": Row(lambda epsilon: Vanilla(), recalibrate=True),
     "... recalibrated": Row(unmixed(), "statistics", recalibrate=True),

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torchvision
-from recipe_rows import ROWS, Row, trivial_augment
+from recipe_rows import ROWS, TRIVIAL_AUGMENT, Row
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
@@ -242,7 +242,9 @@ def train(task: Task, row: Row, augment: str, seed: int) -> tuple[nn.Module, dic
     for number, (images, labels, seconds) in enumerate(batches(task, part, augment, epochs, order)):
         loading += seconds
         if row.twice:
-            images = task.floats((255 * trivial_augment((images + 1) / 2)).round().to(torch.uint8))
+            with torch.random.fork_rng(devices=[]):  # the images of all rows stay the same
+                torch.manual_seed(seed + 1000 + number)
+                images = task.floats(TRIVIAL_AUGMENT((images + 1) / 2))
         optimizer.zero_grad()
         chosen = first if number < 0.3 * steps else last if number >= 0.7 * steps else method
         entprop.training_step(model, images, labels, method=chosen, pixel_space=task.space, generator=generator)
