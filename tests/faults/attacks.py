@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import shutil
 import time
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import CheckpointError
+from tests.helpers.processes import context
 from tests.helpers.trainer_toys import BatchNormNet, Images, make
 
 torch.set_num_threads(1)
@@ -103,16 +103,15 @@ def storm(folder: Path, kills: int, draws: random.Random, epochs: int = 3) -> Co
         How many were "killed", and how many had come to the "end" before; then the folder is made anew.
     """
     # Forked from a process that has imported everything and run nothing: the moment falls into the run itself.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    _wait(context.Process(target=int))  # which starts that process
+    forked = context()
+    _wait(forked.Process(target=int))  # which starts that process
     began = time.monotonic()
-    _wait(context.Process(target=train, args=(folder, epochs)))
+    _wait(forked.Process(target=train, args=(folder, epochs)))
     seconds = time.monotonic() - began
     shutil.rmtree(folder)
     counts: Counter[str] = Counter()
     while counts["killed"] < kills:
-        process = context.Process(target=train, args=(folder, epochs))
+        process = forked.Process(target=train, args=(folder, epochs))
         process.start()
         process.join(draws.uniform(0, seconds))
         process.kill()
@@ -123,7 +122,7 @@ def storm(folder: Path, kills: int, draws: random.Random, epochs: int = 3) -> Co
             shutil.rmtree(folder)
         elif process.exitcode != -9:
             raise AssertionError(f"A resumed run failed with exit code {process.exitcode}, after {dict(counts)}.")
-    _wait(context.Process(target=train, args=(folder, epochs)))
+    _wait(forked.Process(target=train, args=(folder, epochs)))
     return counts
 
 

@@ -1,6 +1,6 @@
 """Checkpoints that were not written to their end: told from complete ones, refused, and passed over."""
 
-import multiprocessing
+import gc
 import os
 import random
 import shutil
@@ -13,6 +13,7 @@ import torch
 from entprop_wrap import EntProp
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback, last_complete_checkpoint
+from tests.helpers.processes import context
 from tests.integrations.hf_trainer_reference import SPACE, make_trainer
 
 FILE = "entprop_auxiliary.safetensors"
@@ -107,16 +108,15 @@ def test_the_copies_are_replaced_at_once(finished, tmp_path, monkeypatch):
 
 def run(folder):
     torch.set_num_threads(1)
+    gc.freeze()  # as in tests/conftest.py
     make(folder).train()
 
 
 def test_runs_that_are_killed_resume_bit_for_bit(finished, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     moments = random.Random(1)
     for number in range(2):
         folder = tmp_path / str(number)
-        process = context.Process(target=run, args=(folder,))
+        process = context().Process(target=run, args=(folder,))
         process.start()
         last = folder / f"checkpoint-{moments.randint(2, STEPS)}"
         deadline = time.monotonic() + 240

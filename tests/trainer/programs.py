@@ -1,8 +1,7 @@
-"""What other processes run: ``python -m tests.trainer.programs <function> <arguments>``."""
+"""Runs of the Trainer for tests of resuming, and what two processes do together."""
 
 import os
 import resource
-import sys
 from pathlib import Path
 
 import torch
@@ -146,20 +145,18 @@ def distributed(folder, accumulation=1):
             trainer.evaluate(Images(3))  # fewer batches than processes
 
 
-def together(folder):
+def together(rank, folder):
     """All that two processes do in the tests of test_processes.py."""
+    os.environ["ACCELERATE_USE_CPU"] = "1"
     distributed(f"{folder}/two")
     for method in (entprop.EntProp(), entprop.EntProp(lagged=True)):
         resume_together(f"{folder}/two/{'lagged' if method.lagged else 'plain'}", method)
     grow_together(f"{folder}/grown")
-    failing_alone(f"{folder}/failing")
-    # Gloo's threads may abort an interpreter that shuts down while containers hold the group (pytorch#179291).
-    os._exit(0)
+    failing_alone(f"{folder}/failing", rank)
 
 
-def failing_alone(folder):
+def failing_alone(folder, rank):
     """The second process alone fails while it evaluates or saves; both raise, and can continue together."""
-    rank = int(os.environ["RANK"])
 
     class Unsendable(Exception):
         """Of a class that no other process can import."""
@@ -227,7 +224,3 @@ def resume_together(folder, method):
         )
     assert ends[0][0] == ends[1][0]
     assert all(map(torch.equal, ends[0][1:], ends[1][1:]))
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from entprop_wrap.methods import grow
-from tests.helpers.launch import torchrun
+from tests.helpers.processes import run_processes
 from tests.helpers.trainer_toys import BatchNormNet, Images, make
 from tests.trainer import programs
 
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     for name in ("two", "grown", "failing"):
         (folder / name).mkdir()
-    torchrun(folder / "logs", "tests.trainer.programs", "together", folder)
+    run_processes(programs.together, folder, group=False)
     return folder
 
 
