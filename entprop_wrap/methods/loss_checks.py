@@ -62,15 +62,10 @@ def check_scalar(loss: object) -> None:
         )
 
 
-def refuse_idle_heads(
-    output: Any,
-    fix: str = "Write a loss that takes all that the model returned, loss=lambda logits, labels, outputs: ..., or "
-    "switch the heads off (aux_logits=False).",
-) -> None:
+def refuse_idle_heads(output: Any) -> None:
     """Raise :class:`ModelOutputError` if a model returns more than logits, with parameters that these do not train.
 
-    GoogLeNet's auxiliary classifiers, the distillation head of DeiT, the projection of a contrastive loss. ``fix`` says
-    what to write instead.
+    GoogLeNet's auxiliary classifiers, the distillation head of DeiT, the projection of a contrastive loss.
     """
     logits: Tensor = raw_logits(output)
     others = [(name, t) for name, t in _tensors(output) if t.requires_grad and t is not logits]
@@ -85,7 +80,9 @@ def refuse_idle_heads(
     ]
     if idle:
         raise ModelOutputError(
-            f"The model returns heads that a loss of the logits does not train: {', '.join(idle)}. {fix}"
+            f"The model returns heads that a loss of the logits does not train: {', '.join(idle)}. Switch the heads "
+            "off (aux_logits=False), or write a loss of all that the model returns, in a loop of your own: "
+            "training_step(..., loss=lambda logits, labels, outputs: ...)."
         )
 
 

@@ -208,7 +208,7 @@ class EntPropMixin(PlainCheckpoints):
             backward=loss.backward,
         )
         self.entprop.add(output)
-        minimised: Tensor = output.loss * loss.weight()
+        minimised: Tensor = output.loss * loss.factor
         return minimised
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -20,8 +20,6 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from entprop_wrap.errors import ConfigurationError, EntPropError, LabelError, UnsupportedModelError
 from entprop_wrap.functional.losses import mean_by_construction
 from entprop_wrap.integrations.stand_ins import StandIn, replaced
-from entprop_wrap.methods.loss_checks import refuse_idle_heads
-from entprop_wrap.utils.model_output import raw_logits
 from entprop_wrap.utils.modules import plain_model
 
 __all__ = ["TrainerLoss"]
@@ -29,11 +27,6 @@ __all__ = ["TrainerLoss"]
 _FIX = (
     "Pass the loss to the Trainer, as a function of logits: compute_loss_func=lambda outputs, labels, "
     "num_items_in_batch=None: torch.nn.functional.cross_entropy(outputs.logits, labels), for example."
-)
-
-_HEADS = (
-    "With the Trainer the loss is computed from the logits: switch the heads off in the model's config, or train them "
-    "in a loop of your own with entprop.training_step(..., loss=lambda logits, labels, outputs: ...)."
 )
 
 
@@ -45,9 +38,13 @@ class TrainerLoss:
         own_step: Its training step, as it would be without us: ``(model, inputs, num_items_in_batch) -> loss``.
     """
 
+    factor: Tensor  # by which the Trainer multiplies the mean loss of this micro-batch, from its first call of mean()
+
     def __init__(self, trainer: Any, own_step: Callable[..., Tensor]) -> None:
         self.trainer, self.own_step = trainer, own_step
-        self.images_name = _images_name(trainer.model)
+        # "pixel_values" is what image processors make; Perceiver takes it beside its main input.
+        named = "pixel_values" in inspect.signature(trainer.model.forward).parameters
+        self.images_name = "pixel_values" if named else getattr(trainer.model, "main_input_name", "pixel_values")
         self.labels_name = (trainer.label_names or ["labels"])[0]
         self.checked = False
         self.own_loss: _ModelsOwnLoss | None = None
@@ -57,44 +54,20 @@ class TrainerLoss:
     def begin(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> tuple[nn.Module, Tensor, Tensor]:
         """Take a micro-batch; return the model to train on it, images in and output out, the images and the labels."""
         images, self.labels, constants = _split(inputs, self.images_name, self.labels_name)
-        self.inputs, self.items = inputs, items
-        self.factor: Tensor | None = None
-        if self.own_loss is not None:
-            self.own_loss.prepare(self.labels, items, _takes(plain_model(model), self.labels_name))
-        self.model = _ModelOnImages(model, self.images_name, constants, self.own_loss, check_heads=not self.checked)
+        self.inputs, self.items, self.weighed = inputs, items, False
+        self.model = _ModelOnImages(model, self.images_name, constants, self.own_loss, self.labels)
         return self.model.train(), images, self.labels
 
     @mean_by_construction  # and may keep count of its calls
     def mean(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the Trainer's loss as a mean over the given rows."""
-        if not self.checked or (self.own_loss is not None and self.own_loss.found is not None):
-            self._check(logits)
+        if not self.weighed:
+            self._weigh(logits.shape[1])
         return self._mean(logits, labels)[0]
 
     def backward(self, loss: Tensor) -> None:
         """Run the Trainer's backward on a mean, with the weight that this micro-batch has in its group."""
-        self.trainer.accelerator.backward(loss * self.weight(), **self.options)
-
-    def weight(self) -> Tensor:
-        """Return by how much the Trainer multiplies the mean loss of this micro-batch before the backward."""
-        if self.factor is None:
-            # The same for all logits. Equal ones serve: their loss is far from zero and nothing is lost in dividing.
-            logits = torch.zeros(len(self.labels), self.classes, device=self.labels.device)
-            calls: list[tuple[Tensor, dict[str, Any]]] = []
-
-            def backward(loss: Tensor, **options: Any) -> None:
-                calls.append((loss, options))
-
-            with torch.no_grad():
-                with replaced(vars(self.trainer.accelerator), "backward", backward):
-                    self.own_step(self._stand_in(logits), self._inputs(self.labels), self.items)
-                if len(calls) != 1:
-                    raise UnsupportedModelError(
-                        f"The Trainer's training step called accelerator.backward {len(calls)} times; expected once."
-                    )
-                self.factor = calls[0][0].detach() / self._mean(logits, self.labels)[0]
-            self.options = calls[0][1]
-        return self.factor
+        self.trainer.accelerator.backward(loss * self.factor)
 
     def _mean(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, _Logits]:
         # As if these rows were all there is, in one process.
@@ -106,7 +79,6 @@ class TrainerLoss:
         return loss, stand_in
 
     def _stand_in(self, logits: Tensor) -> _Logits:
-        self.classes = logits.shape[1]
         by_items = self.own_loss is not None and self.own_loss.by_items
         return _Logits(self.model._orig_mod, logits, self.labels_name, by_items)
 
@@ -116,9 +88,27 @@ class TrainerLoss:
         hidden = images.new_zeros(()).expand(len(labels), *images.shape[1:]).as_subclass(_ForTheModelOnly)
         return {**self.inputs, self.images_name: hidden, self.labels_name: labels}
 
+    def _weigh(self, classes: int) -> None:
+        """Find the factor of this micro-batch; in the first one, check the loss."""
+        # It is the same for all logits. Equal ones serve: their loss is far from zero and nothing is lost in dividing.
+        logits = torch.zeros(len(self.labels), classes, device=self.labels.device)
+        if not self.checked:
+            self._check(logits.clone().requires_grad_())
+        if self.own_loss is not None:
+            self.own_loss.check(self.labels)
+        given: list[Tensor] = []
+        with torch.no_grad():
+            with replaced(vars(self.trainer.accelerator), "backward", lambda loss, **options: given.append(loss)):
+                self.own_step(self._stand_in(logits), self._inputs(self.labels), self.items)
+            if len(given) != 1:
+                raise UnsupportedModelError(
+                    f"The Trainer's training step called accelerator.backward {len(given)} times; expected once."
+                )
+            self.factor = given[0] / self._mean(logits, self.labels)[0]
+        self.weighed = True
+
     def _check(self, logits: Tensor) -> None:
-        """Raise unless the Trainer's loss is a function of logits and labels that this step can use."""
-        logits = logits.detach()[:1].new_zeros(len(self.labels), logits.shape[1]).requires_grad_()
+        """Raise unless the Trainer's loss is a function of ``logits`` and labels that this step can use."""
         try:
             with torch.enable_grad():
                 loss, stand_in = self._mean(logits, self.labels)
@@ -144,72 +134,62 @@ class TrainerLoss:
             )
         if all(gradient is None for gradient in through_own):
             self.own_loss = None  # it plays no part
-        elif self.own_loss is not None:
-            self.own_loss.check(type(plain_model(self.model._orig_mod)).__name__, self.labels)
         self.checked = True
 
 
 class _ModelsOwnLoss:
-    """Compares the loss that a model computes itself with cross-entropy, on the first batches."""
+    """The loss that a model computes itself, compared with cross-entropy until a difference would show."""
 
     def __init__(self, trainer: Any, labels_name: str) -> None:
-        self.labels_name = labels_name
-        self.labels: Tensor | None = None  # class indices to give to the model in its next pass; None: do not look
-        self.items: Any = None  # num_items_in_batch of the micro-batch, if the model takes it
-        self.passes_items: bool = trainer.model_accepts_loss_kwargs
-        # Without accumulation, and in one process, both ways to divide are the same.
-        processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
-        self.groups: bool = trainer.args.gradient_accumulation_steps * processes > 1
+        model = plain_model(trainer.model)
+        parameters = inspect.signature(model.forward).parameters
+        self.name, self.labels_name = type(model).__name__, labels_name
+        any_name = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        self.takes_labels = any_name or labels_name in parameters
+        self.takes_items: bool = trainer.model_accepts_loss_kwargs
         self.tolerance = 1e-4 if trainer.accelerator.mixed_precision == "no" else 1e-2
         self.by_items = False  # whether the model divides the sum of its losses by items, rather than averaging
-        self.known = False  # whether enough was seen to tell the loss from its relatives
-        self.seen = False
-        self.found: tuple[float, float] | None = None  # loss and cross-entropy of a batch where they do not fit
+        self.known = False
+        self.problem = "is not in its output"
 
-    def prepare(self, labels: Tensor, items: Any, takes_labels: bool) -> None:
-        """Take a micro-batch, to be looked at if the model takes its labels, and is not known."""
-        look = takes_labels and not self.known and labels.ndim == 1 and not labels.is_floating_point()
-        self.labels = labels.long() if look else None
-        self.items = items if self.passes_items else None
+    def looks_at(self, labels: Tensor) -> bool:
+        """Return whether the model is to be given ``labels`` of a micro-batch."""
+        return self.takes_labels and not self.known and labels.ndim == 1 and not labels.is_floating_point()
 
-    def inputs(self, number: int) -> dict[str, Any]:
-        """Return what the model needs to compute a loss on ``number`` images; which images does not matter."""
-        items = {} if self.items is None else {"num_items_in_batch": self.items}
-        return {self.labels_name: self._labels(number), **items}
-
-    def _labels(self, number: int) -> Tensor:
-        assert self.labels is not None
-        return self.labels.repeat(-(-number // len(self.labels)))[:number]  # a lagged pass has more images than these
-
-    def see(self, output: Any) -> None:
-        """Compare the loss in the output of a pass that was given :meth:`inputs` with cross-entropy of its logits."""
+    def run(self, model: nn.Module, inputs: dict[str, Any], number: int, labels: Tensor) -> Any:
+        """Return the output of a pass of ``number`` images, and compare the loss in it; any ``labels`` will do."""
+        labels = labels.long().repeat(-(-number // len(labels)))[:number]  # a lagged pass has more images than these
+        items = {"num_items_in_batch": labels.new_tensor(2 * number)} if self.takes_items else {}
+        try:
+            output = model(**inputs, **{self.labels_name: labels}, **items)
+        except IndexError:  # of a loss on labels that do not fit; the step finds the logits, and says so
+            return model(**inputs)
         loss, logits = (output.get("loss"), output.get("logits")) if isinstance(output, dict) else (None, None)
-        if loss is None or logits is None or self.labels is None or logits.ndim != 2:
-            return
+        if loss is None or logits is None or logits.ndim != 2:
+            return output
         logits = logits.detach().float()
-        value, expected = loss.item(), F.cross_entropy(logits, self._labels(len(logits))).item()
+        value, expected = loss.item(), F.cross_entropy(logits, labels).item()
         tolerance = self.tolerance if loss.dtype in (torch.float32, torch.float64) else 1e-2
-        share = 1.0 if self.items is None else len(logits) / int(self.items)
-        ways = [math.isclose(value, expected * factor, rel_tol=tolerance, abs_tol=1e-6) for factor in (1.0, share)]
-        self.seen, self.found = True, None if any(ways) else (value, expected)
-        self.by_items = not ways[0] and ways[1]
-        told_apart = share != 1.0 or not (self.passes_items and self.groups)
-        self.known = told_apart and logits.std(dim=1).mean().item() > 0.1  # equal logits hide other terms
+        averages, self.by_items = (
+            math.isclose(value, expected * share, rel_tol=tolerance, abs_tol=1e-6) for share in (1.0, 0.5)
+        )
+        self.problem = (
+            "" if averages or self.by_items else f"is {value:.5g} on a batch with cross-entropy {expected:.5g}"
+        )
+        self.known = logits.std(dim=1).mean().item() > 0.1  # equal logits hide other terms
+        return output
 
-    def check(self, name: str, labels: Tensor) -> None:
-        """Raise unless the loss of the model ``name`` was seen to be cross-entropy."""
+    def check(self, labels: Tensor) -> None:
+        """Raise unless the loss was seen to be cross-entropy."""
         if labels.is_floating_point():
             raise LabelError(
                 f"Labels are {labels.dtype}, on which Hugging Face models compute a binary or a regression loss. "
                 f"Expected class indices (int64). For soft labels: {_FIX}"
             )
-        if not self.seen:
-            raise UnsupportedModelError(f"{name} returned no loss for its labels. {_FIX}")
-        if self.found is not None:
-            loss, expected = self.found
+        if self.problem:
             raise UnsupportedModelError(
-                f"The loss of {name} is {loss:.5g} on a batch with cross-entropy {expected:.5g}: another loss cannot "
-                f"be computed for mixed or selected images. {_FIX}"
+                f"The loss of {self.name} {self.problem}: another loss cannot be computed for mixed or selected "
+                f"images. {_FIX}"
             )
 
 
@@ -222,28 +202,18 @@ class _ModelOnImages(nn.Module):
         images_name: str,
         constants: dict[str, Any],
         own_loss: _ModelsOwnLoss | None,
-        check_heads: bool,
+        labels: Tensor,
     ) -> None:
         super().__init__()
         self._orig_mod = model  # the name that compiled modules use: whatever looks for the plain model or DDP finds it
-        self.images_name, self.constants, self.own_loss = images_name, constants, own_loss
-        self.check_heads = check_heads
+        self.images_name, self.constants, self.labels = images_name, constants, labels
+        self.own_loss = own_loss if own_loss is not None and own_loss.looks_at(labels) else None
 
     def forward(self, images: Tensor) -> Any:
-        """Return the model's output for ``images``, without heads that the Trainer's loss would not train."""
+        """Return the model's output for ``images``."""
         inputs, own = {self.images_name: images, **self.constants}, self.own_loss
         self.own_loss = None  # the first pass also shows the model's own loss
-        if own is None or own.labels is None:
-            output = self._orig_mod(**inputs)
-        else:
-            try:
-                output = self._orig_mod(**inputs, **own.inputs(len(images)))
-            except IndexError:  # of a loss on labels that do not fit; the step finds the logits, and says so
-                return self._orig_mod(**inputs)
-            own.see(output)
-        if self.check_heads and torch.is_grad_enabled() and isinstance(raw_logits(output), Tensor):
-            refuse_idle_heads(output, _HEADS)
-        return output
+        return own.run(self._orig_mod, inputs, len(images), self.labels) if own else self._orig_mod(**inputs)
 
 
 class _Logits(StandIn):
@@ -282,13 +252,6 @@ class _ForTheModelOnly(Tensor):
         )
 
 
-def _images_name(model: nn.Module) -> str:
-    """Return the name under which ``model`` takes images."""
-    if _takes(model, "pixel_values", by_name=True):
-        return "pixel_values"  # what image processors make; Perceiver takes it beside its main input
-    return getattr(model, "main_input_name", "pixel_values")
-
-
 def _split(inputs: dict[str, Any], images_name: str, labels_name: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Return the images, the labels and what else is in a batch."""
     if missing := [name for name in (images_name, labels_name) if inputs.get(name) is None]:
@@ -302,9 +265,3 @@ def _split(inputs: dict[str, Any], images_name: str, labels_name: str) -> tuple[
             f"The batch has {tensors[0]!r} beside images and labels, which are mixed and selected: leave it out."
         )
     return inputs[images_name], inputs[labels_name], others
-
-
-def _takes(model: nn.Module, name: str, *, by_name: bool = False) -> bool:
-    parameters = inspect.signature(model.forward).parameters
-    any_name = not by_name and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return name in parameters or any_name

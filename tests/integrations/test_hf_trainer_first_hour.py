@@ -124,7 +124,7 @@ def test_a_second_head_does_not_stop_training_unnoticed(own_loss, tmp_path):
     options = {"max_steps": 1, "per_device_train_batch_size": 8}
     if not own_loss:
         options["compute_loss_func"] = lambda out, labels, num_items_in_batch=None: F.cross_entropy(out.logits, labels)
-    message = r"'auxiliary_logits'.*switch the heads off.*a loop of your own"
+    message = r"'auxiliary_logits'.*Switch the heads off.*a loop of your own"
     with pytest.raises(EntPropError, match=message):
         train(TwoHeads(own_loss), callback(), tmp_path, **options)
 
