@@ -60,7 +60,6 @@ def entropy_stages(
     *,
     method: Method | None = None,
     pixel_space: PixelSpace | None = None,
-    max_images: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> EntropyStages:
@@ -76,7 +75,6 @@ def entropy_stages(
             a single image is left out.
         method: The method to look at; None: ``EntProp()``. It has to select images.
         pixel_space: What the data is normalised with; None: nothing.
-        max_images: Number of images to stop at; None: all.
         seed: Seed of mixing, dropout and the order of data.
         progress: Show a progress bar.
 
@@ -96,7 +94,7 @@ def entropy_stages(
     space, seed = space_of(pixel_space), check_seed(seed)
     found: dict[str, list[Tensor]] = defaultdict(list)
     classes = 0
-    with observing(model, data, method, space, max_images, seed, progress, "Entropies") as (observer, batches):
+    with observing(model, data, method, space, seed, progress, "Entropies") as (observer, batches):
         for stages in batches:
             for stage, version in stages.images.items():
                 output = logits_in(model, version)

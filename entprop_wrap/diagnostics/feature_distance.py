@@ -59,7 +59,6 @@ def feature_distance(
     method: Method | None = None,
     layer: str | None = None,
     pixel_space: PixelSpace | None = None,
-    max_images: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> FeatureDistance:
@@ -74,7 +73,6 @@ def feature_distance(
         method: The method to look at; None: ``EntProp()``.
         layer: Name of the layer whose input the features are; None: the classifier's head.
         pixel_space: What the data is normalised with; None: nothing.
-        max_images: Number of images to stop at; None: all.
         seed: Seed of mixing, dropout, the halves and the order of data.
         progress: Show a progress bar.
 
@@ -87,7 +85,7 @@ def feature_distance(
     versions: dict[str, tuple[Tensor, str | None]]
     # The observer copies the model before it is given hooks.
     with (
-        observing(model, data, method, space, max_images, seed, progress, "Features") as (observer, batches),
+        observing(model, data, method, space, seed, progress, "Features") as (observer, batches),
         features_of(model, layer=layer) as recorder,
     ):
         own = observer.method.auxiliaries if is_wrapped(model) else ()

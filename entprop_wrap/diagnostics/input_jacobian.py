@@ -49,7 +49,6 @@ def input_jacobian(
     *,
     auxiliary: str | None = None,
     pixel_space: PixelSpace | None = None,
-    max_images: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> InputJacobian:
@@ -62,7 +61,6 @@ def input_jacobian(
         data: Batches ``(images, labels)`` or dicts.
         auxiliary: Auxiliary domain to run in; None: the main one.
         pixel_space: What the data is normalised with; None: nothing.
-        max_images: Number of images to stop at; None: all.
         seed: Seed of the order of data.
         progress: Show a progress bar.
 
@@ -82,7 +80,7 @@ def input_jacobian(
     frobenius, spectral = [], []
     with isolated(model, seed):
         plain_one = plain_model(model)
-        for images, _ in batches_of(data, space, max_images=max_images, progress=progress, title="Jacobians"):
+        for images, _ in batches_of(data, space, progress=progress, title="Jacobians"):
             norms = [_norms(plain_one, part, space, auxiliary) for part in _parts(plain_one, images, auxiliary)]
             frobenius.append(torch.cat([norm[0] for norm in norms]))
             spectral.append(torch.cat([norm[1] for norm in norms]))

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, DataError
+from entprop_wrap.errors import ConfigurationError, DataError
 from entprop_wrap.functional.losses import cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, check_method
@@ -27,9 +27,9 @@ from entprop_wrap.robustness.distributed import check_batches
 from entprop_wrap.robustness.evaluated_model import check_finite, check_state, device_of, in_domain, logits
 from entprop_wrap.robustness.pixels import check_batch
 from entprop_wrap.utils.modules import plain_model
-from entprop_wrap.utils.options import check_flag, check_integer
-from entprop_wrap.wrapping.model import is_wrapped, wrap
-from entprop_wrap.wrapping.registry import find_registry
+from entprop_wrap.utils.options import check_flag
+from entprop_wrap.utils.snapshot import Snapshot
+from entprop_wrap.wrapping.model import ensure_wrapped
 
 __all__ = ["Observer", "Stages", "batches_of", "isolated", "logits_in", "observing"]
 
@@ -67,13 +67,7 @@ class Observer:
             self.method = replace(self.method, lagged=False, equal_budget=False)
         self.space, self.generator = space, torch.Generator().manual_seed(seed)
         self.model = copy.deepcopy(plain_model(model))
-        wanted = set(self.method.auxiliaries)
-        if wanted and not is_wrapped(self.model):
-            wrap(self.model, auxiliaries=self.method.auxiliaries)
-        elif wanted and (missing := wanted - set(find_registry(self.model).auxiliaries)):
-            raise AuxiliaryNameError(
-                f"{type(self.method).__name__} runs in {sorted(missing)}, and the model was wrapped without."
-            )
+        ensure_wrapped(self.model, self.method)
         if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.model.parameters()):
             self.model.float()  # a step of 1/255 is lost in the rounding of half precision
         self.model.train()
@@ -107,14 +101,12 @@ class Observer:
         return Stages(found, output.selected)
 
     def _run(self, method: Method, images: Tensor, labels: Tensor) -> tuple[StepOutput, Tensor]:
-        buffers = list(self.model.buffers())
-        before = [buffer.clone() for buffer in buffers]
+        before = Snapshot(self.model)
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Only [0-9]+ images a step go")  # nothing is trained on these statistics
             step = _Watched(self.model, images, labels, self.space, cross_entropy, None, self.generator)
             output = method.step(step)
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+        before.restore_buffers()
         assert step.passed is not None
         return output, step.passed
 
@@ -145,7 +137,6 @@ def observing(
     data: Iterable[Any],
     method: Method | None,
     space: PixelSpace,
-    max_images: int | None,
     seed: int,
     progress: bool,
     title: str,
@@ -153,38 +144,25 @@ def observing(
     """Give an observer and what it sees in each batch of the data, while the model is :func:`isolated`."""
     with isolated(model, seed):
         observer = Observer(model, method, space, seed)
-        batches = batches_of(data, space, max_images=max_images, progress=progress, title=title, least=2)
+        batches = batches_of(data, space, progress=progress, title=title, least=2)
         yield observer, (observer.stages(images, labels) for images, labels in batches)
 
 
 def batches_of(
-    data: Iterable[Any],
-    space: PixelSpace,
-    *,
-    max_images: int | None,
-    progress: bool,
-    title: str,
-    least: int = 1,
-    name: str = "The data",
+    data: Iterable[Any], space: PixelSpace, *, progress: bool, title: str, least: int = 1, name: str = "The data"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield checked batches ``(images, labels)`` up to ``max_images``; those of fewer than ``least`` are left out."""
+    """Yield checked batches ``(images, labels)``; those of fewer than ``least`` images are left out."""
     check_flag("progress", progress)
-    if max_images is not None:
-        max_images = check_integer("max_images", max_images, 2)
     check_batches(data, name)
     done = 0
-    with tqdm(total=max_images, desc=title, unit="image", disable=not progress) as bar:
+    with tqdm(desc=title, unit="image", disable=not progress) as bar:
         for number, batch in enumerate(data):
             images, labels = images_and_labels(batch, name)
             labels = check_batch(images, labels, space, first=number == 0)
-            room = len(images) if max_images is None else max_images - done
-            images, labels = images[:room], labels[:room]
             if len(images) >= least:
                 done += len(images)
                 yield images, labels
                 bar.update(len(images))
-            if max_images is not None and max_images - done < least:
-                break
     if not done:
         raise DataError(f"{name} holds no batch of at least {least} images.")
 

@@ -87,7 +87,6 @@ def selection_ood(
     corruptions: Sequence[str] | None = ("gaussian_noise", "fog", "contrast"),
     severities: Sequence[int] = (3,),
     pixel_space: PixelSpace | None = None,
-    max_images: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> SelectionOOD:
@@ -104,7 +103,6 @@ def selection_ood(
         corruptions: Names from ``entprop_wrap.robustness.CORRUPTIONS``, None for all; images are then at least 32 px.
         severities: From 1 (mild) to 5 (strong).
         pixel_space: What both are normalised with; None: nothing.
-        max_images: Number of images to stop at, of ``data`` and of ``ood``; None: all.
         seed: Seed of mixing, dropout, corruption, resampling and the order of data.
         progress: Show a progress bar.
 
@@ -118,7 +116,7 @@ def selection_ood(
     conditions = {} if ood is not None else conditions_of(corruptions, severities)
     groups: dict[str, list[Tensor]] = {"random": [], "selected": [], "perturbed": [], "rest": [], "ood": []}
     draws = torch.Generator().manual_seed(seed)
-    with observing(model, data, method, space, max_images, seed, progress, "Selection") as (_, batches):
+    with observing(model, data, method, space, seed, progress, "Selection") as (_, batches):
         for stages in batches:
             random = logits_in(model, stages.candidates)
             chosen = torch.zeros(len(random), dtype=torch.bool, device=random.device)
@@ -137,7 +135,7 @@ def selection_ood(
                 groups["ood"].append(torch.cat(found).double().cpu())
         if ood is not None:
             title = "Out of distribution"
-            others = batches_of(ood, space, max_images=max_images, progress=progress, title=title, name="ood")
+            others = batches_of(ood, space, progress=progress, title=title, name="ood")
             found = [logits_in(model, images).double().cpu() for images, _ in others]
             # Cut into as many parts as there are batches, so that these are drawn along with them.
             groups["ood"] = list(torch.cat(found).tensor_split(len(groups["random"])))

@@ -126,7 +126,6 @@ def test_an_attack_may_pass_the_highest_entropy_but_not_take_back_the_selection(
 
 
 def test_numbers_of_images():
-    assert entropy_stages(make(), loader(20, 8), max_images=11, **OPTIONS).images == 11
     assert entropy_stages(make(), loader(17, 8), **OPTIONS).images == 16  # no batch of one
     one = entropy_stages(make(), loader(8, 8), **OPTIONS)
     assert one.stages["clean"].low is None
@@ -166,7 +165,6 @@ BAD = {
     "method": (None, {"method": Vanilla()}, ConfigurationError, "selects no images"),
     "no method": (None, {"method": EntProp}, TypeError, "instance"),
     "other auxiliary": (None, {"method": EntProp(auxiliary="adv")}, AuxiliaryNameError, "adv"),
-    "max_images": (None, {"max_images": 1}, ConfigurationError, "max_images"),
     "seed": (None, {"seed": 0.5}, ConfigurationError, "seed"),
     "space": (None, {"pixel_space": None}, ValueError, "looks normalised"),
 }

@@ -137,7 +137,6 @@ GOOD: dict[Any, Callable[..., Any]] = {
     "corruptions": lambda **_: ("brightness",),
     "severities": lambda **_: (1,),
     "severity": lambda **_: 1,
-    "max_images": lambda **_: 8,
     "weight_decay": lambda **_: 0.1,
     "optimizer": lambda model, **_: _optimizer(model),
     "branches": lambda **_: {"aux": attacks.PGD(steps=1)},
