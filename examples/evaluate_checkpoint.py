@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import entprop_wrap as entprop
-from entprop_wrap.integrations.hub_datasets import eval_transform, image_format, load_images
+from entprop_wrap.integrations.hub_datasets import eval_transform, load_images
 from entprop_wrap.reporting import report
 from entprop_wrap.robustness import evaluate_robustness
 
@@ -37,7 +37,10 @@ except (OSError, ValueError) as error:  # entprop.Trainer writes none
         f"--processor with the model it was fine-tuned from. ({str(error).splitlines()[0]})"
     )
 space = entprop.PixelSpace.from_processor(processor)
-transform = eval_transform(options.image_size or image_format(processor), normalize=space)
+if options.image_size:
+    transform = eval_transform(options.image_size, normalize=space)
+else:
+    transform = lambda image: processor(image, return_tensors="pt")["pixel_values"][0]  # noqa: E731
 classes = [model.config.id2label[index] for index in range(model.config.num_labels)]  # labels in the model's order
 data = load_images(options.dataset, classes=classes, eval_transform=transform, max_eval=options.max_eval)
 

@@ -8,17 +8,15 @@ model = AutoModelForImageClassification.from_pretrained(name, id2label=data.id2l
 from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError, to_rgb
 from entprop_wrap.integrations.hub_datasets.image_datasets import InMemoryImages, LabelledImages, hf_collate, in_memory
 from entprop_wrap.integrations.hub_datasets.loading import ImageData, load_images
-from entprop_wrap.integrations.hub_datasets.transforms import ImageFormat, eval_transform, image_format, train_transform
+from entprop_wrap.integrations.hub_datasets.transforms import eval_transform, train_transform
 
 __all__ = [
     "BrokenImageError",
     "ImageData",
-    "ImageFormat",
     "InMemoryImages",
     "LabelledImages",
     "eval_transform",
     "hf_collate",
-    "image_format",
     "in_memory",
     "load_images",
     "to_rgb",
