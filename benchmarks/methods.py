@@ -29,31 +29,31 @@ from entprop_wrap.robustness import Estimate
 METHODS = {
     "vanilla": "vanilla",
     "EntProp k=0.2 n=1": "entprop",
-    "EntProp k=0.6 n=1": "entprop --fraction 0.6",
-    "EntProp k=0.2 n=5": "entprop --attack-steps 5",
-    "EntProp k=0.6 n=5": "entprop --fraction 0.6 --attack-steps 5",
-    "EntProp k=0.2 n=1, auxiliary images mixed": "entprop --mix-on auxiliary",
+    "EntProp k=0.6 n=1": "entprop --set fraction=0.6",
+    "EntProp k=0.2 n=5": "entprop --set attack_steps=5",
+    "EntProp k=0.6 n=5": "entprop --set fraction=0.6 attack_steps=5",
+    "EntProp k=0.2 n=1, auxiliary images mixed": "entprop --set mix_on=auxiliary",
     "EntProp k=0.2 n=1, random selection": "random_selection",
     "EntProp k=0.2 n=1, shared norms": "shared_norms",
     "MixProp": "mixprop",
     "FastAdvProp": "fast_advprop",
     "AdvProp": "advprop",
     "FineGrainedAdvProp, weak and strong": "fine_grained_advprop",
-    "MEADA, in each step": "me_ada --fraction 1",
-    "PGD-AT": "pgd_at --attack-steps 5",
-    "TRADES": "trades --attack-steps 5",
+    "MEADA, in each step": "me_ada --set fraction=1",
+    "PGD-AT": "pgd_at --set attack_steps=5",
+    "TRADES": "trades --set attack_steps=5",
     "label smoothing 0.1": "label_smoothing",
     "EntM 0.1": "entropy_maximisation",
-    "EntM 0.1 + PGD-AT": "pgd_at --attack-steps 5 --entropy-weight 0.1",
+    "EntM 0.1 + PGD-AT": "pgd_at --set attack_steps=5 entropy_weight=0.1",
     "ME-ADA, data grows": "me_ada_growth",
     "vanilla, trained on": "vanilla again",
     "EntropicRetraining": "entropic_retraining again",
 }
 COMPONENTS = {
     "vanilla": "vanilla",
-    "selection": "entprop --mix none --attack-steps 0",
-    "selection + MixUp": "entprop --attack-steps 0",
-    "selection + free step": "entprop --mix none",
+    "selection": "entprop --set mix=none attack_steps=0",
+    "selection + MixUp": "entprop --set attack_steps=0",
+    "selection + free step": "entprop --set mix=none",
     "all": "entprop",
 }
 SCORES = {
@@ -63,14 +63,14 @@ SCORES = {
     "logit margin": "entprop --set uncertainty=margin",
     "random": "random_selection",
 }
-SHARES = {f"{k / 10:g}": f"entprop --fraction {k / 10:g}" for k in range(1, 11)}
+SHARES = {f"{k / 10:g}": f"entprop --set fraction={k / 10:g}" for k in range(1, 11)}
 #: By table: the rows. The others are compared with the first.
 TABLES = {
     "methods": METHODS,
     "7": COMPONENTS,
     "8": SCORES,
     "16": {"0": "vanilla", **SHARES},
-    "17": {str(n): f"entprop --fraction 0.6 --attack-steps {n}" for n in range(1, 6)},
+    "17": {str(n): f"entprop --set fraction=0.6 attack_steps={n}" for n in range(1, 6)},
 }
 NOTE = (
     "Mean and 95 % t-interval over seeds, in percent; differences to {first} are paired by seed, in points, bold where "

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import fields
 
-from entprop_wrap.cli.options import Options, flag, parse
+from entprop_wrap.cli.options import flag, parse
 
 DESCRIPTION = """Train an image classifier with EntProp and without, from the same seed, and compare them.
 
@@ -16,7 +16,7 @@ DESCRIPTION = """Train an image classifier with EntProp and without, from the sa
     {command} --dataset path/to/images --model resnet50 --pretrained --methods vanilla entprop_finetuning
     {command} --methods vanilla entprop advprop fast_advprop --equal-cost
     {command} --dataset timm/oxford-iiit-pet --model microsoft/resnet-50 --pretrained
-    {command} --methods entprop advprop --set uncertainty=margin targeted=true --attack 8/255
+    {command} --methods entprop advprop --set epsilon=8/255 uncertainty=margin targeted=true --attack 8/255
     {command} --methods entropic_retraining --weights outputs/train/vanilla-seed0/model
 
 The first trains on scikit-learn's digits, in a minute or two on a CPU. Every method is trained once per seed, on the
@@ -49,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         raise SystemExit(f"{error}. The command needs more: pip install 'entprop-wrap[examples]'.") from error
     except errors as error:
-        raise SystemExit(f"{type(error).__name__}: {error}{hint(str(error))}") from error
+        raise SystemExit(f"{type(error).__name__}: {error}{hint(str(error), options)}") from error
 
 
-def hint(message: str) -> str:
+def hint(message: str, options: Namespace) -> str:
     """Return the flags for the Python arguments that a message names."""
-    flags = {"output_dir": "--output", **{one.name: flag(one.name) for one in fields(Options)}}
+    flags = {"output_dir": "--output", **{name: flag(name) for name in vars(options)}}
     found = [flags[name] for name in flags if re.search(rf"\b{name}{'' if '_' in name else '='}", message)]
     return f"\nOn this command line: {', '.join(found)}." if found else ""

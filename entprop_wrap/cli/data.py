@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from entprop_wrap.cli.options import DIGITS, Options, did_you_mean
+from entprop_wrap.cli.options import DIGITS, did_you_mean
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import DataError
 from entprop_wrap.integrations.hub_datasets import eval_transform, in_memory, load_images, train_transform
@@ -46,7 +47,7 @@ class Data:
         return DataLoader(self.test, batch_size=batch_size, num_workers=workers)
 
 
-def load(options: Options, space: PixelSpace, size: int) -> Data:
+def load(options: Namespace, space: PixelSpace, size: int) -> Data:
     """Load ``options.dataset`` for a model that takes images of ``size`` pixels in ``space``."""
     data = digits(options, space) if options.dataset == DIGITS else images(options, space, size)
     number = len(data.test)
@@ -62,7 +63,7 @@ def say(note: str) -> None:
         print(f"note: {note}", flush=True)
 
 
-def digits(options: Options, space: PixelSpace) -> Data:
+def digits(options: Namespace, space: PixelSpace) -> Data:
     """Return 8x8 digits as 32 px RGB: a few hundred to train on (small data is the paper's claim), the rest tests."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -80,7 +81,7 @@ def digits(options: Options, space: PixelSpace) -> Data:
     return Data("digits", tuple("0123456789"), images, tests, space)
 
 
-def images(options: Options, space: PixelSpace, size: int) -> Data:
+def images(options: Namespace, space: PixelSpace, size: int) -> Data:
     """Return a local folder or a dataset of the Hub."""
     find(options.dataset)
     train: Callable[[Any], Any] = train_transform(size, normalize=space)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any, get_args, get_type_hints
 
-from entprop_wrap.cli.options import DIGITS, MethodOptions, Options, did_you_mean, flag
-from entprop_wrap.cli.options import fraction as read_fraction
+from entprop_wrap.cli.options import DIGITS, did_you_mean, number
 from entprop_wrap.cli.phases import phases_of
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD
@@ -78,47 +78,27 @@ NAMED: dict[str, dict[str, Any]] = {
 WORDS = {"true": True, "false": False, "none": None}
 
 
-def build(options: Options) -> dict[str, Any]:
+def build(options: Namespace) -> dict[str, Any]:
     """Return the methods to compare, by name; raise where none of them takes an option, or one refuses its value."""
     methods = {name: METHODS[name]() for name in options.methods}
     changes: dict[str, dict[str, Any]] = {name: {} for name in methods}
-    if options.epsilon is None and options.dataset == DIGITS:
+    if options.dataset == DIGITS:  # 16 grey levels
         for name, method in methods.items():
             if taken := field_for(name, method, "epsilon"):
                 changes[name][taken] = 0.1
-    for shown, field, value in _flags(options):
-        takers = {name: taken for name, method in methods.items() if (taken := field_for(name, method, field))}
-        if not takers:
-            raise ConfigurationError(
-                f"{shown}: taken by none of the methods {', '.join(methods)}. Leave it out, or name a method in "
-                "--methods that takes it."
-            )
-        for name, taken in takers.items():
-            changes[name][taken] = value
     for assignment in options.set:
         for name, (taken, value) in _assigned(assignment, methods).items():
             changes[name][taken] = value
     return {name: changed(method, changes[name]) for name, method in methods.items()}
 
 
-def phases(name: str, method: Any, options: Options) -> tuple[int, ...]:
+def phases(name: str, method: Any, options: Namespace) -> tuple[int, ...]:
     """Return the epochs of each phase of training, after each of which the data grows: one, but for ME-ADA."""
     if name == "me_ada_growth":
         return phases_of(options.epochs)
     if options.equal_cost and isinstance(method, FastAdvProp):
         return (method.equal_cost_epochs(options.epochs),)
     return (options.epochs,)
-
-
-def _flags(options: Options) -> Iterator[tuple[str, str, Any]]:
-    """Yield what the command line gives: the flag, the name of the field, and its value."""
-    for one in fields(MethodOptions):
-        value = getattr(options, one.name)
-        if one.name in ("methods", "set", "equal_cost") or value is None:
-            continue
-        if one.name == "mix":
-            value = NAMED["mix"][value]
-        yield flag(one.name), one.name.replace("mix_alpha", "mix.alpha"), value
 
 
 def _assigned(assignment: str, methods: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
@@ -200,7 +180,7 @@ def read(field: str, text: str, method: Any) -> Any:
     hint = get_type_hints(type(method))[last]
     if str in (hint, *get_args(hint)):  # such as the name of a layer, which may look like a number
         return text
-    for kind in (int, read_fraction):
+    for kind in (int, number):
         try:
             return kind(text)
         except Exception:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from entprop_wrap.cli.data import say
-from entprop_wrap.cli.options import SMALL, Options, did_you_mean
+from entprop_wrap.cli.options import SMALL, did_you_mean
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import CheckpointError, ConfigurationError
-from entprop_wrap.integrations.hub_datasets import image_format
 
 IMAGENET = PixelSpace((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -37,7 +38,7 @@ class Blueprint:
     load: str
 
 
-def find(options: Options) -> Blueprint:
+def find(options: Namespace) -> Blueprint:
     """Find ``options.model``: the built-in CNN, a folder or Hub id, or a name of torchvision or timm, in this order."""
     name = options.model
     if name == SMALL:
@@ -97,7 +98,7 @@ def start_from(model: nn.Module, path: Path | None) -> nn.Module:
     return model
 
 
-def hub(name: str, options: Options) -> Blueprint:
+def hub(name: str, options: Namespace) -> Blueprint:
     """Return a Hugging Face image classifier, by Hub id or from a local folder."""
     import transformers
 
@@ -121,7 +122,7 @@ def hub(name: str, options: Options) -> Blueprint:
         repair_keep_probabilities(model)
         return model
 
-    size = options.image_size or image_format(processor).size[0]
+    size = options.image_size or processor(Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"].shape[-1]
     load = (
         "from transformers import AutoModelForImageClassification\n"
         'model = AutoModelForImageClassification.from_pretrained("{folder}")\n'

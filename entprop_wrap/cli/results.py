@@ -7,6 +7,7 @@ import shlex
 import statistics
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,6 @@ from torch import nn
 
 from entprop_wrap import diagnostics
 from entprop_wrap.cli.data import Data, say
-from entprop_wrap.cli.options import Options
 from entprop_wrap.methods import EntProp
 from entprop_wrap.reporting import report
 
@@ -94,7 +94,7 @@ def table(runs: Sequence[Run], data: Data) -> str:
     return "\n".join(lines)
 
 
-def save(runs: Sequence[Run], data: Data, options: Options) -> None:
+def save(runs: Sequence[Run], data: Data, options: Namespace) -> None:
     """Write results.json, report.html and curves.png into the output folder."""
     output = options.output
     results = {
@@ -118,7 +118,7 @@ def save(runs: Sequence[Run], data: Data, options: Options) -> None:
     print(f"\nResults: {output / 'results.json'}   to look at: {output / 'report.html'}, {output / 'curves.png'}")
 
 
-def diagnose(name: str, method: Any, model: nn.Module, data: Data, options: Options) -> dict[str, Any]:
+def diagnose(name: str, method: Any, model: nn.Module, data: Data, options: Namespace) -> dict[str, Any]:
     """Look at a trained model before its copies go: how far they are, and what the method does to test images."""
     found: dict[str, Any] = {f"{name}: auxiliary against main norms": diagnostics.domain_gap(model)}
     if isinstance(method, EntProp):
@@ -132,7 +132,7 @@ def diagnose(name: str, method: Any, model: nn.Module, data: Data, options: Opti
     return found
 
 
-def page(runs: Sequence[Run], data: Data, options: Options, path: Path) -> Path:
+def page(runs: Sequence[Run], data: Data, options: Namespace, path: Path) -> Path:
     """Write the report: scores over the seeds, what they cost, and some of the test images under each corruption."""
     methods = {
         method: [run for run in runs if run.method == method] for method in dict.fromkeys(r.method for r in runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from entprop_wrap.cli import methods as method_parts
 from entprop_wrap.cli import models as model_parts
 from entprop_wrap.cli import results
 from entprop_wrap.cli.data import Data, load
-from entprop_wrap.cli.options import Options
+from entprop_wrap.cli.options import run_folder
 from entprop_wrap.cli.phases import fit
 from entprop_wrap.data.augmentation import AugmentedImages
 from entprop_wrap.diagnostics import Monitor
@@ -24,7 +25,7 @@ from entprop_wrap.wrapping.model import unwrap, wrap
 __all__ = ["attacks", "run"]
 
 
-def run(options: Options) -> None:
+def run(options: Namespace) -> None:
     """Train, evaluate, and write down. What does not fit raises before anything is trained."""
     attacked = attacks(options.attack)
     methods = method_parts.build(options)
@@ -47,7 +48,7 @@ def run(options: Options) -> None:
         trained = {}
         for name, method in methods.items():
             accelerate.utils.set_seed(seed)
-            own = replace(settings, seed=seed, output_dir=options.run_folder(name, seed))
+            own = replace(settings, seed=seed, output_dir=run_folder(options, name, seed))
             one, trained[name] = train(name, method, build(), data, own, options)
             runs.append(one)
         scores = evaluate_robustness(
@@ -62,12 +63,12 @@ def run(options: Options) -> None:
     if accelerate.PartialState().is_main_process:
         print("\n" + results.table(runs, data))
         results.save(runs, data, options)
-        folder = options.run_folder(runs[-1].method, runs[-1].seed) / "model"
+        folder = run_folder(options, runs[-1].method, runs[-1].seed) / "model"
         lines = blueprint.load.replace("{folder}", folder.as_posix()).replace("{classes}", str(len(data.classes)))
         print(f"\nThe plain model of {runs[-1].method}, in Python:\n\n{lines}")
 
 
-def config(options: Options) -> TrainerConfig:
+def config(options: Namespace) -> TrainerConfig:
     """Return what all runs have in common: the options that have the name of one of the Trainer's."""
     shared = {
         field.name: getattr(options, field.name) for field in fields(TrainerConfig) if hasattr(options, field.name)
@@ -76,7 +77,7 @@ def config(options: Options) -> TrainerConfig:
 
 
 def train(
-    name: str, method: Any, model: nn.Module, data: Data, settings: TrainerConfig, options: Options
+    name: str, method: Any, model: nn.Module, data: Data, settings: TrainerConfig, options: Namespace
 ) -> tuple[results.Run, nn.Module]:
     """Train one model; return the record of the run, and the plain model in evaluation mode."""
     monitor = Monitor() if options.monitor else None

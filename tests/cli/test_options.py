@@ -19,17 +19,15 @@ ROOT = Path(__file__).parents[2]
         (["--seeds", "0"], "--seeds: expected an integer of at least 1, found '0'"),
         (["--robustness-images", "0"], "--robustness-images: expected an integer of at least 1, found '0'"),
         (["--epochs", "ten"], "--epochs: expected an integer of at least 1, found 'ten'"),
-        (["--epsilon", "4/0"], "--epsilon: expected a number such as 4/255 or 0.016, found '4/0'"),
+        (["--attack", "4/0"], "--attack: expected a number such as 4/255 or 0.016, found '4/0'"),
         (["--methods", "vanilla", "entrop"], "--methods: invalid choice: 'entrop' (choose from "),
         (["--optimizer", "sdg"], "--optimizer: invalid choice: 'sdg' (choose from "),
         (["--learning_rate", "0.1"], "unknown option --learning_rate. Did you mean '--learning-rate'?"),
         (["--datset=here"], "unknown option --datset=here. Did you mean '--dataset'?"),
         (["--pretrained"], "--pretrained: small_cnn has no pretrained weights"),
         (["--equal-cost"], "--equal-cost is for fast_advprop"),
-        (["--mix", "none", "--mix-alpha", "1"], "--mix-alpha: there is no mixing"),
         (["--in-memory", "--max-eval", "3"], "--in-memory, --max-eval: not for digits"),
         (["--methods", "vanilla", "entropic_retraining"], "entropic_retraining continues from a trained model"),
-        (["--output", f"{__file__}/out"], "cannot write to"),
     ],
 )
 def test_what_is_refused(arguments, found, capsys):
@@ -53,9 +51,9 @@ def test_a_run_is_not_trained_over(tmp_path, capsys):
 
 
 def test_defaults_depend_on_the_data():
-    digits, folder = parse("", ["--epsilon", "4 / 255"]), parse("", ["--dataset", "somewhere", "--epochs", "3"])
-    assert (digits.epochs, digits.optimizer, digits.robustness_images, digits.epsilon) == (60, "sgd", 500, 4 / 255)
-    assert (folder.epochs, folder.optimizer, folder.robustness_images, folder.epsilon) == (3, "adamw", None, None)
+    digits, folder = parse("", ["--attack", "4 / 255"]), parse("", ["--dataset", "somewhere", "--epochs", "3"])
+    assert (digits.epochs, digits.optimizer, digits.robustness_images, digits.attack) == (60, "sgd", 500, 4 / 255)
+    assert (folder.epochs, folder.optimizer, folder.robustness_images, folder.attack) == (3, "adamw", None, None)
 
 
 def test_a_missing_extra_is_named(monkeypatch, tmp_path):

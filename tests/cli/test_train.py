@@ -130,8 +130,8 @@ def loaded(printed, classes):
 def test_an_image_folder_with_a_timm_model(train, tmp_path, folder):
     output = tmp_path / "out"
     (folder / "grey").mkdir()
-    arguments = ["--dataset", folder, "--model", "test_vit", "--image-size", 160, "--attack-steps", 2]
-    more = ["--fraction", 0.5, "--epsilon", "4/255", "--mix", "cutmix", "--methods", "entprop"]
+    arguments = ["--dataset", folder, "--model", "test_vit", "--image-size", 160]
+    more = ["--set", "attack_steps=2", "fraction=0.5", "epsilon=4/255", "mix=cutmix", "--methods", "entprop"]
     done = train(*arguments, *more, *QUICK, output=output)
     assert done.code == 0, done.out
     assert runs(output)["entprop"]["passes_per_step"] == 2
@@ -261,7 +261,7 @@ def test_every_method_by_name(train, tmp_path, folder):
         "trades": 3,
     }
     sizes = ["--dataset", folder, *QUICK, "--epochs", 3, "--set", "ascent.steps=1"]
-    options = ["--fraction", 0.5, "--attack-steps", 1, "--equal-cost", "--methods", *names]
+    options = ["--set", "fraction=0.5", "attack_steps=1", "--equal-cost", "--methods", *names]
     done = train(*sizes, *options, output=output)
     assert done.code == 0, done.out
     found = runs(output)
@@ -324,7 +324,7 @@ def test_attacks_seeds_and_what_the_monitor_says(train, tmp_path):
 def test_what_the_package_refuses_ends_as_a_line_before_anything_is_trained(train, tmp_path):
     for arguments, expected in (
         (["--attack", 8], "PixelRangeError: .*8/255"),
-        (["--methods", "mixprop", "--mix", "none"], "ConfigurationError: mix must be a mixer"),
+        (["--methods", "mixprop", "--set", "mix=none"], "ConfigurationError: mix must be a mixer"),
         (["--warmup", 2], "ConfigurationError: TrainerConfig: warmup must be"),
         (["--model", "resnot50"], "ConfigurationError: .*timm.list_models.*Did you mean 'resnet50'"),
         (["--model", "no/such"], "ConfigurationError: --model no/such is no local folder; as a Hub id"),
@@ -394,6 +394,7 @@ def test_fields_that_have_no_flag(settings, expected):
         (["trades"], "kind=pgd", "no 'kind' to set"),
         (["shared_norms"], "auxiliary=aux", "no 'auxiliary' to set"),
         (["entprop_finetuning"], "fraction=0.2", "no 'fraction' to set"),
+        (["random_selection"], "threshold=1", "no 'threshold' to set"),
         (["advprop"], "targetted=true", "Did you mean 'targeted'?"),
     ],
 )
@@ -411,34 +412,16 @@ def test_every_field_can_be_set():
         assert left <= {"auxiliary", "branches", "weight"[: 6 * (name == "fine_grained_advprop")]}, name
 
 
-@pytest.mark.parametrize(
-    ("names", "options", "found"),
-    [
-        (["random_selection"], ["--threshold", 1], "--threshold: taken by none of the methods random_selection"),
-        (["entprop_finetuning"], ["--fraction", 0.2, "--epsilon", 0.1], "--fraction: taken"),  # also at the default
-        (["vanilla", "mixprop"], ["--step-size", "1/255", "--attack-steps", 2], "--attack-steps: taken"),
-        (["random_selection", "entprop"], ["--threshold", 1], None),
-        (["trades"], ["--entropy-weight", 0.1, "--label-smoothing", 0.1], None),
-    ],
-)
-def test_options_that_no_chosen_method_takes(names, options, found):
-    if found:
-        with pytest.raises(ConfigurationError, match=found):
-            built(*options, names=names)
-    else:
-        built(*options, names=names)
-
-
 def test_the_preset_takes_what_is_not_its_own():
-    options = ["--epsilon", "4/255", "--attack-steps", 2, "--step-size", "1/255"]
-    made = built(*options, names=["entprop_finetuning"])["entprop_finetuning"]
+    options = ["epsilon=4/255", "attack_steps=2", "step_size=1/255"]
+    made = built("--set", *options, names=["entprop_finetuning"])["entprop_finetuning"]
     assert made == EntProp.finetuning(epsilon=4 / 255, attack_steps=2, step_size=1 / 255)
     plain = built(names=["entprop_finetuning"])["entprop_finetuning"]
     assert plain == EntProp.finetuning(epsilon=0.1)  # as every attack on the digits
 
 
 def test_the_preset_for_augmented_images_shares_affine_parameters():
-    made = built("--fraction", 0.3, names=["entprop_augmented"])["entprop_augmented"]
+    made = built("--set", "fraction=0.3", names=["entprop_augmented"])["entprop_augmented"]
     assert made == EntProp.augmented(fraction=0.3, epsilon=0.1)
     assert (made.mix, made.copies) == (None, "statistics")
     given = built("--set", "copies=all", names=["entprop_augmented"])["entprop_augmented"]
@@ -450,9 +433,9 @@ def test_growth_that_does_not_fit_is_found_before_anything_is_trained(train, tmp
     arguments = [*QUICK, "--epochs", 2, "--methods", "vanilla", "me_ada_growth"]
     done = train(*arguments, output=tmp_path / "out")
     assert "three phases, found 2 epochs" in done.code
-    both = command.hint("Write fit(resume=True), or choose a new output_dir.")
+    both = command.hint("Write fit(resume=True), or choose a new output_dir.", parse("", []))
     assert both == "\nOn this command line: --output, --resume."
-    assert command.hint("mix must be a mixer.") == ""
+    assert command.hint("mix must be a mixer.", parse("", [])) == ""
 
 
 @pytest.mark.skipif(
