@@ -122,8 +122,6 @@ class EntPropCallback(TrainerCallback):
             raise ConfigurationError(
                 "The Trainer has another training_step as an attribute. Override it in a subclass of Trainer instead."
             )
-        if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in model.parameters()):
-            _refuse_optimizer("A hook on the parameters' gradients")
         if self.method.auxiliaries:
             check_optimizer(model, trainer.optimizer)
         self.loss = TrainerLoss(trainer, super(EntPropMixin, trainer).training_step)  # type: ignore[misc]
@@ -246,15 +244,12 @@ def _refuse(trainer: Any) -> None:
             f"EntPropCallback does not work with {present[0]}. Expected one process per GPU (torchrun, DDP); "
             "entprop.Trainer also trains under FSDP2."
         )
-    if "layerwise" in trainer.args.optim or "lomo" in trainer.args.optim:
-        _refuse_optimizer(f"optim={str(getattr(trainer.args.optim, 'value', trainer.args.optim))!r}")
-
-
-def _refuse_optimizer(what: str) -> None:
-    raise UnsupportedModelError(
-        f"{what} updates weights inside the backward, and a step has several backwards. Expected an optimizer that "
-        "steps after them, such as optim='adamw_torch', or 'galore_adamw' without '_layerwise'."
-    )
+    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if "layerwise" in optim or "lomo" in optim:
+        raise UnsupportedModelError(
+            f"optim={optim!r} updates weights inside the backward, and a step has several backwards. Expected an "
+            "optimizer that steps after them, such as optim='adamw_torch', or 'galore_adamw' without '_layerwise'."
+        )
 
 
 def _warn_of_dropout(model: nn.Module) -> None:

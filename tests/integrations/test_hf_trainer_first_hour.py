@@ -84,13 +84,6 @@ def test_optimizers_that_step_inside_the_backward_are_refused_before_training(op
         make_trainer(tmp_path, optim=optim, callbacks=[callback()])
 
 
-def test_and_so_are_hooks_that_do(tmp_path):
-    model = build("ViT")
-    model.classifier.weight.register_post_accumulate_grad_hook(lambda parameter: None)
-    with pytest.raises(UnsupportedModelError, match="inside the backward"):
-        train(model, callback(), tmp_path)
-
-
 def test_dropout_that_leaves_nothing_is_named(tmp_path):
     config = transformers.MobileNetV1Config(num_labels=CLASSES, depth_multiplier=0.25)
     model = transformers.MobileNetV1ForImageClassification(config)
