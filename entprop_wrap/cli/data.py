@@ -12,8 +12,6 @@ from typing import Any
 import accelerate
 import datasets
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from entprop_wrap.cli.options import DIGITS, did_you_mean
@@ -83,7 +81,6 @@ def digits(options: Namespace, space: PixelSpace) -> Data:
 
 def images(options: Namespace, space: PixelSpace, size: int) -> Data:
     """Return a local folder or a dataset of the Hub."""
-    find(options.dataset)
     train: Callable[[Any], Any] = train_transform(size, normalize=space)
     evaluate: Callable[[Any], Any] = eval_transform(size, normalize=space)
     logger = logging.getLogger(load_images.__module__)
@@ -101,15 +98,14 @@ def images(options: Namespace, space: PixelSpace, size: int) -> Data:
             max_train=options.max_train,
             max_eval=options.max_eval,
         )
+    except DataError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, DataError):
-            raise
-        there = Path(options.dataset).expanduser().is_dir()
-        start = f"--dataset {options.dataset}:" if there else f"{_no_folder(options.dataset)} and not found:"
-        raise DataError(f"{start} {str(error).strip() or type(error).__name__}") from error
+        taken = "" if Path(options.dataset).expanduser().is_dir() else _taken_for_an_id(options.dataset)
+        raise DataError(f"--dataset {options.dataset}:{taken} {str(error).strip() or type(error).__name__}") from error
     finally:
         logger.setLevel(level)
-    for note in (*data.notes, *empty(Path(options.dataset)), *untested(data)):
+    for note in (*data.notes, *untested(data)):
         say(note)
     found = Data(options.dataset.rstrip("/").rsplit("/", 1)[-1], data.classes, data.train, data.eval, space)
     if options.in_memory:
@@ -119,43 +115,11 @@ def images(options: Namespace, space: PixelSpace, size: int) -> Data:
     return found
 
 
-def find(name: str) -> None:
-    """Raise where there is neither a folder with files nor a dataset of the Hub, which would else be asked often."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not any(child.is_file() for child in path.rglob("*")):
-            raise DataError(f"--dataset {name}: the folder is empty. Expected class folders of images, or a table.")
-        return
-    if path.exists():
-        raise DataError(f"--dataset {name}: expected a folder, found a file.")
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    if datasets.config.HF_HUB_OFFLINE or any(cache.glob(name.replace("/", "___"))):
-        return
-    try:
-        HfApi().dataset_info(name, timeout=20)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise DataError(f"{_no_folder(name)} and the Hub has no public dataset of that name.") from error
-    except Exception as error:  # of whatever library connects
-        raise DataError(f"{_no_folder(name)} and the Hub was not reached ({type(error).__name__}: {error}).") from error
-
-
-def _no_folder(name: str) -> str:
+def _taken_for_an_id(name: str) -> str:
     path = Path(name).expanduser()
     near = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
     guess = did_you_mean(path.name, [*near, DIGITS])
-    return f"--dataset {name}: there is no such folder ({path.absolute()}).{guess} It was taken for a Hub id,"
-
-
-def empty(folder: Path) -> list[str]:
-    """Return a note where folders that look like classes hold no files."""
-    if not folder.is_dir():
-        return []
-    found = [
-        str(one.relative_to(folder))
-        for one in sorted(folder.rglob("*"))
-        if one.is_dir() and not one.name.startswith(".") and not any(child.is_file() for child in one.rglob("*"))
-    ]
-    return [f"empty and left out: {_some(found)}"] if found else []
+    return f" there is no such folder ({path.absolute()}).{guess} It was taken for a Hub id, and not found:"
 
 
 def untested(data: Any) -> list[str]:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, get_args, get_type_hints
 
 from entprop_wrap.cli.options import DIGITS, did_you_mean, number
-from entprop_wrap.cli.phases import phases_of
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.functional.mixing import CutMix, MixUp
@@ -27,10 +26,11 @@ from entprop_wrap.methods import (
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 
 
-def weak_and_strong(strong: PGD) -> FineGrainedAdvProp:
-    """Return AdvProp with two attacks: a quarter of epsilon in one step, and all of it."""
-    weak = PGD(strong.epsilon / 4, steps=1, step_size=strong.epsilon / 4, random_start=False)
-    return FineGrainedAdvProp({"weak": weak, "strong": strong})
+def weak_and_strong(one: AdvProp) -> FineGrainedAdvProp:
+    """Return AdvProp with two attacks: a quarter of its epsilon in one step, and its own."""
+    epsilon = one.attack.epsilon / 4
+    branches = {"weak": PGD(epsilon, steps=1, step_size=epsilon, random_start=False), "strong": one.attack}
+    return FineGrainedAdvProp(branches, one.weight, one.targeted, one.attack_statistics)
 
 
 #: To add a method, add a line, and its name in options.METHODS.
@@ -45,10 +45,10 @@ METHODS: dict[str, Callable[[], Any]] = {
     "shared_norms": partial(EntProp, auxiliary=None),
     "mixprop": MixProp,
     "advprop": AdvProp,
-    "fine_grained_advprop": lambda: weak_and_strong(PGD()),
+    "fine_grained_advprop": AdvProp,  # and weak_and_strong()
     "fast_advprop": FastAdvProp,
     "me_ada": partial(MEADA, fraction=0.2),
-    "me_ada_growth": Vanilla,  # and phases(), below
+    "me_ada_growth": Vanilla,  # and run.phases()
     "pgd_at": AdversarialTraining,
     "trades": partial(AdversarialTraining, kind="trades"),
     "entropic_retraining": EntropicRetraining,
@@ -89,16 +89,8 @@ def build(options: Namespace) -> dict[str, Any]:
     for assignment in options.set:
         for name, (taken, value) in _assigned(assignment, methods).items():
             changes[name][taken] = value
-    return {name: changed(method, changes[name]) for name, method in methods.items()}
-
-
-def phases(name: str, method: Any, options: Namespace) -> tuple[int, ...]:
-    """Return the epochs of each phase of training, after each of which the data grows: one, but for ME-ADA."""
-    if name == "me_ada_growth":
-        return phases_of(options.epochs)
-    if options.equal_cost and isinstance(method, FastAdvProp):
-        return (method.equal_cost_epochs(options.epochs),)
-    return (options.epochs,)
+    made = {name: changed(method, changes[name]) for name, method in methods.items()}
+    return {name: weak_and_strong(one) if name == "fine_grained_advprop" else one for name, one in made.items()}
 
 
 def _assigned(assignment: str, methods: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
@@ -131,9 +123,6 @@ def field_for(name: str, method: Any, field: str) -> str | None:
 
 def plain_fields(value: Any) -> list[str]:
     """Return the names of all fields that can be written on a command line."""
-    if isinstance(value, FineGrainedAdvProp):  # whose attacks are made from the strong one
-        own = [one.name for one in fields(value) if one.name not in ("branches", "weight")]
-        return [*own, *(f"attack.{name}" for name in ("epsilon", "steps", "step_size"))]
     found = []
     for field in fields(value):
         inner = getattr(value, field.name)
@@ -146,10 +135,6 @@ def plain_fields(value: Any) -> list[str]:
 
 def changed(value: Any, changes: Mapping[str, Any]) -> Any:
     """Return a dataclass with all ``changes`` made at once: its own checks see them together."""
-    if isinstance(value, FineGrainedAdvProp):
-        own = {name: new for name, new in changes.items() if "." not in name}
-        attack = {name.partition(".")[2]: new for name, new in changes.items() if "." in name}
-        return replace(weak_and_strong(changed(value.branches["strong"], attack)), **own)
     parts: dict[str, dict[str, Any]] = {}
     for name, new in changes.items():
         outer, _, inner = name.partition(".")

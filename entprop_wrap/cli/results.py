@@ -1,4 +1,4 @@
-"""The results: a table, results.json, a page to look at, and a figure of the learning curves."""
+"""The results: a table, results.json, and a page to look at."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Run:
     Attributes:
         method: Name of the method.
         seed: Its seed.
-        history: The records of metrics.jsonl.
-        images_per_step: Images of a step, over all processes.
+        passes: Mean passes per step.
+        seconds: Wall time of the steps, over all resumptions and phases; without evaluations and checkpoints.
         scores: Result of ``evaluate_robustness``.
         diagnostics: Results of ``entprop_wrap.diagnostics`` by title, of the first seed.
         warnings: What the monitor said, by signature.
@@ -38,26 +38,21 @@ class Run:
 
     method: str
     seed: int
-    history: list[dict[str, Any]]
-    images_per_step: int
+    passes: float
+    seconds: float
     scores: Any = None
     diagnostics: dict[str, Any] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def passes(self) -> float:
-        """Mean passes per step."""
-        return statistics.fmean(record["passes"] for record in self.history if "passes" in record)
 
-    @property
-    def seconds(self) -> float:
-        """Wall time of the steps, over all resumptions and phases; without evaluations and checkpoints."""
-        seconds, last = 0.0, 0
-        for record in self.history:
-            if "images_per_second" in record:
-                images = (record["step"] - last) * self.images_per_step
-                seconds, last = seconds + images / record["images_per_second"], record["step"]
-        return seconds
+def cost(history: Sequence[dict[str, Any]], images_per_step: int) -> tuple[float, float]:
+    """Return the mean passes per step, and the seconds of all steps, in the records of metrics.jsonl."""
+    seconds, last = 0.0, 0
+    trained = [record for record in history if "images_per_second" in record]
+    for record in trained:
+        seconds += (record["step"] - last) * images_per_step / record["images_per_second"]
+        last = record["step"]
+    return statistics.fmean(record["passes"] for record in trained), seconds
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -71,6 +66,11 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
+def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return the runs of each method."""
+    return {name: [run for run in runs if run.method == name] for name in dict.fromkeys(run.method for run in runs)}
+
+
 def table(runs: Sequence[Run], data: Data) -> str:
     """Return one row per method: means over seeds, with sample standard deviations; then what monitors said."""
     attacks = list(runs[0].scores.adversarial)
@@ -82,8 +82,7 @@ def table(runs: Sequence[Run], data: Data) -> str:
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
     ]
-    for method in dict.fromkeys(run.method for run in runs):
-        mine = [run for run in runs if run.method == method]
+    for method, mine in by_method(runs).items():
         cells = [_spread([getattr(run.scores, score) for run in mine]) for score in ("sa", "ra", "hscore")]
         cells += [_spread([run.scores.adversarial[name].accuracy for run in mine]) for name in attacks]
         seconds = statistics.fmean(run.seconds for run in mine)
@@ -95,7 +94,7 @@ def table(runs: Sequence[Run], data: Data) -> str:
 
 
 def save(runs: Sequence[Run], data: Data, options: Namespace) -> None:
-    """Write results.json, report.html and curves.png into the output folder."""
+    """Write results.json and report.html into the output folder."""
     output = options.output
     results = {
         "data": data.name,
@@ -114,8 +113,7 @@ def save(runs: Sequence[Run], data: Data, options: Namespace) -> None:
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     page(runs, data, options, output / "report.html")
-    curves(runs, output / "curves.png")
-    print(f"\nResults: {output / 'results.json'}   to look at: {output / 'report.html'}, {output / 'curves.png'}")
+    print(f"\nResults: {output / 'results.json'}   to look at: {output / 'report.html'}")
 
 
 def diagnose(name: str, method: Any, model: nn.Module, data: Data, options: Namespace) -> dict[str, Any]:
@@ -134,9 +132,7 @@ def diagnose(name: str, method: Any, model: nn.Module, data: Data, options: Name
 
 def page(runs: Sequence[Run], data: Data, options: Namespace, path: Path) -> Path:
     """Write the report: scores over the seeds, what they cost, and some of the test images under each corruption."""
-    methods = {
-        method: [run for run in runs if run.method == method] for method in dict.fromkeys(r.method for r in runs)
-    }
+    methods = by_method(runs)
     seeds = sorted({run.seed for run in runs})
     examples = [data.test[index][0] for index in range(min(4, len(data.test)))]
     facts = {
@@ -162,31 +158,6 @@ def page(runs: Sequence[Run], data: Data, options: Namespace, path: Path) -> Pat
         command=shlex.join(["python", *sys.argv]),
         facts=facts,
     )
-
-
-def curves(runs: Sequence[Run], path: Path) -> None:
-    """Draw training loss and accuracy on the test images of the table over epochs, one colour per method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    methods = list(dict.fromkeys(run.method for run in runs))
-    for run in runs:
-        style = {"color": f"C{methods.index(run.method)}", "alpha": 0.8}
-        label = run.method if run.seed == runs[0].seed else None
-        for axis, key, line in ((axes[0], "main_loss", "-"), (axes[0], "aux_loss", ":"), (axes[1], "accuracy", "-")):
-            points = [(record["epoch"], record[key]) for record in run.history if key in record]
-            if points:
-                axis.plot(*zip(*points, strict=True), line, label=label if line == "-" else None, **style)
-    axes[0].set(xlabel="epoch", ylabel="training loss (dotted: auxiliary)", yscale="log")
-    axes[1].set(xlabel="epoch", ylabel=f"SA on the {runs[0].scores.clean.images:,} test images")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _spread(values: list[float]) -> str:

@@ -15,11 +15,12 @@ from entprop_wrap.cli import models as model_parts
 from entprop_wrap.cli import results
 from entprop_wrap.cli.data import Data, load
 from entprop_wrap.cli.options import run_folder
-from entprop_wrap.cli.phases import fit
 from entprop_wrap.data.augmentation import AugmentedImages
 from entprop_wrap.diagnostics import Monitor
+from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.methods import FastAdvProp, grow
 from entprop_wrap.robustness import PGD, evaluate_robustness
-from entprop_wrap.trainer import TrainerConfig
+from entprop_wrap.trainer import Trainer, TrainerConfig
 from entprop_wrap.wrapping.model import unwrap, wrap
 
 __all__ = ["attacks", "run"]
@@ -31,7 +32,7 @@ def run(options: Namespace) -> None:
     methods = method_parts.build(options)
     settings = config(options)
     for name, method in methods.items():
-        method_parts.phases(name, method, options)
+        phases(name, method, options)
     blueprint = model_parts.find(options)
     data = load(options, blueprint.space, blueprint.size)
     if options.augment != "none":
@@ -79,30 +80,46 @@ def config(options: Namespace) -> TrainerConfig:
 def train(
     name: str, method: Any, model: nn.Module, data: Data, settings: TrainerConfig, options: Namespace
 ) -> tuple[results.Run, nn.Module]:
-    """Train one model; return the record of the run, and the plain model in evaluation mode."""
+    """Train one model; return the record of the run, and the plain model in evaluation mode.
+
+    ME-ADA's data grows between phases, each with a folder, but for the last, and a schedule of its own. A phase that
+    was finished is not trained again when it is resumed; what the data has grown after it is made again.
+    """
     monitor = Monitor() if options.monitor else None
-    phases = method_parts.phases(name, method, options)
-    trainer = fit(
-        model,
-        data.train,
-        data.test,
-        phases=phases,
-        config=settings,
-        resume=options.resume,
-        method=method,
-        pixel_space=data.space,
-        monitor=monitor,
-    )
+    output, images = Path(settings.output_dir), data.train
+    lengths = phases(name, method, options)
+    for number, epochs in enumerate(lengths, start=1):
+        last = number == len(lengths)
+        own = replace(settings, epochs=epochs, output_dir=output if last else output / f"phase{number}")
+        trainer = Trainer(model, images, data.test, method=method, pixel_space=data.space, config=own, monitor=monitor)
+        trainer.fit(resume=options.resume)
+        if not last:
+            images = grow(model, images, pixel_space=data.space, workers=own.workers, progress=own.progress)
     found = {}
     if method.auxiliaries:
         if settings.seed == options.seed and accelerate.PartialState().num_processes == 1:
             found = results.diagnose(name, method, trainer.model.eval(), data, options)
         unwrap(trainer.model)
-    history = results.read_history(Path(settings.output_dir))
-    images_per_step = settings.batch_size * accelerate.PartialState().num_processes
+    history = results.read_history(output)
+    passes, seconds = results.cost(history, settings.batch_size * accelerate.PartialState().num_processes)
     warnings = monitor.warnings if monitor else {}
-    one = results.Run(name, settings.seed, history, images_per_step, diagnostics=found, warnings=warnings)
+    one = results.Run(name, settings.seed, passes, seconds, diagnostics=found, warnings=warnings)
     return one, trainer.model.eval()
+
+
+def phases(name: str, method: Any, options: Namespace) -> tuple[int, ...]:
+    """Return the epochs of each phase of training, after each of which the data grows: one, but for ME-ADA.
+
+    For CIFAR it was published with three, of which the first two take a tenth each.
+    """
+    if options.equal_cost and isinstance(method, FastAdvProp):
+        return (method.equal_cost_epochs(options.epochs),)
+    if name != "me_ada_growth":
+        return (options.epochs,)
+    every = max(1, options.epochs // 10)
+    if options.epochs <= 2 * every:
+        raise ConfigurationError(f"{name} trains in three phases, found {options.epochs} epochs: choose more epochs.")
+    return every, every, options.epochs - 2 * every
 
 
 def attacks(epsilon: float | None) -> dict[str, Any]:

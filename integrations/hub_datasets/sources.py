@@ -42,7 +42,7 @@ def _open_path(name: str, load_options: dict[str, Any], notes: list[str]) -> Any
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
-            raise DataError(f"Expected a folder or a Hub id, found {name!r}, which does not exist.")
+            raise DataError(f"Expected a folder or a Hub id, found {name!r}, which is not a folder.")
         return datasets.load_dataset(name, **load_options)
     if not load_options:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():

@@ -40,14 +40,13 @@ class Done:
 
 @pytest.fixture
 def train(capfd, monkeypatch):
-    """Return a function that runs the command in this process; figures, which take the longest, only if ``drawn``."""
+    """Return a function that runs the command in this process; the page, which takes the longest, only if ``drawn``."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    figures = {name: getattr(results, name) for name in ("page", "curves")}
+    page = results.page
 
     def call(*arguments, output, drawn=False):
-        for name, draw in figures.items():
-            monkeypatch.setattr(results, name, draw if drawn else lambda *_: None)
+        monkeypatch.setattr(results, "page", page if drawn else lambda *_: None)
         capfd.readouterr()
         code = 0
         try:
@@ -108,7 +107,6 @@ def test_digits_with_and_without_entprop(train, tmp_path):
     for run in found.values():
         sa, ra = run["sa"], run["ra"]
         assert run["hscore"] == pytest.approx(2 * sa * ra / (sa + ra) if sa + ra else 0)
-    assert (output / "curves.png").stat().st_size > 5000
     assert "Hscore" in (output / "report.html").read_text()
     weights = load_file(output / "entprop-seed0" / "model" / "model.safetensors")
     assert not [key for key in weights if "entprop" in key]
@@ -129,18 +127,16 @@ def loaded(printed, classes):
 
 def test_an_image_folder_with_a_timm_model(train, tmp_path, folder):
     output = tmp_path / "out"
-    (folder / "grey").mkdir()
     arguments = ["--dataset", folder, "--model", "test_vit", "--image-size", 160]
     more = ["--set", "attack_steps=2", "fraction=0.5", "epsilon=4/255", "mix=cutmix", "--methods", "entprop"]
     done = train(*arguments, *more, *QUICK, output=output)
     assert done.code == 0, done.out
     assert runs(output)["entprop"]["passes_per_step"] == 2
     assert done.out.count("the 2 classes are the names of folders") == 1  # each note once
-    assert "note: empty and left out: 'grey'" in done.out
     loaded(done.out, 2)
 
 
-def test_curves_and_table_are_of_the_same_images(train, tmp_path, folder):
+def test_metrics_and_table_are_of_the_same_images(train, tmp_path, folder):
     done = train("--dataset", folder, "--methods", "vanilla", *QUICK[:-2], "--batch-size", 8, output=tmp_path)
     assert done.code == 0, done.out
     lines = [json.loads(line) for line in (tmp_path / "vanilla-seed0" / "metrics.jsonl").read_text().splitlines()]
@@ -225,21 +221,11 @@ def test_data_that_is_not_there(train, tmp_path, folder, monkeypatch):
         return done.code
 
     (tmp_path / "empty").mkdir()
-    assert "the folder is empty" in refused("empty", "--seed", 1)
-    assert "found a file" in refused("images/dark/0.png", "--seed", 1)
+    assert "doesn't contain any data files" in refused("empty", "--seed", 1)
+    assert "which is not a folder" in refused("images/dark/0.png", "--seed", 1)
     monkeypatch.chdir(tmp_path)
     expected = f"there is no such folder ({tmp_path / 'imags'}). Did you mean 'images'? It was taken for a Hub id,"
     assert expected in refused("imags")
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    asked = []
-
-    def unreachable(self, name, **_):
-        asked.append(name)
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
-    assert "the Hub was not reached (ConnectionError: no route)" in refused("flowerz")
-    assert asked == ["flowerz"]
 
 
 def test_every_method_by_name(train, tmp_path, folder):
@@ -409,7 +395,7 @@ def test_every_field_can_be_set():
     for name, method in built("--weights", "any", names=METHODS).items():
         reached = {field.partition(".")[0] for field in method_parts.settable(name, method)}
         left = {field.name for field in fields(method)} - reached - set(method_parts.FIXED.get(name, ()))
-        assert left <= {"auxiliary", "branches", "weight"[: 6 * (name == "fine_grained_advprop")]}, name
+        assert left <= {"auxiliary", "branches"}, name
 
 
 def test_the_preset_takes_what_is_not_its_own():
