@@ -30,16 +30,8 @@ class Batches:
     Training data is shuffled, incomplete batches are left out, and all processes have the same number of them.
     Evaluation data keeps its order, and processes short of a batch get the first one again.
 
-    Args:
-        data: A map-style dataset, or a DataLoader over one, of which everything is used but its seed.
-        batch_size: Images per batch and process, for datasets.
-        workers: Loading processes, for datasets.
-        training: Whether to train or to evaluate on the data.
-        name: Name of the data in messages.
-        seed: Seed of order and augmentation.
-        process: Index of this process.
-        processes: Number of processes.
-        device: Where batches go.
+    ``data`` is a map-style dataset, to which ``batch_size`` and ``workers`` apply, or a DataLoader over one, of which
+    everything is used but its seed. ``name`` is what messages call it.
 
     Attributes:
         number: Batches of this process, not counting repetitions.

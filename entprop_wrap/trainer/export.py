@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -32,8 +30,8 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 def export_model(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write ``weights`` as a model of the class of ``model`` into ``folder``, file by file in one go each.
 
-    A Hugging Face model is written by its own ``save_pretrained``. Of others there is ``model.safetensors`` under the
-    model's own keys, and a ``model.json`` that names the class and says how to load. Other files in ``folder`` stay.
+    A Hugging Face model is written by its own ``save_pretrained``, others to ``model.safetensors`` under their own keys.
+    Other files in ``folder`` stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".partial"
@@ -44,15 +42,6 @@ def export_model(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) 
         save(partial, state_dict=dict(weights))
     else:
         save_weights(weights, partial / "model.safetensors")
-        kind = type(model)
-        card = {
-            "class": f"{kind.__module__}.{kind.__qualname__}",
-            "parameters": sum(weights[name].numel() for name, _ in model.named_parameters() if name in weights),
-            "torch": torch.__version__,
-            "load": "model = ...  # as it was built for training; then\n"
-            "model.load_state_dict(safetensors.torch.load_file('model.safetensors'))",
-        }
-        (partial / "model.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     for file in sorted(partial.iterdir()):
         os.replace(file, folder / file.name)
     partial.rmdir()

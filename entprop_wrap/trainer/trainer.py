@@ -253,8 +253,7 @@ class Trainer:
     def export(self, folder: str | Path) -> None:
         """Write the plain model, of the moving average if there is one, so that it loads without this package.
 
-        Hugging Face models are written by ``save_pretrained``; of others there is ``model.safetensors`` and a
-        ``model.json`` that says how to load it.
+        Hugging Face models are written by ``save_pretrained``, others to ``model.safetensors``.
         """
         average = self._state.average
         if self.accelerator.distributed_type == DistributedType.FSDP:
