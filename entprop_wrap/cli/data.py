@@ -105,7 +105,7 @@ def images(options: Namespace, space: PixelSpace, size: int) -> Data:
         raise DataError(f"--dataset {options.dataset}:{taken} {str(error).strip() or type(error).__name__}") from error
     finally:
         logger.setLevel(level)
-    for note in (*data.notes, *untested(data)):
+    for note in data.notes:
         say(note)
     found = Data(options.dataset.rstrip("/").rsplit("/", 1)[-1], data.classes, data.train, data.eval, space)
     if options.in_memory:
@@ -120,14 +120,3 @@ def _taken_for_an_id(name: str) -> str:
     near = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
     guess = did_you_mean(path.name, [*near, DIGITS])
     return f" there is no such folder ({path.absolute()}).{guess} It was taken for a Hub id, and not found:"
-
-
-def untested(data: Any) -> list[str]:
-    """Return a note where classes have no test images."""
-    there = set(data.eval.labels.tolist())
-    missing = [name for index, name in enumerate(data.classes) if index not in there]
-    return [f"classes without test images, so that nothing is known of them: {_some(missing)}"] if missing else []
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -146,6 +146,9 @@ def load_images(
     train, evaluate = _limited(train, max_train, seed, notes), _limited(evaluate, max_eval, seed, notes)
     if on_broken == "skip":
         train, evaluate = _readable(train, notes), _readable(evaluate, notes)
+    there = set(evaluate.labels.tolist())
+    if untested := [name for index, name in enumerate(label_map.classes) if index not in there]:
+        notes.append(f"classes without images to evaluate on, so that nothing is known of them: {some(untested)}")
     for note in notes:
         logger.warning("%s: %s", path_or_name if isinstance(path_or_name, str) else "data", note)
     data = ImageData(train, evaluate, label_map.classes, tuple(notes))

@@ -195,7 +195,7 @@ def test_a_class_without_test_images_is_named(train, tmp_path, folder):
         image.rename(target / image.name)
     done = train("--dataset", place, "--methods", "vanilla", *QUICK, output=tmp_path / "out")
     assert done.code == 0, done.out
-    assert "note: classes without test images, so that nothing is known of them: 'light'" in done.out
+    assert "note: classes without images to evaluate on, so that nothing is known of them: 'light'" in done.out
 
 
 def test_a_table_of_labels_by_the_name_of_its_column(train, tmp_path, folder):

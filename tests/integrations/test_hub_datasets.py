@@ -123,7 +123,7 @@ ROWS = table(LABELS, NAMES)
 @pytest.mark.parametrize(
     ("source", "options", "error", "message"),
     [
-        ("/no/such/folder", {}, DataError, "does not exist"),
+        ("/no/such/folder", {}, DataError, "is not a folder"),
         (torch.utils.data.TensorDataset(torch.zeros(1)), {}, DataError, "found TensorDataset"),
         ({"train": [1, 2]}, {}, DataError, "'train': 'list'"),
         (
@@ -269,7 +269,7 @@ def test_labels_of_both_splits_have_one_numbering(train, test, options, classes,
 
 
 def test_what_was_decided_about_labels_is_said(caplog):
-    assert load_images(pair(table([1, 0, 2]), test=table([2]))).notes == ()
+    assert load_images(pair(table([1, 0, 2]), test=table([2, 1, 0]))).notes == ()
     load_images(pair(table([7, 1, 30, 7]), test=table([30])))
     assert "labels 1, 7, 30 were renumbered 0..2 in this order" in caplog.text
     load_images(pair(table([0, 2], NAMES3), test=table([1], NAMES3)))
