@@ -30,7 +30,7 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 def export_model(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write ``weights`` as a model of the class of ``model`` into ``folder``, file by file in one go each.
 
-    A Hugging Face model is written by its own ``save_pretrained``, others to ``model.safetensors`` under their own keys.
+    A Hugging Face model is written by its own ``save_pretrained``, others to ``model.safetensors`` by their own keys.
     Other files in ``folder`` stay.
     """
     folder.mkdir(parents=True, exist_ok=True)

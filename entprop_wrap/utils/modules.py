@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -122,3 +123,16 @@ def refuse_wrapping(model: nn.Module) -> None:
 
 def _is_fsdp2(module: nn.Module) -> bool:
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+@contextmanager
+def replaced(values: dict[str, Any], key: str, value: Any) -> Iterator[None]:
+    """Give a dictionary, such as ``vars(object)``, another value inside the with-block; the order of keys stays."""
+    missing, before = key not in values, values.get(key)
+    values[key] = value
+    try:
+        yield
+    finally:
+        values[key] = before
+        if missing:
+            del values[key]

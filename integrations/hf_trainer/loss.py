@@ -19,8 +19,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from entprop_wrap.errors import ConfigurationError, EntPropError, LabelError, UnsupportedModelError
 from entprop_wrap.functional.losses import mean_by_construction
-from entprop_wrap.integrations.stand_ins import StandIn, replaced
-from entprop_wrap.utils.modules import plain_model
+from entprop_wrap.utils.modules import plain_model, replaced
 
 __all__ = ["TrainerLoss"]
 
@@ -216,13 +215,26 @@ class _ModelOnImages(nn.Module):
         return own.run(self._orig_mod, inputs, len(images), self.labels) if own else self._orig_mod(**inputs)
 
 
-class _Logits(StandIn):
-    """Stands in for the model while the Trainer computes a loss: it returns ``logits``, whatever goes in."""
+class _Logits(nn.Module):
+    """Stands in for the model while the Trainer computes a loss: it returns ``logits``, whatever goes in.
+
+    It has the model's attributes, and counts its ``calls``.
+    """
 
     def __init__(self, model: nn.Module, logits: Tensor, labels_name: str, by_items: bool) -> None:
-        super().__init__(model)
-        self.logits, self.labels_name, self.by_items = logits, labels_name, by_items
+        super().__init__()
+        self.__dict__["stands_for"] = model
+        self.logits, self.labels_name, self.by_items, self.calls = logits, labels_name, by_items, 0
         self.own_loss: Tensor | None = None  # that the model would have computed itself, given labels
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["stands_for"], name)
+
+    def _get_name(self) -> str:
+        return type(plain_model(self.__dict__["stands_for"])).__name__
 
     def forward(self, *args: Any, **inputs: Any) -> ImageClassifierOutput:
         """Return the logits, and the model's own kind of loss if there are labels."""

@@ -23,14 +23,14 @@ from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, Pass
-from entprop_wrap.integrations.lightning.stand_ins import LogitsOf, ModelInContext, already_done, stand_in
+from entprop_wrap.integrations.lightning.stand_ins import KnownOutput, ModelInContext, already_done
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, check_method
 from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
 from entprop_wrap.methods.step_loss import asked
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.training import training_step
-from entprop_wrap.utils.modules import plain_model
+from entprop_wrap.utils.modules import plain_model, replaced
 from entprop_wrap.wrapping.model import ensure_wrapped, is_wrapped, unwrap
 from entprop_wrap.wrapping.norm_layers import Selector
 from entprop_wrap.wrapping.optimizer import check_optimizer
@@ -212,18 +212,23 @@ class _Fit:
         """Run the module's own step on the logits of the main pass, and ``check`` that its loss is the one trained."""
         batch = _first_rows(batch, len(output.logits))
         images, labels = _read_batch(batch)
-        replacement = LogitsOf(self.classifier, images, self.model.in_its_form(output.logits))
+        known = KnownOutput(type(plain_model(self.classifier)).__name__, images, self.model.in_its_form(output.logits))
         index = [batch_idx] if is_param_in_hook_signature(own.training_step, "batch_idx", min_args=2) else []
-        with torch.no_grad(), stand_in(self.module, self.name, replacement):
+        # A compiled model would be compiled anew in each step.
+        with (
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            replaced(vars(self.classifier), "forward", known),
+        ):
             result = own.training_step(batch, *index)
             targets = labels if labels.is_floating_point() else labels.long()
             expected = self.loss(output.logits, targets) if check else None
         loss = result.get("loss") if isinstance(result, Mapping) else result
         where = f"training_step of {self.former.__name__}"
-        if replacement.calls != 1:
+        if known.calls != 1:
             what = "forward()" if self.name == "self" else repr(self.name)
             raise UnsupportedModelError(
-                f"{where} called {what} {replacement.calls} times, expected once. If another part turns images into "
+                f"{where} called {what} {known.calls} times, expected once. If another part turns images into "
                 "logits, write EntPropLightningCallback(..., model=<its name>)."
             )
         if not isinstance(loss, Tensor) or loss.ndim:

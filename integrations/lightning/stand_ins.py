@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.errors import UnsupportedModelError
-from entprop_wrap.integrations.stand_ins import StandIn, replaced
 
-__all__ = ["LogitsOf", "ModelInContext", "NamedLogits", "already_done", "stand_in"]
+__all__ = ["KnownOutput", "ModelInContext", "NamedLogits", "already_done"]
 
 
 class ModelInContext(nn.Module):
@@ -49,39 +48,29 @@ class NamedLogits(dict[str, Tensor]):
         return super().__getitem__("logits" if key == 0 else key)
 
 
-class LogitsOf(StandIn):
-    """Stands in for a model whose ``output`` on ``images`` is known."""
+class KnownOutput:
+    """A ``forward`` of a model whose ``output`` on ``images`` is known; it counts its ``calls``."""
 
-    def __init__(self, model: Any, images: Tensor, output: Any) -> None:
-        super().__init__(model)
-        self.__dict__.update(images=images, output=output)
+    def __init__(self, name: str, images: Tensor, output: Any) -> None:
+        self.name, self.images, self.output = name, images, output
+        self.calls = 0
 
-    def forward(self, *args: Any, **inputs: Any) -> Any:
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
         """Return the known output; raise if the images are others, or the model is to compute a loss."""
         self.calls += 1
         if inputs.get("labels") is not None:
             raise UnsupportedModelError(
-                f"training_step lets {self._get_name()} compute the loss, which is impossible for mixed or selected "
-                "images. Write torch.nn.functional.cross_entropy(self.model(images).logits, labels)."
+                f"training_step lets {self.name} compute the loss, which is impossible for mixed or selected images. "
+                "Write torch.nn.functional.cross_entropy(self.model(images).logits, labels)."
             )
-        given = args[0] if args else next(iter(inputs.values()), None)
-        images = self.__dict__["images"]
-        if given is not images and not (
-            isinstance(given, Tensor) and given.dtype == images.dtype and torch.equal(given, images)
-        ):
+        given, known = args[0] if args else next(iter(inputs.values()), None), self.images
+        same = isinstance(given, Tensor) and given.dtype == known.dtype and torch.equal(given, known)
+        if given is not known and not same:
             raise UnsupportedModelError(
-                f"training_step gives {self._get_name()} other images than the batch holds. Change them before, in the "
+                f"training_step gives {self.name} other images than the batch holds. Change them before, in the "
                 "dataset or in the module's on_after_batch_transfer."
             )
-        return self.__dict__["output"]
-
-
-def stand_in(module: nn.Module, name: str, replacement: LogitsOf) -> Any:
-    """Put ``replacement`` in the place of the part ``name`` of ``module``, or of its forward if that is ``"self"``."""
-    if name == "self":  # where Lightning has put a forward of its own under DDP
-        return replaced(vars(module), "forward", replacement.forward)
-    path, _, last = name.rpartition(".")
-    return replaced(module.get_submodule(path)._modules, last, replacement)
+        return self.output
 
 
 class _AlreadyDone(torch.autograd.Function):
