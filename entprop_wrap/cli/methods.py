@@ -28,6 +28,7 @@ from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 
 def weak_and_strong(one: AdvProp) -> FineGrainedAdvProp:
     """Return AdvProp with two attacks: a quarter of its epsilon in one step, and its own."""
+    assert isinstance(one.attack, PGD)
     epsilon = one.attack.epsilon / 4
     branches = {"weak": PGD(epsilon, steps=1, step_size=epsilon, random_start=False), "strong": one.attack}
     return FineGrainedAdvProp(branches, one.weight, one.targeted, one.attack_statistics)
