@@ -6,7 +6,7 @@
 
 The floor is the same passes written bare on the plain model: one pass of the batch with the gradient of the images,
 n - 1 pixel-gradient passes of k|B| images, one training pass of k|B| images; no mixing, selection, checks or switching.
-Of the lagged step it is one pass of as many images, without a gradient of the images.
+Of the lagged step it is one pass of as many images, with their gradient.
 Everything is timed in one run, interleaved, and compared pair by pair, so that the machine's moods cancel. The formula
 is the paper's count of passes, 1 + k n, which is not time: a pass of few images costs more than its share.
 """
@@ -159,7 +159,7 @@ def floor(model, images, labels, method):
     if method.lagged:
         rows = range(len(images) + (0 if method.equal_budget else number))
         rows = torch.tensor([row % len(images) for row in rows], device=images.device)
-        F.cross_entropy(model(images[rows]), labels[rows]).backward()
+        F.cross_entropy(model(images[rows].requires_grad_()), labels[rows]).backward()
         return
     leaf = images.detach().requires_grad_()
     F.cross_entropy(model(leaf), labels).backward()
