@@ -22,7 +22,7 @@ DESCRIPTION = """Train an image classifier with EntProp and without, from the sa
 The first trains on scikit-learn's digits, in a minute or two on a CPU. Every method is trained once per seed, on the
 same data in the same order. The table at the end gives clean accuracy (SA), mean accuracy under corruptions (RA), their
 harmonic mean (Hscore), accuracy under PGD-20 with --attack, the seconds that training took, and passes per step, where
-one pass is forward and backward of one batch. The output folder then holds results.json, report.html, and
+one pass is forward and backward of one batch. The output folder then holds results.json, report.html, curves.png, and
 one folder per run with its checkpoints, its metrics.jsonl and the final model, which loads without entprop_wrap.
 --weights starts from such a model: entropic_retraining needs that, few epochs, and a small learning rate.
 """

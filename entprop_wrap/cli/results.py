@@ -1,4 +1,4 @@
-"""The results: a table, results.json, and a page to look at."""
+"""The results: a table, results.json, a page to look at, and a figure of the learning curves."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Run:
         seed: Its seed.
         passes: Mean passes per step.
         seconds: Wall time of the steps, over all resumptions and phases; without evaluations and checkpoints.
+        history: The records of metrics.jsonl.
         scores: Result of ``evaluate_robustness``.
         diagnostics: Results of ``entprop_wrap.diagnostics`` by title, of the first seed.
         warnings: What the monitor said, by signature.
@@ -40,6 +41,7 @@ class Run:
     seed: int
     passes: float
     seconds: float
+    history: list[dict[str, Any]]
     scores: Any = None
     diagnostics: dict[str, Any] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
@@ -94,7 +96,7 @@ def table(runs: Sequence[Run], data: Data) -> str:
 
 
 def save(runs: Sequence[Run], data: Data, options: Namespace) -> None:
-    """Write results.json and report.html into the output folder."""
+    """Write results.json, report.html and curves.png into the output folder."""
     output = options.output
     results = {
         "data": data.name,
@@ -113,7 +115,8 @@ def save(runs: Sequence[Run], data: Data, options: Namespace) -> None:
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     page(runs, data, options, output / "report.html")
-    print(f"\nResults: {output / 'results.json'}   to look at: {output / 'report.html'}")
+    curves(runs, output / "curves.png")
+    print(f"\nResults: {output / 'results.json'}   to look at: {output / 'report.html'}, {output / 'curves.png'}")
 
 
 def diagnose(name: str, method: Any, model: nn.Module, data: Data, options: Namespace) -> dict[str, Any]:
@@ -158,6 +161,28 @@ def page(runs: Sequence[Run], data: Data, options: Namespace, path: Path) -> Pat
         command=shlex.join(["python", *sys.argv]),
         facts=facts,
     )
+
+
+def curves(runs: Sequence[Run], path: Path) -> None:
+    """Draw training loss and accuracy on the test images of the table over epochs, one colour per method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    methods = list(by_method(runs))
+    for run in runs:
+        style = {"color": f"C{methods.index(run.method)}", "alpha": 0.8}
+        label = run.method if run.seed == runs[0].seed else None
+        for axis, key, line in ((losses, "main_loss", "-"), (losses, "aux_loss", ":"), (accuracies, "accuracy", "-")):
+            points = [(record["epoch"], record[key]) for record in run.history if key in record]
+            if points:
+                axis.plot(*zip(*points, strict=True), line, label=label if line == "-" else None, **style)
+    losses.set(xlabel="epoch", ylabel="training loss (dotted: auxiliary)", yscale="log")
+    accuracies.set(xlabel="epoch", ylabel=f"SA on the {runs[0].scores.clean.images:,} test images")
+    for axis in (losses, accuracies):
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
 
 
 def _spread(values: list[float]) -> str:

@@ -103,7 +103,7 @@ def train(
     history = results.read_history(output)
     passes, seconds = results.cost(history, settings.batch_size * accelerate.PartialState().num_processes)
     warnings = monitor.warnings if monitor else {}
-    one = results.Run(name, settings.seed, passes, seconds, diagnostics=found, warnings=warnings)
+    one = results.Run(name, settings.seed, passes, seconds, history, diagnostics=found, warnings=warnings)
     return one, trainer.model.eval()
 
 

@@ -40,13 +40,14 @@ class Done:
 
 @pytest.fixture
 def train(capfd, monkeypatch):
-    """Return a function that runs the command in this process; the page, which takes the longest, only if ``drawn``."""
+    """Return a function that runs the command in this process; figures, which take the longest, only if ``drawn``."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    page = results.page
+    figures = {name: getattr(results, name) for name in ("page", "curves")}
 
     def call(*arguments, output, drawn=False):
-        monkeypatch.setattr(results, "page", page if drawn else lambda *_: None)
+        for name, draw in figures.items():
+            monkeypatch.setattr(results, name, draw if drawn else lambda *_: None)
         capfd.readouterr()
         code = 0
         try:
@@ -108,6 +109,7 @@ def test_digits_with_and_without_entprop(train, tmp_path):
         sa, ra = run["sa"], run["ra"]
         assert run["hscore"] == pytest.approx(2 * sa * ra / (sa + ra) if sa + ra else 0)
     assert "Hscore" in (output / "report.html").read_text()
+    assert (output / "curves.png").stat().st_size > 5000
     weights = load_file(output / "entprop-seed0" / "model" / "model.safetensors")
     assert not [key for key in weights if "entprop" in key]
     assert loaded(done.out, 10).keys() == weights.keys()
@@ -136,7 +138,7 @@ def test_an_image_folder_with_a_timm_model(train, tmp_path, folder):
     loaded(done.out, 2)
 
 
-def test_metrics_and_table_are_of_the_same_images(train, tmp_path, folder):
+def test_curves_and_table_are_of_the_same_images(train, tmp_path, folder):
     done = train("--dataset", folder, "--methods", "vanilla", *QUICK[:-2], "--batch-size", 8, output=tmp_path)
     assert done.code == 0, done.out
     lines = [json.loads(line) for line in (tmp_path / "vanilla-seed0" / "metrics.jsonl").read_text().splitlines()]

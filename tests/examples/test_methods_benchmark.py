@@ -15,7 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.setattr(results, "page", lambda *_: None)  # figures are what takes the longest
+    for name in ("page", "curves"):  # figures are what takes the longest
+        monkeypatch.setattr(results, name, lambda *_: None)
     return load("benchmarks/methods.py", monkeypatch)
 
 
