@@ -19,6 +19,7 @@ from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import CheckpointError, ConfigurationError
 
 IMAGENET = PixelSpace((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_SEVERAL_HEADS = ("googlenet", "inception_v3")
 
 
 @dataclass
@@ -51,15 +52,7 @@ def find(options: Namespace) -> Blueprint:
     import torchvision
 
     if name in torchvision.models.list_models(module=torchvision.models):
-        weights = "DEFAULT" if options.pretrained else None
-
-        def build(classes: tuple[str, ...]) -> nn.Module:
-            model: nn.Module = torchvision.models.get_model(name, weights=weights)
-            replace_last_linear(model, len(classes))
-            return model
-
-        load = _load("import torchvision", f'torchvision.models.get_model("{name}", num_classes={{classes}})')
-        return Blueprint(build, IMAGENET, options.image_size or 224, load)
+        return of_torchvision(name, options)
     import timm
 
     if not timm.is_model(name):
@@ -96,6 +89,26 @@ def start_from(model: nn.Module, path: Path | None) -> nn.Module:
             f"outputs/train/vanilla-seed0/model. {str(error)[:500]}"
         ) from error
     return model
+
+
+def of_torchvision(name: str, options: Namespace) -> Blueprint:
+    """Return a classifier of torchvision; if pretrained, with published weights but for a head of other classes."""
+    from torchvision.models import get_model
+
+    # Two have further heads, which no method trains, and shift their images where they are pretrained.
+    chosen = {"aux_logits": False, "transform_input": options.pretrained} if name in _SEVERAL_HEADS else {}
+
+    def build(classes: tuple[str, ...]) -> nn.Module:
+        model: nn.Module = get_model(name, num_classes=len(classes), **chosen)
+        if options.pretrained:
+            own, published = model.state_dict(), get_model(name, weights="DEFAULT").state_dict()
+            fitting = {key for key in own.keys() & published.keys() if own[key].shape == published[key].shape}
+            model.load_state_dict({key: (published if key in fitting else own)[key] for key in own})
+        return model
+
+    said = "".join(f", {key}={value}" for key, value in chosen.items())
+    load = _load("import torchvision", f'torchvision.models.get_model("{name}", num_classes={{classes}}{said})')
+    return Blueprint(build, IMAGENET, options.image_size or 224, load)
 
 
 def hub(name: str, options: Namespace) -> Blueprint:
@@ -143,13 +156,6 @@ def repair_keep_probabilities(model: nn.Module) -> None:
             module.p = 1 - module.p
         if isinstance(module, nn.BatchNorm2d) and module.momentum is not None and module.momentum > 0.9:
             module.momentum = 0.1
-
-
-def replace_last_linear(model: nn.Module, classes: int) -> None:
-    """Give a torchvision classifier another number of classes."""
-    name, last = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    parent = model.get_submodule(name.rpartition(".")[0])
-    setattr(parent, name.rpartition(".")[2], nn.Linear(last.in_features, classes))
 
 
 def small_cnn(classes: int, width: int = 16) -> nn.Module:

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from entprop_wrap import EntProp
-from entprop_wrap.cli import command, main, results
+from entprop_wrap.cli import command, main, models, results
 from entprop_wrap.cli import methods as method_parts
 from entprop_wrap.cli import run as run_parts
 from entprop_wrap.cli.options import METHODS, parse
@@ -136,6 +137,25 @@ def test_an_image_folder_with_a_timm_model(train, tmp_path, folder):
     assert runs(output)["entprop"]["passes_per_step"] == 2
     assert done.out.count("the 2 classes are the names of folders") == 1  # each note once
     loaded(done.out, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained"),
+    [("shufflenet_v2_x0_5", False), ("shufflenet_v2_x0_5", True), ("squeezenet1_1", True), ("googlenet", True)],
+)  # the head a linear layer, a convolution, and one of three
+def test_models_of_torchvision(name, pretrained, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where torchvision finds what it has downloaded before
+    published = torchvision.models.get_model(name)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    torch.save(published.state_dict(), tmp_path / "hub" / "checkpoints" / Path(url).name)
+    found = models.find(parse("", ["--dataset", "any", "--model", name, *["--pretrained"] * pretrained]))
+    model = found.build(("cat", "dog"))
+    weights, published = model.state_dict(), published.state_dict()
+    same = [key for key in weights if weights[key].ndim > 1 and torch.equal(weights[key], published[key])]
+    assert len(same) == (sum(value.ndim > 1 for value in weights.values()) - 1 if pretrained else 0)
+    save_file(weights, tmp_path / "model.safetensors")
+    assert loaded("in Python:\n" + found.load.format(folder=tmp_path, classes=2) + "\n", 2).keys() == weights.keys()
 
 
 def test_curves_and_table_are_of_the_same_images(train, tmp_path, folder):
