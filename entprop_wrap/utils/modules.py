@@ -110,7 +110,9 @@ def refuse_wrapping(model: nn.Module) -> None:
             fix = "it copies the model without its copies; use `accelerate launch` or torchrun, one process per GPU"
         elif isinstance(module, nn.parallel.DistributedDataParallel):
             fix = f"write {kind}(entprop.wrap(model)), wrapping before distributing"
-        elif kind in ("FullyShardedDataParallel", "DeepSpeedEngine") or _is_fsdp2(module):
+        elif kind in _NO_STEP:
+            fix = "a step in it would be refused; call entprop.wrap(model) first, then use DDP or FSDP2"
+        elif _is_fsdp2(module):
             fix = "call entprop.wrap(model) first, then shard it"
         elif "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             fix = "write torch.compile(entprop.wrap(model)), wrapping before compiling"

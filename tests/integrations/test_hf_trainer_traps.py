@@ -345,6 +345,29 @@ def test_a_gradient_scaler_leaves_no_trace(clip, tmp_path):
     assert worst(gradients.steps, expected) < 5e-4
 
 
+@pytest.mark.parametrize(
+    ("launched", "found"),
+    [
+        ({"is_deepspeed_enabled": True}, "DeepSpeed"),
+        ({"is_fsdp_enabled": True}, "FSDP"),
+        ({}, "DataParallel over several GPUs"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_before_the_model_is_wrapped(launched, found, tmp_path):
+    class Launched(Trainer):
+        """As it is where its processes, or several GPUs, are there."""
+
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            vars(self).update(launched)
+            self.args._n_gpu = 1 if launched else 2
+
+    model = build("ViT")
+    with pytest.raises(UnsupportedModelError, match=rf"does not work with {found}\. Expected .*DDP"):
+        make(tmp_path, trainer_class=Launched, model=model, callbacks=[callback()])
+    wrap(model)  # it was left alone
+
+
 def test_a_method_class_is_refused():
     with pytest.raises(TypeError, match="EntProp"):
         EntPropCallback(EntProp)

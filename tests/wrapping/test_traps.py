@@ -217,6 +217,26 @@ def test_a_static_graph_is_refused():
         destroy_process_group()
 
 
+class DeepSpeedEngine(nn.Module):
+    """In the form of DeepSpeed's, which is known by its name: the package itself is large, and wants a GPU."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_deepspeed_is_refused():
+    plain, model = _conv_net(), entprop.wrap(_conv_net())
+    with pytest.raises(UnsupportedModelError, match=r"is a DeepSpeedEngine: .* use DDP or FSDP2"):
+        entprop.wrap(DeepSpeedEngine(plain))
+    assert _is_untouched(plain)
+    images, labels = torch.rand(8, 3, 8, 8), torch.arange(8) % 5
+    for engine in (DeepSpeedEngine(model), torch.compile(DeepSpeedEngine(model), backend="eager")):
+        with pytest.raises(UnsupportedModelError, match=r"DeepSpeed steps its engine.*DDP or FSDP2.*fully_shard"):
+            entprop.training_step(engine, images, labels)
+    assert int(model[1].num_batches_tracked) == 0
+
+
 def test_replicating_for_data_parallel():
     model = entprop.wrap(toy())
     with pytest.raises(UnsupportedModelError, match="accelerate launch"):
@@ -302,6 +322,24 @@ def test_a_norm_used_twice():
     assert_same(observed_pass(model, output), expected)
     assert model.norm.entprop_aux.num_batches_tracked == 2
     assert model.norm.num_batches_tracked == 0
+
+
+def test_a_norm_in_evaluation_mode_is_so_in_every_domain():
+    plain, model = toy("batch"), entprop.wrap(toy("batch"))
+    perturb(model)
+    for each in (plain, model):
+        each.blocks[0].inner.eval()
+    before, batch = snapshot(model), rows()
+    for auxiliary, tensors in ((None, None), ("aux", auxiliary_tensors(model))):
+        expected = expected_pass(plain, batch, tensors)
+        model.zero_grad()
+        with entprop.auxiliary(model, auxiliary):
+            output = model(batch)
+        loss_of(output, batch).backward()
+        assert_same(observed_pass(model, output, auxiliary), expected)
+    moved = changed(model, before)
+    assert not any(name.startswith("blocks.0.inner.") for name in moved)
+    assert any(name.startswith("blocks.1.inner.entprop_aux.") for name in moved)
 
 
 def test_norms_that_share_a_weight_go_on_sharing():
