@@ -5,7 +5,10 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.utils import DistributedType
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
@@ -481,6 +484,63 @@ def test_launcher_and_configuration_must_agree(tmp_path, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works there")
 def test_fp16_on_the_cpu(tmp_path):
     refused(ConfigurationError, "write 'bf16' or 'no'", tmp_path, mixed_precision="fp16")
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_deepspeed_and_megatron_are_refused(tmp_path, monkeypatch, kind):
+    class Launched(Accelerator):
+        """As one of their processes has it; the packages themselves want a GPU."""
+
+        def __init__(self, **options):
+            super().__init__(**options)
+            monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", kind)
+
+    monkeypatch.setattr("entprop_wrap.trainer.accelerator.Accelerator", Launched)
+    refused(UnsupportedModelError, f"{kind.value} steps inside backward.*Choose DDP or FSDP2", tmp_path)
+
+
+@pytest.fixture
+def fp16(monkeypatch):
+    """Return a function that has Accelerate do on the CPU what it does on a GPU under fp16, with this first scale."""
+
+    def use(scale):
+        class Scaled(Accelerator):
+            def __init__(self, **options):
+                super().__init__(**options)
+                monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
+                self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
+
+        monkeypatch.setattr("entprop_wrap.trainer.accelerator.Accelerator", Scaled)
+
+    return use
+
+
+def test_fp16_scales_and_is_close_to_float32(tmp_path, fp16):
+    options = {"epochs": 1, "optimizer": "sgd", "learning_rate": 0.3}  # with which a wrong scale shows
+    trainer(tmp_path / "full", make(BatchNormNet, dropout=0.0), **options).fit()
+    fp16(2.0**10)
+    run = trainer(tmp_path / "half", make(BatchNormNet, dropout=0.0), **options)
+    types = []
+    run.model.fc.register_forward_hook(recording(types))
+    run.fit()
+    assert set(types) == {torch.float16}
+    assert run.accelerator.scaler.get_scale() == 2.0**10
+    full, half = ([line["loss"] for line in lines(tmp_path / name, "train")] for name in ("full", "half"))
+    assert half == pytest.approx(full, rel=0.02)
+
+
+def test_an_fp16_step_that_overflows_is_skipped_and_its_scale_is_resumed(tmp_path, fp16):
+    fp16(2.0**100)  # far too much for the first step, and for the next
+    run = trainer(tmp_path / "a", method=Vanilla(), epochs=1, ema_decay=0.5, save_every_steps=2, keep_last=None)
+    before = [parameter.detach().clone() for parameter in run.model.parameters()]
+    run.fit()
+    assert run.accelerator.scaler.get_scale() == 2.0**96
+    assert all(map(torch.equal, before, run.model.parameters()))
+    assert run._state.average.n_averaged == 0
+    assert len({line["learning_rate"] for line in lines(tmp_path / "a", "train")}) == 1  # the schedule waits
+    again = trainer(tmp_path / "b", method=Vanilla(), epochs=1, ema_decay=0.5, save_every_steps=2, keep_last=None)
+    again.fit(resume=tmp_path / "a" / "checkpoints" / "step-00000002")
+    assert again.accelerator.scaler.get_scale() == 2.0**96
 
 
 def test_errors_of_the_step_come_through(tmp_path):
