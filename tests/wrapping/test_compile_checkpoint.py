@@ -45,6 +45,17 @@ def _check(model, output, expected, auxiliary, tolerance=1e-9):
 # Checkpointing
 
 
+def test_functional_call_is_silently_wrong_here():
+    """Why the switch is not made of it: a recomputation reads the model's own tensors again."""
+    found = {}
+    for mode in ("none", "plain"):
+        plain = toy("layer", mode)
+        tensors = {name: 2 * value.detach() for name, value in plain.named_parameters() if "outer" in name}
+        loss_of(torch.func.functional_call(plain, tensors, (rows(),)), rows()).backward()
+        found[mode] = plain.stem.weight.grad
+    assert not torch.allclose(found["plain"], found["none"], rtol=0.01)
+
+
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 @pytest.mark.parametrize("mode", MODES)
 def test_backward_inside_the_block_after_it_or_inside_another(mode, norm):

@@ -105,6 +105,11 @@ def _freeze_the_first(model):
         parameter.requires_grad = False
 
 
+def _freeze_the_layer(model):
+    norm = next(m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)))
+    norm.requires_grad_(False)
+
+
 def _filtered(model):
     tuning = pytest.importorskip("lightning.pytorch.callbacks").BaseFinetuning
     chosen = list(tuning.filter_params(model, train_bn=False))
@@ -122,6 +127,7 @@ DECIDERS = {
     "Lightning filter": _filtered,
     "freezing by class": _frozen(_freeze_batch_norm),
     "freezing one layer": _frozen(_freeze_the_first),
+    "freezing the layer": _frozen(_freeze_the_layer),
     "freezing by module": _frozen(lambda model: next(iter(model.children())).requires_grad_(False)),
 }
 
@@ -175,6 +181,18 @@ def test_recalibration_leaves_the_statistics_of_the_copies():
     torch.optim.swa_utils.update_bn([torch.randn(4, 3, 32, 32)], model)
     assert torch.equal(model.bn1.entprop_aux.running_mean, before)
     assert model.bn1.num_batches_tracked == 1
+
+
+def test_a_parameter_frozen_by_its_full_name_leaves_its_copy_training():
+    model = entprop.wrap(copy.deepcopy(NETS["batch norm"]()))
+    model.get_parameter("bn1.weight").requires_grad_(False)
+    assert model.bn1.entprop_aux.weight.requires_grad
+    optimizer = torch.optim.SGD(entprop.parameter_groups(model, 0.0), lr=0.1)
+    before = model.bn1.weight.clone()
+    entprop.training_step(model.train(), torch.rand(40, 3, 32, 32), torch.arange(40) % 5)
+    optimizer.step()
+    assert torch.equal(model.bn1.weight, before)
+    assert not torch.equal(model.bn1.entprop_aux.weight, before)
 
 
 def test_a_copy_frozen_by_itself():

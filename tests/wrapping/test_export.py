@@ -1,6 +1,8 @@
 """Export, tracing and surgery: after ``unwrap`` everything works as on a plain model, and the main path before."""
 
+import copy
 import io
+import sys
 
 import pytest
 import torch
@@ -93,6 +95,36 @@ def test_fusing_after_unwrap():
     images = torch.randn(2, 3, 8, 8)
     fused = torch.nn.utils.fuse_conv_bn_eval(model[0], model[1])
     torch.testing.assert_close(fused(images), model(images))
+
+
+def _calls(model, images):
+    """Return every function, of Python or C, that one pass calls, in order."""
+    called = []
+
+    def note(frame, event, function):
+        if event in ("call", "c_call"):
+            code = frame.f_code
+            called.append((code.co_filename, code.co_name) if event == "call" else function.__qualname__)
+
+    model(images)  # what is made in a first pass
+    sys.setprofile(note)
+    try:
+        model(images)
+    finally:
+        sys.setprofile(None)
+    return called
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_unwrapped_model_costs_what_it_cost_before(name):
+    """Every call of a pass, and so its time, is that of a model that was never wrapped."""
+    architecture = next(a for a in ARCHITECTURES if a.name == name)
+    plain = architecture.build().eval()
+    model = entprop.wrap(copy.deepcopy(plain))
+    images = architecture.images()
+    assert len(_calls(model, images)) > len(_calls(plain, images))
+    assert _calls(entprop.unwrap(model), images) == _calls(plain, images)
+    assert torch.equal(logits_of(model(images)), logits_of(plain(images)))
 
 
 def test_an_unwrapped_model_saves_without_this_package():
