@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,18 @@ def test_the_methods_that_the_readme_names_are_where_it_says():
     names = re.findall(r"`([A-Z]\w+)`", sentence)
     assert len(names) == 5
     exec(f"from entprop_wrap.methods import AdvProp, {', '.join(names)}", {})
+
+
+def test_the_readme_prints_what_its_comments_say(after):
+    page, text = after(ROOT / "README.md"), (ROOT / "README.md").read_text()
+    assert f"# {', '.join(page['out'].metrics())}\n" in text
+    summary = entprop.summary(entprop.wrap(torchvision.models.resnet18(num_classes=4)))
+    assert f"print(entprop.summary(model))  # {summary}\n" in text
+
+
+def test_the_extras_of_the_readme_are_those_of_the_package():
+    names = re.search(r"the extras are ([^.]*)\.", (ROOT / "README.md").read_text())[1]
+    assert {*re.findall("`([a-z]+)`", names), "dev", "docs"} == set(metadata("entprop-wrap").get_all("Provides-Extra"))
 
 
 def test_the_readme_saves_plain_models(after):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,18 @@ from entprop_wrap.cli import main
 from entprop_wrap.cli.options import parse
 
 ROOT = Path(__file__).parents[2]
+#: What the extras bring.
+EXTRA = (
+    "datasets",
+    "jinja2",
+    "lightning",
+    "matplotlib",
+    "pyautoattack",
+    "sklearn",
+    "timm",
+    "torchvision",
+    "transformers",
+)
 
 
 @pytest.mark.parametrize(
@@ -74,11 +87,21 @@ def test_help_imports_nothing_heavy(command):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_every_public_name_is_there_though_none_is_imported_before_it_is_asked_for():
+def test_the_command_is_installed():
+    (installed,) = entry_points(group="console_scripts", name="entprop-train")
+    assert installed.load() is main
+
+
+def test_the_library_alone_has_every_public_name_and_takes_a_step_and_imports_nothing_before_it_is_asked_for():
     code = (
-        "import sys, entprop_wrap; early = 'torch' in sys.modules\n"
+        f"import sys; sys.modules.update(dict.fromkeys({EXTRA}))\n"  # which Python then does not find
+        "import entprop_wrap; early = 'torch' in sys.modules\n"
         "assert all(hasattr(entprop_wrap, name) for name in entprop_wrap.__all__)\n"
         "assert set(entprop_wrap.__all__) <= set(dir(entprop_wrap)) and not hasattr(entprop_wrap, 'AdvProp')\n"
+        "import torch\n"
+        "layers = torch.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(12, 2)\n"
+        "model = entprop_wrap.wrap(torch.nn.Sequential(*layers))\n"
+        "entprop_wrap.training_step(model, torch.rand(40, 3, 2, 2), torch.arange(40) % 2)\n"
         "print(early, entprop_wrap.errors.EntPropError.__name__, sorted(entprop_wrap.__all__) == entprop_wrap.__all__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -1,6 +1,8 @@
 """Each example, run as a user runs it, on tiny data."""
 
+import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 import transformers
 from PIL import Image
 
-from tests.helpers.in_process import run_script
+from tests.helpers.in_process import ROOT, run_script
 
 
 def run(folder, name, *arguments, exitcode=0):
@@ -44,6 +46,11 @@ def model(tmp_path):
     transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "model")
     transformers.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+def test_every_example_is_run():
+    run_here = set(re.findall(r'"(\w+\.py)"', Path(__file__).read_text()))
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == run_here | {"train.py"}  # in tests/cli
 
 
 def test_wrap_hub_model(tmp_path, model):

@@ -1,11 +1,13 @@
 """benchmarks/recipes.py on tiny settings: runs are done once, suites are added to them, and tables pair the seeds."""
 
+import argparse
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
-from tests.helpers.in_process import call, load
+from tests.helpers.in_process import ROOT, call, load
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 
@@ -59,6 +61,19 @@ def test_differences_are_paired_by_seed(benchmark):
     # Two pairs: 1 and 3 points, t(0.975, 1) = 12.706.
     assert line.count("+2.0 ± 12.7") == 3
     assert "| 3 |" in line
+
+
+def test_the_page_says_what_the_runs_say_and_the_readme_what_the_page_says(benchmark):
+    options = argparse.Namespace(versus="vanilla", explore=False)
+    page, readme = ((ROOT / name).read_text() for name in ("docs/recipes.md", "README.md"))
+    runs = benchmark.Runs(ROOT / "benchmarks" / "recipes" / "runs.jsonl")
+    assert f"<!-- recipes -->\n{benchmark.tables(runs, options).rstrip()}\n<!-- /recipes -->" in page
+    measured = readme.partition("## What was measured")[2].partition("Digits:")[0]
+    rows = re.findall(r"^\| .*?(\| \d .*) \| [\d.]+ \|$", measured, re.MULTILINE)
+    assert len(rows) == 7
+    for row in rows:  # the number of seeds, and four scores or differences
+        seeds, numbers = row.split(" | ", 1)
+        assert re.search(rf"{re.escape(seeds)} \|[^\n]*{re.escape(numbers)} \|", page), row
 
 
 def test_rows_see_the_same_images(benchmark, monkeypatch, tmp_path):

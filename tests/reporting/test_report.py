@@ -517,6 +517,17 @@ def test_real_diagnostics_are_taken_and_explained(tmp_path):
 # Files and bad input --------------------------------------------------------------------------------------------------
 
 
+def test_the_example_of_the_docs_is_of_its_command_and_of_this_template():
+    docs = Path(__file__).parents[2] / "docs"
+    page, shown = (docs / "report-digits.html").read_text(), (docs / "reports.md").read_text()
+    (options,) = re.findall(r"^entprop-train (.*)$", shown, re.MULTILINE)
+    assert f"train.py {options}</code>" in page  # the same command by its other name
+    template = (Path(entprop.__file__).parent / "reporting" / "report.html").read_text()
+    style = re.compile("<style>.*</style>", re.DOTALL)
+    assert style.search(page)[0] == style.search(template)[0]
+    assert {"vanilla", "entprop", "entprop_finetuning"} <= set(re.findall(r"<th[^>]*>([a-z_]+)</th>", page))
+
+
 def test_the_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "report.html"
     assert report(result(0), path) == path
