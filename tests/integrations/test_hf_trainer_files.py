@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import AutoModelForImageClassification
 
-from entprop_wrap import EntProp, auxiliary_state_dict, main_state_dict
+from entprop_wrap import EntProp, auxiliary_state_dict, main_state_dict, unwrap
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
@@ -78,6 +79,16 @@ def test_the_best_model_comes_back_with_its_copies(tmp_path):
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     assert_same(trainer.model.state_dict(), states[1])
+
+
+def test_what_the_trainer_evaluates_is_the_plain_model(tmp_path):
+    data = samples(6)
+    trainer, _, _ = train(build("ResNet"), callback(), tmp_path, eval_dataset=data, max_steps=2)
+    found = trainer.evaluate()["eval_loss"]
+    plain = unwrap(trainer.model).eval()
+    images, labels = torch.stack([s["pixel_values"] for s in data]), torch.tensor([s["labels"] for s in data])
+    with torch.no_grad():
+        assert found == pytest.approx(float(F.cross_entropy(plain(images).logits, labels)), rel=1e-4)
 
 
 def test_a_second_train_continues(tmp_path):

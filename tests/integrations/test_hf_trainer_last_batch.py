@@ -100,6 +100,11 @@ def test_other_rests_are_trained_on_without_a_word(number, method, options, size
     assert [len(b["labels"]) for b in trainer.data_collator.batches] == sizes
 
 
+def test_the_option_of_the_trainer_would_drop_evaluation_images_too(tmp_path):
+    trainer = make(tmp_path, 13, dataloader_drop_last=True, per_device_eval_batch_size=4)
+    assert trainer.evaluate()["eval_images"] == 8  # of 9
+
+
 def test_fast_advprop_needs_four(tmp_path):
     trainer = make(tmp_path, 11, FastAdvProp(fraction=0.5))
     with pytest.warns(UserWarning, match="a last batch of 3, too small for FastAdvProp"):

@@ -408,6 +408,14 @@ def test_few_images_warn_once_where_batch_norms_are_shared():
         step(build("layer_norm"), random_batch(BATCH), auxiliary=None)
 
 
+def test_eight_images_are_enough_for_the_copies_of_batch_norms():
+    for number, warned in ((7, True), (8, False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step(Pair("batch_norm").model, random_batch(10), fraction=number / 10)
+        assert [f"Only {number} images a step" in str(one.message) for one in caught] == [True] * warned
+
+
 def test_copies_are_asked_for_by_name_only():
     with pytest.raises(NotWrappedError):
         step(build("batch_norm"), random_batch(BATCH))
