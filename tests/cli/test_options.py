@@ -92,7 +92,7 @@ def test_the_command_is_installed():
     assert installed.load() is main
 
 
-def test_the_library_alone_has_every_public_name_and_takes_a_step_and_imports_nothing_before_it_is_asked_for():
+def test_the_library_alone_has_every_public_name_imported_late_and_takes_a_step():
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({EXTRA}))\n"  # which Python then does not find
         "import entprop_wrap; early = 'torch' in sys.modules\n"

@@ -1,6 +1,7 @@
 """Export, tracing and surgery: after ``unwrap`` everything works as on a plain model, and the main path before."""
 
 import copy
+import gc
 import io
 import sys
 
@@ -107,11 +108,13 @@ def _calls(model, images):
             called.append((code.co_filename, code.co_name) if event == "call" else function.__qualname__)
 
     model(images)  # what is made in a first pass
+    gc.disable()  # which calls what it likes
     sys.setprofile(note)
     try:
         model(images)
     finally:
         sys.setprofile(None)
+        gc.enable()
     return called
 
 

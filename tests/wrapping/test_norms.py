@@ -377,13 +377,14 @@ def _three():
         ({}, ["1", "3", "4"]),
         ({"exclude": nn.LayerNorm}, ["4"]),
         ({"exclude": "1"}, ["3", "4"]),
+        ({"exclude": "[1-3]"}, ["4"]),
         ({"exclude": []}, ["1", "3", "4"]),
         ({"exclude": ["1", nn.BatchNorm1d]}, ["3"]),
         ({"exclude": lambda name, module: int(name or 0) > 2}, ["1"]),
         ({"include": "2"}, ["1", "2", "3", "4"]),
         ({"include": nn.Linear, "exclude": "2"}, ["0", "1", "3", "4"]),
     ],
-    ids=["default", "class", "name", "none", "list", "predicate", "include", "both"],
+    ids=["default", "class", "name", "glob", "none", "list", "predicate", "include", "both"],
 )
 def test_selectors(options, expected):
     assert list(find_norms(_three(), **options)) == expected
