@@ -177,12 +177,12 @@ def settings_of(engine):
 # One process ----------------------------------------------------------------------------------------------------------
 
 
-def compiled(model):
-    return torch.compile(model, backend="aot_eager")
+def compiled(model, backend="aot_eager"):
+    return torch.compile(model, backend=backend)
 
 
 def compiled_in_place(model):
-    model.compile(backend="aot_eager")
+    model.compile(backend="eager")
     return model
 
 
@@ -295,7 +295,7 @@ DISTRIBUTED = {
     "DDP": (False, ddp),
     "DDP, find_unused_parameters": (False, lambda model, mesh: ddp(model, mesh, find_unused_parameters=True)),
     "DDP, checkpointed": (True, ddp),
-    "DDP, compiled": (False, lambda model, mesh: compiled(ddp(model, mesh))),
+    "DDP, compiled": (False, lambda model, mesh: compiled(ddp(model, mesh), "eager")),
     "DDP, regions": (False, lambda model, mesh: ddp(regions(model), mesh)),
     "FSDP2": (False, shard),
     "FSDP2, checkpointed": (True, shard),
