@@ -99,7 +99,7 @@ class Batches:
             **self.options,
         )
         number = start
-        for batch in loader:
+        for batch in _ending_at_once(loader):
             number += 1
             images, labels = images_and_labels(batch, self.name)
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -177,6 +177,20 @@ class Batches:
             found.append({"labels": labels.tolist(), "pixels": means})
         # What a dataset draws from a random state of its own differs each time.
         return {key: value if value == found[1][key] else "random" for key, value in found[0].items()}
+
+
+def _ending_at_once(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield the batches of a loader, whose workers end when one of them fails.
+
+    The traceback that torch gives the error refers to itself and to the workers. They would wait for the garbage
+    collection, and it for them, five seconds each. Where a worker failed is in the error's text.
+    """
+    try:
+        yield from loader
+    except Exception as error:
+        if not loader.num_workers:
+            raise
+        raise error.with_traceback(None)  # noqa: B904
 
 
 def _as_it_is(batch: Any) -> Any:

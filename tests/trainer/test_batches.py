@@ -1,5 +1,6 @@
 """Batches depend on seed, epoch and data; data of another form is refused with what to write instead."""
 
+import multiprocessing
 import tracemalloc
 
 import pytest
@@ -183,9 +184,10 @@ class Broken(Images):
 def test_a_sample_that_fails_is_named(error, workers):
     data = Broken(32, error, index=None)
     made = batches(data, workers=workers)
-    data.index = 5
+    data.index, before = 5, multiprocessing.active_children()
     with pytest.raises(DataError, match=rf"train_data\[5\] raised {type(error).__name__}"):
         content(made.epoch(0))
+    assert set(multiprocessing.active_children()) <= set(before)  # they ended at once
     with pytest.raises(DataError, match=r"train_data\[5\]"):
         batches(Broken(8, error))
 
