@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from entprop_wrap.methods.base import Method, check_method
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.training import training_step
 from entprop_wrap.wrapping.model import ensure_wrapped, unwrap
-from entprop_wrap.wrapping.norm_layers import Selector
 from entprop_wrap.wrapping.optimizer import check_optimizer
 from entprop_wrap.wrapping.state_dict import auxiliary_names
 
@@ -37,7 +35,7 @@ __all__ = ["EntPropCallback"]
 class EntPropCallback(TrainerCallback):
     """Makes a Trainer train with a method of this library.
 
-    It wraps the model when the Trainer has been built, before there is an optimizer, and takes the place of the
+    It wraps a plain model when the Trainer has been built, before there is an optimizer, and takes the place of the
     Trainer's training step during ``train()``. The training loss that the Trainer logs is what is minimised; beside it
     come ``main_loss``, ``aux_loss``, ``main_entropy`` and ``aux_entropy``. A last training batch that is too small to
     train on, of one image for most methods, is left out of each epoch, with a warning.
@@ -45,8 +43,6 @@ class EntPropCallback(TrainerCallback):
     Args:
         method: An instance of a training method; ``EntProp()`` by default.
         pixel_space: Normalisation of the images; None: that of the Trainer's ``processing_class``.
-        include: As in ``entprop.wrap``.
-        exclude: As in ``entprop.wrap``.
 
     Raises:
         ConfigurationError: When the Trainer is built: there is no ``processing_class`` to read the pixel space from.
@@ -56,17 +52,9 @@ class EntPropCallback(TrainerCallback):
             that is not a function of logits and labels.
     """
 
-    def __init__(
-        self,
-        method: Method | None = None,
-        *,
-        pixel_space: PixelSpace | None = None,
-        include: Selector | Iterable[Selector] | None = None,
-        exclude: Selector | Iterable[Selector] | None = None,
-    ) -> None:
+    def __init__(self, method: Method | None = None, *, pixel_space: PixelSpace | None = None) -> None:
         self.method: Method = EntProp() if method is None else check_method(method)
         self.pixel_space = pixel_space
-        self.selectors: dict[str, Any] = {"include": include, "exclude": exclude}
         self.trainer: Any = None
         self.space: PixelSpace | None = None
         self.loss: TrainerLoss | None = None
@@ -96,7 +84,7 @@ class EntPropCallback(TrainerCallback):
 
     def wrap(self, model: nn.Module, optimizer: Any = None) -> nn.Module:
         """Wrap a model of the Trainer if the method needs it; an ``optimizer`` must train its copies."""
-        if ensure_wrapped(model, self.method, **self.selectors) and optimizer is not None:
+        if ensure_wrapped(model, self.method) and optimizer is not None:
             try:
                 check_optimizer(model, optimizer)
             except Exception:
@@ -144,9 +132,8 @@ class EntPropCallback(TrainerCallback):
         if not steps:
             return {}
         names = list(dict.fromkeys(name for step in steps for name in step))
-        values = [torch.stack([step[name].float() for step in steps if name in step]).mean() for name in names]
-        means = accelerator.gather(torch.stack(values)[None]).mean(0)
-        return dict(zip(names, means.tolist(), strict=True))
+        own = [torch.stack([step[name].float() for step in steps if name in step]).mean() for name in names]
+        return dict(zip(names, accelerator.gather(torch.stack(own)[None]).mean(0).tolist(), strict=True))
 
 
 class EntPropMixin(PlainCheckpoints):

@@ -106,7 +106,7 @@ class PlainCheckpoints(_Mixed):
                 f"{f'Resume from {newest}' if newest else 'There is no complete one beside it'}; "
                 "entprop_wrap.integrations.hf_trainer.last_complete_checkpoint(output_dir) returns the newest."
             )
-        _check_method(self.model, checkpoint / AUXILIARY_FILE, type(self.entprop.method).__name__)
+        _check_copies(self.model, checkpoint, type(self.entprop.method).__name__)
         with without_copies(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, *(() if model is None else (model,)))
         _load_copies(self.model, checkpoint)
@@ -143,36 +143,35 @@ def _save_whole(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]
     os.replace(partial, file)
 
 
-def _check_method(model: nn.Module, file: Path, method: str) -> None:
-    """Compare the auxiliaries and the method in ``file``, if it is there, with those of this run."""
+def _check_copies(model: nn.Module, folder: Path, method: str) -> None:
+    """Compare the auxiliaries and the method of a checkpoint with those of this run."""
+    file = folder / AUXILIARY_FILE
+    here = sorted(find_registry(model).auxiliaries) if is_wrapped(model) else []
+    start = f"start a new run from its weights: model.from_pretrained({str(folder)!r})."
     if not file.is_file():
+        if here:
+            raise CheckpointError(
+                f"{folder} has no {AUXILIARY_FILE}: it was written without EntPropCallback, or by a method without "
+                f"auxiliary copies. Resume without the callback, or {start}"
+            )
         return
     with safe_open(file, "pt") as opened:
         written = opened.metadata() or {}
     saved, there = written.get("method"), written.get("auxiliaries", "").split()
-    here = sorted(find_registry(model).auxiliaries) if is_wrapped(model) else []
     if there != here:
         raise CheckpointError(
-            f"{file.parent} was trained with {saved} and the auxiliaries {there}; this run trains with {method} and "
-            f"{here}. Resume with the method that wrote it, or start a new run from its weights: "
-            f"model.from_pretrained({str(file.parent)!r})."
+            f"{folder} was trained with {saved} and the auxiliaries {there}; this run trains with {method} and {here}. "
+            f"Resume with the method that wrote it, or {start}"
         )
     if saved != method:
-        warnings.warn(f"{file.parent} was trained with {saved}; the run continues with {method}.", stacklevel=3)
+        warnings.warn(f"{folder} was trained with {saved}; the run continues with {method}.", stacklevel=3)
 
 
 def _load_copies(model: nn.Module, folder: Path) -> None:
     """Load what the Trainer's own loading leaves out: the auxiliary copies, and weights that are renamed on disk."""
-    if not is_wrapped(model):
-        return
-    file = folder / AUXILIARY_FILE
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder} has no {AUXILIARY_FILE}: it was written without EntPropCallback, or by a method without "
-            f"auxiliary copies. Start a new run from its weights: model.from_pretrained({str(folder)!r})."
-        )
-    _load_renamed(model, folder)
-    load_auxiliary_state_dict(model, load_file(file))
+    if is_wrapped(model):
+        _load_renamed(model, folder)
+        load_auxiliary_state_dict(model, load_file(folder / AUXILIARY_FILE))
 
 
 def _load_renamed(model: nn.Module, folder: Path) -> None:

@@ -7,7 +7,7 @@ reduce yet, after gradients were zeroed there; and the loss that Lightning is gi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.training import training_step
 from entprop_wrap.utils.modules import plain_model, replaced
 from entprop_wrap.wrapping.model import ensure_wrapped, is_wrapped, unwrap
-from entprop_wrap.wrapping.norm_layers import Selector
 from entprop_wrap.wrapping.optimizer import check_optimizer
 from entprop_wrap.wrapping.state_dict import auxiliary_names, load_auxiliary_state_dict
 
@@ -47,7 +46,7 @@ _LAGGED = "entprop_lagged"
 class EntPropLightningCallback(Callback):
     """Makes ``trainer.fit`` train with a method of this library; automatic optimization, one process or DDP.
 
-    The model is wrapped when ``fit`` begins, before ``configure_optimizers``, and unwrapped when it ends. After the
+    A plain model is wrapped when ``fit`` begins, before ``configure_optimizers``, and unwrapped when it ends. After the
     passes of the method, the module's own ``training_step`` runs without gradients on the logits of the main pass (in
     EntProp: of the mixed images), for its logs and for a check of its loss. Lightning sees the loss that is minimised;
     ``main_loss``, ``aux_loss``, ``main_entropy`` and ``aux_entropy`` are logged beside it.
@@ -63,8 +62,6 @@ class EntPropLightningCallback(Callback):
             ``forward``. None: ``model`` if there is one, else ``"self"``.
         loss: ``(logits, labels) -> scalar mean``, which may ask for more as in ``training_step``. None: the module's
             ``criterion`` or ``loss_fn``, else cross-entropy, with an error if ``training_step`` returns anything else.
-        include: As in ``entprop.wrap``.
-        exclude: As in ``entprop.wrap``.
 
     Raises:
         ConfigurationError: When ``fit`` begins: no classifier was found, or another callback stands in the way.
@@ -82,12 +79,9 @@ class EntPropLightningCallback(Callback):
         pixel_space: PixelSpace | None = None,
         model: str | None = None,
         loss: Loss | None = None,
-        include: Selector | Iterable[Selector] | None = None,
-        exclude: Selector | Iterable[Selector] | None = None,
     ) -> None:
         self.method: Method = EntProp() if method is None else check_method(method)
         self.pixel_space, self.model, self.loss = pixel_space, model, loss
-        self.selectors: dict[str, Any] = {"include": include, "exclude": exclude}
         self._fit: _Fit | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -164,7 +158,7 @@ class _Fit:
             return
         callback = self.callback
         self.name, self.classifier = _find_classifier(self.module, callback.model)
-        self.ours = ensure_wrapped(self.classifier, callback.method, **callback.selectors)
+        self.ours = ensure_wrapped(self.classifier, callback.method)
         self.model = ModelInContext(self.classifier, self.trainer.precision_plugin.forward_context)
         own = getattr(self.module, "criterion", None) or getattr(self.module, "loss_fn", None)
         self.loss: Loss = callback.loss or (own if callable(own) else F.cross_entropy)

@@ -210,7 +210,6 @@ trainer:
         pixel_space:
           class_path: entprop_wrap.PixelSpace
           init_args: {mean: [0.5, 0.4, 0.3], std: [0.5, 0.25, 0.2]}
-        exclude: "ln"
 """
 
 
