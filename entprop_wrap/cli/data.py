@@ -24,20 +24,12 @@ __all__ = ["Data", "load", "say"]
 
 @dataclass
 class Data:
-    """A dataset, ready for any model.
+    """A dataset, ready for any model: images are float ``(3, H, W)`` in ``space``, labels are integers."""
 
-    Attributes:
-        name: What to call it in the table.
-        classes: Class names, in the order of the labels.
-        train: Images to train on: float ``(3, H, W)``, normalised to ``space``, and an integer label.
-        test: Images that everything is measured on, while training and after.
-        space: What the images were normalised with.
-    """
-
-    name: str
-    classes: tuple[str, ...]
+    name: str  # in the table
+    classes: tuple[str, ...]  # in the order of the labels
     train: Any
-    test: Any
+    test: Any  # that everything is measured on, while training and after
     space: PixelSpace
 
     def loader(self, batch_size: int, workers: int) -> DataLoader[Any]:

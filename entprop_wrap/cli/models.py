@@ -24,19 +24,12 @@ _SEVERAL_HEADS = ("googlenet", "inception_v3")
 
 @dataclass
 class Blueprint:
-    """How to build a model, and what it takes.
+    """How to build a model, and what it takes."""
 
-    Attributes:
-        build: ``class names -> model``, fresh each time.
-        space: What its images are normalised with.
-        size: Height and width of its images, pixels.
-        load: Three lines of Python that load what training writes, with ``{folder}`` and ``{classes}``.
-    """
-
-    build: Callable[[tuple[str, ...]], nn.Module]
+    build: Callable[[tuple[str, ...]], nn.Module]  # from class names, fresh each time
     space: PixelSpace
-    size: int
-    load: str
+    size: int  # height and width of its images, pixels
+    load: str  # three lines of Python that load what training writes, with {folder} and {classes}
 
 
 def find(options: Namespace) -> Blueprint:

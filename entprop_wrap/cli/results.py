@@ -24,27 +24,16 @@ from entprop_wrap.reporting import report
 
 @dataclass
 class Run:
-    """One training run.
-
-    Attributes:
-        method: Name of the method.
-        seed: Its seed.
-        passes: Mean passes per step.
-        seconds: Wall time of the steps, over all resumptions and phases; without evaluations and checkpoints.
-        history: The records of metrics.jsonl.
-        scores: Result of ``evaluate_robustness``.
-        diagnostics: Results of ``entprop_wrap.diagnostics`` by title, of the first seed.
-        warnings: What the monitor said, by signature.
-    """
+    """One training run."""
 
     method: str
     seed: int
-    passes: float
-    seconds: float
-    history: list[dict[str, Any]]
-    scores: Any = None
-    diagnostics: dict[str, Any] = field(default_factory=dict)
-    warnings: dict[str, str] = field(default_factory=dict)
+    passes: float  # mean per step
+    seconds: float  # of the steps, over all resumptions and phases; without evaluations and checkpoints
+    history: list[dict[str, Any]]  # the records of metrics.jsonl
+    scores: Any = None  # of evaluate_robustness
+    diagnostics: dict[str, Any] = field(default_factory=dict)  # results by title, of the first seed
+    warnings: dict[str, str] = field(default_factory=dict)  # of the monitor, by signature
 
 
 def cost(history: Sequence[dict[str, Any]], images_per_step: int) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -81,7 +82,7 @@ class Monitor:
         self._since: Tensor | None = None  # the same since the last evaluation
         self._classes = 2
         self._lowest_aux = self._main_then = math.inf
-        self._in_a_row = {"entropy": 0, "energy": 0, "guess": 0, "grows": 0, "worse": 0}
+        self._in_a_row: Counter[str] = Counter()  # of looks at which a rule held
         self._evaluations: list[tuple[float, float]] = []  # validation loss, training loss
 
     def update(self, output: StepOutput) -> None:
