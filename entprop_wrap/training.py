@@ -22,7 +22,7 @@ from entprop_wrap.utils.tensors import refuse_inference_mode
 from entprop_wrap.wrapping.model import ensure_wrapped
 from entprop_wrap.wrapping.registry import find_registry, refuse_idle_copies, refuse_inside_block
 
-__all__ = ["TrainingStep", "check_loss", "check_pixel_space", "training_step"]
+__all__ = ["TrainingStep", "check_loss", "check_pixel_space", "check_trainable", "training_step"]
 
 
 def training_step(

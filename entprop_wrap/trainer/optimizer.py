@@ -14,6 +14,7 @@ from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.methods.base import Method
 from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.run_state import to_python
+from entprop_wrap.training import check_trainable
 from entprop_wrap.wrapping.model import ensure_wrapped, is_wrapped, unwrap
 from entprop_wrap.wrapping.optimizer import check_optimizer, parameter_groups
 
@@ -60,9 +61,8 @@ def _check_steps(model: nn.Module, optimizer: Optimizer) -> None:
 
 def build_optimizer(model: nn.Module, config: TrainerConfig) -> Optimizer:
     """Return the optimizer that ``config`` describes, over the parameter groups of ``model``."""
+    check_trainable(model)
     groups = parameter_groups(model, config.weight_decay)
-    if not groups:
-        raise ConfigurationError(f"No parameter of {type(model).__name__} has requires_grad=True: nothing to train.")
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
     if isinstance(config.optimizer, str):

@@ -38,7 +38,7 @@ from entprop_wrap.trainer.run_identity import check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import check_loss, check_pixel_space, training_step
 from entprop_wrap.utils.files import check_writable, locked, on_main, together, writing
-from entprop_wrap.utils.modules import plain_model, walk
+from entprop_wrap.utils.modules import check_module, plain_model, walk
 from entprop_wrap.wrapping.state_dict import main_state_dict
 from entprop_wrap.wrapping.switched_norm import AuxiliaryNorm
 
@@ -107,8 +107,7 @@ class Trainer:
         monitor: Monitor | None = None,
     ) -> None:
         method = EntProp() if method is None else check_method(method)
-        if not isinstance(model, nn.Module):
-            raise UnsupportedModelError(f"model expects a torch.nn.Module, found {model!r}.")
+        check_module("Trainer()", model)
         if plain_model(model) is not model:
             raise UnsupportedModelError(
                 f"Trainer expects a plain model, found a {type(model).__name__}: it distributes and compiles the model "

@@ -453,7 +453,7 @@ def test_models_that_do_not_fit(tmp_path):
     frozen = make(BatchNormNet).requires_grad_(False)
     refused(ConfigurationError, "nothing to train", tmp_path, frozen)
     for nothing in (3, "resnet18", BatchNormNet):
-        refused(UnsupportedModelError, "model expects a torch.nn.Module", tmp_path, nothing)
+        refused(UnsupportedModelError, "expected a torch.nn.Module", tmp_path, nothing)
     with pytest.raises(ConfigurationError, match="resume must be True, False or the path"):
         trainer(tmp_path).fit(resume=3)
     with pytest.raises(TypeError, match=r"method=EntProp\(\)"):
