@@ -54,7 +54,7 @@ class TrainerLoss:
         """Take a micro-batch; return the model to train on it, images in and output out, the images and the labels."""
         images, self.labels, constants = _split(inputs, self.images_name, self.labels_name)
         self.inputs, self.items, self.weighed = inputs, items, False
-        self.model = _ModelOnImages(model, self.images_name, constants, self.own_loss, self.labels)
+        self.model = _ModelOnImages(model, self, constants)
         return self.model.train(), images, self.labels
 
     @mean_by_construction  # and may keep count of its calls
@@ -195,18 +195,12 @@ class _ModelsOwnLoss:
 class _ModelOnImages(nn.Module):
     """The Trainer's (prepared) model as the step calls it: images in, output with logits out."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        images_name: str,
-        constants: dict[str, Any],
-        own_loss: _ModelsOwnLoss | None,
-        labels: Tensor,
-    ) -> None:
+    def __init__(self, model: nn.Module, loss: TrainerLoss, constants: dict[str, Any]) -> None:
         super().__init__()
         self._orig_mod = model  # the name that compiled modules use: whatever looks for the plain model or DDP finds it
-        self.images_name, self.constants, self.labels = images_name, constants, labels
-        self.own_loss = own_loss if own_loss is not None and own_loss.looks_at(labels) else None
+        self.images_name, self.labels, self.constants = loss.images_name, loss.labels, constants
+        own = loss.own_loss
+        self.own_loss = own if own is not None and own.looks_at(loss.labels) else None
 
     def forward(self, images: Tensor) -> Any:
         """Return the model's output for ``images``."""

@@ -302,8 +302,8 @@ def _refuse(trainer: Any, module: Any, callback: Any) -> None:
     ):  # fmt: skip
         if found:
             raise UnsupportedModelError(f"EntPropLightningCallback does not work with {what}. Write {instead}.")
-    replaced = ("configure_model", "on_save_checkpoint", "training_step", "optimizer_zero_grad")
-    if changed := [name for name in replaced if name in vars(module)]:
+    hooks = ("configure_model", "on_save_checkpoint", "training_step", "optimizer_zero_grad")
+    if changed := [name for name in hooks if name in vars(module)]:
         raise ConfigurationError(f"The module has {changed[0]} as an attribute. Override it in a subclass instead.")
 
 
