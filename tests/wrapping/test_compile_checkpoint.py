@@ -143,6 +143,28 @@ def test_one_graph_per_domain_at_fullgraph(norm, mode):
     assert len(graphs) == 2
 
 
+def test_a_loop_that_also_evaluates_has_a_graph_for_each_domain_and_mode_and_stays_below_the_limit():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(entprop.wrap(nn.Sequential(nn.BatchNorm1d(8))), backend=backend)
+    for images, selected in ((8, 4), (8, 4), (6, 3)):  # the last batch is smaller
+        for auxiliary, recording, number in ((None, True, images), ("aux", False, selected), ("aux", True, selected)):
+            with entprop.auxiliary(compiled.train(), auxiliary, record_statistics=recording):
+                compiled(rows(number))
+    assert 3 <= len(graphs) < 8  # dynamo's limit
+    for images in (8, 5):
+        compiled.eval()(rows(images))
+    assert 4 <= len(graphs) < 8
+    before = len(graphs)
+    compiled.train()(rows(7))
+    compiled.eval()(rows(7))
+    assert len(graphs) == before
+
+
 @pytest.mark.parametrize("mode", ["plain", "reentrant"])
 def test_compiled_checkpointed_and_autocast_together(mode):
     """Compile x checkpointing x bf16: the compiled model gives what the eager one gives."""
