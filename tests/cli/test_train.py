@@ -8,12 +8,10 @@ import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 import transformers
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from entprop_wrap import EntProp
@@ -25,6 +23,7 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import uncertainty
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntropyAscent, FastAdvProp, MixProp, Vanilla
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
+from tests.helpers.image_samples import dark_and_light
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -77,14 +76,7 @@ def runs(output):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return an image folder of two classes, eight images each."""
-    dice = np.random.default_rng(0)
-    for name, level in (("dark", 40), ("light", 200)):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for index in range(8):
-            pixels = dice.integers(level - 30, level + 30, (40, 48, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
-    return tmp_path / "images"
+    return dark_and_light(tmp_path / "images")
 
 
 def test_an_augmentation_is_for_training_images_only(train, tmp_path):
@@ -308,13 +300,8 @@ def test_weights_of_another_model_are_refused(train, tmp_path):
 
 def test_attacks_seeds_and_what_the_monitor_says(train, tmp_path):
     """The test images have each other's labels: what is learnt makes it worse there."""
-    dice = np.random.default_rng(0)
-    for split, levels in (("train", (60, 190)), ("validation", (190, 60))):
-        for name, level in zip(("dark", "light"), levels, strict=True):
-            (tmp_path / "swapped" / split / name).mkdir(parents=True)
-            for index in range(8):
-                pixels = dice.integers(level - 30, level + 30, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "swapped" / split / name / f"{index}.png")
+    dark_and_light(tmp_path / "swapped" / "train", (60, 190))
+    dark_and_light(tmp_path / "swapped" / "validation", (190, 60))
     output, arguments = tmp_path / "out", [*QUICK, "--dataset", tmp_path / "swapped", "--methods", "vanilla"]
     sizes = ["--epochs", 10, "--optimizer", "sgd", "--learning-rate", 0.1, "--seeds", 2]
     with pytest.warns(UserWarning, match="Training and validation part"):

@@ -4,12 +4,11 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
 
+from tests.helpers.image_samples import dark_and_light
 from tests.helpers.in_process import ROOT, run_script
 
 
@@ -22,14 +21,7 @@ def run(folder, name, *arguments, exitcode=0):
 
 @pytest.fixture
 def images(tmp_path):
-    """Return an image folder of two classes, eight images each."""
-    dice = np.random.default_rng(0)
-    for name, level in (("dark", 40), ("light", 200)):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for index in range(8):
-            pixels = dice.integers(level - 30, level + 30, (40, 48, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
-    return tmp_path / "images"
+    return dark_and_light(tmp_path / "images")
 
 
 @pytest.fixture

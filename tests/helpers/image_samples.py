@@ -4,6 +4,7 @@ from io import BytesIO
 from pathlib import Path
 
 import datasets
+import numpy as np
 from PIL import Image
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -58,4 +59,15 @@ def folder(root: Path, tree: dict[str, int]) -> Path:
         for index in range(number):
             picture(count).save(root / place / f"{index}.png")
             count += 1
+    return root
+
+
+def dark_and_light(root: Path, levels: tuple[int, int] = (40, 200)) -> Path:
+    """An image folder of two classes, eight images each, of these grey levels."""
+    dice = np.random.default_rng(0)
+    for name, level in zip(("dark", "light"), levels, strict=True):
+        (root / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = dice.integers(level - 30, level + 30, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
     return root

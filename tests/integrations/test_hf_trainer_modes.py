@@ -115,7 +115,7 @@ def test_torch_compile(tmp_path):
         EntPropCallback(METHOD, pixel_space=SPACE),
         tmp_path,
         torch_compile=True,
-        torch_compile_backend="aot_eager",
+        torch_compile_backend="eager",
         gradient_accumulation_steps=2,
         max_steps=1,
     )
