@@ -65,7 +65,7 @@ def main():
         "Steps": functools.partial(steps, runs),
         "Where the time goes": functools.partial(kernels, runs),
         "The loops of others": functools.partial(peers, runs),
-        "CUDA graphs": functools.partial(graphs, runs[-2], options.small),
+        "CUDA graphs": functools.partial(graphs, runs[-2:][0], options.small),
         "fp16 with a gradient scaler": functools.partial(half_precision, runs[0]),
         "Processes": functools.partial(processes, options.device),
         "Corruptions": functools.partial(corruption_speed, options),
