@@ -3,18 +3,16 @@
 import gc
 import os
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest
-import torch
-
-
-def pytest_configure(config):
-    torch.set_num_threads(1)
-
 
 def pytest_collection_finish(session):
+    import torch  # not at the top: the process that only hands out tests would import it, before it starts the others
+
+    torch.set_num_threads(1)
     gc.freeze()  # what is imported stays: Accelerate collects garbage after every run, and would walk through it all
 
 
@@ -24,4 +22,6 @@ def pytest_sessionfinish(session):
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    import torch
+
     torch.manual_seed(0)
