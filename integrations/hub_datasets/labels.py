@@ -5,38 +5,30 @@ splits may declare the same classes in a different order.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import datasets
 
 from entprop_wrap.errors import DataError, LabelError
 
-__all__ = ["LabelMap", "build_label_map", "read_labels", "some"]
+__all__ = ["class_indices", "number_classes", "read_labels", "some"]
 
 LabelValue = str | int | None
 
 
-@dataclass(frozen=True)
-class LabelMap:
-    """C class names in the order of their indices, and the class index of each label value."""
-
-    classes: tuple[str, ...]
-    index: Mapping[str | int, int]
-
-    def indices(self, values: Sequence[LabelValue], where: str) -> list[int]:
-        """Return the class indices of label values; messages say ``where`` these are."""
-        if missing := sum(value is None for value in values):
-            raise LabelError(
-                f"Expected a label for every image of {where}, found {missing:,} of {len(values):,} without one (empty "
-                "or -1): drop them with dataset.filter(...), or name another split."
-            )
-        if unknown := sorted({str(value) for value in values if value not in self.index}):
-            raise LabelError(
-                f"Expected only the {len(self.classes)} classes of training in {where}, found {some(unknown)}: pass "
-                "classes=... with all of them."
-            )
-        return [self.index[value] for value in values if value is not None]
+def class_indices(values: Sequence[LabelValue], index: Mapping[str | int, int], where: str) -> list[int]:
+    """Return the class indices of label values, by the index of each; messages say ``where`` these are."""
+    if missing := sum(value is None for value in values):
+        raise LabelError(
+            f"Expected a label for every image of {where}, found {missing:,} of {len(values):,} without one (empty "
+            "or -1): drop them with dataset.filter(...), or name another split."
+        )
+    if unknown := sorted({str(value) for value in values if value not in index}):
+        raise LabelError(
+            f"Expected only the classes of training in {where}, found {some(unknown)}: pass classes=... with all of "
+            "them."
+        )
+    return [index[value] for value in values if value is not None]
 
 
 def read_labels(rows: datasets.Dataset, column: str) -> list[LabelValue]:
@@ -51,13 +43,14 @@ def read_labels(rows: datasets.Dataset, column: str) -> list[LabelValue]:
     return [None] * len(values) if set(values) == {-1} else [v if isinstance(v, str | None) else int(v) for v in values]
 
 
-def build_label_map(
+def number_classes(
     values: Sequence[LabelValue], feature: Any, classes: Sequence[str | int] | None, notes: list[str]
-) -> LabelMap:
-    """Return the classes: as given, else of the `ClassLabel` in its order, else the sorted label values.
+) -> tuple[tuple[str, ...], dict[str | int, int]]:
+    """Return the class names, and the index of each label value.
 
-    ``values`` are the labels of the training split. ``notes`` gets a sentence where integers are renumbered or declared
-    classes have no image.
+    Classes are as given, else of the `ClassLabel` in its order, else the sorted label values. ``values``
+    are the labels of the training split. ``notes`` gets a sentence where integers are renumbered or declared classes
+    have no image.
     """
     found: set[Any] = set(values) - {None}
     keys: list[Any]
@@ -88,7 +81,7 @@ def build_label_map(
     integers = isinstance(feature, datasets.Value) and str(feature.dtype).startswith(("int", "uint", "bool"))
     if integers and all(isinstance(key, str) for key in keys):  # names for 0 .. C-1
         index |= {position: position for position in range(len(keys))}
-    return LabelMap(tuple(map(str, keys)), index)
+    return tuple(map(str, keys)), index
 
 
 def some(items: Sequence[Any]) -> str:

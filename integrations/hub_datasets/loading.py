@@ -15,7 +15,7 @@ from entprop_wrap.errors import DataError
 from entprop_wrap.integrations.hub_datasets.columns import find_image_column, find_label_column
 from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError
 from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages
-from entprop_wrap.integrations.hub_datasets.labels import build_label_map, read_labels, some
+from entprop_wrap.integrations.hub_datasets.labels import class_indices, number_classes, read_labels, some
 from entprop_wrap.integrations.hub_datasets.sources import open_splits
 from entprop_wrap.integrations.hub_datasets.splits import split_names, stratified_sample, stratified_split
 from entprop_wrap.utils.options import check_choice, check_function, check_integer, check_number, check_seed
@@ -123,11 +123,11 @@ def load_images(
     values = read_labels(rows, label_column)
     if not values:
         raise DataError(f"Expected images in split {train_name!r}, found none.")
-    label_map = build_label_map(values, rows.features[label_column], classes, notes)
+    names, index = number_classes(values, rows.features[label_column], classes, notes)
 
     def labelled(name: str) -> LabelledImages:
         where = f"split {name!r}"
-        labels = label_map.indices(read_labels(splits[name], label_column), where)
+        labels = class_indices(read_labels(splits[name], label_column), index, where)
         return LabelledImages(splits[name], image_column, labels, where)
 
     train, evaluate = labelled(train_name), None
@@ -147,11 +147,11 @@ def load_images(
     if on_broken == "skip":
         train, evaluate = _readable(train, notes), _readable(evaluate, notes)
     there = set(evaluate.labels.tolist())
-    if untested := [name for index, name in enumerate(label_map.classes) if index not in there]:
+    if untested := [name for number, name in enumerate(names) if number not in there]:
         notes.append(f"classes without images to evaluate on, so that nothing is known of them: {some(untested)}")
     for note in notes:
         logger.warning("%s: %s", path_or_name if isinstance(path_or_name, str) else "data", note)
-    data = ImageData(train, evaluate, label_map.classes, tuple(notes))
+    data = ImageData(train, evaluate, names, tuple(notes))
     return data.with_transforms(train_transform, eval_transform)
 
 
