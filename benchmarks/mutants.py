@@ -73,7 +73,7 @@ MUTANTS = [
     ("step", ENTPROP, "1 if self.attack_steps <= 1 else self.attack_steps + 1", "max(1, self.attack_steps)"),
     ("step", ENTPROP, "step.auxiliary(self.auxiliary, record_statistics=False)", "step.auxiliary(self.auxiliary)"),
     ("step", ENTPROP, "gradient = mix.apply(gradient)", "pass"),
-    ("step", ENTPROP, "selected = selected[:number]", "pass"),
+    ("step", "wrapping/registry.py", 'expected not in ("all", registry.held)', "False"),
     ("step", ENTPROP, "fresh = batch - back if self.equal_budget else batch", "fresh = batch"),
     ("step", ENTPROP, "(fresh / batch if self.equal_budget else 1.0) * main_loss", "main_loss"),
     ("step", "methods/lagged.py", "waiting is None or waiting.fits(images, labels)", "True"),

@@ -138,7 +138,7 @@ ROWS = {
     "EntProp, unmixed, shared": Row(unmixed(auxiliary=None)),
     "EntProp, unmixed, statistics": Row(unmixed(), "statistics"),
     "EntProp, view": Row(lambda epsilon: EntProp.augmented(), "statistics"),
-    "EntProp, view, all copied": Row(lambda epsilon: EntProp.augmented()),
+    "EntProp, view, all copied": Row(lambda epsilon: EntProp.augmented(copies="all")),
     "EntProp, view, random selection": Row(lambda epsilon: EntProp.augmented(uncertainty="random"), "statistics"),
     "EntProp, view, RandAugment": Row(lambda epsilon: EntProp.augmented(view="randaugment"), "statistics"),
     "EntProp, view, noise": Row(lambda epsilon: EntProp.augmented(view=gaussian), "statistics"),

@@ -20,7 +20,7 @@ from entprop_wrap.utils.options import check_function, check_generator
 from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.utils.tensors import refuse_inference_mode
 from entprop_wrap.wrapping.model import ensure_wrapped
-from entprop_wrap.wrapping.registry import find_registry, refuse_idle_copies, refuse_inside_block
+from entprop_wrap.wrapping.registry import find_registry, refuse_idle_copies, refuse_inside_block, refuse_other_copies
 
 __all__ = ["TrainingStep", "check_loss", "check_pixel_space", "check_trainable", "training_step"]
 
@@ -161,7 +161,9 @@ def _run(
     check_trainable(model)
     refuse_inference_mode()
     if method.auxiliaries:
-        refuse_idle_copies(find_registry(model), method.auxiliaries)  # raises before anything runs
+        registry = find_registry(model)  # raises before anything runs, as the next two
+        refuse_other_copies(registry, method)
+        refuse_idle_copies(registry, method.auxiliaries)
     refuse_inside_block(model)
     step = Step(
         model, images, labels, pixel_space or PixelSpace(), cross_entropy if loss is None else loss, backward, generator

@@ -20,7 +20,7 @@ class Method(ABC):
 
     Attributes:
         copies: Which tensors each domain has of its own where the method wraps a plain model, see
-            :func:`entprop_wrap.wrap`. A model that is wrapped already keeps what it has.
+            :func:`entprop_wrap.wrap`. A model that is wrapped already must have been wrapped alike; "all" takes any.
     """
 
     copies: str = "all"

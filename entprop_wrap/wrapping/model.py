@@ -32,7 +32,7 @@ from entprop_wrap.utils.options import check_choice, check_flag, shown
 from entprop_wrap.wrapping.active_domain import key_of
 from entprop_wrap.wrapping.norm_layers import Selector, find_norms
 from entprop_wrap.wrapping.optimizer import guard_first_step
-from entprop_wrap.wrapping.registry import Registry, find_registry, find_wrapped, registry_on
+from entprop_wrap.wrapping.registry import Registry, find_registry, find_wrapped, refuse_other_copies, registry_on
 from entprop_wrap.wrapping.root_hook import attach, detach
 from entprop_wrap.wrapping.switched_norm import (
     COPY_PREFIX,
@@ -107,7 +107,7 @@ def wrap(
     }
 
     # Nothing has been changed so far, and nothing below fails.
-    registry = Registry(auxiliaries, norms)
+    registry = Registry(auxiliaries, norms, copies)
     for name, norm in norms.items():
         install(norm, made[name], registry.switch)
     attach(model, registry)
@@ -231,6 +231,7 @@ def ensure_wrapped(model: nn.Module, method: Any, **options: Any) -> bool:
 
     Raises:
         AuxiliaryNameError: The model is wrapped, but with other auxiliaries.
+        ConfigurationError: The model is wrapped, but with copies of other tensors than the method asks for.
     """
     auxiliaries = tuple(method.auxiliaries)
     if not auxiliaries:
@@ -238,12 +239,13 @@ def ensure_wrapped(model: nn.Module, method: Any, **options: Any) -> bool:
     if not is_wrapped(model):
         wrap(model, auxiliaries=auxiliaries, **{"copies": getattr(method, "copies", "all"), **options})
         return True
-    present = find_registry(model).auxiliaries
-    if missing := [name for name in auxiliaries if name not in present]:
+    registry = find_registry(model)
+    if missing := [name for name in auxiliaries if name not in registry.auxiliaries]:
         raise AuxiliaryNameError(
-            f"The model was wrapped with the auxiliaries {present}, without {missing[0]!r}, which the method needs. "
-            f"Write wrap(model, auxiliaries={auxiliaries}), or pass a plain model."
+            f"The model was wrapped with the auxiliaries {registry.auxiliaries}, without {missing[0]!r}, which the "
+            f"method needs. Write wrap(model, auxiliaries={auxiliaries}), or pass a plain model."
         )
+    refuse_other_copies(registry, method)
     return False
 
 

@@ -14,7 +14,14 @@ from entprop_wrap.utils.modules import refuse_container, refuse_static_graph, wa
 from entprop_wrap.wrapping.active_domain import ActiveDomain
 from entprop_wrap.wrapping.switched_norm import COPY_PREFIX, AuxiliaryNorm, SwitchedNorm
 
-__all__ = ["Registry", "find_registry", "find_wrapped", "refuse_idle_copies", "refuse_inside_block"]
+__all__ = [
+    "Registry",
+    "find_registry",
+    "find_wrapped",
+    "refuse_idle_copies",
+    "refuse_inside_block",
+    "refuse_other_copies",
+]
 
 #: What a wrapped root holds its registry as.
 ATTRIBUTE = "_entprop_registry"
@@ -23,9 +30,10 @@ ATTRIBUTE = "_entprop_registry"
 class Registry:
     """The switch, the auxiliaries and the switched norms of a wrapped model, held by its root."""
 
-    def __init__(self, auxiliaries: tuple[str, ...], norms: dict[str, nn.Module]) -> None:
+    def __init__(self, auxiliaries: tuple[str, ...], norms: dict[str, nn.Module], held: str) -> None:
         self.auxiliaries = auxiliaries
         self.norms = norms
+        self.held = held  # what the copies hold: wrap(copies=)
         self.warned = False  # of too small auxiliary batches
         self.unchecked: set[str | None] = set(auxiliaries)  # whether their passes read what only the main domain should
         self.switch = ActiveDomain()
@@ -92,6 +100,16 @@ def refuse_inside_block(model: nn.Module) -> None:
         raise UnsupportedModelError(
             "training_step() was called inside auxiliary(): its main pass would run through the copies. Leave the "
             "with-block first; the method enters the auxiliary domains itself."
+        )
+
+
+def refuse_other_copies(registry: Registry, method: Any) -> None:
+    """Raise :class:`ConfigurationError` if a method that says what its copies hold would run on copies of more."""
+    expected = getattr(method, "copies", "all")  # the default, which takes a wrapped model as it is
+    if expected not in ("all", registry.held):
+        raise ConfigurationError(
+            f"{type(method).__name__}(copies={expected!r}) was given a model with copies={registry.held!r}. Write "
+            f"wrap(model, copies={expected!r}), pass a plain model to a trainer, or give the method copies='all'."
         )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import entprop_wrap as entprop
-from entprop_wrap.errors import AuxiliaryNameError, PixelRangeError, UnsupportedModelError
+from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, PixelRangeError, UnsupportedModelError
 from entprop_wrap.methods import AdvProp, Vanilla
 from tests.methods.loops import gradients
 from tests.reference.models import build
@@ -49,13 +49,21 @@ def test_it_wraps_a_plain_model_as_told(batch):
     step(*batch)
 
 
-def test_a_method_says_what_is_copied_and_a_wrapped_model_keeps_what_it_has(batch):
-    told, wrapped = (build("batch_norm", dtype=torch.float64) for _ in range(2))
-    entprop.wrap(wrapped)
-    for model, copied in ((told, False), (wrapped, True)):
-        before = len(list(build("batch_norm").parameters()))
-        entprop.TrainingStep(model, entprop.EntProp(0.7, copies="statistics"), SPACE)(*batch)
-        assert (len(list(model.parameters())) > before) is copied
+def test_a_method_says_what_is_copied_and_a_model_that_holds_other_copies_is_refused(batch):
+    told, alike, other = (build("batch_norm", dtype=torch.float64) for _ in range(3))
+    entprop.wrap(alike, copies="statistics")
+    entprop.wrap(other)
+    method, plain = entprop.EntProp(0.7, copies="statistics"), len(list(build("batch_norm").parameters()))
+    for model in (told, alike):
+        entprop.TrainingStep(model, method, SPACE)(*batch)
+        assert len(list(model.parameters())) == plain
+    with pytest.raises(
+        ConfigurationError, match=r"a model with copies='all'. Write wrap\(model, copies='statistics'\)"
+    ):
+        entprop.TrainingStep(other, method)
+    with pytest.raises(ConfigurationError, match="a model with copies='all'"):
+        entprop.training_step(other, *batch, method=method)
+    entprop.TrainingStep(alike, entprop.EntProp(0.7), SPACE)(*batch)  # the default takes any
 
 
 def test_it_leaves_a_plain_model_plain_where_nothing_is_to_be_copied(batch):
