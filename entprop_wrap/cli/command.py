@@ -16,7 +16,7 @@ DESCRIPTION = """Train an image classifier with EntProp and without, from the sa
     {command} --dataset path/to/images --model resnet50 --pretrained --methods vanilla entprop_finetuning
     {command} --methods vanilla entprop advprop fast_advprop --equal-cost
     {command} --dataset timm/oxford-iiit-pet --model microsoft/resnet-50 --pretrained
-    {command} --methods entprop advprop --set epsilon=8/255 uncertainty=margin targeted=true --attack 8/255
+    {command} --methods entprop advprop --set epsilon=8/255 uncertainty=logit_margin targeted=true --attack 8/255
     {command} --methods entropic_retraining --weights outputs/train/vanilla-seed0/model
 
 The first trains on scikit-learn's digits, in a minute or two on a CPU. Every method is trained once per seed, on the

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, get_args, get_type_hints
 
 from entprop_wrap.cli.options import DIGITS, did_you_mean, number
+from entprop_wrap.data.augmentation import AUGMENTATIONS
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.functional.mixing import CutMix, MixUp
@@ -24,6 +25,7 @@ from entprop_wrap.methods import (
     Vanilla,
 )
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
+from entprop_wrap.methods.views import EachImage
 
 
 def weak_and_strong(one: AdvProp) -> FineGrainedAdvProp:
@@ -61,7 +63,7 @@ FIXED = {
     "entropy_maximisation": ("label_smoothing",),
     "entprop_augmented": ("mix", "mix.alpha", "mix_on"),
     "entprop_finetuning": ("fraction", "mix", "mix.alpha", "mix_on"),
-    "random_selection": ("uncertainty", "threshold"),
+    "random_selection": ("uncertainty",),
     "me_ada_growth": ("label_smoothing", "entropy_weight"),
     "pgd_at": ("kind",),
     "trades": ("kind",),
@@ -69,12 +71,13 @@ FIXED = {
 NAMED: dict[str, dict[str, Any]] = {
     "uncertainty": {
         "entropy": entropy,
-        "cross-entropy": cross_entropy,
-        "confidence": least_confidence,
-        "margin": logit_margin,
+        "cross_entropy": cross_entropy,
+        "least_confidence": least_confidence,
+        "logit_margin": logit_margin,
         "random": random,
     },
     "mix": {"mixup": MixUp(), "cutmix": CutMix(), "none": None},
+    "view": {"none": None, **{name: EachImage(name) for name in AUGMENTATIONS if name != "none"}},
 }
 WORDS = {"true": True, "false": False, "none": None}
 

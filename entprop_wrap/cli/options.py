@@ -115,8 +115,8 @@ def _parser(description: str) -> Parser:
         default=[],
         metavar="NAME=VALUE",
         help="options of the methods by their names in Python, in all that have them: fraction=0.3 attack_steps=5 "
-        "epsilon=4/255 mix=none uncertainty=margin; advprop.weight=0.5 in one. An unknown name is answered with those "
-        "there are",
+        "epsilon=4/255 mix=none uncertainty=logit_margin; advprop.weight=0.5 in one. An unknown name is answered with "
+        "those there are",
     )
     add("--equal-cost", action="store_true", help="fast_advprop for epochs / (1 + k): as many passes as vanilla")
 

@@ -41,8 +41,7 @@ class EntProp(Method):
     gradient (and, with more ``attack_steps``, further along gradients through the auxiliary norms) and goes through
     the auxiliary norms. Both losses train the shared weights.
 
-    Cost: ``1 + fraction * max(attack_steps, 1)`` passes; with a ``threshold`` that is the most, and each step reports
-    its own. Mixing and the first attack step add none.
+    Cost: ``1 + fraction * max(attack_steps, 1)`` passes. Mixing and the first attack step add none.
 
     How to use: ``fraction`` and ``attack_steps`` buy robustness with time; the paper reports (0.2, 1), (0.6, 1), (0.2,
     5) and (0.6, 5). Have at least 8 auxiliary images a step on batch-norm nets. On data with few grey levels, raise
@@ -69,17 +68,14 @@ class EntProp(Method):
         uncertainty: Score to select by, ``(logits, labels) -> (N,)``, or the name of one; see
             ``entprop_wrap.functional.uncertainty``. The labels are those of the images themselves, also where the
             batch is mixed. "random" is the control.
-        threshold: Select only samples that score above it, in units of the score (nats, for entropy), and ``fraction``
-            of the batch at the most; but 2 also where fewer are above it, because batch statistics need as many. The
-            paper selects by rank alone. How many there are is read from the device, which costs one synchronisation a
-            step; under ``torch.compile``, sizes that vary may recompile. None: no threshold, and no synchronisation.
         weighting: "per_image" lets every image that is passed count alike, so that the mean auxiliary loss has weight
             ``k`` (the intent of section 4.1.3, whose formula is not given); "sum" adds both means (Algorithm 1).
         auxiliary: Name of the auxiliary domain; None lets the selected images share the main norms, on a plain or a
             wrapped model: the same step without copies, the control that shows what copies do. Batch norms then record
             the statistics of the batch and of the selected images, one after the other.
         copies: Where the step wraps a plain model (``TrainingStep``, the trainers): which tensors the auxiliary domain
-            has of its own, "all", "statistics" or "affine", see :func:`entprop_wrap.wrap`.
+            has of its own, "all", "statistics" or "affine", see :func:`entprop_wrap.wrap`. A wrapped model must have
+            been wrapped alike; "all" takes any.
         lagged: Train the hardened images one step later, in one pass with the next batch: one forward, one backward and
             one all-reduce a step, for gradients of the pixels that are one step old. The norms split that pass by rows,
             which a model's first step tries out. The first step trains the batch alone. See
@@ -101,7 +97,6 @@ class EntProp(Method):
     mix_on: Literal["batch", "auxiliary"] = "batch"
     view: str | None | Augmentation = None  # noqa: RUF036
     uncertainty: str | None | Uncertainty = "entropy"  # noqa: RUF036
-    threshold: float | None = None
     weighting: Literal["per_image", "sum"] = "per_image"
     auxiliary: str | None = "aux"
     copies: Literal["all", "affine", "statistics"] = "all"
@@ -137,8 +132,6 @@ class EntProp(Method):
             ("copies", ("all", "affine", "statistics")),
         ):
             check_choice(name, getattr(self, name), allowed)
-        if self.threshold is not None:
-            check_number("threshold", self.threshold, lambda value: True, "in units of the score, or None")
         check_flag("lagged", self.lagged)
         check_flag("equal_budget", self.equal_budget)
         if self.equal_budget and not self.lagged:
@@ -161,9 +154,9 @@ class EntProp(Method):
 
         The selected images are augmented once more, in the place of gradient steps, nothing is mixed, and the domains
         share affine parameters: only running statistics are apart. On nets without batch norm, which keep none, write
-        ``copies="all"``. A model that is wrapped by hand needs ``wrap(model, copies="statistics")``. With
-        ``view=None, attack_steps=1`` they move along the gradient instead. Ours, by measurement: docs/recipes.md has
-        the evidence, from scratch on small data.
+        ``copies="all"``. A model that you wrap yourself needs ``wrap(model, copies="statistics")``; otherwise the step
+        raises. With ``view=None, attack_steps=1`` the images move along the gradient instead. Ours, by measurement:
+        docs/recipes.md has the evidence, from scratch on small data.
         """
         return cls(**{"mix": None, "copies": "statistics", "view": "trivialaugment", "attack_steps": 0, **options})
 
@@ -189,9 +182,6 @@ class EntProp(Method):
             selected = top_k(score, number)
             step.backward(main_loss)
         logits, main_loss = logits.detach(), main_loss.detach()
-        if self.threshold is not None:  # after the backward was queued, so that the device has work while we wait
-            number = max(2, int((score[selected] > self.threshold).sum()))
-            selected = selected[:number]
         step.warn_if_few(number)
         aux_images, aux_target = self._harden(step, images, gradient, target, selected)
         del gradient, images  # else the auxiliary pass runs beside a batch of images
@@ -239,15 +229,13 @@ class EntProp(Method):
             selected = top_k(score, number)
             step.backward(loss)
         logits = logits.detach()
-        if self.threshold is not None:
-            selected = selected[: max(2, int((score[selected] > self.threshold).sum()))]
-        step.warn_if_few(len(selected))
+        step.warn_if_few(number)
         lagged.put(step.model, lagged.Waiting(*self._harden(step, images, gradient, target, selected)))
         return step.output(
             loss=loss,
             main_loss=main_loss,
             logits=logits[:fresh],
-            passes=(len(everything) + len(selected) * max(self.attack_steps - 1, 0)) / batch,
+            passes=(len(everything) + number * max(self.attack_steps - 1, 0)) / batch,
             aux_loss=aux_loss,
             aux_logits=None if waiting is None else logits[fresh:],
             aux_images=None if waiting is None else waiting.images,

@@ -344,7 +344,7 @@ HARD = AdversarialTraining().attack.at(0.1)
             {"advprop": AdvProp(STRONG, weight=0.5), "mixprop": MixProp(weight=0.5), "vanilla": Vanilla()},
         ),
         (["advprop.weight=0.5"], {"advprop": AdvProp(STRONG, weight=0.5), "mixprop": MixProp()}),
-        (["uncertainty=margin"], {"entprop": EntProp(epsilon=0.1, uncertainty=uncertainty.logit_margin)}),
+        (["uncertainty=logit_margin"], {"entprop": EntProp(epsilon=0.1, uncertainty=uncertainty.logit_margin)}),
         (
             ["lagged=true"],
             {"random_selection": EntProp(epsilon=0.1, uncertainty=uncertainty.random, lagged=True)},
@@ -380,7 +380,7 @@ def test_fields_that_have_no_flag(settings, expected):
         (["mixprop", "advprop"], "mixprop.targeted=true", "no 'targeted' to set in mixprop: mix.alpha, mix, weight"),
         (["advprop"], "targeted=maybe", "targeted must be True or False, found 'maybe'"),
         (["advprop"], "weight=1/0", "weight must be a number above 0, found '1/0'"),
-        (["entprop"], "uncertainty=entropie", "expected one of entropy, cross-entropy, confidence, margin, random"),
+        (["entprop"], "uncertainty=entropie", "expected one of entropy, cross_entropy, least_confidence, logit_margin"),
         (
             ["random_selection"],
             "uncertainty=entropy",
@@ -389,7 +389,6 @@ def test_fields_that_have_no_flag(settings, expected):
         (["trades"], "kind=pgd", "no 'kind' to set"),
         (["shared_norms"], "auxiliary=aux", "no 'auxiliary' to set"),
         (["entprop_finetuning"], "fraction=0.2", "no 'fraction' to set"),
-        (["random_selection"], "threshold=1", "no 'threshold' to set"),
         (["advprop"], "targetted=true", "Did you mean 'targeted'?"),
     ],
 )
@@ -419,8 +418,13 @@ def test_the_preset_for_augmented_images_shares_affine_parameters():
     made = built("--set", "fraction=0.3", names=["entprop_augmented"])["entprop_augmented"]
     assert made == EntProp.augmented(fraction=0.3, epsilon=0.1)
     assert (made.mix, made.copies) == (None, "statistics")
-    given = built("--set", "copies=all", names=["entprop_augmented"])["entprop_augmented"]
-    assert given.copies == "all"
+    given = built("--set", "copies=all", "view=none", "attack_steps=1", names=["entprop_augmented"])[
+        "entprop_augmented"
+    ]
+    assert (given.copies, given.view, given.attack_steps) == ("all", None, 1)
+    assert (
+        built("--set", "view=randaugment", names=["entprop_augmented"])["entprop_augmented"].view.name == "randaugment"
+    )
 
 
 @pytest.mark.usefixtures("untrained")

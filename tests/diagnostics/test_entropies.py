@@ -28,7 +28,6 @@ METHODS = {
     "auxiliary": EntProp(fraction=0.5, mix_on="auxiliary", attack_steps=2),
     "no mix": EntProp(mix=None),
     "no attack": EntProp(attack_steps=0),
-    "threshold": EntProp(fraction=1.0, threshold=1.2),
     "own norms": EntProp(auxiliary=None),
     "random": EntProp(uncertainty=random_score),
 }

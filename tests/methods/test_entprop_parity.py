@@ -302,50 +302,6 @@ def test_scores_without_a_signature_are_called_with_two_arguments():
     assert uncertainty.compute_scores(built_in, torch.ones(4, 3), -1).tolist() == [3.0] * 4
 
 
-# A threshold ----------------------------------------------------------------------------------------------------------
-
-THRESHOLD = {
-    "above": (0, 1, 2, 3, 7),
-    "kind": ("batch_norm", "layer_norm"),
-    "fraction": (0.6, 1.0),
-    "attack_steps": (0, 1, 3),
-    "weighting": ("per_image", "sum"),
-    "mix": (None, "mixup"),
-}
-
-
-@pytest.mark.parametrize("case", covering(THRESHOLD), ids=name_of)
-def test_a_threshold(case):
-    case = dict(case)
-    kind, above, mix = case.pop("kind"), case.pop("above"), case.pop("mix")
-    pair, (images, labels) = Pair(kind), random_batch(BATCH)
-    blend = BLENDS["mixup", "batch"] if mix else None
-    with torch.no_grad():
-        logits = build(kind)(blend(images) if blend else images)
-    scores = sorted((reference.entropy(row, None) for row in logits), reverse=True)
-    threshold = (([scores[0] + 1, *scores])[above] + [*scores, scores[-1] - 1][above]) / 2  # `above` scores are higher
-
-    out = step(pair.model, (images, labels), threshold=threshold, mix=blend and FixedMixer(blend), **case)
-
-    assert len(out.selected) == max(2, min(above, uncertainty.num_selected(BATCH, case["fraction"])))
-    assert out.passes == pytest.approx(1 + len(out.selected) * max(case["attack_steps"], 1) / BATCH)
-    order = out.selected.tolist()
-    assert_matches(
-        pair, out, pair.reference(images, labels, threshold=threshold, batch_blend=blend, order=order, **case)
-    )
-
-
-def test_scores_at_the_threshold_are_not_above_it():
-    def score(logits, labels):
-        return torch.tensor([1.0, 3.0, 2.0, 2.0, 5.0, 0.0, 2.0])
-
-    for threshold, expected in ((2.0, [1, 4]), (1.9, [1, 2, 3, 4, 6])):
-        options = {"fraction": 1.0, "uncertainty": score, "threshold": threshold, "mix": None}
-        out = step(Pair("layer_norm").model, random_batch(BATCH), **options)
-        assert out.selected.tolist()[:2] == [4, 1]
-        assert sorted(out.selected.tolist()) == expected
-
-
 # Shared norms ---------------------------------------------------------------------------------------------------------
 
 SHARED = {

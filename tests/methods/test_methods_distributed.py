@@ -47,7 +47,6 @@ METHODS = {
     "entprop, sum": EntProp(fraction=0.4, attack_steps=3, weighting="sum"),
     "entprop, auxiliary": EntProp(fraction=0.4, attack_steps=2, mix=CutMix(), mix_on="auxiliary"),
     "entprop, random": EntProp(fraction=0.4, attack_steps=2, uncertainty="random"),
-    "entprop, threshold": EntProp(fraction=0.8, threshold=0.9, mix=None),
     "entprop, shared": EntProp(fraction=0.4, attack_steps=3, auxiliary=None),
     "vanilla": Vanilla(entropy_weight=0.1),
     "mixprop": MixProp(),

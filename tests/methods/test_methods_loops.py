@@ -59,8 +59,6 @@ METHODS = {
     "entprop, sum": (EntProp(fraction=0.4, mix=CutMix(), weighting="sum"), [10, 4], 2, 1 + 0.4),
     "entprop, auxiliary": (EntProp(fraction=0.4, mix_on="auxiliary", attack_steps=3), [10, 4, 4, 4], 2, 1 + 0.4 * 3),
     "random selection": (EntProp(uncertainty=uncertainty.random, attack_steps=3), [10, 2, 2, 2], 2, 1 + 0.2 * 3),
-    "no score above": (EntProp(fraction=0.5, threshold=10.0), [10, 2], 2, 1 + 0.2),
-    "every score above": (EntProp(fraction=0.5, threshold=-1.0), [10, 5], 2, 1 + 0.5),
     "shared norms": (EntProp(auxiliary=None, attack_steps=3), [10, 2, 2, 2], 2, 1 + 0.2 * 3),
     "mixprop": (MixProp(), [10, 10], 2, 2),
     "advprop": (AdvProp(attack=ATTACK), [10] * 5, 2, 2 + 3),

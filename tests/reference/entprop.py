@@ -133,7 +133,6 @@ def step(
     auxiliary_blend: Blend | None = None,
     weighting: str = "per_image",
     uncertainty: Callable[[Tensor, Tensor], float] = entropy,
-    threshold: float | None = None,
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),
     order: Sequence[int] | None = None,
@@ -174,10 +173,6 @@ def step(
     m = count_selected(batch, fraction)
     scores = [uncertainty(logits[i].detach(), y[i]) for i in range(batch)]
     selected = sorted(range(batch), key=lambda i: -scores[i])[:m]
-    if threshold is not None:
-        while len(selected) > 2 and not scores[selected[-1]] > threshold:
-            selected.pop()
-        m = len(selected)
     if order is not None:
         assert sorted(order) == sorted(selected), f"selected {sorted(order)}, expected {sorted(selected)}"
         selected = list(order)

@@ -30,7 +30,7 @@ from entprop_wrap.utils.options import as_python, check_seed
 from tests.helpers.trainer_toys import BatchNormNet, Images, make
 
 NUMBERS = {
-    EntProp: ("fraction", "threshold"),
+    EntProp: ("fraction",),
     AdvProp: ("weight",),
     MixProp: ("weight",),
     MEADA: ("fraction", "weight"),
@@ -127,9 +127,9 @@ def test_anything_else_stays_as_it_is(value):
 
 
 def test_options_are_stored_as_those_of_python():
-    method = EntProp(np.float32(0.5), attack_steps=np.int64(2), threshold=np.array(1), weighting=np.str_("sum"))
-    stored = (method.fraction, method.attack_steps, method.threshold, method.weighting)
-    assert [type(value) for value in stored] == [float, int, int, str]
+    method = EntProp(np.float32(0.5), attack_steps=np.int64(2), epsilon=np.array(0.1), weighting=np.str_("sum"))
+    stored = (method.fraction, method.attack_steps, method.epsilon, method.weighting)
+    assert [type(value) for value in stored] == [float, int, float, str]
     model = entprop.wrap(make(BatchNormNet))
     entprop.training_step(model.train(), torch.rand(8, 3, 8, 8), torch.arange(8) % 4, method=method)
     assert EntProp(epsilon=np.float32(1 / 255)).attack[0] == pytest.approx(1 / 255)
