@@ -161,7 +161,7 @@ def auxiliary(model: nn.Module, name: str | None = "aux", *, record_statistics: 
     Raises:
         NotWrappedError: ``model`` holds no wrapped model, or is only a part of one.
         AuxiliaryNameError: There is no auxiliary of that name.
-        UnsupportedModelError: Norm layers were replaced, frozen, parametrised, copied in from elsewhere, or given a
+        UnsupportedModelError: Norm layers were replaced, parametrised, copied in from elsewhere, or given a
             ``forward`` of their own since ``wrap``: the switch would miss them.
     """
     check_module("auxiliary()", model)
