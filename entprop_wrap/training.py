@@ -189,6 +189,7 @@ def check_pixel_space(space: object) -> None:
 
 def check_trainable(model: nn.Module) -> None:
     """Raise :class:`ConfigurationError` if a model has parameters, all of them frozen."""
+    check_module("check_trainable()", model)
     if any(parameter.requires_grad for parameter in model.parameters()) or next(model.parameters(), None) is None:
         return
     raise ConfigurationError(
