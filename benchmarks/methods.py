@@ -58,9 +58,9 @@ COMPONENTS = {
 }
 SCORES = {
     "entropy": "entprop",
-    "cross-entropy": "entprop --set uncertainty=cross-entropy",
-    "confidence": "entprop --set uncertainty=confidence",
-    "logit margin": "entprop --set uncertainty=margin",
+    "cross-entropy": "entprop --set uncertainty=cross_entropy",
+    "confidence": "entprop --set uncertainty=least_confidence",
+    "logit margin": "entprop --set uncertainty=logit_margin",
     "random": "random_selection",
 }
 SHARES = {f"{k / 10:g}": f"entprop --set fraction={k / 10:g}" for k in range(1, 11)}
