@@ -9,6 +9,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_itemcollected(item):
+    """Keep what forks processes in one of pytest's workers, so that one server imports what they need."""
+    if {"run_processes", "context"} & vars(item.module).keys() or item.module.__name__ == "tests.faults.test_kill":
+        item.add_marker(pytest.mark.xdist_group("processes"))
+
+
 def pytest_collection_finish(session):
     import torch  # not at the top: the process that only hands out tests would import it, before it starts the others
 

@@ -186,8 +186,8 @@ def compiled_in_place(model):
     return model
 
 
-def regions(model):
-    return compile_regions(model, backend="aot_eager")
+def regions(model, backend="aot_eager"):
+    return compile_regions(model, backend=backend)
 
 
 ENGINES = {
@@ -296,7 +296,7 @@ DISTRIBUTED = {
     "DDP, find_unused_parameters": (False, lambda model, mesh: ddp(model, mesh, find_unused_parameters=True)),
     "DDP, checkpointed": (True, ddp),
     "DDP, compiled": (False, lambda model, mesh: compiled(ddp(model, mesh), "eager")),
-    "DDP, regions": (False, lambda model, mesh: ddp(regions(model), mesh)),
+    "DDP, regions": (False, lambda model, mesh: ddp(regions(model, "eager"), mesh)),
     "FSDP2": (False, shard),
     "FSDP2, checkpointed": (True, shard),
     "FSDP2, checkpointed, compiled, effects skipped": (True, shard_compiled_blocks),
