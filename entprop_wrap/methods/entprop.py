@@ -62,7 +62,7 @@ class EntProp(Method):
             mixer, or None.
         mix_on: "batch" mixes the whole batch before the main pass (Algorithm 1); "auxiliary" keeps the main pass clean
             and mixes the selected images among themselves, and their gradients.
-        view: Augments the selected images, in the place of gradient steps (``attack_steps=0``): "trivialaugment",
+        view: Augments the selected images, instead of gradient steps (``attack_steps=0``): "trivialaugment",
             "randaugment", "augmix" or "gaussian" for each image, or a function of pixels ``(N, C, H, W)`` in [0, 1].
             Ours, by measurement (docs/recipes.md). None: nothing.
         uncertainty: Score to select by, ``(logits, labels) -> (N,)``, or the name of one; see
@@ -150,9 +150,9 @@ class EntProp(Method):
 
     @classmethod
     def augmented(cls, **options: Any) -> EntProp:
-        """Return a preset for training behind an augmentation (RandAugment, TrivialAugment); ``options`` change it.
+        """Return a preset for training on top of an augmentation (RandAugment, TrivialAugment); ``options`` change it.
 
-        The selected images are augmented once more, in the place of gradient steps, nothing is mixed, and the domains
+        The selected images are augmented once more, instead of gradient steps, nothing is mixed, and the domains
         share affine parameters: only running statistics are apart. On nets without batch norm, which keep none, write
         ``copies="all"``. A model that you wrap yourself needs ``wrap(model, copies="statistics")``; otherwise the step
         raises. With ``view=None, attack_steps=1`` the images move along the gradient instead. Ours, by measurement:

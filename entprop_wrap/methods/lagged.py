@@ -79,7 +79,7 @@ def _root(model: nn.Module) -> nn.Module:
 
 
 def put(model: nn.Module, waiting: Waiting) -> None:
-    """Let ``waiting`` wait for the next step of ``model``, in the place of what waited before."""
+    """Let ``waiting`` wait for the next step of ``model``, instead of what waited before."""
     target = waiting.target  # without the places in its batch, which the next step does not have
     _waiting[_root(model)] = Waiting(waiting.images, Target(target.labels, target.partners, target.share))
 

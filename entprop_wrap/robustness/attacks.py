@@ -51,7 +51,7 @@ _PIXELS = PixelSpace()
 class PixelAttack:
     """An attack on pixels in [0, 1]: subclasses define :meth:`attack_pixels`."""
 
-    #: The model that is attacked in the place of the one under evaluation.
+    #: The model that is attacked instead of the one under evaluation.
     source: nn.Module | None = None
 
     def __call__(
@@ -112,7 +112,7 @@ class PGD(PixelAttack, attacks.PGD):
     Attributes:
         loss: "cross_entropy", or "margin" (largest other logit minus that of the label), which still has a gradient
             where confidence has saturated the other (Carlini & Wagner 2017, their f6).
-        source: A model that is attacked in the place of the one under evaluation, in evaluation mode; better one that
+        source: A model that is attacked instead of the one under evaluation, in evaluation mode; better one that
             was trained on its own. A model that only hides its gradients falls to images made for another, ordinary
             one (Papernot et al. 2017, "Practical black-box attacks against machine learning").
 

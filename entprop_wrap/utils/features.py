@@ -115,7 +115,7 @@ def features_of(model: nn.Module, *, layer: str | None = None) -> Iterator[Featu
                 features._note(name, module, _first_tensor((*args, *kwargs.values())), output)
 
             handles.append(module.register_forward_hook(note, with_kwargs=True, prepend=True))
-    # Before other hooks of the root, which may put another tensor in the place of the logits.
+    # Before other hooks of the root, which may replace the logits by another tensor.
     handles.append(root.register_forward_hook(features._end, with_kwargs=True, prepend=True))
     compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in walk(model))
     try:
