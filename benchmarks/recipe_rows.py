@@ -159,6 +159,9 @@ ROWS = {
     "finetuning, statistics, k = 0.1": Row(
         lambda epsilon: EntProp.finetuning(epsilon=epsilon, fraction=0.1), "statistics"
     ),
+    "finetuning, statistics, k = 0.125": Row(
+        lambda epsilon: EntProp.finetuning(epsilon=epsilon, fraction=0.125), "statistics"
+    ),
     "finetuning, affine": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon), "affine"),
     "finetuning, shared": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon, auxiliary=None)),
     "FastAdvProp": Row(lambda epsilon: FastAdvProp() if epsilon is None else FastAdvProp(epsilon=epsilon)),
