@@ -209,6 +209,19 @@ def test_unrecorded_passes_give_the_same_output_and_record_nothing(name):
         assert changed(model, before) or not training  # torch 2.6 updates instance norms in evaluation too
 
 
+class Flagged(nn.BatchNorm2d):
+    """Shows what it is told of its statistics."""
+
+    def forward(self, x):
+        return super().forward(x) + float(self.track_running_stats)
+
+
+def test_a_batch_norm_has_statistics_in_evaluation_where_none_are_recorded_too():
+    model = entprop.wrap(nn.Sequential(Flagged(3))).eval()
+    with entprop.auxiliary(model, record_statistics=False):
+        torch.testing.assert_close(model(torch.zeros(2, 3, 4, 4)), torch.ones(2, 3, 4, 4))
+
+
 #: One of each way to read tensors: modules, functions, class attributes, counters, fused activations.
 COMPILED = (
     "torch.BatchNorm2d",
