@@ -543,6 +543,13 @@ def test_an_fp16_step_that_overflows_is_skipped_and_its_scale_is_resumed(tmp_pat
     assert again.accelerator.scaler.get_scale() == 2.0**96
 
 
+def test_nothing_but_overflows_under_fp16_stops_the_run(tmp_path, fp16):
+    fp16(2.0)
+    run = trainer(tmp_path, loss=lambda logits, labels: float("inf") * cross_entropy(logits, labels), method=Vanilla())
+    with pytest.raises(DivergedError, match=r"not finite in (\d+) of the \1 batches up to step"):
+        run.fit()
+
+
 def test_errors_of_the_step_come_through(tmp_path):
     class Bytes(Images):
         def __getitem__(self, index):

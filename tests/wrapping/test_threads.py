@@ -137,3 +137,19 @@ def test_compiled_models_in_two_threads():
 
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(work, (None, "aux")))
+
+
+def test_a_recomputation_in_the_backwards_of_two_domains_is_refused():
+    model, batch = entprop.wrap(toy("batch", "nested")), rows(4)
+    model.train()
+    output = model(batch)
+
+    def another(gradient):
+        with torch.enable_grad():
+            with entprop.auxiliary(model):
+                hard = model(batch)
+            loss_of(hard, batch).backward()
+
+    output.register_hook(another)
+    with pytest.raises(UnsupportedModelError, match="its domain is unknown"):
+        loss_of(output, batch).backward()
