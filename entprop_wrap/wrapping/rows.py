@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -41,8 +42,9 @@ def rows_split(model: nn.Module, auxiliary: str, main: int, total: int) -> Itera
 def prove_rows(model: nn.Module, images: Tensor, auxiliary: str) -> None:
     """Raise unless one pass over split rows equals two separate passes; tried once per model, then remembered.
 
-    Copies are moved away from the norms for the trial, as equal ones would hide every error, and put back. The passes
-    run in evaluation mode, so that nothing is drawn and no statistic moves. Up to 5 of the images are used.
+    What every call of a norm returns is compared, and the logits. Copies are moved away from the norms for the trial,
+    so that a wrong domain shows, and put back. The passes run in evaluation mode, so that nothing is drawn and no
+    statistic moves. Up to 5 of the images are used.
 
     Raises:
         UnsupportedModelError: The rows of some layer are not those of the images, in their order. Names the first.
@@ -53,8 +55,8 @@ def prove_rows(model: nn.Module, images: Tensor, auxiliary: str) -> None:
     root = plain_model(model)
     images = images[:5].detach()  # an odd number, split unevenly, so that no symmetry hides a permutation
     main = max(1, len(images) // 2)
-    parts: list[dict[str, Tensor]] = [{}, {}]
-    joint: dict[str, Tensor] = {}
+    parts: list[dict[tuple[str, int], Tensor]] = [{}, {}]
+    joint: dict[tuple[str, int], Tensor] = {}
     with _trial(root, registry, auxiliary):
         _record(root, registry, None, images[:main], parts[0])
         _record(root, registry, auxiliary, images[main:], parts[1])
@@ -62,8 +64,9 @@ def prove_rows(model: nn.Module, images: Tensor, auxiliary: str) -> None:
             _record(root, registry, Rows(auxiliary, main, len(images)), images, joint)
     # Older torch keeps the weights cast without gradients for the next pass, which would train nothing.
     torch.clear_autocast_cache()
-    for name in parts[0]:
-        if name not in joint or not _equal(joint[name], [part[name] for part in parts if name in part]):
+    for call in parts[0]:
+        if call not in joint or not _equal(joint[call], [part[call] for part in parts if call in part]):
+            name = call[0]
             layer = f"the norm layer {name!r}" if name else "a layer after the last norm"
             raise UnsupportedModelError(
                 f"lagged=True runs two domains in one pass, for which the rows of an image must lie together along "
@@ -72,18 +75,21 @@ def prove_rows(model: nn.Module, images: Tensor, auxiliary: str) -> None:
     _proven[registry].add(auxiliary)
 
 
-def _record(root: nn.Module, registry: Registry, key: Key, images: Tensor, found: dict[str, Tensor]) -> None:
-    """Put what each norm that runs gives into ``found``, by its name and in its order, and the logits under ""."""
-    handles = []
+def _record(
+    root: nn.Module, registry: Registry, key: Key, images: Tensor, found: dict[tuple[str, int], Tensor]
+) -> None:
+    """Put what each norm gives into ``found``, by its name and the number of the call, and the logits under ""."""
+    handles, calls = [], Counter[str]()
     for name, norm in registry.norms.items():
 
         def note(module: nn.Module, args: object, output: Tensor, name: str = name) -> None:
-            found[name] = output.detach()
+            calls[name] += 1
+            found[name, calls[name]] = output.detach()
 
         handles.append(norm.register_forward_hook(note))
     try:
         with registry.switch.block(key):
-            found[""] = raw_logits(root(images)).detach()
+            found["", 1] = raw_logits(root(images)).detach()
     finally:
         for handle in handles:
             handle.remove()

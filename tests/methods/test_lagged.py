@@ -107,7 +107,15 @@ class Rolled(SequenceFirst):
         return self.head(self.norm(tokens).mean(1).roll(-1, 0))
 
 
-@pytest.mark.parametrize("make", [SequenceFirst, WindowMajor, Rolled])
+class RolledAtFirst(Rolled):
+    """A norm that runs twice, with the batch in another order the first time."""
+
+    def forward(self, images):
+        tokens = self.patch(images).flatten(2).transpose(1, 2).roll(1, 0)
+        return self.head(self.norm(self.norm(tokens).roll(-1, 0)).mean(1))
+
+
+@pytest.mark.parametrize("make", [SequenceFirst, WindowMajor, Rolled, RolledAtFirst])
 def test_models_that_permute_the_batch_are_refused_by_layer(make):
     model = entprop.wrap(make().double())
     before = copy.deepcopy(model.state_dict())

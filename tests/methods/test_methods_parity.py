@@ -242,7 +242,19 @@ def has_an_effect(row):
     return not (without and (row["entropy_weight"] or row["label_smoothing"]))
 
 
-@pytest.mark.parametrize("case", covering(ADVERSARIAL, has_an_effect), ids=name_of)
+#: Of three options at once, which pairs of options need not hold.
+TRADES_OF_FLAT_PREDICTIONS = [
+    {
+        **{name: values[0] for name, values in ADVERSARIAL.items()},
+        "kind": "trades",
+        "entropy_weight": 0.5,
+        "regularise": on,
+    }
+    for on in ("adversarial", "both")
+]
+
+
+@pytest.mark.parametrize("case", [*covering(ADVERSARIAL, has_an_effect), *TRADES_OF_FLAT_PREDICTIONS], ids=name_of)
 def test_adversarial_training(case):
     pair, space = Pair(case["model"]), SPACES[case["space"]]
     images, labels = batch_in(space, soft=case["soft"])
