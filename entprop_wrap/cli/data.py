@@ -94,7 +94,10 @@ def images(options: Namespace, space: PixelSpace, size: int) -> Data:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         taken = "" if Path(options.dataset).expanduser().is_dir() else _taken_for_an_id(options.dataset)
-        raise DataError(f"--dataset {options.dataset}:{taken} {str(error).strip() or type(error).__name__}") from error
+        raise DataError(
+            f"--dataset {options.dataset}:{taken} {str(error).strip().rstrip('.') or type(error).__name__}. Expected a "
+            "folder with a folder of images for each class, or with a table; or the id of a dataset of the Hub."
+        ) from error
     finally:
         logger.setLevel(level)
     for note in data.notes:

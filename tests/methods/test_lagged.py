@@ -76,6 +76,33 @@ def test_one_forward_of_so_many_rows_and_one_backward(options, passes):
     assert out.passes == pytest.approx(rows[0] / 7) == pytest.approx(passes[2], abs=0.03)
 
 
+def test_a_scaled_loss_hardens_the_same_images_and_a_step_under_fp16_is_close():
+    plain, scaled, half = (wrapped("layer_norm").float() for _ in range(3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    method = EntProp(fraction=0.4, epsilon=0.03, mix=None, lagged=True)
+    for number in range(2):
+        images, labels = random_batch(16, seed=number, dtype=torch.float32)
+        for model in (plain, scaled, half):
+            model.zero_grad()
+        entprop.training_step(plain, images, labels, method=method)
+        for model in (scaled, half):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            with torch.autocast("cpu", torch.float16, enabled=model is half):
+                entprop.training_step(
+                    model, images, labels, method=method, backward=lambda loss: scaler.scale(loss).backward()
+                )
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        expected = gradients(plain)
+        for name, gradient in gradients(scaled).items():
+            torch.testing.assert_close(gradient, expected[name])
+        near = [(g - expected[name]).norm() / expected[name].norm() for name, g in gradients(half).items()]
+        assert 0 < float(torch.stack(near).median()) < 0.05
+    torch.testing.assert_close(lagged_state(scaled)["images"], lagged_state(plain)["images"])
+    assert scaler.get_scale() == 2.0**10
+
+
 class SequenceFirst(nn.Module):
     """Tokens before images, as ``nn.MultiheadAttention`` has them by default."""
 
