@@ -81,7 +81,8 @@ class EntProp(Method):
             which a model's first step tries out. The first step trains the batch alone. See
             :mod:`entprop_wrap.methods.lagged`.
         equal_budget: With ``lagged``, leave out as many images of the batch as come back from the step before, so that
-            a step has exactly the rows of vanilla training (the budget of Fast AdvProp, ICLR 2022).
+            a step has exactly the rows of vanilla training (the budget of Fast AdvProp, ICLR 2022). ``fraction`` is at
+            most 0.5. A batch of which less than half would be left, as the last of an epoch may be, is trained whole.
         alpha: Parameter of the mixer that ``mix`` names; then stored there, and None here.
 
     Raises:
@@ -136,6 +137,11 @@ class EntProp(Method):
         check_flag("equal_budget", self.equal_budget)
         if self.equal_budget and not self.lagged:
             raise ConfigurationError("equal_budget=True is an option of the lagged step: write lagged=True, too.")
+        if self.equal_budget and self.fraction > 0.5:
+            raise ConfigurationError(
+                f"equal_budget=True selects from the images of a batch that are not replaced: expected a fraction of "
+                f"at most 0.5, found {self.fraction}."
+            )
 
     @classmethod
     def finetuning(cls, **options: Any) -> EntProp:
@@ -206,13 +212,8 @@ class EntProp(Method):
             )
         waiting = lagged.waiting_for(step.model, step.images, step.labels)
         batch, back = len(step.images), 0 if waiting is None else len(waiting.images)
-        fresh = batch - back if self.equal_budget else batch
+        fresh = batch - back if self.equal_budget and 2 * back <= batch else batch
         number = num_selected(batch, self.fraction)
-        if fresh < number:
-            raise ConfigurationError(
-                f"equal_budget=True selects from the part of the batch that does not come back: {fresh} of {batch} "
-                f"images, fewer than the {number} to select. Expected a fraction of at most 0.5, found {self.fraction}."
-            )
         images, target = self._mixed(step, fresh)
         gradient = step.image_gradient(images) if self.attack_steps > 0 else None
         everything = images if waiting is None else torch.cat([images, waiting.images])
@@ -223,7 +224,7 @@ class EntProp(Method):
             if waiting is not None:
                 aux_loss = waiting.target.loss(step.loss, logits[fresh:])
                 weight = back / batch if self.weighting == "per_image" else 1.0
-                loss = (fresh / batch if self.equal_budget else 1.0) * main_loss + weight * aux_loss
+                loss = fresh / batch * main_loss + weight * aux_loss
             uncertainty = cast(Uncertainty, self.uncertainty)
             score = compute_scores(uncertainty, logits[:fresh].detach(), step.labels[:fresh], step.generator)
             selected = top_k(score, number)

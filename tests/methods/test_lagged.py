@@ -211,7 +211,17 @@ def test_what_no_longer_fits_is_dropped():
 def test_options_that_contradict_each_other():
     with pytest.raises(ConfigurationError, match="lagged=True"):
         EntProp(equal_budget=True)
-    model, method = wrapped("batch_norm"), EntProp(fraction=0.7, lagged=True, equal_budget=True)
-    entprop.training_step(model, *random_batch(7), method=method)
     with pytest.raises(ConfigurationError, match=r"at most 0\.5, found 0\.7"):
-        entprop.training_step(model, *random_batch(7), method=method)
+        EntProp(fraction=0.7, lagged=True, equal_budget=True)
+
+
+@pytest.mark.parametrize("last", [2, 3, 5])
+def test_a_last_batch_that_what_came_back_would_fill_is_trained_whole(last):
+    model, method = wrapped("batch_norm"), EntProp(fraction=0.4, lagged=True, equal_budget=True, mix=None)
+    found = []
+    for number in (10, last, 10):
+        model.zero_grad()
+        found.append(entprop.training_step(model, *random_batch(number), method=method))
+    assert [len(out.logits) for out in found] == [10, last, 8]
+    assert found[1].passes == (last + 4) / last
+    assert float(found[1].loss) == pytest.approx(float(found[1].main_loss + 4 / last * found[1].aux_loss))
