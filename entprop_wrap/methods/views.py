@@ -30,7 +30,12 @@ class EachImage:
     name: str
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Return the pixels ``(N, 3, H, W)``, rounded to bytes and augmented."""
+        """Return the pixels ``(N, C, H, W)``, rounded to bytes and augmented."""
+        if self.name != "gaussian" and pixels.shape[1] not in (1, 3):
+            raise ImageError(
+                f"view={self.name!r} is torchvision's, of images with 1 or 3 channels; found {pixels.shape[1]}. Write "
+                "view='gaussian', or a function of pixels (N, C, H, W) in [0, 1]."
+            )
         change = augmentation(self.name)
         assert change is not None
         return torch.stack([change(image) for image in pixels.mul(255).round().to(torch.uint8)]).to(pixels) / 255

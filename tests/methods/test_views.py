@@ -8,6 +8,7 @@ import torch
 import entprop_wrap as entprop
 from entprop_wrap import EntProp, PixelSpace
 from entprop_wrap.errors import ConfigurationError, ImageError
+from entprop_wrap.methods.views import EachImage
 from tests.methods.parity import Pair, relative_error
 from tests.reference.models import random_batch
 
@@ -95,3 +96,10 @@ def test_a_view_that_returns_something_else_is_refused_and_leaves_no_gradients(v
     with pytest.raises(ImageError, match="of view="):
         step(model, random_batch(7), view=view)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["trivialaugment", "randaugment", "augmix"])
+def test_a_view_of_colours_says_what_to_write_for_other_channels(name):
+    with pytest.raises(ImageError, match=r"1 or 3 channels; found 4. Write view='gaussian'"):
+        EachImage(name)(torch.rand(2, 4, 8, 8))
+    assert EachImage("gaussian")(torch.rand(2, 4, 8, 8)).shape == (2, 4, 8, 8)
