@@ -28,6 +28,10 @@ one folder per run with its checkpoints, its metrics.jsonl and the final model, 
 """
 
 
+#: Options of methods that messages say to write, which are not flags.
+SETTABLE = ("attack_steps", "copies", "equal_budget", "lagged", "view")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train and compare. Errors of the package end as one line, and Ctrl-C too.
 
@@ -53,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def hint(message: str, options: Namespace) -> str:
-    """Return the flags for the Python arguments that a message names."""
+    """Return the flags for the Python arguments that a message names, and the values it says to write of others."""
     flags = {"output_dir": "--output", **{name: flag(name) for name in vars(options)}}
     found = [flags[name] for name in flags if re.search(rf"\b{name}{'' if '_' in name else '='}", message)]
+    told = re.findall(r"\b(\w+)=[\"']?(\w+)", message.partition("rite ")[2])
+    found += [f"--set {name}={value.lower()}" for name, value in told if name in SETTABLE]
     return f"\nOn this command line: {', '.join(found)}." if found else ""

@@ -21,7 +21,7 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods import FastAdvProp, grow
 from entprop_wrap.robustness import PGD, evaluate_robustness
 from entprop_wrap.trainer import Trainer, TrainerConfig
-from entprop_wrap.wrapping.model import unwrap, wrap
+from entprop_wrap.wrapping.model import ensure_wrapped, unwrap
 
 __all__ = ["attacks", "run"]
 
@@ -41,9 +41,10 @@ def run(options: Namespace) -> None:
     def build() -> nn.Module:
         return model_parts.start_from(blueprint.build(data.classes), options.weights)
 
-    model = build()  # weights that do not fit, and a model without norm layers, raise here
-    if any(method.auxiliaries for method in methods.values()):
-        wrap(model)
+    model = build()  # weights that do not fit, and norm layers with nothing to copy for a method, raise here
+    for method in methods.values():
+        if ensure_wrapped(model, method):
+            unwrap(model)
     runs: list[results.Run] = []
     for seed in range(options.seed, options.seed + options.seeds):
         trained = {}

@@ -324,6 +324,10 @@ def test_what_the_package_refuses_ends_as_a_line_before_anything_is_trained(trai
         (["--model", "resnot50"], "ConfigurationError: .*timm.list_models.*Did you mean 'resnet50'"),
         (["--model", "no/such"], "ConfigurationError: --model no/such is no local folder; as a Hub id"),
         (["--max-train", 5000], "DataError: --max-train of digits"),
+        (
+            ["--model", "deit_tiny_patch16_224", "--methods", "vanilla", "entprop_augmented"],
+            "(?s)ConfigurationError: copies=.statistics. finds nothing.* line: --set copies=all\\.$",
+        ),
     ):
         done = train(*QUICK, *arguments, output=tmp_path / "out")
         assert re.match(expected, str(done.code)), done.out
@@ -435,6 +439,8 @@ def test_growth_that_does_not_fit_is_found_before_anything_is_trained(train, tmp
     both = command.hint("Write fit(resume=True), or choose a new output_dir.", parse("", []))
     assert both == "\nOn this command line: --output, --resume."
     assert command.hint("mix must be a mixer.", parse("", [])) == ""
+    told = command.hint("found attack_steps=1: write attack_steps=0 with it, or view=None.", parse("", []))
+    assert told == "\nOn this command line: --set attack_steps=0, --set view=none."
 
 
 @pytest.mark.skipif(
