@@ -19,8 +19,8 @@ from entprop_wrap.utils.modules import check_module, plain_model
 from entprop_wrap.utils.options import check_function, check_generator
 from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.utils.tensors import refuse_inference_mode
-from entprop_wrap.wrapping.model import ensure_wrapped
-from entprop_wrap.wrapping.registry import find_registry, refuse_idle_copies, refuse_inside_block, refuse_other_copies
+from entprop_wrap.wrapping.model import check_wrapped, ensure_wrapped
+from entprop_wrap.wrapping.registry import refuse_idle_copies, refuse_inside_block
 
 __all__ = ["TrainingStep", "check_loss", "check_pixel_space", "check_trainable", "training_step"]
 
@@ -101,6 +101,7 @@ class TrainingStep:
 
     Raises:
         AuxiliaryNameError: The model is wrapped, without an auxiliary that the method needs.
+        ConfigurationError: The model holds other copies than the method asks for, or ``options`` do not apply.
         TypeError: An argument is of another type.
     """
 
@@ -161,9 +162,7 @@ def _run(
     check_trainable(model)
     refuse_inference_mode()
     if method.auxiliaries:
-        registry = find_registry(model)  # raises before anything runs, as the next two
-        refuse_other_copies(registry, method)
-        refuse_idle_copies(registry, method.auxiliaries)
+        refuse_idle_copies(check_wrapped(model, method), method.auxiliaries)  # before anything runs
     refuse_inside_block(model)
     step = Step(
         model, images, labels, pixel_space or PixelSpace(), cross_entropy if loss is None else loss, backward, generator

@@ -24,6 +24,7 @@ from entprop_wrap.errors import (
     AlreadyWrappedError,
     AuxiliaryNameError,
     ConfigurationError,
+    EntPropError,
     NotWrappedError,
     UnsupportedModelError,
 )
@@ -32,7 +33,7 @@ from entprop_wrap.utils.options import check_choice, check_flag, shown
 from entprop_wrap.wrapping.active_domain import key_of
 from entprop_wrap.wrapping.norm_layers import Selector, find_norms
 from entprop_wrap.wrapping.optimizer import guard_first_step
-from entprop_wrap.wrapping.registry import Registry, find_registry, find_wrapped, refuse_other_copies, registry_on
+from entprop_wrap.wrapping.registry import Registry, find_registry, find_wrapped, registry_on
 from entprop_wrap.wrapping.root_hook import attach, detach
 from entprop_wrap.wrapping.switched_norm import (
     COPY_PREFIX,
@@ -227,26 +228,58 @@ def is_wrapped(model: nn.Module) -> bool:
 def ensure_wrapped(model: nn.Module, method: Any, **options: Any) -> bool:
     """Wrap ``model`` as ``method`` needs it, unless it is wrapped; return whether it was wrapped here.
 
-    ``options`` are those of :func:`wrap`, without effect on a wrapped model; ``copies`` is the method's by default.
+    ``options`` are those of :func:`wrap`; ``copies`` is the method's by default.
 
     Raises:
         AuxiliaryNameError: The model is wrapped, but with other auxiliaries.
-        ConfigurationError: The model is wrapped, but with copies of other tensors than the method asks for.
+        ConfigurationError: The model is wrapped, but with copies of other tensors than the method asks for; or there
+            are ``options``, and nothing to wrap.
     """
-    auxiliaries = tuple(method.auxiliaries)
+    auxiliaries, wrapped = tuple(method.auxiliaries), is_wrapped(model)
+    if options and (wrapped or not auxiliaries):
+        found = "is wrapped already" if wrapped else f"is not wrapped for {type(method).__name__}"
+        raise ConfigurationError(
+            f"{', '.join(options)} would be given to wrap(), and the model {found}. Leave that out"
+            f"{', or pass a plain model' if wrapped else ''}."
+        )
     if not auxiliaries:
         return False
-    if not is_wrapped(model):
-        wrap(model, auxiliaries=auxiliaries, **{"copies": getattr(method, "copies", "all"), **options})
-        return True
-    registry = find_registry(model)
+    if wrapped:
+        check_wrapped(model, method)
+        return False
+    wrap(model, **{"auxiliaries": auxiliaries, "copies": _copies_for(method), **options})
+    try:
+        check_wrapped(model, method)  # options may contradict the method
+    except EntPropError:
+        unwrap(model)
+        raise
+    return True
+
+
+def check_wrapped(model: nn.Module, method: Any) -> Registry:
+    """Return the registry of a model that is wrapped as ``method`` needs it, or raise what to write instead."""
+    auxiliaries, copies = tuple(method.auxiliaries), _copies_for(method)
+    options = ("" if auxiliaries == ("aux",) else f", auxiliaries={auxiliaries}") + (
+        "" if copies == "all" else f", copies={copies!r}"
+    )
+    call = f"entprop.wrap(model{options})"
+    registry = find_registry(model, call)
     if missing := [name for name in auxiliaries if name not in registry.auxiliaries]:
         raise AuxiliaryNameError(
             f"The model was wrapped with the auxiliaries {registry.auxiliaries}, without {missing[0]!r}, which the "
-            f"method needs. Write wrap(model, auxiliaries={auxiliaries}), or pass a plain model."
+            f"method needs. Write {call}, or pass a plain model to a trainer."
         )
-    refuse_other_copies(registry, method)
-    return False
+    if copies not in ("all", registry.held):
+        raise ConfigurationError(
+            f"{type(method).__name__}(copies={copies!r}) was given a model with copies={registry.held!r}. Write "
+            f"{call}, pass a plain model to a trainer, or give the method copies='all'."
+        )
+    return registry
+
+
+def _copies_for(method: Any) -> Copies:
+    # "all", the default, takes a wrapped model as it is.
+    return getattr(method, "copies", "all")  # type: ignore[no-any-return]
 
 
 def _checked_names(auxiliaries: object) -> tuple[str, ...]:

@@ -20,7 +20,6 @@ __all__ = [
     "find_wrapped",
     "refuse_idle_copies",
     "refuse_inside_block",
-    "refuse_other_copies",
 ]
 
 #: What a wrapped root holds its registry as.
@@ -69,10 +68,11 @@ def copy_in(norm: nn.Module, auxiliary: str) -> nn.Module:
     return cast(nn.Module, norm._modules[COPY_PREFIX + auxiliary])
 
 
-def find_registry(model: nn.Module) -> Registry:
+def find_registry(model: nn.Module, wrap: str = "entprop.wrap(model)") -> Registry:
     """Return the registry of the one wrapped model in ``model``, after an audit of its norms.
 
-    The audit walks the module tree (about 0.1 microseconds a module): conversions replace norms without a trace.
+    ``wrap`` is what the message about a plain model says to write. The audit walks the module tree (about 0.1
+    microseconds a module): conversions replace norms without a trace.
     """
     roots, norms = find_wrapped(model)
     if len(roots) > 1:
@@ -82,9 +82,7 @@ def find_registry(model: nn.Module) -> Registry:
     refuse_static_graph(model)
     if not roots:
         if not norms:
-            raise NotWrappedError(
-                f"{type(model).__name__} is not wrapped. Write entprop.wrap(model) before the optimizer is built."
-            )
+            raise NotWrappedError(f"{type(model).__name__} is not wrapped. Write {wrap} before the optimizer is built.")
         raise NotWrappedError(
             "This is a part of a wrapped model, or a copy of a part. Expected the model that was passed to wrap()."
         )
@@ -103,30 +101,40 @@ def refuse_inside_block(model: nn.Module) -> None:
         )
 
 
-def refuse_other_copies(registry: Registry, method: Any) -> None:
-    """Raise :class:`ConfigurationError` if a method that says what its copies hold would run on copies of more."""
-    expected = getattr(method, "copies", "all")  # the default, which takes a wrapped model as it is
-    if expected not in ("all", registry.held):
+def refuse_idle_copies(registry: Registry, auxiliaries: tuple[str, ...]) -> None:
+    """Raise :class:`ConfigurationError` if copies stay equal to what they copy: no domain would differ from main."""
+    for auxiliary in auxiliaries:
+        pairs = list(zip(registry.norms.values(), registry.copies(auxiliary), strict=True))
+        if any(_moves(norm, copy) for norm, copy in pairs) or not all(_equal(norm, copy) for norm, copy in pairs):
+            continue
         raise ConfigurationError(
-            f"{type(method).__name__}(copies={expected!r}) was given a model with copies={registry.held!r}. Write "
-            f"wrap(model, copies={expected!r}), pass a plain model to a trainer, or give the method copies='all'."
+            f"The copies {auxiliary!r} are frozen and equal to the norm layers: the auxiliary pass would be a second "
+            "main pass. "
+            + (
+                "Expected copies that train; PEFT and other code that freezes a model freezes them too. Before the "
+                "optimizer is built, write: for name, p in model.named_parameters(): "
+                "p.requires_grad_(p.requires_grad or '.entprop_' in name)"
+                if any(True for _ in registry.copied_parameters())
+                else f"Norm layers in evaluation mode record no statistics, and copies={registry.held!r} holds nothing "
+                "else. Leave them in training mode, write copies='all', or train without copies: "
+                "EntProp(auxiliary=None)."
+            )
         )
 
 
-def refuse_idle_copies(registry: Registry, auxiliaries: tuple[str, ...]) -> None:
-    """Raise :class:`ConfigurationError` if copies are frozen at what they copy: no domain would differ from main."""
-    for auxiliary in set(auxiliaries) & set(registry.auxiliaries):
-        if any(copy.requires_grad for copy in registry.tensors(auxiliary)):
-            continue
-        tracks = any(buffer is not None for norm in registry.norms.values() for buffer in norm._buffers.values())
-        pairs = zip(registry.tensors(None), registry.tensors(auxiliary), strict=True)
-        if not tracks and all(torch.equal(parameter, copy) for parameter, copy in pairs):
-            raise ConfigurationError(
-                f"The copies {auxiliary!r} are frozen and equal to the norm layers: the auxiliary pass would be a "
-                "second main pass. Expected copies that train; PEFT and other code that freezes a model freezes them "
-                "too. Before the optimizer is built, write: for name, p in model.named_parameters(): "
-                "p.requires_grad_(p.requires_grad or '.entprop_' in name)"
-            )
+def _moves(norm: nn.Module, copy: nn.Module) -> bool:
+    """Return whether training moves the tensors of a copy, or records the statistics of its norm."""
+    records = norm.training and any(buffer is not None for buffer in norm._buffers.values())
+    return records or any(parameter is not None and parameter.requires_grad for parameter in copy._parameters.values())
+
+
+def _equal(norm: nn.Module, copy: nn.Module) -> bool:
+    pairs = [
+        (value, tensors[name])
+        for tensors, own in ((norm._parameters, copy._parameters), (norm._buffers, copy._buffers))
+        for name, value in own.items()
+    ]
+    return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
 def registry_on(root: nn.Module) -> Registry:

@@ -1,12 +1,19 @@
 """``TrainingStep``: model, method and pixel space held once, and the same steps as ``training_step``."""
 
 import copy
+import re
 
 import pytest
 import torch
 
 import entprop_wrap as entprop
-from entprop_wrap.errors import AuxiliaryNameError, ConfigurationError, PixelRangeError, UnsupportedModelError
+from entprop_wrap.errors import (
+    AuxiliaryNameError,
+    ConfigurationError,
+    NotWrappedError,
+    PixelRangeError,
+    UnsupportedModelError,
+)
 from entprop_wrap.methods import AdvProp, Vanilla
 from tests.methods.loops import gradients
 from tests.reference.models import build
@@ -58,12 +65,65 @@ def test_a_method_says_what_is_copied_and_a_model_that_holds_other_copies_is_ref
         entprop.TrainingStep(model, method, SPACE)(*batch)
         assert len(list(model.parameters())) == plain
     with pytest.raises(
-        ConfigurationError, match=r"a model with copies='all'. Write wrap\(model, copies='statistics'\)"
+        ConfigurationError, match=r"a model with copies='all'. Write entprop.wrap\(model, copies='statistics'\)"
     ):
         entprop.TrainingStep(other, method)
     with pytest.raises(ConfigurationError, match="a model with copies='all'"):
         entprop.training_step(other, *batch, method=method)
     entprop.TrainingStep(alike, entprop.EntProp(0.7), SPACE)(*batch)  # the default takes any
+
+
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [
+        (entprop.EntProp(0.7), "entprop.wrap(model)"),
+        (entprop.EntProp.augmented(fraction=0.7), "entprop.wrap(model, copies='statistics')"),
+        (
+            entprop.EntProp(0.7, auxiliary="hard", copies="affine"),
+            "entprop.wrap(model, auxiliaries=('hard',), copies='affine')",
+        ),
+    ],
+)
+def test_the_message_about_a_model_that_is_not_wrapped_for_the_method_says_the_whole_call(method, call, batch):
+    plain, other = (build("batch_norm", dtype=torch.float64) for _ in range(2))
+    entprop.wrap(other, auxiliaries=("elsewhere",))
+    for model in (plain, other):
+        with pytest.raises((NotWrappedError, AuxiliaryNameError), match=re.escape(f"Write {call}")):
+            entprop.training_step(model, *batch, method=method)
+    model = build("batch_norm", dtype=torch.float64)
+    exec(call, {"entprop": entprop, "model": model})
+    entprop.training_step(model, *batch, method=method, pixel_space=SPACE)
+
+
+@pytest.mark.parametrize(
+    ("method", "wrapped", "options", "words"),
+    [
+        (entprop.EntProp(0.7), True, {"copies": "affine"}, "copies would be given to wrap.* is wrapped already"),
+        (Vanilla(), False, {"include": "0"}, "not wrapped for Vanilla"),
+        (entprop.EntProp.augmented(), False, {"copies": "all"}, "a model with copies='all'"),
+        (entprop.EntProp(0.7), False, {"auxiliaries": ("hard",)}, "without 'aux'"),
+    ],
+)
+def test_options_that_would_have_no_effect_or_contradict_the_method_are_refused(method, wrapped, options, words):
+    model = build("batch_norm")
+    if wrapped:
+        entprop.wrap(model)
+    names = set(model.state_dict())
+    with pytest.raises((ConfigurationError, AuxiliaryNameError), match=words):
+        entprop.TrainingStep(model, method, **options)
+    assert set(model.state_dict()) == names
+
+
+def test_statistics_that_evaluation_mode_keeps_equal_are_refused(batch):
+    model = entprop.wrap(build("batch_norm", dtype=torch.float64), copies="statistics")
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.eval()
+    method = entprop.EntProp(0.7)
+    with pytest.raises(ConfigurationError, match=r"evaluation mode record no statistics.*EntProp\(auxiliary=None\)"):
+        entprop.training_step(model, *batch, method=method, pixel_space=SPACE)
+    norms[0].train()
+    entprop.training_step(model, *batch, method=method, pixel_space=SPACE)
 
 
 def test_it_leaves_a_plain_model_plain_where_nothing_is_to_be_copied(batch):
