@@ -50,7 +50,10 @@ class EntropyStages(Result):
             rows.append([stage, str(len(self.values[stage])), str(mean), str(self.changes.get(stage, ""))])
         note = f"Entropy in nats, at most {math.log(self.classes):.3g}; 95 % intervals over {self.batches} batches."
         if "perturbed" in self.changes and self.changes["perturbed"].value < 0:
-            note += " The attack goes past the point of highest entropy, towards certain errors: epsilon is long."
+            note += (
+                " Images are moved past the point of highest entropy, towards certain errors: epsilon is long, or the "
+                "view strong."
+            )
         return f"{markdown_table(rows)}\n\n{note}"
 
 
@@ -129,7 +132,7 @@ def _warn(result: EntropyStages) -> None:
     before, after = (result.stages.get(name) for name in (names[names.index("selected") - 1], "perturbed"))
     if before is not None and after is not None and after.value <= before.value:
         warnings.warn(
-            f"Perturbed images are no less certain ({after} nats) than those they were selected from ({before}): the "
-            "attack climbs the loss into certain errors. Lower epsilon.",
+            f"Perturbed images are no less certain ({after} nats) than those they were selected from ({before}): they "
+            "are moved into certain errors. Lower epsilon, or choose a milder view=.",
             stacklevel=3,
         )

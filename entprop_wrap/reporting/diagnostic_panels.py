@@ -22,9 +22,9 @@ _FLAT = {
     "mixed": "Mixing does not raise entropy here: it changes by {} nats. Look at the images that mix= makes.",
     "selected": "Selected images are not more uncertain than those they are selected from: entropy changes by {} "
     "nats. The method's score does not follow entropy on these images.",
-    "perturbed": "The attack does not raise entropy here: it changes by {} nats. This is not a failure of training: "
-    "the attack climbs the loss, and an image taken for another class with certainty is hard, but has a low entropy. "
-    "SA and RA tell whether training on it helps. For more uncertain images lower epsilon; if little moves, raise it.",
+    "perturbed": "Perturbing (the attack, or view=) does not raise entropy here: it changes by {} nats. This is not a "
+    "failure of training: an image taken for another class with certainty is hard, but has a low entropy. SA and RA "
+    "tell whether training on it helps. For more uncertain images lower epsilon; if little moves, raise it.",
 }
 #: Distances below which copies act nearly as their norms; a judgement.
 _SMALL = 0.02
@@ -71,7 +71,7 @@ def _entropies(title: str, found: EntropyStages) -> Panel:
     reading = [
         f"How uncertain the trained model is of the images, from 0 nats (certain) to log {found.classes} = {most:.2f} "
         "(a guess), at each stage on their way into the auxiliary norms: as they are, mixed, selected for their "
-        "entropy, and moved by the attack. The method wants each stage more uncertain than the one before.",
+        "entropy, and perturbed. The method wants each stage more uncertain than the one before.",
         "Here every stage is." if not flat else f"Here {_listed(list(flat))} images are not: see below.",
     ]
     return Panel(
