@@ -77,7 +77,7 @@ class Monitor:
             check_integer(name, value, 1)
         self.every, self.patience = every, patience
         self.warnings: dict[str, str] = {}
-        self._steps = self._window_steps = 0
+        self._steps = self._window_steps = self._window_auxiliary = 0
         self._window: Tensor | None = None  # on the device: sums of values, then how often each was finite
         self._since: Tensor | None = None  # the same since the last evaluation
         self._classes = 2
@@ -90,7 +90,7 @@ class Monitor:
         if not isinstance(output, StepOutput):
             raise TypeError(f"update() expects what training_step() returns, found {type(output).__name__}.")
         nothing = torch.zeros_like(output.main_loss)
-        aux = nothing if output.aux_loss is None else output.aux_loss
+        aux = nothing + torch.nan if output.aux_loss is None else output.aux_loss  # none: no part of the mean
         selected = further = nothing
         if output.selected is not None:
             selected = output.entropy[output.selected].mean()
@@ -104,10 +104,11 @@ class Monitor:
         self._classes = output.logits.shape[1]
         self._steps += 1
         self._window_steps += 1
+        self._window_auxiliary += output.aux_loss is not None
         if self._window_steps >= self.every:
-            sums, steps = self._window.tolist(), self._window_steps
-            self._window, self._window_steps = None, 0
-            self._judge(sums, steps, output.aux_loss is not None, output.selected is not None)
+            sums, auxiliary = self._window.tolist(), self._window_auxiliary
+            self._window, self._window_steps, self._window_auxiliary = None, 0, 0
+            self._judge(sums, auxiliary, output.selected is not None)
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
         """Take in an evaluation: a mapping with "loss" (or "eval_loss") on data that is not trained on.
@@ -127,18 +128,20 @@ class Monitor:
             self._evaluations.append((float(found), sums[0] / sums[_VALUES]))
             self._judge_validation()
 
-    def _judge(self, sums: list[float], steps: int, auxiliary: bool, selection: bool) -> None:
-        lost = steps - int(sums[_VALUES + 1])
-        if auxiliary and lost:
+    def _judge(self, sums: list[float], auxiliary: int, selection: bool) -> None:
+        lost = auxiliary - int(sums[_VALUES + 1])
+        if lost:
             self._warn(
                 "auxiliary loss",
-                f"The auxiliary loss was not finite in {lost} of the last {steps} steps. Lower the learning rate, clip "
-                "gradients, or use bf16 for fp16.",
+                f"The auxiliary loss was not finite in {lost} of the last {auxiliary} steps. Lower the learning rate, "
+                "clip gradients, or use bf16 for fp16.",
             )
-        if 0 in sums[_VALUES:]:
+        numbers = sums[_VALUES:]
+        numbers[1] = numbers[1] if auxiliary else 1.0
+        if 0 in numbers:
             return  # no mean to judge
         main, aux, entropy, selected, further, square = (
-            total / number for total, number in zip(sums[:_VALUES], sums[_VALUES:], strict=True)
+            total / number for total, number in zip(sums[:_VALUES], numbers, strict=True)
         )
         if selection:
             error = math.sqrt(max(square - further**2, 0) / max(sums[_VALUES + 4] - 1, 1))

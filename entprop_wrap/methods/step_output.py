@@ -50,8 +50,8 @@ class StepOutput:
     def scalars(self) -> dict[str, Tensor]:
         """Return losses and mean entropies as scalars on the device, by the names that logs use."""
         values = {"loss": self.loss, "main_loss": self.main_loss, "main_entropy": self.entropy.mean()}
-        if self.aux_loss is not None and self.aux_entropy is not None:
-            values |= {"aux_loss": self.aux_loss, "aux_entropy": self.aux_entropy.mean()}
+        if self.aux_loss is not None and (entropies := self.aux_entropy) is not None:
+            values |= {"aux_loss": self.aux_loss, "aux_entropy": entropies.mean()}
         return values
 
     def metrics(self) -> dict[str, float]:

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.files import writing
 
@@ -22,8 +21,7 @@ class Meter:
     """Averages over the batches between two log lines. Adding waits for nothing; reading waits for the device."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.finite: Tensor | None = None
+        self.sums: dict[str, Tensor] = {}  # of each value over the batches that have it, and their number
         self.batches = 0
         self.images = 0
         self.passes = 0.0
@@ -31,15 +29,10 @@ class Meter:
 
     def add(self, output: StepOutput, images: int) -> None:
         """Add one batch. A loss that is not finite is counted, and left out of the sums."""
-        values = {"loss": output.loss, "main_loss": output.main_loss, "main_entropy": output.entropy.mean()}
-        if output.aux_loss is not None and output.aux_logits is not None:
-            values["aux_loss"] = output.aux_loss
-            values["aux_entropy"] = entropy(output.aux_logits).mean()
         finite = torch.isfinite(output.loss)
-        for name, value in values.items():
-            value = torch.where(finite, value.float(), 0.0)
-            self.sums[name] = value if name not in self.sums else self.sums[name] + value
-        self.finite = finite.float() if self.finite is None else self.finite + finite
+        for name, value in output.scalars().items():
+            pair = torch.stack([torch.where(finite, value.float(), 0.0), finite.float()])
+            self.sums[name] = pair if name not in self.sums else self.sums[name] + pair
         self.batches += 1
         self.images += images
         self.passes += output.passes
@@ -52,24 +45,22 @@ class Meter:
         """
         if self.last is not None and self.last.checker is not None:
             self.last.checker.raise_pending()
-        assert self.finite is not None
-        local = torch.stack([*self.sums.values(), self.finite, torch.full_like(self.finite, self.batches)])
-        *sums, finite, batches = accelerator.reduce(local, reduction="sum").tolist()  # type: ignore[union-attr]
-        means = {name: total / max(finite, 1) for name, total in zip(self.sums, sums, strict=True)}
-        return {**means, "passes": self.passes / self.batches}, int(finite), int(batches)
+        everywhere: Tensor = accelerator.reduce(torch.stack(list(self.sums.values())), reduction="sum")  # type: ignore[assignment]
+        sums = dict(zip(self.sums, everywhere.tolist(), strict=True))
+        means = {name: total / max(number, 1) for name, (total, number) in sums.items()}
+        batches = self.batches * accelerator.num_processes
+        return {**means, "passes": self.passes / self.batches}, int(sums["loss"][1]), batches
 
     def state_dict(self) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` takes, so that a resumed run logs the same averages."""
         return {
             "sums": {name: value.cpu() for name, value in self.sums.items()},
-            "finite": None if self.finite is None else self.finite.cpu(),
             "counts": (self.batches, self.images, self.passes),
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue from a saved state."""
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.finite = None if state["finite"] is None else state["finite"].to(device)
         self.batches, self.images, self.passes = state["counts"]
         self.last = None
 

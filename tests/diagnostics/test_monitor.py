@@ -159,6 +159,18 @@ def test_what_is_judged(windows, signature):
     assert set(monitor.warnings) == ({signature} if signature else set())
 
 
+def test_steps_without_an_auxiliary_loss_are_no_part_of_its_mean():
+    """As the first of a lagged run."""
+    monitor = Monitor(every=2)
+    monitor.update(replace(output(aux=1.4), aux_loss=None, aux_logits=None))
+    for _ in range(9):
+        monitor.update(output(aux=1.4))
+    assert monitor.warnings == {}
+    monitor.update(replace(output(), aux_loss=None, aux_logits=None))
+    with pytest.warns(UserWarning, match="not finite in 1 of the last 1 steps"):
+        monitor.update(output(aux=float("inf")))
+
+
 def noise_output(generator, *, classes=10, scale=2.0, learnt=False):
     """Logits that know nothing of the labels, or add to them, and the selection by entropy."""
     logits = scale * torch.randn(64, classes, generator=generator)

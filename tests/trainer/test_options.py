@@ -83,14 +83,19 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     assert model.__dict__.keys() == make(BatchNormNet).__dict__.keys()  # no trace of Accelerate
 
 
-def test_log_lines_average_their_steps(tmp_path):
-    trainer(tmp_path / "each", epochs=1).fit()
-    trainer(tmp_path / "pairs", epochs=1, log_every=2).fit()
+@pytest.mark.parametrize("lagged", [False, True])
+def test_log_lines_average_their_steps(tmp_path, lagged):
+    method = entprop.EntProp(lagged=lagged)
+    trainer(tmp_path / "each", epochs=1, method=method).fit()
+    trainer(tmp_path / "pairs", epochs=1, log_every=2, method=method).fit()
     each, pairs = lines(tmp_path / "each", "train"), lines(tmp_path / "pairs", "train")
     assert [line["step"] for line in pairs] == [2, 4]
     for key in ("loss", "main_loss", "aux_loss", "main_entropy", "aux_entropy"):
         assert pairs[1][key] == pytest.approx((each[2][key] + each[3][key]) / 2, rel=1e-5)
     assert pairs[1]["learning_rate"] == each[3]["learning_rate"]
+    first = [line["aux_loss"] for line in each[:2] if "aux_loss" in line]  # the first lagged step has none
+    assert len(first) == 2 - lagged
+    assert pairs[0]["aux_loss"] == pytest.approx(sum(first) / len(first), rel=1e-5)
 
 
 @pytest.mark.parametrize("norm", [None, 0.2])  # clipping hides the scale
