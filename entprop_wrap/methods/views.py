@@ -72,7 +72,8 @@ def augmented(step: Step, images: Tensor, change: Augmentation, name: str) -> Te
         raise ImageError(
             f"The augmentation {name} must return floating-point pixels of shape {tuple(images.shape)}, found {found}."
         )
-    changed = torch.lerp(lower, upper, pixels.to(images).clamp(0, 1))
+    # In the memory format of the images, which stacking or torchvision drops.
+    changed = torch.empty_like(images).copy_(torch.lerp(lower, upper, pixels.to(images).clamp(0, 1)))
     step.checker.images(changed, step.space)
     return changed
 

@@ -70,6 +70,13 @@ def test_a_lagged_view_comes_back_in_the_next_step():
     assert torch.equal(second.aux_images, 0.5 * batch[0][first.selected])
 
 
+def test_a_view_keeps_the_memory_format():
+    images, labels = random_batch(7)
+    batch = images.contiguous(memory_format=torch.channels_last), labels
+    out = step(Pair("batch_norm").model, batch, view="trivialaugment")
+    assert out.aux_images.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_methods_with_views_are_pickled_compared_and_built_from_names():
     method = EntProp(view="augmix", attack_steps=0)
     assert pickle.loads(pickle.dumps(method)) == method != EntProp(view="gaussian", attack_steps=0)
