@@ -161,12 +161,13 @@ def _run(
 ) -> StepOutput:
     check_trainable(model)
     refuse_inference_mode()
-    if method.auxiliaries:
-        refuse_idle_copies(check_wrapped(model, method), method.auxiliaries)  # before anything runs
+    registry = check_wrapped(model, method) if method.auxiliaries else None
     refuse_inside_block(model)
     step = Step(
         model, images, labels, pixel_space or PixelSpace(), cross_entropy if loss is None else loss, backward, generator
     )
+    if registry is not None:
+        refuse_idle_copies(registry, method.auxiliaries)
     before = Snapshot(model, gradients=not step.checker.stepped)
     step.checker.watch.begin(before.has_gradients)
     try:

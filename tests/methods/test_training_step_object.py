@@ -124,6 +124,8 @@ def test_statistics_that_evaluation_mode_keeps_equal_are_refused(batch):
         entprop.training_step(model, *batch, method=method, pixel_space=SPACE)
     norms[0].train()
     entprop.training_step(model, *batch, method=method, pixel_space=SPACE)
+    with pytest.raises(ConfigurationError, match="The model is in evaluation mode"):
+        entprop.training_step(model.eval(), *batch, method=method, pixel_space=SPACE)
 
 
 def test_it_leaves_a_plain_model_plain_where_nothing_is_to_be_copied(batch):
