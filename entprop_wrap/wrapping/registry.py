@@ -107,14 +107,17 @@ def refuse_idle_copies(registry: Registry, auxiliaries: tuple[str, ...]) -> None
         pairs = list(zip(registry.norms.values(), registry.copies(auxiliary), strict=True))
         if any(_moves(norm, copy) for norm, copy in pairs) or not all(_equal(norm, copy) for norm, copy in pairs):
             continue
-        write = (
-            "Expected copies that train; PEFT and other code that freezes a model freezes them too. Before the optimizer "
-            "is built, write: for name, p in model.named_parameters(): "
-            "p.requires_grad_(p.requires_grad or '.entprop_' in name)."
-            if any(True for _ in registry.copied_parameters())
-            else f"Norm layers in evaluation mode record no statistics, and copies={registry.held!r} holds nothing else. "
-            "Leave them in training mode, or write copies='all'."
-        )
+        if any(True for _ in registry.copied_parameters()):
+            write = (
+                "Expected copies that train; PEFT and other code that freezes a model freezes them too. Before the "
+                "optimizer is built, write: for name, p in model.named_parameters(): "
+                "p.requires_grad_(p.requires_grad or '.entprop_' in name)."
+            )
+        else:
+            write = (
+                f"Norm layers in evaluation mode record no statistics, and copies={registry.held!r} holds nothing "
+                "else. Leave them in training mode, or write copies='all'."
+            )
         raise ConfigurationError(
             f"The copies {auxiliary!r} are frozen and equal to the norm layers: the auxiliary pass would be a second "
             f"main pass. {write} Or train without copies: EntProp(auxiliary=None)."

@@ -23,6 +23,7 @@ from entprop_wrap.integrations.hf_trainer.checkpoints import PlainCheckpoints
 from entprop_wrap.integrations.hf_trainer.loss import TrainerLoss
 from entprop_wrap.methods import EntProp, FastAdvProp
 from entprop_wrap.methods.base import Method, check_method
+from entprop_wrap.methods.lagged import load_lagged_state
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.training import training_step
 from entprop_wrap.wrapping.model import ensure_wrapped, unwrap
@@ -116,8 +117,9 @@ class EntPropCallback(TrainerCallback):
         self.steps, self.checker = [], None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the Trainer its training step back."""
+        """Give the Trainer its training step back; the next run begins without what waits for a lagged step."""
         self.loss = None
+        load_lagged_state(self.trainer.model, {})
 
     def add(self, output: StepOutput) -> None:
         """Keep what the next log shows of a step, on the device."""

@@ -147,8 +147,10 @@ class _Fit:
         module.__class__ = _class_during_fit(self.former, self)
 
     def end(self) -> None:
-        """Give the module its class back, and unwrap the model if it was wrapped here."""
+        """Give the module its class back, and unwrap the model if it was wrapped here; nothing waits any longer."""
         self.module.__class__ = self.former
+        if self.prepared:
+            load_lagged_state(self.classifier, {})
         if self.ours:
             unwrap(self.classifier)
 

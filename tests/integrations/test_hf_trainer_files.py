@@ -14,6 +14,7 @@ from entprop_wrap.errors import CheckpointError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.methods import AdvProp, FineGrainedAdvProp, Vanilla
+from entprop_wrap.methods.lagged import lagged_state
 from tests.integrations.hf_trainer_reference import SPACE, build, make_trainer, samples, train
 
 FILE = "entprop_auxiliary.safetensors"
@@ -53,6 +54,7 @@ def test_checkpoints_are_plain_and_resume_is_bit_for_bit(name, method, tmp_path)
     )
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert_same(trainer.model.state_dict(), whole.model.state_dict())
+    assert lagged_state(trainer.model) == {}  # nothing waits for another run
     copies, main = auxiliary_state_dict(trainer.model), main_state_dict(trainer.model)
     assert any(not torch.equal(copies[key], main[key.replace("entprop_aux.", "")]) for key in copies)
 

@@ -18,6 +18,7 @@ from entprop_wrap import EntProp
 from entprop_wrap.integrations.lightning import EntPropLightningCallback
 from entprop_wrap.integrations.lightning.stand_ins import NamedLogits
 from entprop_wrap.methods import FastAdvProp, Vanilla
+from entprop_wrap.methods.lagged import lagged_state
 from entprop_wrap.wrapping.model import is_wrapped
 from tests.helpers.every_method import METHODS, check_none_is_missing
 from tests.helpers.processes import run_processes
@@ -278,6 +279,7 @@ def test_checkpoints_are_plain_and_resume_exactly(method, tmp_path):
     second.fit(rest, loader(), ckpt_path=path)
     assert same(states(rest, second)[0], states(whole, fitted)[0])
     assert same(states(rest, second)[1], states(whole, fitted)[1])
+    assert lagged_state(rest) == lagged_state(rest.model) == {}  # nothing waits for another fit
     first.test(half, loader(8), ckpt_path=path, verbose=False)
 
 
