@@ -65,6 +65,5 @@ class AugmentedImages(Dataset[tuple[Tensor, Any]]):
         image, label = self.images[index]
         if self.augment is None:
             return image, label
-        low, scale = self.space.bounds(image[None])[0][0], self.space.scale(image[None])[0]
-        pixels = ((image - low) / scale).clamp(0, 1).mul(255).round().to(torch.uint8)
-        return (self.augment(pixels).to(image.dtype) / 255) * scale + low, label
+        pixels = self.space.to_pixels(image[None])[0].mul(255).round().to(torch.uint8)
+        return self.space.to_images(self.augment(pixels)[None].to(image.dtype) / 255)[0], label

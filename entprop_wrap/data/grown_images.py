@@ -45,7 +45,7 @@ class GrownImages(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         pixels = self.images[index].to(self.dtype)[None] / 255
-        image = (pixels * self.space.scale(pixels) + self.space.bounds(pixels)[0])[0]
+        image = self.space.to_images(pixels)[0]
         image = image if self.augment is None else self.augment(image)
         label: Any = int(self.labels[index]) if self.plain_labels else self.labels[index]
         return (image, label) if self.keys is None else dict(zip(self.keys, (image, label), strict=True))
@@ -53,8 +53,7 @@ class GrownImages(Dataset[Any]):
 
 def to_bytes(images: Tensor, space: PixelSpace) -> Tensor:
     """Return images ``(N, C, H, W)`` in ``space`` as uint8, rounded."""
-    pixels = (images - space.bounds(images)[0]) / space.scale(images)
-    return (255 * pixels).round().clamp(0, 255).to(torch.uint8)
+    return (255 * space.to_pixels(images)).round().to(torch.uint8)
 
 
 def without_augmentation(dataset: Any) -> Any:

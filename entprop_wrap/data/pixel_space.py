@@ -123,6 +123,15 @@ class PixelSpace:
         """Return what the full pixel range is in these images, as ``(1, C, 1, 1)``: multiply an epsilon by it."""
         return self._constants(like.device, like.dtype)[2]
 
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Return images ``(N, C, H, W)`` as pixels, at least float32, clamped to [0, 1]: interpolation overshoots."""
+        wide = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
+        return ((wide - self.bounds(wide)[0]) / self.scale(wide)).clamp_(0, 1)
+
+    def to_images(self, pixels: Tensor) -> Tensor:
+        """Return pixels ``(N, C, H, W)`` in [0, 1] as images of this space."""
+        return pixels * self.scale(pixels) + self.bounds(pixels)[0]
+
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a few spaces and devices; saves a copy to the device in every step
     def _constants(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         with torch.inference_mode(False):  # what is made in inference mode cannot be used in training, and this is kept

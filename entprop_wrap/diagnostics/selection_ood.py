@@ -15,7 +15,7 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.uncertainty import entropy, least_confidence
 from entprop_wrap.methods.base import Method
 from entprop_wrap.robustness.corruptions import conditions_of
-from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
+from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import markdown_table
 from entprop_wrap.utils.options import check_seed
 from entprop_wrap.utils.statistics import Interval, Result, bootstrap
@@ -129,9 +129,9 @@ def selection_ood(
             ):
                 groups[name].append(logits.double().cpu())
             if conditions:
-                pixels = to_pixels(stages.images["clean"], space)
+                pixels = space.to_pixels(stages.images["clean"])
                 versions = [corrupt(pixels, severity, draws) for (_, severity), corrupt in conditions.items()]
-                found = [logits_in(model, to_images(version, space)) for version in versions]
+                found = [logits_in(model, space.to_images(version)) for version in versions]
                 groups["ood"].append(torch.cat(found).double().cpu())
         if ood is not None:
             title = "Out of distribution"

@@ -64,16 +64,15 @@ def augmented(step: Step, images: Tensor, change: Augmentation, name: str) -> Te
     Raises:
         ImageError: The augmentation returned something else than images of the same shape, or (CPU) not finite ones.
     """
-    lower, upper = step.space.bounds(images)
     with torch.no_grad(), _default_generator_following(step.generator):
-        pixels = change(((images - lower) / step.space.scale(images)).clamp_(0, 1))
+        pixels = change(step.space.to_pixels(images))
     if not isinstance(pixels, Tensor) or pixels.shape != images.shape or not pixels.is_floating_point():
         found = f"{pixels.dtype} of shape {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else repr(pixels)
         raise ImageError(
             f"The augmentation {name} must return floating-point pixels of shape {tuple(images.shape)}, found {found}."
         )
     # In the memory format of the images, which stacking or torchvision drops.
-    changed = torch.empty_like(images).copy_(torch.lerp(lower, upper, pixels.to(images).clamp(0, 1)))
+    changed = torch.empty_like(images).copy_(step.space.to_images(pixels.to(images).clamp(0, 1)))
     step.checker.images(changed, step.space)
     return changed
 

@@ -14,7 +14,7 @@ from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ImageError
 from entprop_wrap.reporting.formatting import corruption_name
 from entprop_wrap.robustness import SUITES, RobustnessResult, corrupt
-from entprop_wrap.robustness.pixels import check_batch, to_pixels
+from entprop_wrap.robustness.pixels import check_batch
 
 __all__ = ["gallery_of"]
 
@@ -29,7 +29,7 @@ def gallery_of(images: Any, space: PixelSpace, result: RobustnessResult) -> tupl
     check_batch(images, torch.zeros(len(images) if images.ndim else 0, dtype=torch.int64), space, first=True)
     if images.shape[1] != 3:
         raise ImageError(f"images must have 3 channels to be shown, found {images.shape[1]}.")
-    pixels = to_pixels(images.detach().cpu(), space)
+    pixels = space.to_pixels(images.detach().cpu())
     severities = result.severities
     if len(severities) > 3:
         severities = (severities[0], severities[len(severities) // 2], severities[-1])

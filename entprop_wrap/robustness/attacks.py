@@ -35,7 +35,7 @@ from entprop_wrap.robustness.evaluated_model import (
     device_of,
     logits,
 )
-from entprop_wrap.robustness.pixels import check_batch, space_of, to_images, to_pixels
+from entprop_wrap.robustness.pixels import check_batch, space_of
 from entprop_wrap.utils.modules import check_module
 from entprop_wrap.utils.options import check_choice, check_generator, check_mapping, shown
 from entprop_wrap.utils.tensors import refuse_inference_mode
@@ -91,9 +91,9 @@ class PixelAttack:
         check_generator(generator)
         space = space_of(pixel_space)
         labels = check_batch(images, labels, space)
-        pixels = to_pixels(images.detach().to(device_of(model, images)), space)
+        pixels = space.to_pixels(images.detach().to(device_of(model, images)))
         found = self.attack_pixels(model, pixels, labels.to(pixels.device), space, generator)
-        return to_images(found, space).to(images.dtype)
+        return space.to_images(found).to(images.dtype)
 
     def attack_pixels(
         self, model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace, generator: torch.Generator | None
@@ -182,7 +182,7 @@ def _pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: Pix
     refuse_inference_mode()
     with torch.enable_grad():
         pixels = pixels.detach().requires_grad_()
-        found = logits(model, to_images(pixels, space))
+        found = logits(model, space.to_images(pixels))
         check_labels_fit(labels, found.shape[1], "The model")
         check_finite(found, "The model under attack")
         if not found.requires_grad:

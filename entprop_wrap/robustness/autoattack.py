@@ -20,7 +20,6 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import check_magnitude
 from entprop_wrap.robustness.attacks import PixelAttack
 from entprop_wrap.robustness.evaluated_model import check_finite, check_labels_fit, logits
-from entprop_wrap.robustness.pixels import to_images
 from entprop_wrap.utils.options import check_choice, check_number, store_as_python
 
 __all__ = ["AutoAttack"]
@@ -69,7 +68,7 @@ class AutoAttack(PixelAttack):
         """Return attacked pixels."""
         pixels = pixels.float()
         with torch.no_grad():
-            clean = logits(model, to_images(pixels, space))
+            clean = logits(model, space.to_images(pixels))
         check_finite(clean, "The model under attack")
         classes = clean.shape[1]
         if classes < _FEWEST_CLASSES:
@@ -82,7 +81,7 @@ class AutoAttack(PixelAttack):
             if not len(pixels):  # Square asks for none where an image lies exactly on the boundary
                 return pixels.new_zeros(0, classes)
             # A copy, as parts of the package write into what they are given.
-            return logits(model, to_images(pixels, space)).to(torch.float32, copy=True)
+            return logits(model, space.to_images(pixels)).to(torch.float32, copy=True)
 
         attack = _package()(
             new_logits,

@@ -18,7 +18,7 @@ from entprop_wrap.robustness.corruptions import Corruption, conditions_of
 from entprop_wrap.robustness.corruptions.random import Streams
 from entprop_wrap.robustness.distributed import ShardedData
 from entprop_wrap.robustness.evaluated_model import EvaluatedModel, check_state, device_of, evaluated_models, in_domain
-from entprop_wrap.robustness.pixels import space_of, to_images, to_pixels
+from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import RobustnessResult
 from entprop_wrap.utils.options import check_flag, check_mapping, check_number, check_seed, check_sequence, shown
 
@@ -121,10 +121,10 @@ def evaluate_robustness(  # type: ignore[misc]  # the overloads leave the option
                 bar.update(len(subjects))
             # After the attacks: one that does not fit the model is to fail before the many passes, not after.
             # Accelerators corrupt much faster than a CPU; what is drawn is the same on all of them.
-            pixels = to_pixels(batch.images.to(device_of(subjects[0].model, batch.images)), space)
+            pixels = space.to_pixels(batch.images.to(device_of(subjects[0].model, batch.images)))
             for (name, severity), corrupt in conditions.items():
                 corrupted = corrupt(pixels, severity, streams.at(batch.position, name, severity))
-                changed = batch._replace(images=to_images(corrupted, space).to(batch.images.dtype))
+                changed = batch._replace(images=space.to_images(corrupted).to(batch.images.dtype))
                 for subject in subjects:
                     subject.measure((name, severity), changed)
                 bar.update(len(subjects))

@@ -1,4 +1,4 @@
-"""Conversion between the images that a model takes and pixels in [0, 1], and checks of batches."""
+"""Checks of the pixel space and of the batches of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from entprop_wrap.data.validation import Checker, check_images, check_labels
 from entprop_wrap.errors import ConfigurationError, LabelError, PixelRangeError
 from entprop_wrap.utils.options import shown
 
-__all__ = ["check_batch", "space_of", "to_images", "to_pixels"]
+__all__ = ["check_batch", "space_of"]
 
 
 def space_of(pixel_space: PixelSpace | None) -> PixelSpace:
@@ -24,24 +24,13 @@ def space_of(pixel_space: PixelSpace | None) -> PixelSpace:
     return pixel_space or PixelSpace()
 
 
-def to_pixels(images: Tensor, space: PixelSpace) -> Tensor:
-    """Return images of ``space`` as pixels, at least float32, clamped to [0, 1]: interpolation overshoots a little."""
-    wide = _wide(images)
-    return ((wide - space.bounds(wide)[0]) / space.scale(wide)).clamp(0, 1)
-
-
-def to_images(pixels: Tensor, space: PixelSpace) -> Tensor:
-    """Return pixels as images of ``space``."""
-    return pixels * space.scale(pixels) + space.bounds(pixels)[0]
-
-
 def check_batch(images: Any, labels: Any, space: PixelSpace, *, first: bool = False) -> Tensor:
     """Check a batch of floating-point ``(N, C, H, W)`` images in ``space``; return the class indices as int64 ``(N,)``.
 
     On the ``first`` batch, also check that it does not look as if it were in [0, 1] where ``space`` says otherwise.
     """
     check_images(images, space, half=True)
-    wide = _wide(images)
+    wide = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
     if first:
         low, high = (float(value) for value in torch.aminmax(wide))
         # Natural images do not fill [0, 1] so exactly once they are normalised.
@@ -62,7 +51,3 @@ def check_batch(images: Any, labels: Any, space: PixelSpace, *, first: bool = Fa
             "leave MixUp out of the evaluation data."
         )
     return indices
-
-
-def _wide(images: Tensor) -> Tensor:
-    return images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
