@@ -65,7 +65,16 @@ def __getattr__(name: str) -> Any:
 
 def _home_of(name: str) -> str:
     """Return where else a public name lives, in words."""
-    for room in ("methods", "functional", "wrapping", "robustness", "diagnostics", "reporting", "trainer"):
+    for room in (
+        "methods",
+        "finetuning",
+        "functional",
+        "wrapping",
+        "robustness",
+        "diagnostics",
+        "reporting",
+        "trainer",
+    ):
         if name in importlib.import_module(f"entprop_wrap.{room}").__all__:
             return f": write from entprop_wrap.{room} import {name}"
     return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Data:
     train: Any
     test: Any  # that everything is measured on, while training and after
     space: PixelSpace
+    unchanged: Any  # the training images, neither augmented nor cropped at random
 
     def loader(self, batch_size: int, workers: int) -> DataLoader[Any]:
         """Return the test images in a fixed order."""
@@ -68,7 +69,7 @@ def digits(options: Namespace, space: PixelSpace) -> Data:
     train, test = train_test_split(range(len(labels)), train_size=size, stratify=labels, random_state=0)
     targets = torch.tensor(labels)
     images, tests = (TensorDataset(normalised[rows].contiguous(), targets[rows]) for rows in (train, test))
-    return Data("digits", tuple("0123456789"), images, tests, space)
+    return Data("digits", tuple("0123456789"), images, tests, space, images)
 
 
 def images(options: Namespace, space: PixelSpace, size: int) -> Data:
@@ -102,12 +103,12 @@ def images(options: Namespace, space: PixelSpace, size: int) -> Data:
         logger.setLevel(level)
     for note in data.notes:
         say(note)
-    found = Data(options.dataset.rstrip("/").rsplit("/", 1)[-1], data.classes, data.train, data.eval, space)
-    if options.in_memory:
-        # A little larger than the model's input, so that random crops still have something to choose from.
-        larger = round(size * 8 / 7)
-        found.train, found.test = in_memory(data.train, larger, train), in_memory(data.eval, larger, evaluate)
-    return found
+    name = options.dataset.rstrip("/").rsplit("/", 1)[-1]
+    if not options.in_memory:
+        return Data(name, data.classes, data.train, data.eval, space, data.train.with_transform(evaluate))
+    # A little larger than the model's input, so that random crops still have something to choose from.
+    kept, tests = (in_memory(part, round(size * 8 / 7), evaluate) for part in (data.train, data.eval))
+    return Data(name, data.classes, replace(kept, transform=train), tests, space, kept)
 
 
 def _taken_for_an_id(name: str) -> str:

@@ -103,6 +103,13 @@ def _parser(description: str) -> Parser:
     add(
         "--weights", type=Path, help="start each run from trained weights: a safetensors file, or a run's folder model/"
     )
+    add("--linear-probe", action="store_true", help="fit the head of pretrained weights before all weights are trained")
+    add(
+        "--interpolate",
+        type=number,
+        metavar="SHARE",
+        help="go back towards the weights that training began with: this share of the way is kept, such as 0.5",
+    )
     add("--image-size", type=_integer(least=8), help="pixels (default: what the model was made for)")
 
     add = parser.add_argument_group("method").add_argument
@@ -171,6 +178,12 @@ def _problem(options: Namespace) -> str | None:
         )
     if options.pretrained and options.model == SMALL:
         return f"--pretrained: {SMALL} has no pretrained weights. Name a model, such as --model resnet18"
+    if options.linear_probe and not options.pretrained and options.weights is None:
+        return "--linear-probe fits a head on pretrained features: add --pretrained, or --weights FILE"
+    if options.interpolate is not None and not (options.linear_probe or options.weights):
+        return "--interpolate goes back towards a head that has to be fitted first: add --linear-probe"
+    if options.interpolate is not None and not 0 < options.interpolate < 1:
+        return f"--interpolate: expected a share between 0 and 1, such as 0.5, found {options.interpolate:g}"
     if options.dataset == DIGITS:
         given = ("eval_split", "image_column", "in_memory", "label_column", "max_eval", "train_split")
         if unused := [flag(name) for name in given if getattr(options, name)]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import accelerate
 from torch import nn
+from torch.utils.data import DataLoader
 
 from entprop_wrap.cli import methods as method_parts
 from entprop_wrap.cli import models as model_parts
 from entprop_wrap.cli import results
-from entprop_wrap.cli.data import Data, load
+from entprop_wrap.cli.data import Data, load, say
 from entprop_wrap.cli.options import run_folder
 from entprop_wrap.data.augmentation import AugmentedImages
 from entprop_wrap.diagnostics import Monitor
 from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.finetuning import interpolate, linear_probe
 from entprop_wrap.methods import FastAdvProp, grow
 from entprop_wrap.robustness import PGD, evaluate_robustness
 from entprop_wrap.trainer import Trainer, TrainerConfig
@@ -88,6 +91,11 @@ def train(
     """
     monitor = Monitor() if options.monitor else None
     output, images = Path(settings.output_dir), data.train
+    if options.linear_probe:
+        unchanged = DataLoader(data.unchanged, options.eval_batch_size, num_workers=options.workers)
+        accuracy = linear_probe(model.to(accelerate.PartialState().device), unchanged)
+        say(f"{name}: the head alone has an accuracy of {accuracy:.1%} on a fifth of the training images, held out")
+    start = None if options.interpolate is None else deepcopy(model.state_dict())
     lengths = phases(name, method, options)
     for number, epochs in enumerate(lengths, start=1):
         last = number == len(lengths)
@@ -96,6 +104,9 @@ def train(
         trainer.fit(resume=options.resume)
         if not last:
             images = grow(model, images, pixel_space=data.space, workers=own.workers, progress=own.progress)
+    if start is not None:
+        interpolate(trainer.model, start, options.interpolate)
+        trainer.export(output / "model")
     found = {}
     if method.auxiliaries:
         if settings.seed == options.seed and accelerate.PartialState().num_processes == 1:

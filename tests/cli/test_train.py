@@ -164,14 +164,23 @@ def test_a_local_hub_model_and_resuming(train, tmp_path, folder):
     transformers.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(tmp_path / "hub")
     output = tmp_path / "out"
     arguments = ["--dataset", folder, "--model", tmp_path / "hub", "--pretrained", "--in-memory", *QUICK]
+    arguments += ["--linear-probe", "--interpolate", 0.25]
     first = train(*arguments, output=output)
     assert first.code == 0, first.out
+    assert "note: entprop: the head alone has an accuracy of" in first.out
+    file = "entprop-seed0/model/model.safetensors"
+    exported, began = load_file(output / file), load_file(tmp_path / "hub" / "model.safetensors")
+    (checkpoint,) = (output / "entprop-seed0" / "checkpoints").glob("step-*")
+    trained = load_file(checkpoint / "model.safetensors")
+    for name in [n for n in exported if n in began and "classifier" not in n and began[n].is_floating_point()]:
+        torch.testing.assert_close(exported[name], began[name].lerp(trained[name], 0.25))
     seconds = {name: run["seconds"] for name, run in runs(output).items()}
     again = train(*arguments, output=output)
     assert again.code == 2
     assert f"{output}/vanilla-seed0 holds a run. Continue it with --resume, or choose another --output." in again.out
     resumed = train(*arguments, "--resume", output=output)
     assert resumed.code == 0, resumed.out
+    assert all(torch.equal(value, exported[name]) for name, value in load_file(output / file).items())
     for name, run in runs(output).items():
         assert run["seconds"] >= seconds[name] > 0
     model = transformers.AutoModelForImageClassification.from_pretrained(output / "entprop-seed0" / "model")

@@ -149,6 +149,8 @@ GOOD: dict[Any, Callable[..., Any]] = {
     "dataset_id": lambda **_: "pets",
     "train_data": lambda **_: _dataset(),
     "state": lambda model, **_: entprop.auxiliary_state_dict(model),
+    "start": lambda model, **_: copy.deepcopy(entprop.main_state_dict(model)),
+    ("linear_probe", "data"): lambda **_: [batch(8), batch(8)],
     "epsilons": lambda **_: (0, 1 / 255),
     "negative": lambda **_: torch.rand(5),
     "positive": lambda **_: torch.rand(5),

@@ -1,0 +1,181 @@
+"""The head fitted first, against scikit-learn; and weights that go part of the way back."""
+
+import copy
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+import entprop_wrap as entprop
+from entprop_wrap.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    LabelError,
+    ModelOutputError,
+    UnsupportedModelError,
+)
+from entprop_wrap.finetuning import interpolate, linear_probe
+from tests.helpers.architectures import ARCHITECTURES
+from tests.helpers.diagnosed import images, loader, make
+from tests.reference.models import CLASSES
+
+SOME = [
+    *("torchvision/mobilenet_v2", "torchvision/swin", "timm/efficientnet", "timm/vit"),
+    *("transformers/resnet", "transformers/vit", "transformers/cvt"),
+]
+
+
+def reference(features, labels):
+    """Return weight, bias and held-out accuracy, with the penalty chosen as the docstring says."""
+    mean = features.mean(0)
+    scale = (features - mean).std()
+    scaled = ((features - mean) / scale).numpy()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).numpy()
+    held, rest = order[: round(0.2 * len(labels))], order[round(0.2 * len(labels)) :]
+    tried = []
+
+    def fit(rows, penalty):
+        return LogisticRegression(C=1 / (penalty * len(rows)), tol=1e-10, max_iter=5000).fit(scaled[rows], labels[rows])
+
+    for penalty in (10, 3, 1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001):
+        fitted = fit(rest, penalty)
+        loss = -fitted.predict_log_proba(scaled[held])[range(len(held)), labels[held]].mean()
+        if tried and loss >= tried[-1][0]:
+            break
+        tried.append((loss, penalty, fitted.score(scaled[held], labels[held])))
+    _, penalty, accuracy = tried[-1]
+    fitted = fit(order, penalty)
+    weight = torch.from_numpy(fitted.coef_) / scale
+    return weight, torch.from_numpy(fitted.intercept_) - weight @ mean, accuracy, len(tried)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_the_head_is_a_logistic_regression_and_nothing_else_changes(wrapped):
+    model = make(wrapped=wrapped).train()
+    pixels, labels = images(120), torch.arange(120) % CLASSES
+    pixels += 0.4 * labels.view(-1, 1, 1, 1) * torch.tensor([1.0, -1, 0]).view(1, 3, 1, 1)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    found = linear_probe(model, list(zip(pixels.split(50), labels.split(50), strict=True)))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), random)
+    given = []
+    model.eval().fc.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    with torch.no_grad():
+        model(pixels)
+    weight, bias, accuracy, tried = reference(given[0], labels)
+    assert 2 < tried < 9  # the penalty was neither the first nor the last
+    assert found == accuracy > 1.5 / CLASSES
+    torch.testing.assert_close(model.fc.weight.data, weight, rtol=0, atol=2e-3)
+    # scikit-learn leaves a constant of all classes in the biases open
+    torch.testing.assert_close(model.fc.bias.data - model.fc.bias.mean(), bias - bias.mean(), rtol=0, atol=2e-3)
+
+
+def test_soft_labels_of_one_class_give_the_same_head():
+    hard, soft = make(), make()
+    linear_probe(hard, loader(40))
+    linear_probe(soft, [(batch, torch.eye(CLASSES)[labels].double()) for batch, labels in loader(40)])
+    torch.testing.assert_close(hard.fc.weight, soft.fc.weight)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_real_architectures(name):
+    architecture = next(one for one in ARCHITECTURES if one.name == name)
+    model, batch = architecture.build(), architecture.images(12)
+    with torch.no_grad():
+        before = model.eval()(batch)
+    linear_probe(model, [(batch, torch.arange(12) % 3)])
+    with torch.no_grad():
+        after = model(batch)
+    before, after = (getattr(output, "logits", output) for output in (before, after))
+    assert not torch.allclose(before, after)
+    assert (after.argmax(1) < 3).all()
+
+
+class Head(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), head
+
+    def forward(self, pixels):
+        return self.head(self.body(pixels))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, CLASSES), nn.Linear(6, CLASSES)
+
+    def forward(self, features):
+        return (self.one(features) + self.two(features)) / 2
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Linear(6, CLASSES, bias=False),
+        TwoHeads(),
+        nn.Sequential(nn.Linear(6, CLASSES), nn.LayerNorm(CLASSES)),
+        nn.Sequential(nn.Unflatten(1, (6, 1, 1)), nn.Conv2d(6, CLASSES, 1), nn.Flatten()),
+    ],
+    ids=["no bias", "two heads", "something after it", "convolution"],
+)
+def test_other_heads_are_refused_and_left_alone(head):
+    model = Head(head).double()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedModelError, match=r"expected the output of one nn\.Linear"):
+        linear_probe(model, loader(40))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (lambda: loader(9), DataError, "at least 10 images, found 9"),
+        (lambda: [], DataError, "at least 10 images, found 0"),
+        (lambda: [images(20)], DataError, r"expected batches \(images, labels\)"),
+        (lambda: [(images(20), torch.full((20,), CLASSES))], LabelError, "Class indices must be in"),
+        (lambda: [(images(20) / 0, torch.arange(20) % CLASSES)], ModelOutputError, "not finite"),
+    ],
+    ids=["few", "none", "no labels", "labels out of range", "not finite"],
+)
+def test_what_is_no_data_is_refused(data, error, message):
+    with pytest.raises(error, match=message):
+        linear_probe(make(), data())
+
+
+def test_nothing_is_fitted_in_inference_mode():
+    with torch.inference_mode(), pytest.raises(ConfigurationError, match="inference_mode"):
+        linear_probe(make(), loader(40))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("share", [0, 0.25, 0.5, 1])
+def test_weights_go_back_by_a_share(wrapped, share):
+    model = make(wrapped=wrapped)
+    now = copy.deepcopy(model.state_dict())
+    start = {name: value + 1 for name, value in entprop.main_state_dict(model).items()}
+    assert interpolate(model, start, share) is model
+    for name, value in model.state_dict().items():
+        moved = name in start and value.is_floating_point()
+        torch.testing.assert_close(value, now[name] + (1 - share) if moved else now[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "share", "error", "message"),
+    [
+        (lambda start: start.pop("fc.bias"), 0.5, CheckpointError, "'fc.bias' is missing on one side"),
+        (lambda start: start.update(more=torch.ones(1)), 0.5, CheckpointError, "'more' is missing on one side"),
+        (lambda start: start.update({"fc.bias": torch.ones(9)}), 0.5, CheckpointError, "'fc.bias' .* another shape"),
+        (lambda start: None, 1.5, ConfigurationError, "share must be a number in"),
+    ],
+)
+def test_another_start_is_refused(change, share, error, message):
+    model = make()
+    start = copy.deepcopy(entprop.main_state_dict(model))
+    change(start)
+    with pytest.raises(error, match=message):
+        interpolate(model, start, share)
