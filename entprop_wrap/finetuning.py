@@ -183,5 +183,5 @@ def _fit(features: Tensor, labels: Tensor, penalty: float, start: Tensor) -> Ten
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     return fitted.detach()
