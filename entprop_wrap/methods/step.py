@@ -194,6 +194,7 @@ class Step:
         The rest run through the auxiliary norms; with None, all of them share the model's own. Tries out first whether
         the model allows it, see :func:`entprop_wrap.wrapping.rows.prove_rows`.
         """
+        self.checker.check_takes_parts(self.model)
         if auxiliary is None:
             return nullcontext()
         prove_rows(self.model, self.images, auxiliary)

@@ -240,13 +240,14 @@ def test_one_logit_with_cross_entropy_is_refused():
 # Splits ---------------------------------------------------------------------------------------------------------------
 
 
-def test_timms_split_batch_norm_is_refused_where_images_are_selected():
+@pytest.mark.parametrize("options", [{}, {"lagged": True}, {"lagged": True, "auxiliary": None}])
+def test_timms_split_batch_norm_is_refused_where_images_are_selected(options):
     timm = pytest.importorskip("timm")
     model = timm.layers.convert_splitbn_model(make(BatchNormNet), num_splits=2)
     model = entprop.wrap(model).train()
     before = state(model)
     with pytest.raises(UnsupportedModelError, match="--split-bn"):
-        step(model, entprop.EntProp(fraction=0.5))
+        step(model, entprop.EntProp(fraction=0.5, **options))
     assert all(torch.equal(before[name], value) for name, value in state(model).items())
 
 
