@@ -210,5 +210,7 @@ def _in_words(conditions: Collection[tuple[str, int]]) -> str:
     known = sum(name in CORRUPTIONS for name in names)
     others = len(names) - known
     count = f"{known} of the 15 corruptions" + (f" and {others} other" if others else "")
+    if not known:
+        count = f"{others} corruptions other than the 15"
     listed = "" if known == len(CORRUPTIONS) and not others else f" ({', '.join(names)})"
     return f"{count}{listed} x severity {severities} - another protocol, not comparable with a full RA"

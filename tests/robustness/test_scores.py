@@ -103,6 +103,8 @@ def test_ra_is_the_plain_mean_and_says_over_what():
     assert full.protocol == "10 images, seed 0, 15 corruptions x 5 severities"
     extra = result([0.5] * 2, conditions=[("fog", 1), ("sparkles", 1)])
     assert "1 of the 15 corruptions and 1 other" in extra.protocol
+    others = result([0.5] * 2, conditions=[("sparkles", 1), ("perlin_noise", 1)])
+    assert ", 2 corruptions other than the 15 (sparkles, perlin_noise) x severity 1 -" in others.protocol
     some = result([0.5] * 15, conditions=[(name, 3) for name in CORRUPTIONS])
     assert "15 of the 15 corruptions x severity 3 -" in some.protocol
 
