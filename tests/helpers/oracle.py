@@ -1,11 +1,10 @@
-"""What the switch must compute, computed without it: an unwrapped copy of the model, run by ``torch.func`` on tensors.
+"""What the switch must compute, computed without it: the unwrapped model, run by ``torch.func`` on clones of tensors.
 
 The copies are perturbed first. Copies equal to the main norms would hide every error in a net of layer norms.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -57,15 +56,16 @@ def loss_of(output: object, images: Tensor) -> Tensor:
 
 def expected_pass(plain: nn.Module, images: Tensor, tensors: dict[str, Tensor] | None = None, seed: int = 3) -> Pass:
     """Run the unwrapped ``plain`` on ``tensors`` in place of its own (None: its own), and return the outcome."""
-    plain = copy.deepcopy(plain)
-    plain.zero_grad()
-    tensors = {} if tensors is None else tensors
+    own = {
+        name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        for name, tensor in [*plain.named_parameters(), *plain.named_buffers()]
+    }
+    run = {**own, **(tensors or {})}
     torch.manual_seed(seed)
-    output = functional_call(plain, tensors, (images,))
+    output = functional_call(plain, run, (images,))
     loss_of(output, images).backward()
-    gradients = {name: tensors.get(name, parameter).grad for name, parameter in plain.named_parameters()}
-    buffers = {name: tensors.get(name, buffer) for name, buffer in plain.named_buffers()}
-    return Pass(logits_of(output).detach(), gradients, buffers)
+    gradients = {name: run[name].grad for name, _ in plain.named_parameters()}
+    return Pass(logits_of(output).detach(), gradients, {name: run[name] for name, _ in plain.named_buffers()})
 
 
 def observed_pass(model: nn.Module, output: object, auxiliary: str | None = "aux") -> Pass:

@@ -190,7 +190,7 @@ def test_unwrapped_it_is_what_it_was(name):
     assert set(vars(model.norm)) == set(vars(plain.norm))
     assert repr(model) == repr(plain)
     assert list(model.state_dict()) == list(plain.state_dict())
-    assert all(torch.equal(tensor, plain.state_dict()[key]) for key, tensor in model.state_dict().items())
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", TRACKING)

@@ -28,12 +28,18 @@ class Row:
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture, self.images = architecture, architecture.images()
-        self.plain = architecture.build()
-        self.wrapped = entprop.wrap(copy.deepcopy(self.plain))
+        self.plain, self.wrapped = architecture.build(), entprop.wrap(architecture.build())
         perturb(self.wrapped)
+        self.states = [(model, copy.deepcopy(model.state_dict())) for model in (self.plain, self.wrapped)]
         self.main = expected_pass(self.plain, self.images)
         self.aux = expected_pass(self.plain, self.images, auxiliary_tensors(self.wrapped))
         assert not torch.equal(self.main.logits, self.aux.logits), "the copies were not perturbed"
+
+    def reset(self):
+        """Put both models back to where they began, for the next behaviour."""
+        for model, state in self.states:
+            model.float().train().load_state_dict(state)
+            model.zero_grad()
 
     def forward(self, model, auxiliary=None):
         torch.manual_seed(3)
@@ -48,33 +54,29 @@ class Row:
 
 def unchanged_outputs(row):
     """Wrapping changes no output and no statistic, in training and in eval mode."""
-    plain = row.architecture.build()
-    model = entprop.wrap(copy.deepcopy(plain))
     for training in (True, False):
         outputs = []
-        for each in (plain, model):
+        for each in (row.plain, row.wrapped):
             torch.manual_seed(3)
             outputs.append(logits_of(each.train(training)(row.images)))
         assert torch.equal(*outputs)
-    for name, tensor in plain.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
+    main = entprop.main_state_dict(row.wrapped)
+    torch.testing.assert_close(main, row.plain.state_dict(), rtol=0, atol=0)
 
 
 def auxiliary_pass(row):
     """An auxiliary pass equals the plain model run on the copies, and touches nothing of the main norms."""
-    model = copy.deepcopy(row.wrapped)
-    before = snapshot(model)
-    row.check_auxiliary_pass(model)
-    assert all(is_auxiliary_key(name) for name in changed(model, before))
-    for module in model.modules():
+    before = snapshot(row.wrapped)
+    row.check_auxiliary_pass(row.wrapped)
+    assert all(is_auxiliary_key(name) for name in changed(row.wrapped, before))
+    for module in row.wrapped.modules():
         if isinstance(module, SwitchedNorm):
             assert all(p.grad is None for p in module._parameters.values() if p is not None)
 
 
 def main_pass(row):
     """A main pass equals the plain model, and touches nothing of the copies."""
-    model = copy.deepcopy(row.wrapped)
-    before = snapshot(model)
+    model, before = row.wrapped, snapshot(row.wrapped)
     output = row.forward(model)
     loss_of(output, row.images).backward()
     assert_same(observed_pass(model, output, auxiliary=None), row.main)
@@ -84,7 +86,7 @@ def main_pass(row):
 
 def unwrapping(row):
     """After a pass of each kind, ``unwrap`` gives back classes, keys, hooks, attributes and bytes."""
-    plain, model = copy.deepcopy(row.plain), copy.deepcopy(row.wrapped)
+    plain, model = row.plain, copy.deepcopy(row.wrapped)
     inside = {name: set(vars(module)) for name, module in plain.named_modules()}
     torch.manual_seed(3)
     plain(row.images)
@@ -98,8 +100,7 @@ def unwrapping(row):
         theirs = {key: len(value) for key, value in vars(plain.get_submodule(name)).items() if key.endswith("_hooks")}
         assert ours == theirs
     assert list(model.state_dict()) == list(plain.state_dict())
-    for name, tensor in plain.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
 def state_dicts(row):
@@ -108,25 +109,24 @@ def state_dicts(row):
     main, copies = entprop.main_state_dict(model), entprop.auxiliary_state_dict(model)
     assert list(main) == list(row.plain.state_dict())
     assert copies
-    copy.deepcopy(row.plain).load_state_dict(main)
+    row.plain.load_state_dict(main)
     fresh = entprop.wrap(row.architecture.build())
     fresh.load_state_dict({name: tensor.clone() for name, tensor in main.items()})
     for name, norm, copied in fresh._entprop_registry.copied_parameters():
         assert torch.equal(norm, copied), name
     entprop.load_auxiliary_state_dict(fresh, copies)
-    assert all(torch.equal(tensor, fresh.state_dict()[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(fresh.state_dict(), model.state_dict(), rtol=0, atol=0)
     fresh.load_state_dict(model.state_dict())
 
 
 def deep_copying(row):
-    """A deep copy, of which all passes here are, has a switch of its own, and works without touching the original."""
+    """A deep copy has a switch of its own, and works without touching the original."""
     before, twin = snapshot(row.wrapped), copy.deepcopy(row.wrapped)
     torch.manual_seed(3)
     with entprop.auxiliary(twin):
         outside = row.wrapped.eval()(row.images)
     torch.testing.assert_close(logits_of(outside), logits_of(row.plain.eval()(row.images)))
-    row.wrapped.train()
-    row.plain.train()
+    row.check_auxiliary_pass(twin)
     entprop.unwrap(twin)
     assert not changed(row.wrapped, before)
     assert any(is_auxiliary_key(name) for name in row.wrapped.state_dict())
@@ -142,7 +142,7 @@ def pickling(row):
 
 def double_precision(row):
     """``.double()`` moves the copies too, and passes stay exact."""
-    plain, model = copy.deepcopy(row.plain).double(), copy.deepcopy(row.wrapped).double()
+    plain, model = row.plain.double(), row.wrapped.double()
     assert all(p.dtype == torch.float64 for p in model.parameters())
     images = row.images.double()
     expected = expected_pass(plain, images, auxiliary_tensors(model))
@@ -154,7 +154,7 @@ def double_precision(row):
 
 def averaging(row):
     """An averaged model averages the copies with everything else, and its copies can be run."""
-    model = copy.deepcopy(row.wrapped)
+    model = row.wrapped
     averaged = AveragedModel(model, avg_fn=lambda old, new, count: 0.5 * old + 0.5 * new, use_buffers=False)
     averaged.update_parameters(model)
     before = snapshot(averaged.module)
@@ -171,7 +171,7 @@ def averaging(row):
 
 def checkpointing(row):
     """Activation checkpointing, with the backward after the block, and of both domains at once."""
-    model, main, aux = copy.deepcopy(row.wrapped), row.main.gradients, row.aux.gradients
+    model, main, aux = row.wrapped, row.main.gradients, row.aux.gradients
     row.architecture.enable_checkpointing(model)
     state, before = copy.deepcopy(model.state_dict()), snapshot(model)
 
@@ -216,4 +216,5 @@ def test_row(architecture):
     row = Row(architecture)
     for title, behaviour in BEHAVIOURS.items():
         if applies(title, architecture):
+            row.reset()
             behaviour(row)
