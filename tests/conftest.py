@@ -9,6 +9,7 @@ gc.disable()  # until everything is imported: collecting would take a fifth of t
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.fsync = lambda descriptor: None  # no test cuts the power, and all would wait for the disk
 
 
 def pytest_itemcollected(item):

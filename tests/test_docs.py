@@ -22,7 +22,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 CLASSES = 4
 
-pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step"),
+    pytest.mark.xdist_group("docs"),  # so that one worker runs each page, once
+]
 
 
 class Net(nn.Module):
