@@ -20,9 +20,9 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-def _pair(norm="batch", mode="none", dtype=torch.float64):
-    plain = toy(norm).to(dtype)
-    model = entprop.wrap(toy(norm, mode).to(dtype))
+def _pair(norm="batch", mode="none", dtype=torch.float64, depth=2):
+    plain = toy(norm, depth=depth).to(dtype)
+    model = entprop.wrap(toy(norm, mode, depth=depth).to(dtype))
     perturb(model)
     return plain, model
 
@@ -119,7 +119,7 @@ def test_statistics_of_recomputed_passes_go_to_their_own_domain(mode):
 def test_one_graph_per_domain_at_fullgraph(norm, mode):
     if (norm, mode) == ("batch", "plain") and not RECENT_TORCH:
         pytest.skip("torch 2.6 records batch statistics twice under a compiled checkpoint")
-    plain, model = _pair(norm, mode)
+    plain, model = _pair(norm, mode, depth=1)
     graphs = []
 
     def backend(graph, inputs):
@@ -168,7 +168,7 @@ def test_a_loop_that_also_evaluates_has_a_graph_for_each_domain_and_mode_and_sta
 @pytest.mark.parametrize("mode", ["plain", "reentrant"])
 def test_compiled_checkpointed_and_autocast_together(mode):
     """Compile x checkpointing x bf16: the compiled model gives what the eager one gives."""
-    _, model = _pair("batch", "plain", torch.float32)
+    _, model = _pair("batch", "plain", torch.float32, depth=1)
     twin = copy.deepcopy(model)
     twin.mode = mode
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=mode == "plain")
@@ -224,7 +224,7 @@ def test_compiled_blocks_inside_eager_checkpoints(norm, reentrant):
 
 @needs_recent_torch
 def test_inductor():
-    plain, model = _pair("batch", "plain", torch.float32)
+    plain, model = _pair("batch", "plain", torch.float32, depth=1)
     compiled = torch.compile(model, fullgraph=True)
     batch = rows()
     for auxiliary in (None, "aux"):

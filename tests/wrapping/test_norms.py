@@ -243,16 +243,13 @@ def test_compiles_into_one_graph_per_domain(name):
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
     images = _images()
-    for auxiliary in (None, "aux", None):
-        for recording in (True, False):
-            with entprop.auxiliary(model, auxiliary, record_statistics=recording):
-                expected = model(images)
-            with entprop.auxiliary(compiled, auxiliary, record_statistics=recording):
-                found = compiled(images)
-            torch.testing.assert_close(found, expected)
-    ours = dict(compiled._orig_mod.named_buffers())
-    for key, buffer in model.named_buffers():
-        torch.testing.assert_close(ours[key], buffer)
+    for auxiliary, recording in ((None, True), ("aux", True), ("aux", False), (None, True)):
+        with entprop.auxiliary(model, auxiliary, record_statistics=recording):
+            expected = model(images)
+        with entprop.auxiliary(compiled, auxiliary, record_statistics=recording):
+            found = compiled(images)
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(dict(compiled._orig_mod.named_buffers()), dict(model.named_buffers()))
 
 
 def _gates():

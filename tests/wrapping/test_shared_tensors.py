@@ -27,9 +27,9 @@ from tests.helpers.oracle import (
 SHARING = pytest.mark.parametrize("copies", ["affine", "statistics"])
 
 
-def _pair(copies, mode="none"):
-    plain = toy("batch").double()
-    model = entprop.wrap(toy("batch", mode).double(), copies=copies)
+def _pair(copies, mode="none", depth=2):
+    plain = toy("batch", depth=depth).double()
+    model = entprop.wrap(toy("batch", mode, depth=depth).double(), copies=copies)
     perturb(model)
     return plain, model
 
@@ -65,7 +65,7 @@ def test_each_domain_is_exact(copies, mode, training):
 @SHARING
 def test_compiled(copies):
     torch._dynamo.reset()
-    plain, model = _pair(copies)
+    plain, model = _pair(copies, depth=1)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for auxiliary in ("aux", None, "aux"):
         _check(model, plain, copies, auxiliary, rows().double(), compiled)
