@@ -26,6 +26,13 @@ def pytest_collection_finish(session):
     gc.enable()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is not None and nextitem.module is not item.module:
+        gc.collect()
+        gc.freeze()  # what the module's tests imported and compiled stays, too
+
+
 def pytest_sessionfinish(session):
     gc.unfreeze()  # bindings warn of what is alive after the interpreter's own collection
 

@@ -36,19 +36,19 @@ def batch(name):
     return images, torch.arange(BATCH) % CLASSES
 
 
-def gradients_of(model, tensors, images, labels):
-    """Gradients of the mean loss of an unwrapped copy run on ``tensors``, and the buffers it leaves, by name."""
-    output = functional_call(model, tensors, (images,))
-    F.cross_entropy(output.logits, labels).backward()
-    parameters = {**dict(model.named_parameters()), **{n: t for n, t in tensors.items() if t.requires_grad}}
-    return {name: parameter.grad for name, parameter in parameters.items()}
+def run_on(model, tensors, images, labels):
+    """Gradients of the mean loss of the unwrapped model run on clones and ``tensors``, and the buffers that leaves."""
+    own = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    run = {**own, **buffers, **tensors}
+    F.cross_entropy(functional_call(model, run, (images,)).logits, labels).backward()
+    return {name: run[name].grad for name in own}, {name: run[name] for name in buffers}
 
 
 def expected_step(plain, wrapped_copies, out, images, labels):
     """What a step leaves: gradients of shared weights, of main norms and of copies, without the switch."""
-    main, aux = copy.deepcopy(plain), copy.deepcopy(plain)
-    first = gradients_of(main, {}, images, labels)
-    second = gradients_of(aux, wrapped_copies, out.aux_images, labels[out.selected])
+    first, buffers = run_on(plain, {}, images, labels)
+    second, _ = run_on(plain, wrapped_copies, out.aux_images, labels[out.selected])
     weight = len(out.selected) / len(labels)
     shared, copies = {}, {}
     for name, gradient in first.items():
@@ -57,7 +57,7 @@ def expected_step(plain, wrapped_copies, out, images, labels):
             shared[name], copies[name] = gradient, other
         else:
             shared[name] = other if gradient is None else gradient if other is None else gradient + other
-    return shared, copies, dict(main.named_buffers()), {n: t for n, t in wrapped_copies.items() if not t.requires_grad}
+    return shared, copies, buffers, {n: t for n, t in wrapped_copies.items() if not t.requires_grad}
 
 
 def assert_close(found, expected, what):
@@ -89,9 +89,9 @@ def trainer_of(name, folder, model, **options):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_is_that_of_two_models_that_share_weights_in_the_trainer_too(name, tmp_path):
-    plain = build_tiny(name)
+    plain, model = build_tiny(name), build_tiny(name)
     keys = list(plain.state_dict())
-    model = entprop.wrap(copy.deepcopy(plain))
+    entprop.wrap(model)
     perturb(model)  # equal copies would hide every error
     in_trainer = copy.deepcopy(model)
     copies = auxiliary_tensors(model)
