@@ -9,11 +9,9 @@ from functools import partial
 from typing import Any, get_args, get_type_hints
 
 from entprop_wrap.cli.options import DIGITS, did_you_mean, number
-from entprop_wrap.data.augmentation import AUGMENTATIONS
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD
-from entprop_wrap.functional.mixing import CutMix, MixUp
-from entprop_wrap.functional.uncertainty import cross_entropy, entropy, least_confidence, logit_margin, random
+from entprop_wrap.functional.mixing import find_mixer
 from entprop_wrap.methods import (
     MEADA,
     AdversarialTraining,
@@ -25,7 +23,6 @@ from entprop_wrap.methods import (
     Vanilla,
 )
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
-from entprop_wrap.methods.views import EachImage
 
 
 def weak_and_strong(one: AdvProp) -> FineGrainedAdvProp:
@@ -44,7 +41,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "entprop": EntProp,
     "entprop_augmented": EntProp.augmented,
     "entprop_finetuning": EntProp.finetuning,
-    "random_selection": partial(EntProp, uncertainty=random),
+    "random_selection": partial(EntProp, uncertainty="random"),
     "shared_norms": partial(EntProp, auxiliary=None),
     "mixprop": MixProp,
     "advprop": AdvProp,
@@ -68,17 +65,8 @@ FIXED = {
     "pgd_at": ("kind",),
     "trades": ("kind",),
 }
-NAMED: dict[str, dict[str, Any]] = {
-    "uncertainty": {
-        "entropy": entropy,
-        "cross_entropy": cross_entropy,
-        "least_confidence": least_confidence,
-        "logit_margin": logit_margin,
-        "random": random,
-    },
-    "mix": {"mixup": MixUp(), "cutmix": CutMix(), "none": None},
-    "view": {"none": None, **{name: EachImage(name) for name in AUGMENTATIONS if name != "none"}},
-}
+#: Fields whose values methods know by name.
+NAMED = ("mix", "uncertainty", "view")
 WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -130,7 +118,7 @@ def plain_fields(value: Any) -> list[str]:
     found = []
     for field in fields(value):
         inner = getattr(value, field.name)
-        if is_dataclass(inner):
+        if is_dataclass(inner) and field.name != "view":
             found += [f"{field.name}.{name}" for name in plain_fields(inner)]
         if field.name in NAMED or inner is None or isinstance(inner, (bool, int, float, str)):
             found.append(field.name)
@@ -153,14 +141,12 @@ def changed(value: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def read(field: str, text: str, method: Any) -> Any:
-    """Return what a value means: a name, true, false, none, a number such as 4/255, or the text.
+    """Return what a value means: true, false, none, a number such as 4/255, a mixer, or the text.
 
     Whether it fits is for the method to say.
     """
-    if field in NAMED:
-        if text not in NAMED[field]:
-            raise ConfigurationError(f"--set {field}={text}: expected one of {', '.join(NAMED[field])}.")
-        return NAMED[field][text]
+    if field == "mix":  # of which mix.alpha may be set, too
+        return find_mixer(text)
     if text.lower() in WORDS:
         return WORDS[text.lower()]
     *outer, last = field.split(".")
