@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from entprop_wrap.data.batches import images_and_labels
-from entprop_wrap.data.validation import check_labels, checker_of
+from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.validation import check_images, check_labels, checker_of
 from entprop_wrap.errors import CheckpointError, DataError, ModelOutputError, UnsupportedModelError
+from entprop_wrap.robustness.distributed import check_batches
+from entprop_wrap.robustness.evaluated_model import logits as logits_of_images
 from entprop_wrap.utils.features import features_of
-from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import check_module, evaluating, plain_model
 from entprop_wrap.utils.options import check_number
 from entprop_wrap.utils.tensors import refuse_inference_mode
@@ -58,6 +60,7 @@ def linear_probe(model: nn.Module, data: Iterable[Any]) -> float:
     Raises:
         UnsupportedModelError: Logits are not the output of an ``nn.Linear`` with a bias, or of more than one.
         DataError: There are fewer than ten images, or the data is of an unknown form.
+        ImageError: Images are of another type or shape.
         LabelError: Labels do not fit the model.
         ModelOutputError: The model returns no logits, or none that are finite.
 
@@ -106,7 +109,7 @@ def interpolate(model: Model, start: Mapping[str, Tensor], share: float = 0.5) -
         The model.
 
     Raises:
-        CheckpointError: ``start`` has other names or shapes than the model.
+        CheckpointError: ``start`` has other names or shapes than the model, or is no copy.
         ConfigurationError: ``share`` is out of range.
 
     Source: Wortsman et al., CVPR 2022 (arXiv 2109.01903), section 3.
@@ -121,6 +124,12 @@ def interpolate(model: Model, start: Mapping[str, Tensor], share: float = 0.5) -
             f"start does not hold the weights of this {type(model).__name__}: {wrong[0]!r} is missing on one side, or "
             "has another shape. Expected copy.deepcopy(entprop.main_state_dict(model)) from before training."
         )
+    same = (name for name, value in now.items() if value.data_ptr() == began[name].data_ptr() != 0)
+    if share < 1 and any(same):
+        raise CheckpointError(
+            "start holds the model's own tensors, which training has moved: before training, write "
+            "start = copy.deepcopy(entprop.main_state_dict(model))."
+        )
     with torch.no_grad():
         for name, value in now.items():
             if value.is_floating_point():
@@ -133,11 +142,13 @@ def _features(model: nn.Module, data: Iterable[Any]) -> tuple[nn.Linear, Tensor,
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     head: nn.Module | None = None
     features, targets = [], []
+    check_batches(data, "linear_probe()")
     with torch.no_grad(), evaluating(model), features_of(model) as running:
         for batch in data:
-            images, labels = (tensor.to(device) for tensor in images_and_labels(batch, "linear_probe()"))
-            labels = check_labels(labels, images)
-            logits = logits_of(model(images), len(images), differentiable=False)
+            images, labels = images_and_labels(batch, "linear_probe()")
+            check_images(images, PixelSpace(), half=True)
+            labels = check_labels(labels, images).to(device)
+            logits = logits_of_images(model, images)
             checker_of(model).labels(labels, logits.shape[1])
             if not (torch.isfinite(logits).all() and torch.isfinite(running.last).all()):
                 raise ModelOutputError(f"Features or logits of {len(images)} images are not finite. Look at the data.")

@@ -6,12 +6,14 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import (
     CheckpointError,
     ConfigurationError,
     DataError,
+    ImageError,
     LabelError,
     ModelOutputError,
     UnsupportedModelError,
@@ -139,12 +141,18 @@ def test_other_heads_are_refused_and_left_alone(head):
         (lambda: [images(20)], DataError, r"expected batches \(images, labels\)"),
         (lambda: [(images(20), torch.full((20,), CLASSES))], LabelError, "Class indices must be in"),
         (lambda: [(images(20) / 0, torch.arange(20) % CLASSES)], ModelOutputError, "not finite"),
+        (lambda: [(images(20).byte(), torch.arange(20) % CLASSES)], ImageError, "found torch.uint8"),
+        (lambda: TensorDataset(images(20), torch.arange(20)), DataError, "such as a DataLoader; found TensorDataset"),
     ],
-    ids=["few", "none", "no labels", "labels out of range", "not finite"],
+    ids=["few", "none", "no labels", "labels out of range", "not finite", "bytes", "a dataset"],
 )
 def test_what_is_no_data_is_refused(data, error, message):
     with pytest.raises(error, match=message):
         linear_probe(make(), data())
+
+
+def test_images_take_the_type_of_the_model():
+    assert 0 <= linear_probe(make().bfloat16(), loader(40)) <= 1
 
 
 def test_nothing_is_fitted_in_inference_mode():
@@ -179,3 +187,9 @@ def test_another_start_is_refused(change, share, error, message):
     change(start)
     with pytest.raises(error, match=message):
         interpolate(model, start, share)
+
+
+def test_a_start_that_has_moved_with_the_model_is_refused():
+    model = make()
+    with pytest.raises(CheckpointError, match=r"copy\.deepcopy"):
+        interpolate(model, entprop.main_state_dict(model))
