@@ -42,7 +42,14 @@ def run(options: Namespace) -> None:
         data.train = AugmentedImages(data.train, options.augment, data.space)
 
     def build() -> nn.Module:
-        return model_parts.start_from(blueprint.build(data.classes), options.weights)
+        try:
+            model = blueprint.build(data.classes)
+        except OSError as error:  # of every library that downloads
+            raise ConfigurationError(
+                f"--model {options.model}: its pretrained weights could not be loaded ({str(error).splitlines()[0]}). "
+                "Expected a connection, or weights that were downloaded before; --weights takes a file."
+            ) from error
+        return model_parts.start_from(model, options.weights)
 
     model = build()  # weights that do not fit, and norm layers with nothing to copy for a method, raise here
     for method in methods.values():

@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -322,6 +323,17 @@ def test_attacks_seeds_and_what_the_monitor_says(train, tmp_path):
     assert ": Training and validation part: since evaluation" in printed
     attacked = [100 * run["adversarial"]["PGD-20 8/255"]["accuracy"] for run in (first, second)]
     assert f"| {sum(attacked) / 2:.1f} % ±" in printed
+
+
+@pytest.mark.usefixtures("untrained")
+def test_weights_that_cannot_be_downloaded_end_as_a_line(train, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    done = train(*QUICK, "--model", "squeezenet1_1", "--image-size", 32, "--pretrained", output=tmp_path / "out")
+    assert "ConfigurationError: --model squeezenet1_1: its pretrained weights could not be loaded" in str(done.code)
+    assert "Name or service not known" in done.code
 
 
 @pytest.mark.usefixtures("untrained")
