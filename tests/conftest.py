@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-gc.disable()  # until everything is imported: collecting would take a fifth of that time
+from tests.helpers.worker import settle
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,11 +19,7 @@ def pytest_itemcollected(item):
 
 
 def pytest_collection_finish(session):
-    import torch  # not at the top: the process that only hands out tests would import it, before it starts the others
-
-    torch.set_num_threads(1)
-    gc.freeze()  # what is imported stays: Accelerate collects garbage after every run, and would walk through it all
-    gc.enable()
+    settle()
 
 
 @pytest.hookimpl(trylast=True)

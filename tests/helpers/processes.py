@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import pickle
@@ -18,11 +17,14 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
+from tests.helpers.worker import settle
+
 PROCESSES = 2
 LIMIT = timedelta(seconds=60)
 
 #: What takes long to import: done once, in the server that processes are forked from.
 HEAVY = [
+    "tests.helpers.worker",
     "pytest",
     "torch._dynamo.convert_frame",
     "torch._dynamo.backends.debugging",
@@ -70,8 +72,7 @@ def _free_port() -> int:
 
 
 def _work(rank: int, folder: str, port: int | None) -> None:
-    gc.freeze()  # as in tests/conftest.py
-    torch.set_num_threads(1)
+    settle()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES))
     if port is None:
         torch.distributed.init_process_group(
