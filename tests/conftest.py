@@ -29,10 +29,6 @@ def pytest_runtest_teardown(item, nextitem):
         gc.freeze()  # what the module's tests imported and compiled stays, too
 
 
-def pytest_sessionfinish(session):
-    gc.unfreeze()  # bindings warn of what is alive after the interpreter's own collection
-
-
 @pytest.fixture(autouse=True)
 def _seeded():
     import torch

@@ -1,5 +1,6 @@
 """What a process that runs tests begins with: imported first, and settled once everything else is imported."""
 
+import atexit
 import gc
 import sys
 
@@ -12,6 +13,7 @@ def settle():
 
     torch.set_num_threads(1)
     gc.freeze()  # Accelerate collects garbage after every run, and would walk through it all
+    atexit.register(gc.unfreeze)  # bindings warn of what is alive after the interpreter's own collection
     gc.enable()
     if guards := sys.modules.get("torch._dynamo.guards"):
         guards.profile_guard_manager = lambda *_: 0.0  # for a line of a log, it flushes the processor's caches

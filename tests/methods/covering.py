@@ -6,12 +6,12 @@ import itertools
 def covering(options, allowed=lambda row: True):
     """Few rows (dictionaries) that hold every pair of values that any allowed row holds."""
     rows = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
-    rows = [row for row in rows if allowed(row)]
-    missing = set().union(*map(_pairs, rows))
+    rows = [(row, _pairs(row)) for row in rows if allowed(row)]
+    missing = set().union(*(pairs for _, pairs in rows))
     chosen = []
     while missing:
-        best = max(rows, key=lambda row: len(_pairs(row) & missing))
-        missing -= _pairs(best)
+        best, met = max(rows, key=lambda each: len(each[1] & missing))
+        missing -= met
         chosen.append(best)
     return chosen
 
