@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import entprop_wrap as entprop
 from entprop_wrap.wrapping.state_dict import auxiliary_names
 from tests.helpers.architectures import CLASSES, logits_of
 
@@ -80,6 +81,16 @@ def observed_pass(model: nn.Module, output: object, auxiliary: str | None = "aux
                 mine[kind][originals[name]] = tensor
     gradients = {name: tensor.grad for name, tensor in mine["gradients"].items()}
     return Pass(logits_of(output).detach(), gradients, mine["buffers"])
+
+
+def assert_pass(model: nn.Module, plain: nn.Module, images: Tensor, auxiliary: str | None = "aux") -> None:
+    """Compare a pass of a wrapped model in one domain with one of the unwrapped model on that domain's tensors."""
+    expected = expected_pass(plain, images, None if auxiliary is None else auxiliary_tensors(model, auxiliary))
+    model.zero_grad()
+    with entprop.auxiliary(model, auxiliary):
+        output = model(images)
+        loss_of(output, images).backward()
+    assert_same(observed_pass(model, output, auxiliary), expected)
 
 
 def assert_same(found: Pass, expected: Pass, tolerance: float = 1e-6) -> None:

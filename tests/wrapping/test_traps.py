@@ -27,12 +27,11 @@ from entprop_wrap.wrapping.switched_norm import SwitchedNorm
 from tests.helpers.keys import is_auxiliary_key
 from tests.helpers.norm_nets import Toy, rows, toy
 from tests.helpers.oracle import (
-    assert_same,
+    assert_pass,
     auxiliary_tensors,
     changed,
     expected_pass,
     loss_of,
-    observed_pass,
     perturb,
     snapshot,
 )
@@ -270,12 +269,7 @@ def test_a_wrapped_part_of_a_larger_model():
     plain = nn.Sequential(toy(), nn.LayerNorm(5))
     model = nn.Sequential(entprop.wrap(copy.deepcopy(plain[0])), copy.deepcopy(plain[1]))
     perturb(model)
-    batch = rows()
-    expected = expected_pass(plain, batch, auxiliary_tensors(model))
-    with entprop.auxiliary(model):
-        output = model(batch)
-        loss_of(output, batch).backward()
-    assert_same(observed_pass(model, output), expected)
+    assert_pass(model, plain, rows())
 
 
 def test_two_wrapped_models_in_one():
@@ -314,12 +308,7 @@ def test_a_norm_used_twice():
     model = entprop.wrap(copy.deepcopy(plain))
     perturb(model)
     assert entprop.summary(model).norms == {"BatchNorm1d": 1}
-    batch = rows()
-    expected = expected_pass(plain, batch, auxiliary_tensors(model))
-    with entprop.auxiliary(model):
-        output = model(batch)
-        loss_of(output, batch).backward()
-    assert_same(observed_pass(model, output), expected)
+    assert_pass(model, plain, rows())
     assert model.norm.entprop_aux.num_batches_tracked == 2
     assert model.norm.num_batches_tracked == 0
 
@@ -329,14 +318,9 @@ def test_a_norm_in_evaluation_mode_is_so_in_every_domain():
     perturb(model)
     for each in (plain, model):
         each.blocks[0].inner.eval()
-    before, batch = snapshot(model), rows()
-    for auxiliary, tensors in ((None, None), ("aux", auxiliary_tensors(model))):
-        expected = expected_pass(plain, batch, tensors)
-        model.zero_grad()
-        with entprop.auxiliary(model, auxiliary):
-            output = model(batch)
-        loss_of(output, batch).backward()
-        assert_same(observed_pass(model, output, auxiliary), expected)
+    before = snapshot(model)
+    for auxiliary in (None, "aux"):
+        assert_pass(model, plain, rows(), auxiliary)
     moved = changed(model, before)
     assert not any(name.startswith("blocks.0.inner.") for name in moved)
     assert any(name.startswith("blocks.1.inner.entprop_aux.") for name in moved)
@@ -350,12 +334,7 @@ def test_norms_that_share_a_weight_go_on_sharing():
     assert model.blocks[0].outer.entprop_one.weight is model.last.entprop_one.weight
     assert model.last.entprop_one.weight is not model.last.entprop_two.weight
     perturb(model)
-    batch = rows()
-    tensors = auxiliary_tensors(model, "two")
-    with entprop.auxiliary(model, "two"):
-        output = model(batch)
-        loss_of(output, batch).backward()
-    assert_same(observed_pass(model, output, "two"), expected_pass(plain, batch, tensors))
+    assert_pass(model, plain, rows(), "two")
 
 
 def test_a_copied_part_can_be_unwrapped():
@@ -560,10 +539,7 @@ def test_a_backward_that_failed_leaves_no_domain_behind(mode):
     model.fails = False
     assert switch.pins == {}
     assert switch.thread().key is None
-    model.zero_grad()
-    output = model(batch)
-    loss_of(output, batch).backward()
-    assert_same(observed_pass(model, output, None), expected_pass(plain, batch))
+    assert_pass(model, plain, batch, None)
 
 
 @pytest.mark.parametrize("mode", ["none", "plain", "reentrant"])
