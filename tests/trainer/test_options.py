@@ -262,7 +262,7 @@ def test_compile(tmp_path, monkeypatch):
 
 
 def _eagerly(compile):
-    return lambda model: compile(model, backend="aot_eager")
+    return lambda model: compile(model, backend="eager")
 
 
 def test_trainers_of_different_precision_in_one_process(tmp_path):
