@@ -79,7 +79,10 @@ class ImageGradient:
         if self.stem is None:
             whole = input_gradient(self.images)
             if self.candidates:
-                _stems[self.root] = weakref.ref(self.calls[0]) if self._agrees(whole) else None
+                agrees = self._agrees(whole)
+                _stems[self.root] = weakref.ref(self.calls[0]) if agrees else None
+                if agrees:  # the first step takes the way of those after it: a resumed run has another first step
+                    return self._through(self.calls[0], selected)
             return index_rows(whole, selected)
         if not self._watched():
             del _stems[self.root]
@@ -95,7 +98,9 @@ class ImageGradient:
         if not self._watched():
             return False
         found = self._through(self.calls[0], torch.arange(len(whole), device=whole.device))
-        return float((found - whole).abs().max()) <= 1e-2 * float(whole.abs().max())  # a wrong one differs by all of it
+        half = self.output_gradients[0].dtype in (torch.float16, torch.bfloat16)  # autograd then rounds coarsely
+        tolerance = 0.05 if half else 0.01  # a wrong one differs by all of it
+        return float((found - whole).abs().max()) <= tolerance * float(whole.abs().max())
 
     def _watched(self) -> bool:
         return len(self.calls) == len(self.output_gradients) == 1

@@ -51,3 +51,21 @@ def test_images_that_go_elsewhere_after_the_first_step_are_noticed():
         entprop.training_step(model, images, labels, method=EntProp(mix=None))
     model.zero_grad()
     entprop.training_step(model, images, labels, method=EntProp(mix=None))  # finds out anew
+
+
+class Casting(Net):
+    """As Accelerate runs a model in bf16: autocast inside the forward alone."""
+
+    def forward(self, images):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(images)
+
+
+def test_the_first_step_rounds_as_the_others_do():
+    """Or a run that is resumed, which has a first step of its own, would part from one that was not."""
+    torch.manual_seed(0)
+    model = entprop.wrap(Casting(0.0))
+    images, labels = torch.rand(16, 3, 6, 6), torch.arange(16) % 5
+    method = EntProp(fraction=0.5, mix=None)
+    first, second = (entprop.training_step(model, images, labels, method=method).aux_images for _ in range(2))
+    assert torch.equal(first, second)
