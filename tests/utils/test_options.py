@@ -61,19 +61,19 @@ def required(kind):
 
 
 @pytest.mark.parametrize(("kind", "name"), pairs(NUMBERS))
-@pytest.mark.parametrize("value", ["0.2", True, float("nan"), float("inf"), [0.2], torch.ones(2)])
-def test_numbers(kind, name, value):
-    with pytest.raises(ConfigurationError, match=rf"^{name} must be a number .*found ") as raised:
-        kind(**{name: value})
-    if value == "0.2":
-        assert f"Write {name}=0.2, without quotes." in str(raised.value)
+def test_numbers(kind, name):
+    for value in (True, float("nan"), float("inf"), [0.2], torch.ones(2)):
+        with pytest.raises(ConfigurationError, match=rf"^{name} must be a number .*found "):
+            kind(**{name: value})
+    with pytest.raises(ConfigurationError, match=rf"^{name} must be .*found .*Write {name}=0\.2, without quotes\."):
+        kind(**{name: "0.2"})
 
 
 @pytest.mark.parametrize(("kind", "name"), pairs(INTEGERS))
-@pytest.mark.parametrize("value", ["2", True, 1.0, -1])
-def test_integers(kind, name, value):
-    with pytest.raises(ConfigurationError, match=rf"^{name} must be an integer of at least [01], found "):
-        kind(**{name: value})
+def test_integers(kind, name):
+    for value in ("2", True, 1.0, -1):
+        with pytest.raises(ConfigurationError, match=rf"^{name} must be an integer of at least [01], found "):
+            kind(**{name: value})
 
 
 def test_flags_and_names():
