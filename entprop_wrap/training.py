@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.pixel_space import PixelSpace, check_pixel_space
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
@@ -22,7 +22,7 @@ from entprop_wrap.utils.tensors import refuse_inference_mode
 from entprop_wrap.wrapping.model import check_wrapped, ensure_wrapped
 from entprop_wrap.wrapping.registry import refuse_idle_copies, refuse_inside_block
 
-__all__ = ["TrainingStep", "check_loss", "check_pixel_space", "check_trainable", "training_step"]
+__all__ = ["TrainingStep", "check_loss", "check_trainable", "training_step"]
 
 
 def training_step(
@@ -179,12 +179,6 @@ def _run(
     step.checker.watch.end(before.parameters)
     step.checker.stepped = True
     return output
-
-
-def check_pixel_space(space: object) -> None:
-    """Raise a :class:`TypeError` unless ``space`` is a :class:`PixelSpace` or None."""
-    if space is not None and not isinstance(space, PixelSpace):
-        raise TypeError(f"pixel_space expects a PixelSpace, found {space!r}: write PixelSpace(mean, std).")
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.utils.options import as_python, check_number, check_sequence
+from entprop_wrap.utils.options import as_python, check_number, check_sequence, shown
 
-__all__ = ["PixelSpace"]
+__all__ = ["PixelSpace", "check_pixel_space"]
 
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -138,6 +138,12 @@ class PixelSpace:
             mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (self.mean, self.std))
             lower, upper, scale = (v.to(dtype).to(device) for v in ((0 - mean) / std, (1 - mean) / std, 1 / std))
         return lower, upper, scale
+
+
+def check_pixel_space(space: object) -> None:
+    """Raise a :class:`TypeError` unless ``space`` is a :class:`PixelSpace` or None."""
+    if space is not None and not isinstance(space, PixelSpace):
+        raise TypeError(f"pixel_space expects a PixelSpace, found {shown(space)}: write PixelSpace(mean, std).")
 
 
 def _per_channel(value: Any) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.data.grown_images import GrownImages, collate, form_of, to_bytes, without_augmentation
-from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.pixel_space import PixelSpace, check_pixel_space
 from entprop_wrap.data.validation import Checker, check_images, check_labels, checker_of
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, cross_entropy
@@ -122,8 +122,7 @@ def _check(model: Any, space: Any, augment: Any) -> PixelSpace:
     refuse_inference_mode()
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise UnsupportedModelError("grow() expects a whole model, found a sharded one: choose DDP.")
-    if space is not None and not isinstance(space, PixelSpace):
-        raise TypeError(f"pixel_space expects a PixelSpace, found {shown(space)}: write PixelSpace(mean, std).")
+    check_pixel_space(space)
     if augment is not None and not callable(augment):
         raise TypeError(f"augment expects a function of one image, found {shown(augment)}.")
     return space or PixelSpace()

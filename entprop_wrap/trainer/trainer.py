@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.pixel_space import PixelSpace, check_pixel_space
 from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, DivergedError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
@@ -36,7 +36,7 @@ from entprop_wrap.trainer.metrics import Meter, MetricsFile
 from entprop_wrap.trainer.optimizer import wrap_with_optimizer
 from entprop_wrap.trainer.run_identity import check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
-from entprop_wrap.training import check_loss, check_pixel_space, training_step
+from entprop_wrap.training import check_loss, training_step
 from entprop_wrap.utils.files import check_writable, locked, on_main, together, writing
 from entprop_wrap.utils.modules import check_module, plain_model, walk
 from entprop_wrap.wrapping.state_dict import main_state_dict

@@ -383,3 +383,8 @@ def test_one_callback_for_one_trainer(tmp_path):
     with pytest.raises(ConfigurationError, match="another Trainer"):
         first.train()
     second.train()
+
+
+def test_what_is_no_pixel_space_is_refused_at_once():
+    with pytest.raises(TypeError, match="pixel_space expects a PixelSpace, found 'imagenet'"):
+        EntPropCallback(pixel_space="imagenet")

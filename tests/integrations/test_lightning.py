@@ -283,6 +283,11 @@ def test_checkpoints_are_plain_and_resume_exactly(method, tmp_path):
     first.test(half, loader(8), ckpt_path=path, verbose=False)
 
 
+def test_what_is_no_pixel_space_is_refused_at_once():
+    with pytest.raises(TypeError, match="pixel_space expects a PixelSpace, found 'imagenet'"):
+        EntPropLightningCallback(pixel_space="imagenet")
+
+
 def test_weights_only_checkpoints_are_plain(tmp_path):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
