@@ -29,6 +29,8 @@ class Row:
         last: Method of the last 30 %.
         average: Decay per step of a moving average of the weights, which is evaluated instead.
         twice: Augment all images once more, with TrivialAugment.
+        head_first: Fit the head on the pretrained features first (``finetuning.linear_probe``).
+        halfway_of: Not trained: half-way between the fitted head and another row, which has been trained before it.
         recalibrate: Estimate the main statistics anew after training, on images hardened by a signed gradient step.
     """
 
@@ -40,6 +42,8 @@ class Row:
     average: float | None = None
     twice: bool = False
     recalibrate: bool = False
+    head_first: bool = False
+    halfway_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ ROWS = {
     "EntProp, unmixed, statistics": Row(unmixed(), "statistics"),
     "EntProp, view": Row(lambda epsilon: EntProp.augmented(), "statistics"),
     "EntProp, view, all copied": Row(lambda epsilon: EntProp.augmented(copies="all")),
+    "EntProp, view, shared": Row(lambda epsilon: EntProp.augmented(auxiliary=None)),
     "EntProp, view, random selection": Row(lambda epsilon: EntProp.augmented(uncertainty="random"), "statistics"),
     "EntProp, view, RandAugment": Row(lambda epsilon: EntProp.augmented(view="randaugment"), "statistics"),
     "EntProp, view, noise": Row(lambda epsilon: EntProp.augmented(view=gaussian), "statistics"),
@@ -161,6 +166,22 @@ ROWS = {
     ),
     "finetuning, statistics, k = 0.125": Row(
         lambda epsilon: EntProp.finetuning(epsilon=epsilon, fraction=0.125), "statistics"
+    ),
+    "finetuning, statistics, random selection": Row(
+        lambda epsilon: EntProp.finetuning(epsilon=epsilon, uncertainty="random"), "statistics"
+    ),
+    "finetuning, statistics, averaged": Row(
+        lambda epsilon: EntProp.finetuning(epsilon=epsilon), "statistics", average=0.99
+    ),
+    "vanilla, head first": Row(lambda epsilon: Vanilla(), head_first=True),
+    "finetuning, statistics, head first": Row(
+        lambda epsilon: EntProp.finetuning(epsilon=epsilon), "statistics", head_first=True
+    ),
+    "vanilla, head first, halfway": Row(lambda epsilon: Vanilla(), halfway_of="vanilla, head first"),
+    "finetuning, statistics, head first, halfway": Row(
+        lambda epsilon: EntProp.finetuning(epsilon=epsilon),
+        "statistics",
+        halfway_of="finetuning, statistics, head first",
     ),
     "finetuning, affine": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon), "affine"),
     "finetuning, shared": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon, auxiliary=None)),

@@ -21,6 +21,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from torchvision.transforms import v2
 import entprop_wrap as entprop
 from entprop_wrap import PixelSpace
 from entprop_wrap.data.augmentation import AUGMENTATIONS, augmentation
+from entprop_wrap.finetuning import interpolate, linear_probe
 from entprop_wrap.robustness import Estimate, evaluate_robustness
 from entprop_wrap.robustness.scores import hscore
 
@@ -221,6 +223,8 @@ def train(task: Task, row: Row, augment: str, seed: int) -> tuple[nn.Module, dic
     part, model = task.part(seed), task.build(seed)
     if method.auxiliaries:
         entprop.wrap(model, auxiliaries=method.auxiliaries, copies=row.copies)
+    if row.head_first:
+        fit_head(model, task, part)
     groups = entprop.parameter_groups(model, regime.weight_decay)
     if regime.optimizer == "sgd":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=regime.learning_rate, momentum=0.9)
@@ -275,6 +279,19 @@ def recalibrate(model: nn.Module, task: Task, part: Part, augment: str, order: t
     with torch.no_grad():
         for images in hardened:
             model.train()(images)
+
+
+def fit_head(model: nn.Module, task: Task, part: Part) -> None:
+    """Fit the head on the features of the pretrained model, of images cropped to the centre."""
+    images = task.floats(v2.functional.center_crop(part.images, [task.regime.size]))
+    linear_probe(model, zip(images.split(50), part.labels.split(50), strict=True))
+
+
+def halfway(task: Task, model: nn.Module, seed: int) -> nn.Module:
+    """Return a model half-way between the weights after training and those when the head was fitted."""
+    start = task.build(seed)
+    fit_head(start, task, task.part(seed))
+    return interpolate(deepcopy(model), start.state_dict()).eval()
 
 
 def cosine(steps: int, warmup: int) -> Callable[[int], float]:
@@ -361,24 +378,40 @@ class Runs:
         self.found[tuple(line[name] for name in self.KEY)].update(line)
 
 
+def trained(
+    task: Task, name: str, regime: str, augment: str, seed: int, options: argparse.Namespace
+) -> tuple[nn.Module, dict[str, float]]:
+    """Return the model of a row and what it cost: kept, or trained now."""
+    key = (regime, augment, name, seed, options.explore)
+    kept = None if options.keep is None else options.keep / f"{'-'.join(map(str, key))}.pt"
+    if kept is not None and kept.exists():
+        saved = torch.load(kept, weights_only=True)
+        model = task.build(seed).eval()
+        model.load_state_dict(saved["weights"])
+        return model, saved["cost"]
+    model, cost = train(task, ROWS[name], augment, seed)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"weights": model.state_dict(), "cost": cost}, kept.with_suffix(".part"))
+        os.replace(kept.with_suffix(".part"), kept)
+    return model, cost
+
+
 def run(task: Task, regime: str, augment: str, seed: int, runs: Runs, options: argparse.Namespace) -> None:
     """Train and evaluate what is missing of one seed; its models are evaluated together."""
     models, costs = {}, {}
     lines = {name: (regime, augment, name, seed, options.explore) for name in options.rows}
     wanted = [{"c": "ra", "c-bar": "ra_bar"}[suite] for suite in options.suites]
     for name in [name for name, key in lines.items() if not set(wanted) <= set(runs.get(*key))]:
-        kept = None if options.keep is None else options.keep / f"{'-'.join(map(str, lines[name]))}.pt"
-        if kept is not None and kept.exists():
-            models[name] = task.build(seed).eval()
-            saved = torch.load(kept, weights_only=True)
-            models[name].load_state_dict(saved["weights"])
-            costs[name] = saved["cost"]
+        if (whole := ROWS[name].halfway_of) is None:
+            models[name], costs[name] = trained(task, name, regime, augment, seed, options)
         else:
-            models[name], costs[name] = train(task, ROWS[name], augment, seed)
-            if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                torch.save({"weights": models[name].state_dict(), "cost": costs[name]}, kept.with_suffix(".part"))
-                os.replace(kept.with_suffix(".part"), kept)
+            model, costs[name] = (
+                (models[whole], costs[whole])
+                if whole in models
+                else trained(task, whole, regime, augment, seed, options)
+            )
+            models[name] = halfway(task, model, seed)
         print(f"{lines[name]}: {costs[name]}", flush=True)
     scores: dict[str, dict[str, float]] = {name: {} for name in models}
     for suite in options.suites if models else ():
