@@ -85,7 +85,7 @@ MUTANTS = [
         "index_rows(self.output_gradients[0], selected)",
         "self.output_gradients[0][: len(selected)]",
     ),
-    ("step", "methods/input_gradient.py", "<= 1e-2 * float", "<= 1e9 * float"),
+    ("step", "methods/input_gradient.py", "<= tolerance * float", "<= 1e9 * float"),
     ("step", "methods/step_loss.py", "if not is_mean(", "if False and not is_mean("),
     ("step", "methods/advprop.py", "losses.append(weight * loss)", "losses.append(loss)"),
     ("step", "methods/fast_advprop.py", "step.norm_gradients_scaled(None, batch / clean)", "nullcontext()"),
