@@ -94,6 +94,11 @@ class RobustnessResult:
         }
 
     @property
+    def is_full(self) -> bool:
+        """Whether RA is over the 15 corruptions of ImageNet-C at 5 severities, as published RA is."""
+        return _is_suite("c", self.corrupted)
+
+    @property
     def protocol(self) -> str:
         """The corruptions and severities that RA is the mean over; says so when that is not the full protocol."""
         return f"{self.clean.images:,} images, seed {self.seed}, {_in_words(self.corrupted)}"
