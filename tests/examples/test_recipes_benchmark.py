@@ -70,7 +70,7 @@ def test_the_page_says_what_the_runs_say_and_the_readme_what_the_page_says(bench
     assert f"<!-- recipes -->\n{benchmark.tables(runs, options).rstrip()}\n<!-- /recipes -->" in page
     measured = readme.partition("## What was measured")[2].partition("Digits:")[0]
     rows = re.findall(r"^\| .*?(\| \d .*) \| [\d.]+ \|$", measured, re.MULTILINE)
-    assert len(rows) == 7
+    assert len(rows) == 8
     for row in rows:  # the number of seeds, and four scores or differences
         seeds, numbers = row.split(" | ", 1)
         assert re.search(rf"{re.escape(seeds)} \|[^\n]*{re.escape(numbers)} \|", page), row
