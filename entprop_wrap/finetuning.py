@@ -50,9 +50,9 @@ def linear_probe(model: nn.Module, data: Iterable[Any]) -> float:
     Args:
         model: A classifier on any device, wrapped or plain, in any mode, not distributed yet. Its logits are the output
             of an ``nn.Linear`` with a bias.
-        data: Batches ``(images, labels)`` of the training images, or dicts with "pixel_values", "images" or "image" and
-            "labels" or "label", normalised as for the model. Images need not be augmented. They are read once; what is
-            kept of them, their features, must fit into memory.
+        data: Batches of the training images, ``(images (N, C, H, W), labels (N,))``, or dicts with "pixel_values",
+            "images" or "image" and "labels" or "label", normalised as for the model. Images need not be augmented.
+            They are read once; what is kept of them, their features, must fit into memory.
 
     Returns:
         Accuracy on the fifth held out, in [0, 1], of the head that was fitted on the rest.
@@ -109,7 +109,7 @@ def interpolate(model: Model, start: Mapping[str, Tensor], share: float = 0.5) -
         The model.
 
     Raises:
-        CheckpointError: ``start`` has other names or shapes than the model, or is no copy.
+        CheckpointError: ``start`` has other names or shapes than the model, or is not a copy.
         ConfigurationError: ``share`` is out of range.
 
     Source: Wortsman et al., CVPR 2022 (arXiv 2109.01903), section 3.

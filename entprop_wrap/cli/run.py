@@ -55,13 +55,18 @@ def run(options: Namespace) -> None:
     for method in methods.values():
         if ensure_wrapped(model, method):
             unwrap(model)
+    if options.linear_probe:
+        unchanged = DataLoader(data.unchanged, options.eval_batch_size, num_workers=options.workers)
+        accuracy = linear_probe(model.to(accelerate.PartialState().device), unchanged)
+        say(f"the fitted head alone has an accuracy of {accuracy:.1%} on a fifth of the training images, held out")
     runs: list[results.Run] = []
     for seed in range(options.seed, options.seed + options.seeds):
         trained = {}
         for name, method in methods.items():
             accelerate.utils.set_seed(seed)
             own = replace(settings, seed=seed, output_dir=run_folder(options, name, seed))
-            one, trained[name] = train(name, method, build(), data, own, options)
+            start = deepcopy(model) if options.linear_probe else build()  # a fitted head is that of every run
+            one, trained[name] = train(name, method, start, data, own, options)
             runs.append(one)
         scores = evaluate_robustness(
             trained,
@@ -98,10 +103,6 @@ def train(
     """
     monitor = Monitor() if options.monitor else None
     output, images = Path(settings.output_dir), data.train
-    if options.linear_probe:
-        unchanged = DataLoader(data.unchanged, options.eval_batch_size, num_workers=options.workers)
-        accuracy = linear_probe(model.to(accelerate.PartialState().device), unchanged)
-        say(f"{name}: the head alone has an accuracy of {accuracy:.1%} on a fifth of the training images, held out")
     start = None if options.interpolate is None else deepcopy(model.state_dict())
     lengths = phases(name, method, options)
     for number, epochs in enumerate(lengths, start=1):
