@@ -22,10 +22,10 @@ from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.data.validation import check_images, check_labels, checker_of
 from entprop_wrap.errors import CheckpointError, DataError, ModelOutputError, UnsupportedModelError
-from entprop_wrap.robustness.distributed import check_batches
+from entprop_wrap.robustness.distributed import check_batches, gather
 from entprop_wrap.robustness.evaluated_model import logits as logits_of_images
 from entprop_wrap.utils.features import features_of
-from entprop_wrap.utils.modules import check_module, evaluating, plain_model
+from entprop_wrap.utils.modules import check_module, evaluating, plain_model, refuse_sharded
 from entprop_wrap.utils.options import check_number
 from entprop_wrap.utils.tensors import refuse_inference_mode
 from entprop_wrap.wrapping.state_dict import main_state_dict
@@ -48,18 +48,20 @@ def linear_probe(model: nn.Module, data: Iterable[Any]) -> float:
     of its L2 penalty is chosen on a fifth of the images.
 
     Args:
-        model: A classifier on any device, wrapped or plain, in any mode, not distributed yet. Its logits are the output
-            of an ``nn.Linear`` with a bias.
+        model: A classifier on any device, wrapped or plain, in any mode, not sharded yet. Its logits are the output of
+            an ``nn.Linear`` with a bias.
         data: Batches of the training images, ``(images (N, C, H, W), labels (N,))``, or dicts with "pixel_values",
             "images" or "image" and "labels" or "label", normalised as for the model. Images need not be augmented.
-            They are read once; what is kept of them, their features, must fit into memory.
+            They are read once; what is kept of them, their features, must fit into memory. Several processes each
+            go through all images in the same order, and end with the same head.
 
     Returns:
         Accuracy on the fifth held out, in [0, 1], of the head that was fitted on the rest.
 
     Raises:
-        UnsupportedModelError: Logits are not the output of an ``nn.Linear`` with a bias, or of more than one.
-        DataError: There are fewer than ten images, or the data is of an unknown form.
+        UnsupportedModelError: Logits are not the output of an ``nn.Linear`` with a bias, or of more than one; or the
+            model is sharded.
+        DataError: There are fewer than ten images, processes see different ones, or the data is of an unknown form.
         ImageError: Images are of another type or shape.
         LabelError: Labels do not fit the model.
         ModelOutputError: The model returns no logits, or none that are finite.
@@ -68,7 +70,8 @@ def linear_probe(model: nn.Module, data: Iterable[Any]) -> float:
     """
     check_module("linear_probe()", model)
     refuse_inference_mode()
-    head, features, labels = _features(model, data)
+    refuse_sharded("linear_probe()", model)
+    head, features, labels = _features(plain_model(model), data)  # a container would have processes wait
     with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
         mean = features.mean(0)
         scale = (features - mean).std().clamp_min(1e-12)  # one for all, so that a penalty means the same on any net
@@ -85,6 +88,7 @@ def linear_probe(model: nn.Module, data: Iterable[Any]) -> float:
             targets = labels[held].argmax(1) if labels.is_floating_point() else labels[held]
             best, accuracy, lowest = penalty, (logits.argmax(1) == targets).double().mean().item(), loss
         fitted = _fit(scaled, labels, best, fitted)
+        fitted = gather(fitted.cpu())[0].to(fitted.device)
     with torch.no_grad():
         weight = fitted[:, :-1] / scale
         head.weight.copy_(weight)
@@ -124,6 +128,11 @@ def interpolate(model: Model, start: Mapping[str, Tensor], share: float = 0.5) -
             f"start does not hold the weights of this {type(model).__name__}: {wrong[0]!r} is missing on one side, or "
             "has another shape. Expected copy.deepcopy(entprop.main_state_dict(model)) from before training."
         )
+    if any(hasattr(value, "device_mesh") != hasattr(began[name], "device_mesh") for name, value in now.items()):
+        raise CheckpointError(
+            "start and the model are not sharded alike: write start = copy.deepcopy(entprop.main_state_dict(model)) "
+            "after fully_shard(), before training."
+        )
     same = (name for name, value in now.items() if value.data_ptr() == began[name].data_ptr() != 0)
     if share < 1 and any(same):
         raise CheckpointError(
@@ -153,13 +162,20 @@ def _features(model: nn.Module, data: Iterable[Any]) -> tuple[nn.Linear, Tensor,
             if not (torch.isfinite(logits).all() and torch.isfinite(running.last).all()):
                 raise ModelOutputError(f"Features or logits of {len(images)} images are not finite. Look at the data.")
             if head is None:
-                head = plain_model(model).get_submodule(str(running.layer))
+                head = model.get_submodule(str(running.layer))
                 _check_head(model, head, _wide(running.last), logits)
             features.append(_wide(running.last))
             targets.append(labels)
     if head is None or (number := sum(map(len, targets))) < _FEWEST:
         raise DataError(f"linear_probe() needs at least {_FEWEST} images, found {0 if head is None else number}.")
-    return cast(nn.Linear, head), torch.cat(features), torch.cat(targets)
+    everything = torch.cat(targets)
+    seen = gather(everything.tolist())
+    if any(other != seen[0] for other in seen):
+        raise DataError(
+            f"linear_probe(): the {len(seen)} processes do not go through the same images. Expected all of them on each, "
+            "in order: pass the loader that accelerator.prepare() was given, without DistributedSampler or shuffle=True."
+        )
+    return cast(nn.Linear, head), torch.cat(features), everything
 
 
 def _check_head(model: nn.Module, head: nn.Module, features: Tensor, logits: Tensor) -> None:
@@ -169,7 +185,7 @@ def _check_head(model: nn.Module, head: nn.Module, features: Tensor, logits: Ten
         if torch.allclose(own, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
             return
     raise UnsupportedModelError(
-        f"The logits of {type(plain_model(model)).__name__} come from {head}: expected the output of one nn.Linear "
+        f"The logits of {type(model).__name__} come from {head}: expected the output of one nn.Linear "
         "with a bias, and nothing after it. Fine-tune this model without linear_probe()."
     )
 

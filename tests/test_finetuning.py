@@ -6,6 +6,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import entprop_wrap as entprop
@@ -19,8 +21,11 @@ from entprop_wrap.errors import (
     UnsupportedModelError,
 )
 from entprop_wrap.finetuning import interpolate, linear_probe
+from entprop_wrap.robustness.distributed import gather
 from tests.helpers.architectures import ARCHITECTURES
 from tests.helpers.diagnosed import images, loader, make
+from tests.helpers.processes import run_processes
+from tests.helpers.versions import RECENT_TORCH
 from tests.reference.models import CLASSES
 
 SOME = [
@@ -193,3 +198,46 @@ def test_a_start_that_has_moved_with_the_model_is_refused():
     model = make()
     with pytest.raises(CheckpointError, match=r"copy\.deepcopy"):
         interpolate(model, entprop.main_state_dict(model))
+
+
+def in_processes(rank):
+    """What linear_probe() and interpolate() do to a model in DDP, and to one that is sharded."""
+    data = list(loader(40))
+    alone, model = make(wrapped=False), make(wrapped=False)
+    parallel = DistributedDataParallel(model)
+    linear_probe(parallel, data)
+    with pytest.raises(DataError, match=r"2 processes do not go through the same images.*accelerator\.prepare"):
+        linear_probe(make(), data[rank:])
+    heads = gather((alone.fc.weight, model.fc.weight))
+    assert torch.equal(heads[0][1], heads[1][1])
+    assert not torch.equal(*heads[0])
+    if RECENT_TORCH:
+        back_when_sharded(make())
+    return model.fc.weight.detach()
+
+
+def back_when_sharded(model):
+    from torch.distributed.fsdp import fully_shard
+
+    whole = copy.deepcopy(entprop.main_state_dict(model))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(UnsupportedModelError, match="found a sharded one"):
+        linear_probe(model, loader(40))
+    start = copy.deepcopy(entprop.main_state_dict(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    interpolate(model, start, 0.25)
+    for name, value in entprop.main_state_dict(model).items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        moved = 0.25 if name in dict(model.named_parameters()) else 0
+        torch.testing.assert_close(value, whole[name] + moved, rtol=0, atol=1e-6, check_dtype=False)
+    with pytest.raises(CheckpointError, match=r"not sharded alike.*after fully_shard"):
+        interpolate(model, whole)
+
+
+def test_two_processes_end_with_one_head():
+    alone = make(wrapped=False)
+    linear_probe(alone, loader(40))
+    for weight in run_processes(in_processes):
+        torch.testing.assert_close(weight, alone.fc.weight.detach())

@@ -15,12 +15,11 @@ from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.data.grown_images import GrownImages, collate, form_of, to_bytes, without_augmentation
 from entprop_wrap.data.pixel_space import PixelSpace, check_pixel_space
 from entprop_wrap.data.validation import Checker, check_images, check_labels, checker_of
-from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods.me_ada import EntropyAscent, check_ascent
 from entprop_wrap.methods.step_loss import StepLoss
 from entprop_wrap.utils.model_output import logits_of
-from entprop_wrap.utils.modules import check_module, plain_model
+from entprop_wrap.utils.modules import check_module, plain_model, refuse_sharded
 from entprop_wrap.utils.options import check_integer, shown
 from entprop_wrap.utils.tensors import refuse_inference_mode
 
@@ -120,8 +119,7 @@ def _check(model: Any, space: Any, augment: Any) -> PixelSpace:
     """Return the pixel space, after checks of all that is not data."""
     check_module("grow()", model)
     refuse_inference_mode()
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-        raise UnsupportedModelError("grow() expects a whole model, found a sharded one: choose DDP.")
+    refuse_sharded("grow()", model)
     check_pixel_space(space)
     if augment is not None and not callable(augment):
         raise TypeError(f"augment expects a function of one image, found {shown(augment)}.")

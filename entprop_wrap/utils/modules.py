@@ -101,6 +101,14 @@ def refuse_static_graph(model: nn.Module) -> None:
         )
 
 
+def refuse_sharded(caller: str, model: nn.Module) -> None:
+    """Raise :class:`UnsupportedModelError` if a parameter is sharded."""
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"{caller} expects a whole model, found a sharded one: call it before fully_shard(), or choose DDP."
+        )
+
+
 def refuse_wrapping(model: nn.Module) -> None:
     """Raise :class:`UnsupportedModelError` if ``model`` is compiled, scripted, distributed, or holds such a part."""
     for name, module in model.named_modules():
