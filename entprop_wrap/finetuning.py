@@ -172,8 +172,8 @@ def _features(model: nn.Module, data: Iterable[Any]) -> tuple[nn.Linear, Tensor,
     seen = gather(everything.tolist())
     if any(other != seen[0] for other in seen):
         raise DataError(
-            f"linear_probe(): the {len(seen)} processes do not go through the same images. Expected all of them on each, "
-            "in order: pass the loader that accelerator.prepare() was given, without DistributedSampler or shuffle=True."
+            f"linear_probe(): the {len(seen)} processes do not go through the same images. Expected all of them, "
+            "in order, on each: pass a loader from before accelerator.prepare(), without DistributedSampler or shuffling."
         )
     return cast(nn.Linear, head), torch.cat(features), everything
 

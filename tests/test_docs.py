@@ -155,6 +155,13 @@ def test_links_lead_somewhere():
 # The other pages ------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_saved_half_way_back_is_plain(after):
+    page = after(ROOT / "docs" / "huggingface.md")
+    saved = load_file(page["folder"] / "runs" / "halfway" / "model.safetensors")
+    assert saved.keys() == page["start"].keys()
+    assert not torch.equal(saved["classifier.1.weight"], page["start"]["classifier.1.weight"])
+
+
 def test_the_mixing_trainer_mixes_training_images_only(after):
     trainer = after(ROOT / "docs" / "huggingface.md")["mixing_trainer"]
     trainer.create_accelerator_and_postprocess()  # another test may have reset what all accelerators share

@@ -206,7 +206,7 @@ def in_processes(rank):
     alone, model = make(wrapped=False), make(wrapped=False)
     parallel = DistributedDataParallel(model)
     linear_probe(parallel, data)
-    with pytest.raises(DataError, match=r"2 processes do not go through the same images.*accelerator\.prepare"):
+    with pytest.raises(DataError, match=r"2 processes do not go through the same images.*before accelerator\.prepare"):
         linear_probe(make(), data[rank:])
     heads = gather((alone.fc.weight, model.fc.weight))
     assert torch.equal(heads[0][1], heads[1][1])
