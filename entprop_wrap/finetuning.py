@@ -173,7 +173,7 @@ def _features(model: nn.Module, data: Iterable[Any]) -> tuple[nn.Linear, Tensor,
     if any(other != seen[0] for other in seen):
         raise DataError(
             f"linear_probe(): the {len(seen)} processes do not go through the same images. Expected all of them, "
-            "in order, on each: pass a loader from before accelerator.prepare(), without DistributedSampler or shuffling."
+            "in order, on each: pass a loader from before accelerator.prepare(), without DistributedSampler or shuffle."
         )
     return cast(nn.Linear, head), torch.cat(features), everything
 
