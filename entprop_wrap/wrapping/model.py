@@ -61,8 +61,8 @@ def wrap(
 ) -> Model:
     """Give every norm layer of ``model`` switchable auxiliary copies, in place, and return the same object.
 
-    Nothing about the model changes until :func:`auxiliary` is entered: same class, same outputs, same state-dict keys
-    plus one ``<norm>.entprop_<auxiliary>.<tensor>`` for each copied tensor. Copies start equal to the norm and inherit
+    Until :func:`auxiliary` is entered, the model computes what it did before. Its state dict gains one
+    ``<norm>.entprop_<auxiliary>.<tensor>`` for each copied tensor. Copies start equal to the norm and inherit
     dtype, device and ``requires_grad``. A checkpoint of the plain model loads with ``strict=True`` (copies then start
     from it). Either everything is wrapped, or an error is raised and nothing is.
 
@@ -74,9 +74,10 @@ def wrap(
         auxiliaries: Names of the auxiliary domains. AdvProp with several attack strengths has several.
         copies: Which tensors each auxiliary domain has of its own. "all": affine parameters and running statistics.
             "statistics": running statistics only, which adds no parameter; norm layers that keep none (layer and group
-            norms) are shared. "affine": affine parameters only; running statistics are the main domain's, and an
-            auxiliary pass in training normalises with its batch and records nothing. Batch norms in training mode
-            normalise with the batch anyway, so "affine" trains the main network of "all".
+            norms) are shared, in a net of such norms all of them. "affine": affine parameters only; running statistics
+            are the main domain's, and an auxiliary pass in training normalises with its batch and records nothing.
+            Batch norms in training mode normalise with the batch anyway, so the main network trains exactly as with
+            "all".
         include: Modules to copy in addition to the norms recognised: classes, globs over qualified names, or
             predicates ``(name, module) -> bool``.
         exclude: Modules to leave shared by all domains, in the same terms.
@@ -88,7 +89,7 @@ def wrap(
             weight decay by such names).
         UnsupportedModelError: The model is compiled, scripted, or inside DDP, FSDP or DataParallel, or a norm is lazy,
             parametrised, or has a ``forward`` set on the instance.
-        ConfigurationError: ``include`` or ``exclude`` matches nothing, or no norm has what ``copies`` names.
+        ConfigurationError: ``include`` or ``exclude`` matches nothing, or no norm has affine parameters to copy.
     """
     check_module("wrap()", model)
     auxiliaries = _checked_names(auxiliaries)
@@ -117,7 +118,7 @@ def wrap(
 
 
 def unwrap(model: Model) -> Model:
-    """Take the auxiliary copies out, in place, and return the same object: class, keys, hooks and bytes as before.
+    """Take the auxiliary copies out, in place, and return the same object, with the class, keys and hooks it had.
 
     ``model`` may be the container that Accelerate, DDP or ``torch.compile`` made around the wrapped model.
 
@@ -155,7 +156,8 @@ def auxiliary(model: nn.Module, name: str | None = "aux", *, record_statistics: 
 
     Args:
         model: The wrapped model, or a DDP, FSDP2, compiled or other module around it.
-        name: The auxiliary domain; None is the main domain, which is only useful to nest or not to record.
+        name: The auxiliary domain; None is the main domain, useful inside another block, or with
+            ``record_statistics=False``.
         record_statistics: False normalises with the batch's own statistics in training mode but leaves running
             statistics alone, as attack steps want it.
 
@@ -299,20 +301,21 @@ def _checked_names(auxiliaries: object) -> tuple[str, ...]:
 
 
 def _with_something_to_copy(norms: dict[str, nn.Module], copies: Copies) -> dict[str, nn.Module]:
-    """Return the norms to switch: with "statistics", those that keep some."""
+    """Return the norms to switch: with "statistics", those that keep some, or all if none does."""
     copies = cast(Copies, check_choice("copies", copies, ("all", "affine", "statistics")))
-    if copies == "all":
-        return norms
-    held = {"affine": "_parameters", "statistics": "_buffers"}[copies]
-    having = {name: norm for name, norm in norms.items() if any(t is not None for t in getattr(norm, held).values())}
-    if not having:
+    if copies == "statistics":
+        return {name: norm for name, norm in norms.items() if _has_any(norm._buffers)} or norms
+    if copies == "affine" and not any(_has_any(norm._parameters) for norm in norms.values()):
         kinds = ", ".join(sorted({type(norm).__name__ for norm in norms.values()}))
-        missing = "affine parameters" if copies == "affine" else "running statistics"
         raise ConfigurationError(
-            f'copies="{copies}" finds nothing to copy: no norm layer ({kinds}) has {missing}. Write copies="all", or '
-            "train without auxiliary domains, as EntProp(auxiliary=None) does."
+            f'copies="affine" finds nothing to copy: no norm layer ({kinds}) has affine parameters. Write copies='
+            '"all", or train without auxiliary domains, as EntProp(auxiliary=None) does.'
         )
-    return having if copies == "statistics" else norms  # also statistics without affine parameters are not to be mixed
+    return norms
+
+
+def _has_any(tensors: dict[str, Any]) -> bool:
+    return any(tensor is not None for tensor in tensors.values())
 
 
 def _refuse_norms(norms: dict[str, nn.Module], auxiliaries: tuple[str, ...]) -> None:

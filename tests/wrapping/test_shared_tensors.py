@@ -137,10 +137,25 @@ def test_statistics_without_affine_parameters_are_not_mixed():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())
 
 
+def test_norms_that_keep_no_statistics_are_all_shared():
+    images, labels = _images()
+    layers = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    plain = nn.Sequential(*layers).double()
+    model = entprop.wrap(copy.deepcopy(plain), copies="statistics")
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    for net, auxiliary in ((model, "aux"), (plain, None)):
+        method = EntProp.augmented(auxiliary=auxiliary)
+        entprop.training_step(net, images, labels, method=method, generator=torch.Generator().manual_seed(0))
+    for shared, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(shared.grad, expected.grad)
+    for _ in range(2):
+        entprop.training_step(model, images, labels, method=EntProp.augmented(lagged=True))
+    assert type(entprop.unwrap(model)[1]) is nn.GroupNorm
+
+
 @pytest.mark.parametrize(
     ("net", "copies", "message"),
     [
-        (toy, "statistics", 'LayerNorm.* has running statistics.*copies="all"'),
         (lambda: nn.BatchNorm1d(8, affine=False), "affine", "BatchNorm1d.* has affine parameters"),
         (toy, "means", "'all', 'affine' or 'statistics', found 'means'"),
     ],
