@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entprop_wrap.errors import CheckpointError
-from entprop_wrap.utils.files import flush, flush_folder, on_main, sha256, together, writing
+from entprop_wrap.utils.files import explaining_failed_writes, flush, flush_folder, on_main, replacing, sha256, together
 
 if TYPE_CHECKING:
     from entprop_wrap.trainer.run_state import RunState
@@ -122,7 +122,7 @@ class CheckpointFolder:
             flush_folder(self.path)
 
         try:
-            with writing(target):
+            with explaining_failed_writes(target):
                 on_main(state.accelerator, begin)
                 together(lambda: state.write(partial))
                 on_main(state.accelerator, finish)
@@ -141,7 +141,7 @@ class CheckpointFolder:
         folder = self.path / f"step-{state.position.step:08d}"
         if not folder.exists():
             return False
-        with writing(folder):
+        with explaining_failed_writes(folder):
             self._write_state(folder, state, read_state(folder)["files"])
             flush_folder(folder)
         return True
@@ -176,10 +176,8 @@ class CheckpointFolder:
     def _write_state(folder: Path, state: RunState, files: dict[str, str]) -> None:
         content = {**state.description(), "files": files}
         content["sha256"] = _digest(content)
-        partial = folder / f"state.json{_PARTIAL}"
-        partial.write_text(_text(content), encoding="utf-8")
-        flush(partial)
-        os.replace(partial, folder / "state.json")
+        with replacing(folder / "state.json") as partial:
+            partial.write_text(_text(content), encoding="utf-8")
 
 
 def better(metric: str, value: float, than: float | None) -> bool:

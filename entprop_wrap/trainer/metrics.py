@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from entprop_wrap.methods.step_output import StepOutput
-from entprop_wrap.utils.files import writing
+from entprop_wrap.utils.files import explaining_failed_writes, replacing
 
 __all__ = ["Meter", "MetricsFile"]
 
@@ -73,7 +72,7 @@ class MetricsFile:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line."""
-        with writing(self.path):
+        with explaining_failed_writes(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -90,7 +89,5 @@ class MetricsFile:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        partial = self.path.with_suffix(".partial")
-        with writing(self.path):
+        with explaining_failed_writes(self.path), replacing(self.path) as partial:
             partial.write_text("".join(kept), encoding="utf-8")
-            os.replace(partial, self.path)

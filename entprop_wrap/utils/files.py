@@ -53,7 +53,16 @@ def sha256(file: Path) -> str:
 
 
 @contextmanager
-def writing(target: Path) -> Iterator[None]:
+def replacing(file: Path) -> Iterator[Path]:
+    """Give a path to write to; after the with-block ``file`` is that, whole, or if the process is killed as it was."""
+    partial = file.with_name(file.name + ".partial")
+    yield partial
+    flush(partial)
+    os.replace(partial, file)
+
+
+@contextmanager
+def explaining_failed_writes(target: Path) -> Iterator[None]:
     """Raise :class:`CheckpointError` where what is written inside the with-block cannot be."""
     try:
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 import zipfile
@@ -18,7 +17,7 @@ from transformers.trainer_utils import HubStrategy
 
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
-from entprop_wrap.utils.files import flush
+from entprop_wrap.utils.files import replacing
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.wrapping.model import is_wrapped
 from entprop_wrap.wrapping.registry import find_registry
@@ -136,11 +135,8 @@ class PlainCheckpoints(_Mixed):
 
 
 def _save_whole(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Write a file that is there whole or, if the process is killed, as it was before."""
-    partial = file.with_name(file.name + ".partial")
-    save_file({key: value.contiguous().clone() for key, value in tensors.items()}, partial, metadata)
-    flush(partial)
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        save_file({key: value.contiguous().clone() for key, value in tensors.items()}, partial, metadata)
 
 
 def _check_copies(model: nn.Module, folder: Path, method: str) -> None:
