@@ -5,7 +5,8 @@
     ...                          # fine-tune, with this package or without
     interpolate(model, start)
 
-Both work with plain and with wrapped models; docs/recipes.md has what they gain.
+Both work with plain and with wrapped models; docs/recipes.md has what they gain. MobileNetV1 of the Hub needs a repair
+before: :func:`repair_keep_probabilities`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from entprop_wrap.utils.options import check_number
 from entprop_wrap.utils.tensors import refuse_inference_mode
 from entprop_wrap.wrapping.state_dict import main_state_dict
 
-__all__ = ["interpolate", "linear_probe"]
+__all__ = ["interpolate", "linear_probe", "repair_keep_probabilities"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,8 +60,8 @@ def linear_probe(model: nn.Module, data: Iterable[Any]) -> float:
         Accuracy on the fifth held out, in [0, 1], of the head that was fitted on the rest.
 
     Raises:
-        UnsupportedModelError: Logits are not the output of an ``nn.Linear`` with a bias, or of more than one; or the
-            model is sharded.
+        UnsupportedModelError: The logits do not come from exactly one ``nn.Linear`` with a bias; or the model is
+            sharded.
         DataError: There are fewer than ten images, processes see different ones, or the data is of an unknown form.
         ImageError: Images are of another type or shape.
         LabelError: Labels do not fit the model.
@@ -107,7 +108,7 @@ def interpolate(model: Model, start: Mapping[str, Tensor], share: float = 0.5) -
         model: The trained model, wrapped or plain. Auxiliary copies stay as they are.
         start: The plain state dict when training began, ``copy.deepcopy(main_state_dict(model))``. Statistics of batch
             norms are interpolated like weights; integers stay those of ``model``.
-        share: Of the way from ``start``, in [0, 1]: 0 goes back whole, 1 leaves the model as it is.
+        share: How far from ``start`` (0) to the trained weights (1), which it leaves as they are.
 
     Returns:
         The model.
@@ -144,6 +145,29 @@ def interpolate(model: Model, start: Mapping[str, Tensor], share: float = 0.5) -
             if value.is_floating_point():
                 value.copy_(start[name].to(value).lerp(value, share))
     return model
+
+
+def repair_keep_probabilities(model: nn.Module) -> list[str]:
+    """Undo two conventions of TensorFlow that some converted models carry into PyTorch, where they mean the opposite.
+
+    MobileNetV1 in transformers drops 99.9 % of its features in training (TensorFlow *keeps* that share) and forgets its
+    running statistics at every batch (momentum 0.9997, where TensorFlow keeps that share). Other models stay as they
+    are.
+
+    Returns:
+        What was changed, in words.
+    """
+    notes = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p >= 0.9:
+            notes.append(
+                f"{name} dropped {module.p:.1%} of its input, surely the share to keep; now {1 - module.p:.1%}"
+            )
+            module.p = 1 - module.p
+    forgetful = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.momentum and m.momentum > 0.9]
+    for norm in forgetful:
+        norm.momentum = 0.1
+    return [*notes, f"{len(forgetful)} batch norms had a momentum above 0.9; now 0.1"] if forgetful else notes
 
 
 def _features(model: nn.Module, data: Iterable[Any]) -> tuple[nn.Linear, Tensor, Tensor]:

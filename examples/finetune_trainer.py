@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import entprop_wrap as entprop
-from entprop_wrap.cli.models import repair_keep_probabilities
+from entprop_wrap.finetuning import repair_keep_probabilities
 from entprop_wrap.integrations.hub_datasets import eval_transform, load_images, train_transform
 from entprop_wrap.robustness import evaluate_robustness
 

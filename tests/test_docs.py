@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import entprop_wrap as entprop
+from entprop_wrap.finetuning import repair_keep_probabilities
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import AdvProp
 
@@ -174,6 +175,7 @@ def test_the_mixing_trainer_mixes_training_images_only(after):
 def test_the_mobilenet_of_the_docs_is_repaired(after):
     model = after(ROOT / "docs" / "huggingface.md")["mobilenet"]
     assert model.dropout.p == pytest.approx(0.001)
+    assert repair_keep_probabilities(model) == []
     assert all(module.momentum == 0.1 for module in model.modules() if isinstance(module, nn.BatchNorm2d))
 
 

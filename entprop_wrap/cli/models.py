@@ -17,6 +17,7 @@ from entprop_wrap.cli.data import say
 from entprop_wrap.cli.options import SMALL, did_you_mean
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import CheckpointError, ConfigurationError
+from entprop_wrap.finetuning import repair_keep_probabilities
 
 IMAGENET = PixelSpace((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SEVERAL_HEADS = ("googlenet", "inception_v3")
@@ -125,7 +126,8 @@ def hub(name: str, options: Namespace) -> Blueprint:
             )
         else:
             model = auto.AutoModelForImageClassification.from_config(auto.AutoConfig.from_pretrained(name, **labels))
-        repair_keep_probabilities(model)
+        for note in repair_keep_probabilities(model):
+            say(note)
         return model
 
     size = options.image_size or processor(Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"].shape[-1]
@@ -135,20 +137,6 @@ def hub(name: str, options: Namespace) -> Blueprint:
         "model.eval()"
     )
     return Blueprint(build, PixelSpace.from_processor(processor), size, load)
-
-
-def repair_keep_probabilities(model: nn.Module) -> None:
-    """Undo two conventions of TensorFlow that some converted models carry into PyTorch, where they mean the opposite.
-
-    MobileNetV1 in transformers drops 99.9 % of its features in training (TensorFlow *keeps* that share) and forgets its
-    running statistics at every batch (momentum 0.9997, where TensorFlow keeps that share).
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p >= 0.9:
-            say(f"{name} drops {module.p:.1%} of its input, surely a keep probability; set to {1 - module.p:.1%}")
-            module.p = 1 - module.p
-        if isinstance(module, nn.BatchNorm2d) and module.momentum is not None and module.momentum > 0.9:
-            module.momentum = 0.1
 
 
 def small_cnn(classes: int, width: int = 16) -> nn.Module:

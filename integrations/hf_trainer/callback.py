@@ -247,6 +247,6 @@ def _warn_of_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout) and module.p > 0.9:  # MobileNetV1's 0.999: keep for drop
             warnings.warn(
                 f"{name!r} drops {module.p:.1%} of its input in training, so that the loss starts near 16 instead of "
-                f"log(classes). Write model.get_submodule({name!r}).p = 0.2, for example.",
+                "log(classes). Write entprop_wrap.finetuning.repair_keep_probabilities(model) before training.",
                 stacklevel=2,
             )
