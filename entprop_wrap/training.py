@@ -43,8 +43,8 @@ def training_step(
         optimizer.zero_grad()
 
     Clipping, accumulation, gradient scalers and schedules stay as they are in the loop around it. A step that raises
-    leaves buffers and gradients as they were; only what it added to gradients of earlier batches before it failed stays
-    (but for the first step of a model): then ``optimizer.step()`` and the next call raise until ``zero_grad()``.
+    leaves buffers and gradients as they were. The exception, except in a model's first step: what it added to gradients
+    of earlier batches stays, and ``optimizer.step()`` and the next call raise until ``zero_grad()``.
 
     Args:
         model: The model, wrapped if the method has auxiliaries, in training mode; or its DDP, FSDP2 or compiled
@@ -57,8 +57,8 @@ def training_step(
             parameters, see :class:`entprop_wrap.functional.losses.Pass`: the model's outputs, the images, the rows.
         backward: What runs the backward of a loss: ``accelerator.backward``, or with a gradient scaler
             ``lambda loss: scaler.scale(loss).backward()``; None: ``loss.backward()``. It is called once per training
-            pass, twice in EntProp. With a second parameter named ``last`` it is told the last call, in which it may
-            step: ``lambda loss, last: loss_scaler(loss, optimizer, need_update=last)``.
+            pass, twice in EntProp. If it has a second parameter ``last``, that is True on the last call, the only one
+            in which it may step: ``lambda loss, last: loss_scaler(loss, optimizer, need_update=last)``.
         generator: A CPU generator for random draws such as MixUp's; None: torch's default, which ``manual_seed`` sets.
 
     Raises:
@@ -67,7 +67,8 @@ def training_step(
         PixelRangeError: Images outside ``pixel_space`` (CPU, and the first batch anywhere).
         LabelError: Labels of another type or shape, or (CPU) out of range.
         ModelOutputError: The model returned no logits, or heads that ``loss`` would not train.
-        DivergedError: The loss is not finite (CPU, without ``backward``; else ``optimizer.step()`` raises it).
+        DivergedError: The loss is not finite. With ``backward`` it is raised by ``optimizer.step()``, on an accelerator
+            by the next ``output.metrics()``.
         ConfigurationError: The model is in evaluation mode or frozen as a whole, or the loss is not a mean over images.
             A loss of your own is tested in the first step, by one more call of it.
         UnsupportedModelError: The switch or the method cannot be right on this model, or the call stands inside

@@ -1,1 +1,1 @@
-"""Bridges to other libraries. Nothing in ``entprop_wrap`` imports from here."""
+"""Bridges to other libraries. Within ``entprop_wrap``, only the command line imports from here."""

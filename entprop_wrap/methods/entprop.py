@@ -36,14 +36,14 @@ __all__ = ["EntProp"]
 class EntProp(Method):
     """Train the most uncertain samples, made harder, through auxiliary norms, and everything else as usual.
 
-    A step: the batch, mixed up, goes through the main norms, which gives the loss, the entropy of each sample and,
-    for free, the gradient of the loss with respect to the images. The ``fraction`` of highest entropy moves along that
-    gradient (and, with more ``attack_steps``, further along gradients through the auxiliary norms) and goes through
-    the auxiliary norms. Both losses train the shared weights.
+    A step: the batch, augmented with MixUp, goes through the main norms, which gives the loss, the entropy of each
+    sample and, for free, the gradient of the loss with respect to the images. The ``fraction`` of highest entropy moves
+    along that gradient (and, with more ``attack_steps``, further along gradients through the auxiliary norms) and goes
+    through the auxiliary norms. Both losses train the shared weights.
 
     Cost: ``1 + fraction * max(attack_steps, 1)`` passes. Mixing and the first attack step add none.
 
-    How to use: ``fraction`` and ``attack_steps`` buy robustness with time; the paper reports (0.2, 1), (0.6, 1), (0.2,
+    How to use: ``fraction`` and ``attack_steps`` trade time for robustness; the paper reports (0.2, 1), (0.6, 1), (0.2,
     5) and (0.6, 5). Have at least 8 auxiliary images a step on batch-norm nets. On data with few grey levels, raise
     ``epsilon`` to a visible step.
 
@@ -61,29 +61,29 @@ class EntProp(Method):
         mix: What raises entropy before selection: ``MixUp(alpha)`` or "mixup", ``CutMix(alpha)`` or "cutmix", your own
             mixer, or None.
         mix_on: "batch" mixes the whole batch before the main pass (Algorithm 1); "auxiliary" keeps the main pass clean
-            and mixes the selected images among themselves, and their gradients.
+            and mixes the selected images with each other, and their gradients likewise.
         view: Augments the selected images, instead of gradient steps (``attack_steps=0``): "trivialaugment",
             "randaugment", "augmix" or "gaussian" for each image, or a function of pixels ``(N, C, H, W)`` in [0, 1].
-            Ours, by measurement (docs/recipes.md). None: nothing.
+            Not in the paper; chosen by measurement (docs/recipes.md). None: nothing.
         uncertainty: Score to select by, ``(logits, labels) -> (N,)``, or the name of one; see
             ``entprop_wrap.functional.uncertainty``. The labels are those of the images themselves, also where the
             batch is mixed. "random" is the control.
-        weighting: "per_image" lets every image that is passed count alike, so that the mean auxiliary loss has weight
-            ``k`` (the intent of section 4.1.3, whose formula is not given); "sum" adds both means (Algorithm 1).
+        weighting: "per_image" gives every image of both passes the same weight, so that the mean auxiliary loss has
+            weight ``k`` (the intent of section 4.1.3, whose formula is not given); "sum" adds both means (Algorithm 1).
         auxiliary: Name of the auxiliary domain; None lets the selected images share the main norms, on a plain or a
             wrapped model: the same step without copies, the control that shows what copies do. Batch norms then record
             the statistics of the batch and of the selected images, one after the other.
-        copies: Where the step wraps a plain model (``TrainingStep``, the trainers): which tensors the auxiliary domain
-            has of its own, "all", "statistics" or "affine", see :func:`entprop_wrap.wrap`. A wrapped model must have
-            been wrapped alike; "all" takes any.
-        lagged: Train the hardened images one step later, in one pass with the next batch: one forward, one backward and
-            one all-reduce a step, for gradients of the pixels that are one step old. The norms split that pass by rows,
-            which a model's first step tries out. The first step trains the batch alone. See
-            :mod:`entprop_wrap.methods.lagged`.
-        equal_budget: With ``lagged``, leave out as many images of the batch as come back from the step before, so that
-            a step has exactly the rows of vanilla training (the budget of Fast AdvProp, ICLR 2022). ``fraction`` is at
-            most 0.5. A batch of which less than half would be left, as the last of an epoch may be, is trained whole.
-        alpha: Parameter of the mixer that ``mix`` names; then stored there, and None here.
+        copies: Which tensors the auxiliary domain has of its own, "all", "statistics" or "affine", see
+            :func:`entprop_wrap.wrap`. Used where ``TrainingStep`` or a trainer wraps the model. A model that you
+            wrapped must have the same ``copies``; "all" accepts any.
+        lagged: Train the hardened images one step later, together with the next batch: one forward, one backward and
+            one all-reduce a step, at the price of pixel gradients that are one step old. In that pass norm layers treat
+            the two groups of rows separately; a model's first step checks that it allows this, and trains on the batch
+            alone. See :mod:`entprop_wrap.methods.lagged`.
+        equal_budget: With ``lagged``, drop one image of the batch for each hardened image that returns, so that a step
+            has exactly as many as vanilla training (the budget of Fast AdvProp, ICLR 2022). ``fraction`` is at most
+            0.5. A batch of which less than half would be left, as the last of an epoch may be, is trained whole.
+        alpha: Alpha of the mixer that ``mix`` names. Moved into the mixer; reads back as None.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -145,11 +145,12 @@ class EntProp(Method):
 
     @classmethod
     def finetuning(cls, **options: Any) -> EntProp:
-        """Return a preset for fine-tuning pretrained weights, in few epochs or many; ``options`` change it.
+        """Return a preset for fine-tuning pretrained weights; ``options`` change it.
 
         The main pass stays clean. The auxiliary images are a few more (``fraction=0.3``), mixed among themselves, and
-        most of them hardly at all (``MixUp(0.1)``). The paper mixes the whole batch, for 100 epochs; in 4 to 20 that
-        costs accuracy. Ours, by measurement: docs/finetuning.md has the evidence, and what did not work.
+        most of them hardly at all (``MixUp(0.1)``). The paper mixes the whole batch, for 100 epochs; in 4 to 8 that
+        costs accuracy. Not in the paper; chosen by measurement: docs/finetuning.md has the evidence, and what did not
+        work.
         """
         mix = {} if "mix" in options else {"alpha": 0.1}
         return cls(**{"fraction": 0.3, "mix_on": "auxiliary", **mix, **options})
@@ -159,10 +160,10 @@ class EntProp(Method):
         """Return a preset for training on top of an augmentation (RandAugment, TrivialAugment); ``options`` change it.
 
         The selected images are augmented once more, instead of gradient steps, nothing is mixed, and the domains
-        share affine parameters: only running statistics are apart. On nets without batch norm, which keep none, write
-        ``copies="all"``. A model that you wrap yourself needs ``wrap(model, copies="statistics")``; otherwise the step
-        raises. With ``view=None, attack_steps=1`` the images move along the gradient instead. Ours, by measurement:
-        docs/recipes.md has the evidence, from scratch on small data.
+        share affine parameters: only running statistics are apart, and layer and group norms, which keep none, are
+        shared. A model that you wrap yourself needs ``wrap(model, copies="statistics")``; otherwise the step raises.
+        With ``view=None, attack_steps=1`` the images move along the gradient instead. Not in the paper; chosen by
+        measurement: docs/recipes.md has the evidence, from scratch on small data.
         """
         return cls(**{"mix": None, "copies": "statistics", "view": "trivialaugment", "attack_steps": 0, **options})
 

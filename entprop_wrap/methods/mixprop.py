@@ -18,7 +18,7 @@ __all__ = ["MixProp"]
 
 @dataclass(frozen=True)
 class MixProp(Method):
-    """Clean images through the main norms, the same images mixed up through the auxiliary norms.
+    """Clean images through the main norms, the same images with MixUp through the auxiliary norms.
 
     The paper itself is not public; this follows its description in EntProp (section 4.1.3): both losses on their own
     batch, the two-label MixUp loss. It is EntProp without selection and without perturbation, and with a clean main

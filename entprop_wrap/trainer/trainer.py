@@ -37,7 +37,7 @@ from entprop_wrap.trainer.optimizer import wrap_with_optimizer
 from entprop_wrap.trainer.run_identity import check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import check_loss, training_step
-from entprop_wrap.utils.files import check_writable, locked, on_main, together, writing
+from entprop_wrap.utils.files import check_writable, explaining_failed_writes, locked, on_main, together
 from entprop_wrap.utils.modules import check_module, plain_model, walk
 from entprop_wrap.wrapping.state_dict import main_state_dict
 from entprop_wrap.wrapping.switched_norm import AuxiliaryNorm
@@ -62,10 +62,10 @@ class Trainer:
     The model is trained in place and stays wrapped, so that training can continue; ``entprop.unwrap(trainer.model)``
     gives the plain model back.
 
-    Parts in evaluation mode within a model in training mode, when the Trainer is built or ``fit`` begins, stay so, and
-    a warning says how many: to have norm layers keep their statistics, write ``model.train()`` and then ``norm.eval()``
-    for each of them. A model that is in evaluation mode itself, as from ``from_pretrained``, is put into training mode
-    as a whole.
+    Parts that are in evaluation mode when the Trainer is built or ``fit`` begins, within a model in training mode, stay
+    so, and a warning says how many. To have norm layers keep their statistics, write ``model.train()`` and then
+    ``norm.eval()`` for each of them. A model that is in evaluation mode itself, as from ``from_pretrained``, is put
+    into training mode as a whole.
 
     Args:
         model: The model on any device, wrapped or plain. It is wrapped here if the method has auxiliaries.
@@ -175,16 +175,16 @@ class Trainer:
         deterministic), also in the middle of an epoch.
 
         Args:
-            resume: True continues from the latest checkpoint in ``output_dir``, or begins where there is none; a path
-                continues from that checkpoint. A damaged latest one is passed over, with a warning; an earlier path may
-                be given where all later ones are damaged.
+            resume: True continues from the latest checkpoint in ``output_dir``, or starts from scratch if there is
+                none; a path continues from that checkpoint. A damaged latest one is passed over, with a warning; an
+                earlier path may be given where all later ones are damaged.
 
         Returns:
             The last evaluation, see :meth:`evaluate`; empty without evaluation data.
 
         Raises:
             CheckpointError: The checkpoint belongs to another run or is damaged; another process trains in
-                ``output_dir``; it holds a run and ``resume`` is False: nothing is overwritten; or the disk is full.
+                ``output_dir``, or it holds a run already and ``resume`` is False; or the disk is full.
             DivergedError: The loss is not finite.
         """
         if not isinstance(resume, (bool, str, Path)):
@@ -262,7 +262,7 @@ class Trainer:
             weights = main_state_dict(self.model if average is None else average.module)
 
         def write() -> None:
-            with writing(Path(folder)):
+            with explaining_failed_writes(Path(folder)):
                 export_model(self.model, weights, Path(folder))
 
         on_main(self.accelerator, write)
