@@ -156,7 +156,7 @@ ROWS = {
     "random uncertainty, statistics": Row(
         lambda epsilon: EntProp(epsilon=epsilon, uncertainty=uncertainty.random), "statistics"
     ),
-    "finetuning": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon)),
+    "finetuning": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon, copies="all")),
     "finetuning, statistics": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon), "statistics"),
     "finetuning, statistics, plain at last": Row(
         lambda epsilon: EntProp.finetuning(epsilon=epsilon), "statistics", last=lambda epsilon: Vanilla()
@@ -183,7 +183,7 @@ ROWS = {
         "statistics",
         halfway_of="finetuning, statistics, head first",
     ),
-    "finetuning, affine": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon), "affine"),
+    "finetuning, affine": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon, copies="affine"), "affine"),
     "finetuning, shared": Row(lambda epsilon: EntProp.finetuning(epsilon=epsilon, auxiliary=None)),
     "FastAdvProp": Row(lambda epsilon: FastAdvProp() if epsilon is None else FastAdvProp(epsilon=epsilon)),
     # Variations of "EntProp, unmixed, statistics".

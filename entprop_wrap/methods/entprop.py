@@ -148,22 +148,23 @@ class EntProp(Method):
         """Return a preset for fine-tuning pretrained weights; ``options`` change it.
 
         The main pass stays clean. The auxiliary images are a few more (``fraction=0.3``), mixed among themselves, and
-        most of them hardly at all (``MixUp(0.1)``). The paper mixes the whole batch, for 100 epochs; in 4 to 8 that
-        costs accuracy. Not in the paper; chosen by measurement: docs/finetuning.md has the evidence, and what did not
-        work.
+        most of them hardly at all (``MixUp(0.1)``). The domains share affine parameters: only running statistics are
+        apart, and layer and group norms, which keep none, are shared. A model that you wrap yourself needs
+        ``wrap(model, copies="statistics")``; otherwise the step raises. The paper mixes the whole batch, for 100
+        epochs; in 4 to 8 that costs accuracy. Not in the paper; chosen by measurement: docs/finetuning.md has the
+        evidence, and what did not work.
         """
         mix = {} if "mix" in options else {"alpha": 0.1}
-        return cls(**{"fraction": 0.3, "mix_on": "auxiliary", **mix, **options})
+        return cls(**{"fraction": 0.3, "mix_on": "auxiliary", "copies": "statistics", **mix, **options})
 
     @classmethod
     def augmented(cls, **options: Any) -> EntProp:
         """Return a preset for training on top of an augmentation (RandAugment, TrivialAugment); ``options`` change it.
 
-        The selected images are augmented once more, instead of gradient steps, nothing is mixed, and the domains
-        share affine parameters: only running statistics are apart, and layer and group norms, which keep none, are
-        shared. A model that you wrap yourself needs ``wrap(model, copies="statistics")``; otherwise the step raises.
-        With ``view=None, attack_steps=1`` the images move along the gradient instead. Not in the paper; chosen by
-        measurement: docs/recipes.md has the evidence, from scratch on small data.
+        The selected images are augmented once more, instead of gradient steps, and nothing is mixed. The domains share
+        affine parameters, as in :meth:`finetuning`. With ``view=None, attack_steps=1`` the images move along the
+        gradient instead. Not in the paper; chosen by measurement: docs/recipes.md has the evidence, from scratch on
+        small data.
         """
         return cls(**{"mix": None, "copies": "statistics", "view": "trivialaugment", "attack_steps": 0, **options})
 
