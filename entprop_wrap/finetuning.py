@@ -156,7 +156,11 @@ def repair_keep_probabilities(model: nn.Module) -> list[str]:
 
     Returns:
         What was changed, in words.
+
+    Raises:
+        UnsupportedModelError: ``model`` is not a module.
     """
+    check_module("repair_keep_probabilities()", model)
     notes = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p >= 0.9:
