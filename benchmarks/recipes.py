@@ -36,7 +36,7 @@ from torchvision.transforms import v2
 import entprop_wrap as entprop
 from entprop_wrap import PixelSpace
 from entprop_wrap.data.augmentation import AUGMENTATIONS, augmentation
-from entprop_wrap.finetuning import interpolate, linear_probe
+from entprop_wrap.finetuning import interpolate, linear_probe, repair_keep_probabilities
 from entprop_wrap.robustness import Estimate, evaluate_robustness
 from entprop_wrap.robustness.scores import hscore
 
@@ -206,11 +206,7 @@ def pretrained(path: Path | None, classes: int) -> nn.Module:
     if path is None:
         raise SystemExit("--weights PATH says where the pretrained model is.")
     found = AutoModelForImageClassification.from_pretrained(path, num_labels=classes, ignore_mismatched_sizes=True)
-    for module in found.modules():  # TensorFlow's conventions: it keeps what torch drops (see examples)
-        if isinstance(module, nn.Dropout) and module.p >= 0.9:
-            module.p = 1 - module.p
-        if isinstance(module, nn.BatchNorm2d) and module.momentum is not None and module.momentum > 0.9:
-            module.momentum = 0.1
+    repair_keep_probabilities(found)
     return found.train().to(memory_format=torch.channels_last)
 
 
