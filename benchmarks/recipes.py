@@ -74,6 +74,8 @@ REGIMES = {
     "digits-120": Regime("digits", 120, 300, epsilon=0.1),
     "digits, group norm": Regime("digits", 60, 300, epsilon=0.1, norm="group"),
     "digits, layer norm": Regime("digits", 60, 300, epsilon=0.1, norm="layer"),
+    "digits-240, group norm": Regime("digits", 240, 300, epsilon=0.1, norm="group"),
+    "digits-240, layer norm": Regime("digits", 240, 300, epsilon=0.1, norm="layer"),
     "cifar-1000": _cifar(1000, 100),
     "cifar-2500": _cifar(2500, 60),
     "cifar-5000": _cifar(5000, 40),
