@@ -373,7 +373,10 @@ class Runs:
             file.write(json.dumps(line) + "\n")
 
     def _merge(self, line: dict[str, Any]) -> None:
-        self.found[tuple(line[name] for name in self.KEY)].update(line)
+        found = self.found[tuple(line[name] for name in self.KEY)]
+        found.update(line)
+        if {"sa", "ra_bar"} <= found.keys():
+            found["hscore_bar"] = hscore(found["sa"], found["ra_bar"])
 
 
 def trained(
@@ -444,21 +447,21 @@ def table(title: str, rows: dict[str, dict[int, dict[str, Any]]], versus: str) -
     lines = [
         f"**{title}**",
         "",
-        f"| row | seeds | SA | RA | RA on C-bar | Hscore | SA - {versus} | RA | C-bar | Hscore | time |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| row | seeds | SA | RA | RA on C-bar | Hscore | SA - {versus} | RA | C-bar | Hscore | on C-bar | time |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     base = rows.get(versus, {})
     for name in [name for name in ROWS if name in rows]:
         found = rows[name]
         paired = sorted(found.keys() & base.keys())
         cells = [name, str(len(found)), *(mean(found, score) for score in ("sa", "ra", "ra_bar", "hscore"))]
-        for score in ("sa", "ra", "ra_bar", "hscore"):
+        for score in ("sa", "ra", "ra_bar", "hscore", "hscore_bar"):
             both = [seed for seed in paired if score in found[seed] and score in base[seed]]
             cells.append(difference([100 * (found[seed][score] - base[seed][score]) for seed in both]))
         ratios = [found[seed]["seconds"] / base[seed]["seconds"] for seed in paired]
         cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
         if name == versus:
-            cells[6:10] = [""] * 4
+            cells[6:11] = [""] * 5
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
