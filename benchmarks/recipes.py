@@ -4,6 +4,7 @@
     python benchmarks/recipes.py --runs ... --regimes cifar-1000 --cifar path/to/cifar10 --augment none trivialaugment
     python benchmarks/recipes.py --runs ... --regimes pets-40 --pets path/to/pets --weights path/to/mobilenet
     python benchmarks/recipes.py --runs ... --tables --write docs/recipes.md                # nothing is trained
+    python benchmarks/recipes.py --rows vanilla "EntProp, view" --augment randaugment --epochs 10 --turns 8  # time
 
 Seeds are paired: with one seed, every row begins with the same weights and sees the same images, augmented alike, in
 the same order. SA is the accuracy on all test images; RA the mean accuracy under a suite of corruptions x 5 severities
@@ -427,6 +428,16 @@ def run(task: Task, regime: str, augment: str, seed: int, runs: Runs, options: a
         print(f"{lines[name]}: {found}", flush=True)
 
 
+def in_turns(task: Task, names: list[str], augment: str, times: int) -> str:
+    """Train rows in turns; return the quartiles of their times, over that of the first."""
+    seconds = [[train(task, ROWS[name], augment, seed)[1]["seconds"] for name in names] for seed in range(times)]
+    quartiles = {
+        name: statistics.quantiles([row[number] / row[0] for row in seconds], n=4)
+        for number, name in enumerate(names[1:], start=1)
+    }
+    return "\n".join(f"{name}: {b:.2f} ({a:.2f} to {c:.2f})" for name, (a, b, c) in quartiles.items())
+
+
 # Tables
 
 
@@ -503,6 +514,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="folder of the pretrained model")
     parser.add_argument("--explore", action="store_true", help="on data apart from the evidence")
     parser.add_argument("--keep", type=Path, help="folder for trained weights")
+    parser.add_argument("--turns", type=int, help="train the rows in turns, so many times, and print their times alone")
     parser.add_argument("--tables", action="store_true", help="tables from what is done; nothing is trained")
     parser.add_argument("--versus", choices=list(ROWS), default="vanilla", help="row that tables compare with")
     parser.add_argument("--write", type=Path, help="page whose <!-- recipes --> part gets the tables")
@@ -520,6 +532,9 @@ def main() -> None:
                 regime = REGIMES[name] if options.epochs is None else replace(REGIMES[name], epochs=options.epochs)
                 task = tasks.setdefault(name, Task(regime, options)) if name not in tasks else tasks[name]
                 for augment in options.augment:
+                    if options.turns:
+                        print(in_turns(task, options.rows, augment, options.turns))
+                        return
                     run(task, name, augment, seed, runs, options)
     text = tables(runs, options)
     print(text)
