@@ -4,7 +4,7 @@
     python benchmarks/recipes.py --runs ... --regimes cifar-1000 --cifar path/to/cifar10 --augment none trivialaugment
     python benchmarks/recipes.py --runs ... --regimes pets-40 --pets path/to/pets --weights path/to/mobilenet
     python benchmarks/recipes.py --runs ... --tables --write docs/recipes.md                # nothing is trained
-    python benchmarks/recipes.py --rows vanilla "EntProp, view" --augment randaugment --epochs 10 --turns 8  # time
+    python benchmarks/recipes.py --rows vanilla "EntProp, view" --augment randaugment --epochs 20 --turns 8  # time
 
 Seeds are paired: with one seed, every row begins with the same weights and sees the same images, augmented alike, in
 the same order. SA is the accuracy on all test images; RA the mean accuracy under a suite of corruptions x 5 severities
@@ -514,7 +514,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="folder of the pretrained model")
     parser.add_argument("--explore", action="store_true", help="on data apart from the evidence")
     parser.add_argument("--keep", type=Path, help="folder for trained weights")
-    parser.add_argument("--turns", type=int, help="train the rows in turns, so many times, and print their times alone")
+    parser.add_argument("--turns", type=int, help="train the rows in turns this many times, and print only their times")
     parser.add_argument("--tables", action="store_true", help="tables from what is done; nothing is trained")
     parser.add_argument("--versus", choices=list(ROWS), default="vanilla", help="row that tables compare with")
     parser.add_argument("--write", type=Path, help="page whose <!-- recipes --> part gets the tables")

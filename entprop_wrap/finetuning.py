@@ -108,13 +108,13 @@ def interpolate(model: Model, start: Mapping[str, Tensor], share: float = 0.5) -
         model: The trained model, wrapped or plain. Auxiliary copies stay as they are.
         start: The plain state dict when training began, ``copy.deepcopy(main_state_dict(model))``. Statistics of batch
             norms are interpolated like weights; integers stay those of ``model``.
-        share: How far from ``start`` (0) to the trained weights (1), which it leaves as they are.
+        share: How far to go from ``start``, at 0, to the trained weights, at 1; in [0, 1].
 
     Returns:
         The model.
 
     Raises:
-        CheckpointError: ``start`` has other names or shapes than the model, or is not a copy.
+        CheckpointError: ``start`` has other names or shapes than the model, is not sharded like it, or is not a copy.
         ConfigurationError: ``share`` is out of range.
 
     Source: Wortsman et al., CVPR 2022 (arXiv 2109.01903), section 3.
@@ -131,8 +131,8 @@ def interpolate(model: Model, start: Mapping[str, Tensor], share: float = 0.5) -
         )
     if any(hasattr(value, "device_mesh") != hasattr(began[name], "device_mesh") for name, value in now.items()):
         raise CheckpointError(
-            "start and the model are not sharded alike: write start = copy.deepcopy(entprop.main_state_dict(model)) "
-            "after fully_shard(), before training."
+            "Expected start to be sharded like the model, found only one of the two sharded. After fully_shard() and "
+            "before training, write start = copy.deepcopy(entprop.main_state_dict(model))."
         )
     same = (name for name, value in now.items() if value.data_ptr() == began[name].data_ptr() != 0)
     if share < 1 and any(same):

@@ -61,7 +61,7 @@ class EntProp(Method):
         mix: What raises entropy before selection: ``MixUp(alpha)`` or "mixup", ``CutMix(alpha)`` or "cutmix", your own
             mixer, or None.
         mix_on: "batch" mixes the whole batch before the main pass (Algorithm 1); "auxiliary" keeps the main pass clean
-            and mixes the selected images with each other, and their gradients likewise.
+            and mixes the selected images with each other, and their gradients, too.
         view: Augments the selected images, instead of gradient steps (``attack_steps=0``): "trivialaugment",
             "randaugment", "augmix" or "gaussian" for each image, or a function of pixels ``(N, C, H, W)`` in [0, 1].
             Not in the paper; chosen by measurement (docs/recipes.md). None: nothing.

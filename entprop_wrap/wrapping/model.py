@@ -100,7 +100,7 @@ def wrap(
         )
     refuse_wrapping(model)
     norms = find_norms(model, include, exclude)
-    norms = _with_something_to_copy(norms, copies)
+    norms = _norms_to_switch(norms, copies)
     _refuse_norms(norms, auxiliaries)
     cloned: dict[str, dict[int, nn.Parameter]] = {auxiliary: {} for auxiliary in auxiliaries}
     made = {
@@ -300,7 +300,7 @@ def _checked_names(auxiliaries: object) -> tuple[str, ...]:
     return tuple(auxiliaries)
 
 
-def _with_something_to_copy(norms: dict[str, nn.Module], copies: Copies) -> dict[str, nn.Module]:
+def _norms_to_switch(norms: dict[str, nn.Module], copies: Copies) -> dict[str, nn.Module]:
     """Return the norms to switch: with "statistics", those that keep some, or all if none does."""
     copies = cast(Copies, check_choice("copies", copies, ("all", "affine", "statistics")))
     if copies == "statistics":
@@ -311,7 +311,7 @@ def _with_something_to_copy(norms: dict[str, nn.Module], copies: Copies) -> dict
             f'copies="affine" finds nothing to copy: no norm layer ({kinds}) has affine parameters. Write copies='
             '"all", or train without auxiliary domains, as EntProp(auxiliary=None) does.'
         )
-    return norms
+    return norms  # with "affine" all: an auxiliary pass must not record statistics where there is nothing to copy
 
 
 def _has_any(tensors: dict[str, Any]) -> bool:
