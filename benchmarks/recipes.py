@@ -59,15 +59,16 @@ class Regime:
     epsilon: float | None = None
     tested: int = 500
     norm: str = "batch"
+    pretrained: bool = False
 
 
 def _cifar(images: int, epochs: int) -> Regime:
     return Regime("cifar", epochs, images, width=24)
 
 
-def _pets(epochs: int) -> Regime:
+def _tuned(data: str, epochs: int, images: int | None = None) -> Regime:
     fine = {"size": 96, "optimizer": "adamw", "learning_rate": 3e-4, "weight_decay": 0.01, "tested": 335}
-    return Regime("pets", epochs, **fine)
+    return Regime(data, epochs, images, pretrained=True, **fine)
 
 
 REGIMES = {
@@ -78,11 +79,13 @@ REGIMES = {
     "digits-240, group norm": Regime("digits", 240, 300, epsilon=0.1, norm="group"),
     "digits-240, layer norm": Regime("digits", 240, 300, epsilon=0.1, norm="layer"),
     "cifar-1000": _cifar(1000, 100),
+    "cifar-1000-300": _cifar(1000, 300),
     "cifar-2500": _cifar(2500, 60),
     "cifar-5000": _cifar(5000, 40),
     "cifar-10000": _cifar(10000, 30),
-    "pets-12": _pets(12),
-    "pets-40": _pets(40),
+    "pets-12": _tuned("pets", 12),
+    "pets-40": _tuned("pets", 40),
+    "cifar-1000, pretrained": _tuned("cifar", 12, 1000),
 }
 
 
@@ -114,7 +117,7 @@ class Task:
             self.train, self.test = split(self.train, round(0.65 * len(self.train.labels)), seed=99)
         self.classes = int(self.train.labels.max()) + 1
         self.space = PixelSpace(0.5, 0.5)
-        if regime.data == "pets":
+        if regime.pretrained:
             flip_crop = [v2.RandomResizedCrop(regime.size, (0.35, 1.0), antialias=True), v2.RandomHorizontalFlip()]
         elif regime.data == "cifar":
             flip_crop = [v2.RandomCrop(regime.size, 4), v2.RandomHorizontalFlip()]
@@ -130,7 +133,7 @@ class Task:
     def build(self, seed: int) -> nn.Module:
         """Return the model that training begins with."""
         torch.manual_seed(seed)
-        if self.regime.data != "pets":
+        if not self.regime.pretrained:
             return small_cnn(self.classes, self.regime.width, self.regime.norm)
         return pretrained(self.options.weights, self.classes)
 
@@ -138,7 +141,7 @@ class Task:
         """Return pixels as the model takes them."""
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         pixels = (pixels - 0.5) / 0.5
-        return pixels.contiguous(memory_format=torch.channels_last) if self.regime.data == "pets" else pixels
+        return pixels.contiguous(memory_format=torch.channels_last) if self.regime.pretrained else pixels
 
     def test_batches(self, tested: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """Return a seeded part of the test images, cropped to the centre."""
@@ -172,7 +175,7 @@ def folder(regime: Regime, options: argparse.Namespace) -> tuple[Part, Part]:
     if path is None:
         raise SystemExit(f"--{regime.data} PATH says where the images are.")
     data = load_images(str(path), eval_split="test")
-    stored = regime.size if regime.data == "cifar" else round(regime.size * 8 / 7)
+    stored = round(regime.size * 8 / 7) if regime.pretrained else regime.size
     train, test = (in_memory(part, stored) for part in (data.train, data.eval))
     return Part(train.images, train.labels), Part(test.images, test.labels)
 
