@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.faults import attacks
+from tests.faults import accidents
 
 
 def main():
@@ -33,11 +33,11 @@ def main():
     draws = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         whole = Path(name) / "whole"
-        attacks.train(whole, 3)
+        accidents.train(whole, 3)
         counts = damage(whole, Path(name) / "damaged", options.rounds, draws)
         print(f"Damage: {dict(counts)}")
-        kills = attacks.storm(Path(name) / "killed", options.kills, draws)
-        differing = attacks.differences(whole, Path(name) / "killed")
+        kills = accidents.storm(Path(name) / "killed", options.kills, draws)
+        differing = accidents.differences(whole, Path(name) / "killed")
         print(f"Kills: {dict(kills)}; files that differ in the end: {differing or 'none'}")
     sys.exit(bool(differing or counts["silent"] or counts["differing"]))
 
@@ -47,10 +47,10 @@ def damage(whole: Path, folder: Path, rounds: int, draws: random.Random) -> Coun
     counts: Counter[str] = Counter()
     shutil.copytree(whole, folder)
     for _ in tqdm(range(rounds), "damage"):
-        for _ in attacks.damaged(folder, draws):
-            found = attacks.outcome(lambda: attacks.run(folder).fit(resume=True))
+        for _ in accidents.damaged(folder, draws):
+            found = accidents.outcome(lambda: accidents.run(folder).fit(resume=True))
             counts[found] += 1
-            counts["differing"] += bool(attacks.differences(whole, folder))
+            counts["differing"] += bool(accidents.differences(whole, folder))
             shutil.rmtree(folder)
             shutil.copytree(whole, folder)
     return counts

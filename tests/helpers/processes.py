@@ -34,7 +34,7 @@ HEAVY = [
     "lightning.pytorch",
     "entprop_wrap.methods",
     "entprop_wrap.trainer",
-    "tests.faults.attacks",
+    "tests.faults.accidents",
 ]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from entprop_wrap.errors import CheckpointError, ConfigurationError
 from entprop_wrap.utils import files
-from tests.faults import attacks
+from tests.faults import accidents
 from tests.trainer import programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
@@ -64,7 +64,7 @@ def test_a_full_disk_stops_the_metrics_with_a_word(tmp_path, line):
     assert trainer._metrics.path.read_text().endswith('\n{"kind": ')  # cut off, and dropped on resuming
     programs.short(tmp_path).fit(resume=True)
     programs.short(tmp_path / "whole").fit()
-    assert attacks.differences(tmp_path / "whole", tmp_path) == []
+    assert accidents.differences(tmp_path / "whole", tmp_path) == []
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path, monkeypatch):

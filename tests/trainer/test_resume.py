@@ -12,7 +12,7 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.methods import Vanilla
 from entprop_wrap.methods.lagged import lagged_state
-from tests.faults.attacks import equal, lines
+from tests.faults.accidents import equal, lines
 from tests.trainer import programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
