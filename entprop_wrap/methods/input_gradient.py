@@ -3,7 +3,7 @@
 Asking autograd for the gradient of the images costs a backward through the first layer for the whole batch (8 to 11 %
 of a step on small nets), of which a method uses the selected rows. Where the images go straight into a convolution, the
 gradient of its output is there anyway, and one backward through that layer, for those rows, gives theirs. A model's
-first step takes both gradients and compares them; where they differ, autograd's is taken from then on.
+first step takes both gradients and compares them. Where they differ, or that layer is frozen, autograd's is taken.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class ImageGradient:
     def __init__(self, model: nn.Module, images: Tensor, *, by_autograd: bool = False) -> None:
         self.root, self.images = plain_model(model), images
         found = None if by_autograd else _stems.get(self.root)
-        self.stem = None if found is None else found()
+        stem = None if found is None else found()
+        self.stem = stem if stem is not None and _trains(stem) else None
         self.candidates: list[nn.Conv2d] = []
         if self.stem is not None:
             self.candidates = [self.stem]
@@ -81,7 +82,8 @@ class ImageGradient:
             if self.candidates:
                 agrees = self._agrees(whole)
                 _stems[self.root] = weakref.ref(self.calls[0]) if agrees else None
-                if agrees:  # the first step takes the way of those after it: a resumed run has another first step
+                # The first step takes the way of those after it: a resumed run has another first step.
+                if agrees and _trains(self.calls[0]):
                     return self._through(self.calls[0], selected)
             return index_rows(whole, selected)
         if not self._watched():
@@ -118,6 +120,11 @@ class ImageGradient:
 def watching(gradient: ImageGradient | None, batch: Tensor) -> AbstractContextManager[None]:
     """Return ``gradient.watch(batch)``, or a context that does nothing where no gradient is wanted."""
     return nullcontext() if gradient is None else gradient.watch(batch)
+
+
+def _trains(stem: nn.Conv2d) -> bool:
+    """Return whether the output of a layer has a gradient even where its input needs none."""
+    return any(parameter.requires_grad for parameter in stem.parameters())
 
 
 def _convolutions(model: nn.Module, root: nn.Module) -> list[nn.Conv2d]:

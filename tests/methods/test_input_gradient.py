@@ -25,12 +25,14 @@ class Net(nn.Module):
         return logits + self.beside * self.pixels(images.flatten(1))
 
 
+@pytest.mark.parametrize("frozen", [(), (0, 1, 2, 3), (1, 2), (0, 3)], ids=["no", "all", "later", "at first"])
 @pytest.mark.parametrize("beside", [0.0, 0.3, 30.0])
-def test_it_is_that_of_the_selected_rows_in_every_step(beside):
+def test_it_is_that_of_the_selected_rows_in_every_step(beside, frozen):
     torch.manual_seed(0)
     model = entprop.wrap(Net(beside).double())
     method = EntProp(fraction=0.5, epsilon=EPSILON, mix=None)
-    for _ in range(3):  # the first finds out how, the others rely on it
+    for step in range(4):  # the first finds out how, the others rely on it
+        model.conv.requires_grad_(step not in frozen)
         images, labels = torch.rand(8, 3, 6, 6, dtype=torch.float64) * 0.8 + 0.1, torch.arange(8) % 5
         leaf = images.clone().requires_grad_()
         with torch.random.fork_rng(devices=[]):
@@ -61,10 +63,12 @@ class Casting(Net):
             return super().forward(images)
 
 
-def test_the_first_step_rounds_as_the_others_do():
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_first_step_rounds_as_the_others_do(trains):
     """Or a run that is resumed, which has a first step of its own, would part from one that was not."""
     torch.manual_seed(0)
     model = entprop.wrap(Casting(0.0))
+    model.conv.requires_grad_(trains)
     images, labels = torch.rand(16, 3, 6, 6), torch.arange(16) % 5
     method = EntProp(fraction=0.5, mix=None)
     first, second = (entprop.training_step(model, images, labels, method=method).aux_images for _ in range(2))
