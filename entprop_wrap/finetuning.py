@@ -25,7 +25,7 @@ from entprop_wrap.data.validation import check_images, check_labels, checker_of
 from entprop_wrap.errors import CheckpointError, DataError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.robustness.distributed import check_batches, gather
 from entprop_wrap.robustness.evaluated_model import logits as logits_of_images
-from entprop_wrap.utils.features import features_of
+from entprop_wrap.utils.features import Features, features_of
 from entprop_wrap.utils.modules import check_module, evaluating, plain_model, refuse_sharded
 from entprop_wrap.utils.options import check_number
 from entprop_wrap.utils.tensors import refuse_inference_mode
@@ -94,6 +94,7 @@ def linear_probe(model: nn.Module, data: Iterable[Any]) -> float:
         weight = fitted[:, :-1] / scale
         head.weight.copy_(weight)
         head.bias.copy_(fitted[:, -1] - weight @ mean)
+    torch.clear_autocast_cache()
     return accuracy
 
 
@@ -121,9 +122,8 @@ def interpolate(model: Model, start: Mapping[str, Tensor], share: float = 0.5) -
     """
     check_module("interpolate()", model)
     share = check_number("share", share, lambda value: 0 <= value <= 1, "in [0, 1]")
-    now = main_state_dict(model)
-    began: Mapping[str, Any] = start if isinstance(start, Mapping) else {}
-    shapes, others = ({k: getattr(v, "shape", None) for k, v in state.items()} for state in (now, began))
+    now, began = (_tensors(state) for state in (main_state_dict(model), start))
+    shapes, others = ({name: value.shape for name, value in state.items()} for state in (now, began))
     if wrong := [name for name in (*now, *began) if shapes.get(name) != others.get(name)]:
         raise CheckpointError(
             f"start does not hold the weights of this {type(model).__name__}: {wrong[0]!r} is missing on one side, or "
@@ -140,19 +140,22 @@ def interpolate(model: Model, start: Mapping[str, Tensor], share: float = 0.5) -
             "start holds the model's own tensors, which training has moved: before training, write "
             "start = copy.deepcopy(entprop.main_state_dict(model))."
         )
+    done = set()
     with torch.no_grad():
         for name, value in now.items():
-            if value.is_floating_point():
-                value.copy_(start[name].to(value).lerp(value, share))
+            place = getattr(value, "_local_tensor", value).data_ptr(), value.shape  # one tensor may have several names
+            if value.is_floating_point() and place not in done:
+                value.copy_(began[name].to(value).lerp(value, share))
+                done.add(place)
     return model
 
 
 def repair_keep_probabilities(model: nn.Module) -> list[str]:
     """Undo two conventions of TensorFlow that some converted models carry into PyTorch, where they mean the opposite.
 
-    MobileNetV1 in transformers drops 99.9 % of its features in training (TensorFlow *keeps* that share) and forgets its
-    running statistics at every batch (momentum 0.9997, where TensorFlow keeps that share). Other models stay as they
-    are.
+    MobileNetV1 and V2 in transformers drop the share of features that TensorFlow *keeps* in training, 99.9 % and 80 %;
+    they and EfficientNet forget their running statistics at every batch, with a momentum of 0.99 or more, the share
+    that TensorFlow keeps. Dropout of 0.8 or more and momentum above 0.9 of batch norms are taken for that in any model.
 
     Returns:
         What was changed, in words.
@@ -163,7 +166,7 @@ def repair_keep_probabilities(model: nn.Module) -> list[str]:
     check_module("repair_keep_probabilities()", model)
     notes = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p >= 0.9:
+        if isinstance(module, nn.Dropout) and module.p >= 0.8:
             notes.append(
                 f"{name} dropped {module.p:.1%} of its input, surely the share to keep; now {1 - module.p:.1%}"
             )
@@ -172,6 +175,12 @@ def repair_keep_probabilities(model: nn.Module) -> list[str]:
     for norm in forgetful:
         norm.momentum = 0.1
     return [*notes, f"{len(forgetful)} batch norms had a momentum above 0.9; now 0.1"] if forgetful else notes
+
+
+def _tensors(state: Any) -> dict[str, Tensor]:
+    """Return the tensors of a state dict, without extra state."""
+    items = state.items() if isinstance(state, Mapping) else ()
+    return {name: value for name, value in items if isinstance(value, Tensor)}
 
 
 def _features(model: nn.Module, data: Iterable[Any]) -> tuple[nn.Linear, Tensor, Tensor]:
@@ -191,7 +200,7 @@ def _features(model: nn.Module, data: Iterable[Any]) -> tuple[nn.Linear, Tensor,
                 raise ModelOutputError(f"Features or logits of {len(images)} images are not finite. Look at the data.")
             if head is None:
                 head = model.get_submodule(str(running.layer))
-                _check_head(model, head, _wide(running.last), logits)
+                _check_head(model, head, images, running)
             features.append(_wide(running.last))
             targets.append(labels)
     if head is None or (number := sum(map(len, targets))) < _FEWEST:
@@ -206,15 +215,30 @@ def _features(model: nn.Module, data: Iterable[Any]) -> tuple[nn.Linear, Tensor,
     return cast(nn.Linear, head), torch.cat(features), everything
 
 
-def _check_head(model: nn.Module, head: nn.Module, features: Tensor, logits: Tensor) -> None:
-    """Raise :class:`UnsupportedModelError` unless the logits are the output of ``head``, a linear layer, alone."""
-    if isinstance(head, nn.Linear) and head.bias is not None:
-        own = F.linear(features, _wide(head.weight), _wide(head.bias))
-        if torch.allclose(own, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+def _check_head(model: nn.Module, head: nn.Module, images: Tensor, running: Features) -> None:
+    """Raise :class:`UnsupportedModelError` unless the logits are the output of ``head``, a linear layer, alone.
+
+    The model is run with other weights in the head: its own may be zero, or computed from other parameters.
+    """
+    weight, bias = (head._parameters.get(name) for name in ("weight", "bias"))
+    if isinstance(head, nn.Linear) and weight is not None and bias is not None:
+        kept = weight.clone(), bias.clone()
+        try:
+            for parameter in (weight, bias):
+                parameter.copy_(torch.linspace(0.01, 0.03, parameter.numel()).view_as(parameter))
+            torch.clear_autocast_cache()  # it holds the weights from before, rounded
+            logits = _wide(logits_of_images(model, images))
+            with torch.autocast(logits.device.type, enabled=False):
+                own = F.linear(_wide(running.last), _wide(weight), _wide(bias))
+        finally:
+            weight.copy_(kept[0])
+            bias.copy_(kept[1])
+            torch.clear_autocast_cache()
+        if own.shape == logits.shape and torch.allclose(own, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
             return
     raise UnsupportedModelError(
-        f"The logits of {type(model).__name__} come from {head}: expected the output of one nn.Linear "
-        "with a bias, and nothing after it. Fine-tune this model without linear_probe()."
+        f"The logits of {type(model).__name__} come from {head}: expected the output of one nn.Linear with a bias and "
+        "parameters of its own, and nothing after it. Fine-tune this model without linear_probe()."
     )
 
 

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+import transformers
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 from torch.utils.data import TensorDataset
 
 import entprop_wrap as entprop
@@ -20,7 +22,7 @@ from entprop_wrap.errors import (
     ModelOutputError,
     UnsupportedModelError,
 )
-from entprop_wrap.finetuning import interpolate, linear_probe
+from entprop_wrap.finetuning import interpolate, linear_probe, repair_keep_probabilities
 from entprop_wrap.robustness.distributed import gather
 from tests.helpers.architectures import ARCHITECTURES
 from tests.helpers.diagnosed import images, loader, make
@@ -120,6 +122,28 @@ class TwoHeads(nn.Module):
         return (self.one(features) + self.two(features)) / 2
 
 
+class Slice(nn.Module):
+    def forward(self, logits):
+        return logits[:, 1:]
+
+
+class Times(nn.Module):
+    def forward(self, logits):
+        return 10 * logits
+
+
+def zero(head):
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    return head
+
+
+def pruned():
+    head = nn.Linear(6, CLASSES)
+    prune.l1_unstructured(head, "weight", 0.5)
+    return head
+
+
 @pytest.mark.parametrize(
     "head",
     [
@@ -127,8 +151,17 @@ class TwoHeads(nn.Module):
         TwoHeads(),
         nn.Sequential(nn.Linear(6, CLASSES), nn.LayerNorm(CLASSES)),
         nn.Sequential(nn.Unflatten(1, (6, 1, 1)), nn.Conv2d(6, CLASSES, 1), nn.Flatten()),
+        zero(TwoHeads()),
+        zero(nn.Sequential(nn.Linear(6, CLASSES), Times())),
+        nn.Sequential(nn.Linear(6, CLASSES + 1), Slice()),
+        nn.utils.parametrizations.weight_norm(nn.Linear(6, CLASSES)),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(6, CLASSES)),
+        pruned(),
     ],
-    ids=["no bias", "two heads", "something after it", "convolution"],
+    ids=[
+        *("no bias", "two heads", "something after it", "convolution", "two heads of zeros", "zeros, and a factor"),
+        *("a slice", "weight norm", "spectral norm", "pruned"),
+    ],
 )
 def test_other_heads_are_refused_and_left_alone(head):
     model = Head(head).double()
@@ -156,8 +189,24 @@ def test_what_is_no_data_is_refused(data, error, message):
         linear_probe(make(), data())
 
 
+def test_a_head_of_zeros_is_fitted():
+    started, zeros = make(), make()
+    zero(zeros.fc)
+    assert linear_probe(started, loader(40)) == linear_probe(zeros, loader(40))
+    assert torch.equal(started.fc.weight, zeros.fc.weight)
+
+
 def test_images_take_the_type_of_the_model():
     assert 0 <= linear_probe(make().bfloat16(), loader(40)) <= 1
+
+
+def test_features_may_come_from_autocast():
+    exact, rounded = make().float(), make().float()
+    linear_probe(exact, loader(40))
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_probe(rounded, loader(40))
+    assert rounded.fc.weight.dtype == torch.float32
+    torch.testing.assert_close(rounded.fc.weight, exact.fc.weight, rtol=0.2, atol=0.2)
 
 
 def test_nothing_is_fitted_in_inference_mode():
@@ -175,6 +224,48 @@ def test_weights_go_back_by_a_share(wrapped, share):
     for name, value in model.state_dict().items():
         moved = name in start and value.is_floating_point()
         torch.testing.assert_close(value, now[name] + (1 - share) if moved else now[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropout", "momentum"),
+    [("MobileNetV1", 0.001, 0.1), ("MobileNetV2", 0.2, 0.1), ("EfficientNet", 0.5, 0.1)],
+)
+def test_shares_to_keep_are_repaired_once(name, dropout, momentum):
+    config = getattr(transformers, f"{name}Config")(image_size=32)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForImageClassification")(config)
+    assert repair_keep_probabilities(model)
+    assert repair_keep_probabilities(model) == []
+    assert model.dropout.p == pytest.approx(dropout)
+    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {momentum}
+
+
+class Twice(nn.Module):
+    """Its convolution has two names, and it has state that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.features = nn.Sequential(self.conv, self.norm)
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_tensor_of_two_names_goes_back_once():
+    model = Twice()
+    start = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for tensor in (*model.parameters(), model.norm.running_mean):
+            tensor.add_(1)
+    interpolate(model, start, 0.25)
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            moved = 0.0 if name.endswith("running_var") else 0.25
+            torch.testing.assert_close(value, start[name] + moved)
 
 
 @pytest.mark.parametrize(

@@ -244,9 +244,9 @@ def _refuse(trainer: Any) -> None:
 
 def _warn_of_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0.9:  # MobileNetV1's 0.999: keep for drop
+        if isinstance(module, nn.Dropout) and module.p >= 0.8:  # MobileNet's 0.999: keep for drop
             warnings.warn(
-                f"{name!r} drops {module.p:.1%} of its input in training, so that the loss starts near 16 instead of "
-                "log(classes). Write entprop_wrap.finetuning.repair_keep_probabilities(model) before training.",
+                f"{name!r} drops {module.p:.1%} of its input in training, surely the share to keep: little is learnt. "
+                "Write entprop_wrap.finetuning.repair_keep_probabilities(model) before training.",
                 stacklevel=2,
             )
