@@ -89,6 +89,8 @@ def _gap(title: str, found: DomainGap) -> Panel:
     names = [f"{layer.layer}, {layer.auxiliary}" if several else layer.layer for layer in layers]
     numbers = [one.parameters | ({} if one.statistics is None else {"statistics": one.statistics}) for one in layers]
     keys = list(dict.fromkeys(key for row in numbers for key in row))
+    if not keys:
+        return Panel(title, ["Both domains share all tensors of the norm layers: there is no gap between them."])
     lines = []
     for colour, key in enumerate(keys):
         there = {place: row[key] for place, row in enumerate(numbers, 1) if key in row}

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import entprop_wrap as entprop
 from entprop_wrap import diagnostics
@@ -512,6 +513,12 @@ def test_real_diagnostics_are_taken_and_explained(tmp_path):
     panels = re.findall(r'<div class="panel">(.*?)</div></div>', text, re.DOTALL)
     assert len(panels) == 3
     assert all(len(re.sub("<.*?>", "", one)) > 150 for one in panels)
+
+
+def test_norms_of_which_nothing_is_copied_have_no_gap(tmp_path):
+    model = entprop.wrap(nn.Sequential(nn.Flatten(), nn.LayerNorm(12), nn.Linear(12, 3)), copies="statistics")
+    text, _ = write(tmp_path, result(0), diagnostics={"Gap": diagnostics.domain_gap(model)})
+    assert "share all tensors of the norm layers" in text
 
 
 # Files and bad input --------------------------------------------------------------------------------------------------
