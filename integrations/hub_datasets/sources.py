@@ -15,6 +15,8 @@ from entprop_wrap.integrations.hub_datasets.splits import EVAL_NAMES, TRAIN_NAME
 
 __all__ = ["open_splits", "read_class_folders"]
 
+_IMAGES = (*IMG_EXTENSIONS, ".gif", ".jfif")
+
 
 def open_splits(source: Any, load_options: dict[str, Any], notes: list[str]) -> dict[str, datasets.Dataset]:
     """Return all splits of a dataset by name; the arguments are those of `load_images`.
@@ -64,7 +66,7 @@ def read_class_folders(folder: Path, notes: list[str]) -> dict[str, datasets.Dat
     if any((place / name).is_file() for place in (folder, *folder.glob("*/")) for name in tables):
         return None  # labels come from a table: the `imagefolder` builder's own format
     found = glob.iglob("**/*", root_dir=folder, recursive=True)  # leaves out what is hidden, follows links
-    paths = sorted(tuple(name.split(os.sep)) for name in found if name.lower().endswith((*IMG_EXTENSIONS, ".gif")))
+    paths = sorted(tuple(name.split(os.sep)) for name in found if name.lower().endswith(_IMAGES))
     tops = {parts[0] for parts in paths if len(parts) > 1}
     if not tops:
         return None
@@ -76,6 +78,8 @@ def read_class_folders(folder: Path, notes: list[str]) -> dict[str, datasets.Dat
     labelled = (rows.features["label"].names for rows in splits.values() if "label" in rows.features)
     if classes := sorted({name for names in labelled for name in names}):
         notes.append(f"the {len(classes)} classes are the names of folders: {some(classes)}")
+    if left := len(paths) - sum(map(len, splits.values())):
+        notes.append(f"{left:,} of {len(paths):,} images are left out: they lie in no folder of a class that is read")
     if unread := sorted(p.name for p in folder.glob("*.*") if p.suffix in (".csv", ".tsv", ".jsonl", ".parquet")):
         notes.append(f"not read: {some(unread)} (labels would be read from a metadata.csv)")
     return splits

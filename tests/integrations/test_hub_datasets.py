@@ -154,6 +154,29 @@ def test_a_table_that_is_not_read_is_named(tmp_path):
     assert any("not read: 'scores.csv'" in note for note in load_images(root).notes)
 
 
+@pytest.mark.parametrize(
+    ("tree", "left"),
+    [
+        ({"cat": 4, "dog": 4, ".": 3}, "3 of 11"),
+        ({"train/cat": 4, "train/dog": 4, "more": 2}, "2 of 10"),
+        ({"cat": 4, "dog": 4}, None),
+    ],
+    ids=["beside classes", "beside splits", "none"],
+)
+def test_images_that_are_left_out_are_counted(tmp_path, tree, left):
+    notes = load_images(folder(tmp_path, tree)).notes
+    assert [note[: note.index(" images are left out")] for note in notes if "are left out" in note] == [left] * bool(
+        left
+    )
+
+
+def test_the_suffix_jfif_is_an_image(tmp_path):
+    root = folder(tmp_path, {"cat": 4, "dog": 4})
+    (root / "cat" / "0.png").rename(root / "cat" / "0.jfif")
+    data = load_images(root)
+    assert len(data.train) + len(data.eval) == 8
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_metadata_table_wins_over_class_folders(tmp_path, suffix):
     root = folder(tmp_path / "set", {"img": 3, "more": 3})
