@@ -55,13 +55,14 @@ def say(note: str) -> None:
 
 
 def digits(options: Namespace, space: PixelSpace) -> Data:
-    """Return 8x8 digits as 32 px RGB: a few hundred to train on (small data is the paper's claim), the rest tests."""
+    """Return 8x8 digits as RGB of 32 px or ``options.image_size``: a few hundred to train on, the rest tests."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     raw, labels = load_digits(return_X_y=True)
     pixels = torch.tensor(raw, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    pixels = torch.nn.functional.interpolate(pixels, size=32, mode="bilinear").clamp(0, 1).expand(-1, 3, -1, -1)
+    pixels = torch.nn.functional.interpolate(pixels, size=options.image_size or 32, mode="bilinear")
+    pixels = pixels.clamp(0, 1).expand(-1, 3, -1, -1)
     normalised = (pixels - torch.tensor(space.mean).view(-1, 1, 1)) / torch.tensor(space.std).view(-1, 1, 1)
     size = options.max_train or 300
     if not 10 <= size <= len(labels) - 10:

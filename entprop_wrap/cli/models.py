@@ -19,7 +19,6 @@ from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import CheckpointError, ConfigurationError
 from entprop_wrap.finetuning import repair_keep_probabilities
 
-IMAGENET = PixelSpace((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SEVERAL_HEADS = ("googlenet", "inception_v3")
 
 
@@ -87,22 +86,31 @@ def start_from(model: nn.Module, path: Path | None) -> nn.Module:
 
 def of_torchvision(name: str, options: Namespace) -> Blueprint:
     """Return a classifier of torchvision; if pretrained, with published weights but for a head of other classes."""
-    from torchvision.models import get_model
+    from torchvision.models import get_model, get_model_weights
 
+    made_for = get_model_weights(name).DEFAULT.transforms()
+    size = options.image_size or made_for.crop_size[0]
     # Two have further heads, which no method trains, and shift their images where they are pretrained.
     chosen = {"aux_logits": False, "transform_input": options.pretrained} if name in _SEVERAL_HEADS else {}
+    if name.startswith("vit_"):
+        chosen["image_size"] = size
 
     def build(classes: tuple[str, ...]) -> nn.Module:
         model: nn.Module = get_model(name, num_classes=len(classes), **chosen)
         if options.pretrained:
             own, published = model.state_dict(), get_model(name, weights="DEFAULT").state_dict()
-            fitting = {key for key in own.keys() & published.keys() if own[key].shape == published[key].shape}
-            model.load_state_dict({key: (published if key in fitting else own)[key] for key in own})
+            other = {key for key in own if own[key].shape != published[key].shape}
+            if wrong := [key for key in sorted(other) if own[key].shape[1:] != published[key].shape[1:]]:
+                raise ConfigurationError(
+                    f"--image-size {size}: the published weights of {name} are for images of {made_for.crop_size[0]} "
+                    f"px, {wrong[0]} has another shape. Leave --image-size out."
+                )
+            model.load_state_dict({key: (own if key in other else published)[key] for key in own})
         return model
 
     said = "".join(f", {key}={value}" for key, value in chosen.items())
     load = _load("import torchvision", f'torchvision.models.get_model("{name}", num_classes={{classes}}{said})')
-    return Blueprint(build, IMAGENET, options.image_size or 224, load)
+    return Blueprint(build, PixelSpace(tuple(made_for.mean), tuple(made_for.std)), size, load)
 
 
 def hub(name: str, options: Namespace) -> Blueprint:
@@ -128,7 +136,7 @@ def hub(name: str, options: Namespace) -> Blueprint:
             model = auto.AutoModelForImageClassification.from_config(auto.AutoConfig.from_pretrained(name, **labels))
         for note in repair_keep_probabilities(model):
             say(note)
-        return model
+        return model.float()  # some are stored in half precision, in which most updates of weights round to nothing
 
     size = options.image_size or processor(Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"].shape[-1]
     load = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -19,14 +21,18 @@ from entprop_wrap.cli.data import Data, load, say
 from entprop_wrap.cli.options import run_folder
 from entprop_wrap.data.augmentation import AugmentedImages
 from entprop_wrap.diagnostics import Monitor
-from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.errors import CheckpointError, ConfigurationError
 from entprop_wrap.finetuning import interpolate, linear_probe
 from entprop_wrap.methods import FastAdvProp, grow
 from entprop_wrap.robustness import PGD, evaluate_robustness
 from entprop_wrap.trainer import Trainer, TrainerConfig
+from entprop_wrap.utils.modules import evaluating
 from entprop_wrap.wrapping.model import ensure_wrapped, unwrap
 
 __all__ = ["attacks", "run"]
+
+#: In the folder of a run, what it started from.
+START = "start.json"
 
 
 def run(options: Namespace) -> None:
@@ -51,16 +57,21 @@ def run(options: Namespace) -> None:
             ) from error
         return model_parts.start_from(model, options.weights)
 
-    model = build()  # weights that do not fit, and norm layers with nothing to copy for a method, raise here
+    # Weights or images that do not fit, and norm layers with nothing to copy for a method, raise here.
+    model = build()
+    check_size(model, data, blueprint, options)
     for method in methods.values():
         if ensure_wrapped(model, method):
             unwrap(model)
+    seeds = range(options.seed, options.seed + options.seeds)
+    for folder in (run_folder(options, name, seed) for seed in seeds for name in methods):
+        check_start(folder, options)
     if options.linear_probe:
         unchanged = DataLoader(data.unchanged, options.eval_batch_size, num_workers=options.workers)
         accuracy = linear_probe(model.to(accelerate.PartialState().device), unchanged)
         say(f"the fitted head alone has an accuracy of {accuracy:.1%} on a fifth of the training images, held out")
     runs: list[results.Run] = []
-    for seed in range(options.seed, options.seed + options.seeds):
+    for seed in seeds:
         trained = {}
         for name, method in methods.items():
             accelerate.utils.set_seed(seed)
@@ -104,6 +115,9 @@ def train(
     monitor = Monitor() if options.monitor else None
     output, images = Path(settings.output_dir), data.train
     start = None if options.interpolate is None else deepcopy(model.state_dict())
+    if accelerate.PartialState().is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / START).write_text(json.dumps(start_of(options)) + "\n")
     lengths = phases(name, method, options)
     for number, epochs in enumerate(lengths, start=1):
         last = number == len(lengths)
@@ -112,19 +126,56 @@ def train(
         trainer.fit(resume=options.resume)
         if not last:
             images = grow(model, images, pixel_space=data.space, workers=own.workers, progress=own.progress)
-    if start is not None:
+    found = {}
+    if method.auxiliaries and settings.seed == options.seed and accelerate.PartialState().num_processes == 1:
+        found = results.diagnose(name, method, trainer.model.eval(), data, options)
+    if start is not None:  # after the diagnosis: the copies stay where training left them
         interpolate(trainer.model, start, options.interpolate)
         trainer.export(output / "model")
-    found = {}
     if method.auxiliaries:
-        if settings.seed == options.seed and accelerate.PartialState().num_processes == 1:
-            found = results.diagnose(name, method, trainer.model.eval(), data, options)
         unwrap(trainer.model)
     history = results.read_history(output)
     passes, seconds = results.cost(history, settings.batch_size * accelerate.PartialState().num_processes)
     warnings = monitor.warnings if monitor else {}
     one = results.Run(name, settings.seed, passes, seconds, history, diagnostics=found, warnings=warnings)
     return one, trainer.model.eval()
+
+
+def check_size(model: nn.Module, data: Data, blueprint: model_parts.Blueprint, options: Namespace) -> None:
+    """Raise :class:`ConfigurationError` if the model does not take images of the size they have."""
+    image = data.test[0][0][None]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(image)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        write = "Leave --image-size out" if options.image_size else f"Write --image-size {blueprint.size}"
+        raise ConfigurationError(
+            f"--model {options.model} does not take images of {image.shape[-1]} px: {error}. {write}."
+        ) from error
+
+
+def start_of(options: Namespace) -> dict[str, Any]:
+    """Return which weights a run starts from, as JSON."""
+    weights = None if options.weights is None else str(options.weights.resolve())
+    return {
+        "model": options.model,
+        "pretrained": options.pretrained,
+        "weights": weights,
+        "linear-probe": options.linear_probe,
+    }
+
+
+def check_start(folder: Path, options: Namespace) -> None:
+    """Raise :class:`CheckpointError` if the run in ``folder`` is to be resumed from another start than its own."""
+    file = folder / START
+    if not options.resume or not file.exists():
+        return
+    began, now = json.loads(file.read_text()), start_of(options)
+    if differing := [f"--{key}: {began.get(key)} there, {now[key]} here" for key in now if began.get(key) != now[key]]:
+        raise CheckpointError(
+            f"{folder} began from other weights ({'; '.join(differing)}). Expected the same options to resume, or "
+            "another --output."
+        )
 
 
 def phases(name: str, method: Any, options: Namespace) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from entprop_wrap import EntProp
 from entprop_wrap.cli import command, main, models, results
+from entprop_wrap.cli import data as data_parts
 from entprop_wrap.cli import methods as method_parts
 from entprop_wrap.cli import run as run_parts
 from entprop_wrap.cli.options import METHODS, parse
@@ -151,6 +152,51 @@ def test_models_of_torchvision(name, pretrained, tmp_path, monkeypatch):
     assert loaded("in Python:\n" + found.load.format(folder=tmp_path, classes=2) + "\n", 2).keys() == weights.keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "mean"),
+    [
+        ("efficientnet_v2_l", 480, 0.5),
+        ("inception_v3", 299, 0.485),
+        ("swin_v2_t", 256, 0.485),
+        ("vit_h_14", 518, 0.485),
+    ],
+)
+def test_images_are_as_published_weights_expect_them(name, size, mean):
+    found = models.find(parse("", ["--dataset", "any", "--model", name]))
+    assert (found.size, found.space.mean[0]) == (size, mean)
+
+
+def test_published_weights_for_another_size_are_refused(monkeypatch):
+    with torch.device("meta"):
+        published = torchvision.models.vit_b_16().state_dict()
+        monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: published)
+        found = models.find(
+            parse("", ["--dataset", "any", "--model", "vit_b_16", "--pretrained", "--image-size", "64"])
+        )
+        with pytest.raises(ConfigurationError, match=r"for images of 224 px, encoder\.pos_embedding has another shape"):
+            found.build(("cat", "dog"))
+
+
+def test_weights_stored_in_half_precision_are_trained_in_single(tmp_path):
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    transformers.ResNetForImageClassification(config).bfloat16().save_pretrained(tmp_path)
+    transformers.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(tmp_path)
+    for pretrained in (["--pretrained"], []):
+        model = models.find(parse("", ["--dataset", "any", "--model", str(tmp_path), *pretrained])).build(("a", "b"))
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.usefixtures("untrained")
+def test_digits_are_as_large_as_asked_for_and_as_the_model_takes(train, tmp_path):
+    options = parse("", ["--image-size", "48"])
+    assert data_parts.load(options, models.find(options).space, 48).test[0][0].shape == (3, 48, 48)
+    done = train("--model", "vit_tiny_patch16_224", output=tmp_path / "out")
+    expected = (
+        "ConfigurationError: --model vit_tiny_patch16_224 does not take images of 32 px: .*Write --image-size 224"
+    )
+    assert re.match(expected, done.code)
+
+
 def test_curves_and_table_are_of_the_same_images(train, tmp_path, folder):
     done = train("--dataset", folder, "--methods", "vanilla", *QUICK[:-2], "--batch-size", 8, output=tmp_path)
     assert done.code == 0, done.out
@@ -159,13 +205,23 @@ def test_curves_and_table_are_of_the_same_images(train, tmp_path, folder):
     assert [line["accuracy"] for line in lines if line["kind"] == "eval"] == [sa]
 
 
-def test_a_local_hub_model_and_resuming(train, tmp_path, folder):
+def test_a_local_hub_model_and_resuming(train, tmp_path, folder, monkeypatch):
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
     transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "hub")
     transformers.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(tmp_path / "hub")
     output = tmp_path / "out"
     arguments = ["--dataset", folder, "--model", tmp_path / "hub", "--pretrained", "--in-memory", *QUICK]
     arguments += ["--linear-probe", "--interpolate", 0.25]
+    diagnosed = []
+    diagnose = results.diagnose
+    monkeypatch.setattr(
+        results,
+        "diagnose",
+        lambda name, method, model, *rest: (
+            diagnosed.append({key: value.clone() for key, value in model.state_dict().items()})
+            or diagnose(name, method, model, *rest)
+        ),
+    )
     first = train(*arguments, output=output)
     assert first.code == 0, first.out
     assert first.out.count("note: the fitted head alone has an accuracy of") == 1
@@ -173,12 +229,15 @@ def test_a_local_hub_model_and_resuming(train, tmp_path, folder):
     exported, began = load_file(output / file), load_file(tmp_path / "hub" / "model.safetensors")
     (checkpoint,) = (output / "entprop-seed0" / "checkpoints").glob("step-*")
     trained = load_file(checkpoint / "model.safetensors")
+    assert all(torch.equal(value, diagnosed[0][name]) for name, value in trained.items())  # not on the way back
     for name in [n for n in exported if n in began and "classifier" not in n and began[n].is_floating_point()]:
         torch.testing.assert_close(exported[name], began[name].lerp(trained[name], 0.25))
     seconds = {name: run["seconds"] for name, run in runs(output).items()}
     again = train(*arguments, output=output)
     assert again.code == 2
     assert f"{output}/vanilla-seed0 holds a run. Continue it with --resume, or choose another --output." in again.out
+    other = train(*arguments[:-3], "--resume", output=output)  # whose head was not fitted
+    assert re.search("CheckpointError: .*began from other weights .--linear-probe: True there, False here", other.code)
     resumed = train(*arguments, "--resume", output=output)
     assert resumed.code == 0, resumed.out
     assert all(torch.equal(value, exported[name]) for name, value in load_file(output / file).items())
