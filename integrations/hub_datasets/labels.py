@@ -24,10 +24,14 @@ def class_indices(values: Sequence[LabelValue], index: Mapping[str | int, int], 
             "or -1): drop them with dataset.filter(...), or name another split."
         )
     if unknown := sorted({str(value) for value in values if value not in index}):
-        raise LabelError(
-            f"Expected only the classes of training in {where}, found {some(unknown)}: pass classes=... with all of "
-            "them."
-        )
+        names = [key for key in index if isinstance(key, str)]
+        write = "pass classes=... with all of them"
+        if names and any(isinstance(value, int) and value not in index for value in values):
+            write = (
+                f"integers, where classes have names ({some(names)}). Give them theirs: dataset.cast_column(column, "
+                "datasets.ClassLabel(names=[...])), whose names count from 0"
+            )
+        raise LabelError(f"Expected only the classes of training in {where}, found {some(unknown)}: {write}.")
     return [index[value] for value in values if value is not None]
 
 
@@ -71,6 +75,8 @@ def number_classes(
             notes.append(
                 f"the {len(keys)} integer labels {some(keys)} were renumbered 0..{len(keys) - 1} in this order"
             )
+    if classes is not None and len({isinstance(key, str) for key in keys}) > 1:
+        raise DataError(f"classes must be all names or all integers, found {some(keys)}.")
     if len(keys) < 2 or len(set(keys)) < len(keys):
         raise DataError(
             f"Expected at least two classes, every one once, found {some(keys) or 'none'}: pass label_column=... with "

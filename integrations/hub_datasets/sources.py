@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from pyarrow import parquet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from entprop_wrap.errors import ConfigurationError, DataError
@@ -51,7 +52,23 @@ def _open_path(name: str, load_options: dict[str, Any], notes: list[str]) -> Any
             return datasets.load_from_disk(str(folder))
         if splits := read_class_folders(folder, notes):
             return splits
+    _refuse_other_names(folder)
     return datasets.load_dataset(str(folder), **load_options)
+
+
+def _refuse_other_names(folder: Path) -> None:
+    """Raise if parquet files name their classes differently: `load_dataset` reads all with the names of the first."""
+    declared: dict[str, tuple[Path, list[str]]] = {}
+    for file in sorted(folder.rglob("*.parquet")):
+        for column, feature in datasets.Features.from_arrow_schema(parquet.read_schema(file)).items():
+            if isinstance(feature, datasets.ClassLabel):
+                first, names = declared.setdefault(column, (file, feature.names))
+                if names != feature.names:
+                    raise DataError(
+                        f"{first.name} and {file.name} name the classes of {column!r} differently: {some(names)} and "
+                        f"{some(feature.names)}. Read each by itself: load_images({{'train': datasets.Dataset."
+                        "from_parquet(...), 'test': datasets.Dataset.from_parquet(...)})."
+                    )
 
 
 def read_class_folders(folder: Path, notes: list[str]) -> dict[str, datasets.Dataset] | None:

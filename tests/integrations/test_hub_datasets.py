@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from entprop_wrap.errors import ConfigurationError, DataError, LabelError
@@ -168,6 +169,32 @@ def test_images_that_are_left_out_are_counted(tmp_path, tree, left):
     assert [note[: note.index(" images are left out")] for note in notes if "are left out" in note] == [left] * bool(
         left
     )
+
+
+@pytest.mark.parametrize("names", [["dog", "eel"], ["eel", "cat", "dog"]], ids=["fewer", "another order"])
+def test_parquet_files_that_name_classes_differently_are_refused(tmp_path, names):
+    def write(file, classes):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
+        shades = {"cat": 20, "dog": 120, "eel": 220}
+        pictures = [Image.new("RGB", (8, 8), (shades[name],) * 3) for name in classes]
+        labels = list(range(len(classes)))
+        rows = datasets.Dataset.from_dict({"image": pictures * 2, "label": labels * 2}, features=features)
+        rows.to_parquet(tmp_path / file)
+        return datasets.Dataset.from_parquet(str(tmp_path / file), cache_dir=str(tmp_path / "cache"))
+
+    train, test = write("train.parquet", ["cat", "dog", "eel"]), write("test.parquet", names)
+    with pytest.raises(DataError, match=r"name the classes of 'label' differently.*Read each by itself"):
+        load_images(tmp_path)
+    data = load_images({"train": train, "test": test})  # what the message says to write
+    shades = {"cat": 20, "dog": 120, "eel": 220}
+    assert all(image.getpixel((0, 0))[0] == shades[data.classes[label]] for image, label in data.eval)
+
+
+def test_integers_beside_names_are_told_to_get_them():
+    with pytest.raises(LabelError, match=r"integers, where classes have names .*datasets\.ClassLabel"):
+        load_images(pair(table(["a", "b", "c"]), test=table([0, 1, 2])))
+    with pytest.raises(DataError, match="all names or all integers"):
+        load_images(pair(table(["a", "b"]), test=table([0, 1])), classes=["a", "b", 0, 1])
 
 
 def test_the_suffix_jfif_is_an_image(tmp_path):
