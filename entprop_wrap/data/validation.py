@@ -21,6 +21,9 @@ from entprop_wrap.errors import (
 )
 from entprop_wrap.utils.optimizer_steps import Watch
 
+#: The label that losses of torch ignore.
+_IGNORED = -100
+
 #: Interpolation without clamping overshoots valid pixels; further out than this, in pixel units, is another space.
 _TOLERANCE = 0.25
 
@@ -126,6 +129,7 @@ class Checker:
         self.mixing_seen = False  # whether labels are those of mixed images was looked at
         self.stepped = False  # to the end of a training step
         self.space_seen = False  # to fit the images, so that what lies outside is noise
+        self.space_told = False  # whether images that look as if they were in another space were warned of
         self.whole: str | None = None  # a layer that needs whole batches; "" if there is none
         self.pending: dict[str, tuple[type[EntPropError], Tensor]] = {}
         self.watch = Watch()
@@ -140,9 +144,9 @@ class Checker:
             inside = bool(((low >= (lower - slack).flatten()) & (high <= (upper + slack).flatten())).all())
             if not inside and not self._erased(images.detach(), lower, upper, slack):
                 raise _image_problem(low, high, lower, upper)
-            if self.first:
+            if not self.space_told:
                 _warn_of_space(float(low.min()), float(high.max()), float(lower.max()), float(upper.max()), space)
-            self.first, self.space_seen = False, True
+            self.first, self.space_seen, self.space_told = False, True, True
         else:
             good = self._mostly_inside(images.detach(), lower, upper, slack)
             self._note("images outside the pixel space, or not finite", ~good, PixelRangeError)
@@ -191,9 +195,10 @@ class Checker:
             self._note(message, bad, LabelError)
         elif bool(bad):
             if not labels.is_floating_point():
-                message += (
-                    f"; found [{int(labels.min())}, {int(labels.max())}]. Give the model as many outputs as there are "
-                    "classes, and make labels start at 0."
+                message += f"; found [{int(labels.min())}, {int(labels.max())}]. " + (
+                    "Images without a label (ignore_index) cannot be mixed: leave them out of the data."
+                    if int(labels.min()) == _IGNORED
+                    else "Give the model as many outputs as there are classes, and make labels start at 0."
                 )
             raise LabelError(message)
 

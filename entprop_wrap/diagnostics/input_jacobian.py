@@ -115,7 +115,8 @@ def _norms(model: nn.Module, images: Tensor, space: PixelSpace, auxiliary: str |
     jacobian = torch.stack(rows)
     jacobian = jacobian.float() if jacobian.dtype in (torch.float16, torch.bfloat16) else jacobian
     jacobian = (jacobian * space.scale(jacobian[0])).transpose(0, 1).flatten(2)  # (N, classes, pixels)
-    gram = (jacobian @ jacobian.mT).double().cpu()
+    with torch.autocast(jacobian.device.type, enabled=False):
+        gram = (jacobian @ jacobian.mT).double().cpu()
     if not bool(torch.isfinite(gram).all()):
         raise ModelOutputError("Some Jacobians are NaN or infinite. Look for diverged weights, or half precision.")
     squares = torch.linalg.eigvalsh(gram)

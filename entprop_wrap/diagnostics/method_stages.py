@@ -67,6 +67,8 @@ class Observer:
             self.method = replace(self.method, lagged=False, equal_budget=False)
         self.space, self.generator = space, torch.Generator().manual_seed(seed)
         self.model = copy.deepcopy(plain_model(model))
+        for parameter in self.model.parameters():  # a frozen model is looked at like any other
+            parameter.requires_grad_(parameter.is_floating_point())
         ensure_wrapped(self.model, self.method)
         if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.model.parameters()):
             self.model.float()  # a step of 1/255 is lost in the rounding of half precision

@@ -62,7 +62,7 @@ class PixelAttack:
         pixel_space: PixelSpace | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return attacked images, of the same shape and dtype, on the device of the model.
+        """Return attacked images of the same shape, at least float32, on the device of the model.
 
         Args:
             model: In evaluation mode, with parameters of at least 32 bits (or bfloat16).
@@ -93,7 +93,7 @@ class PixelAttack:
         labels = check_batch(images, labels, space)
         pixels = space.to_pixels(images.detach().to(device_of(model, images)))
         found = self.attack_pixels(model, pixels, labels.to(pixels.device), space, generator)
-        return space.to_images(found).to(images.dtype)
+        return space.to_images(found).to(torch.promote_types(images.dtype, torch.float32))  # half would leave the ball
 
     def attack_pixels(
         self, model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace, generator: torch.Generator | None
@@ -212,7 +212,7 @@ def attacked(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Return the images that an attack, which may be anybody's function and is called ``name``, makes of a batch."""
-    found: Any = attack(model, batch.images, batch.labels, space, generator)
+    found: Any = attack(model, batch.images.clone(), batch.labels, space, generator)  # which it may change
     shape = tuple(batch.images.shape)
     if not isinstance(found, Tensor) or tuple(found.shape) != shape:
         what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.robustness.result import RobustnessResult, escaped, markdown_table
+from entprop_wrap.robustness.result import RobustnessResult, escaped, markdown_table, measured
 from entprop_wrap.utils.options import check_number
 from entprop_wrap.utils.statistics import Result, t_critical
 
@@ -97,10 +97,10 @@ def compare(
     first = next(iter(rows.values()))[0]
     for name, row in rows.items():
         for result in row:
-            if _measured(result) != _measured(first):
+            if measured(result) != measured(first) or set(result.summary) != set(first.summary):
                 raise ConfigurationError(
-                    f"Only results of one protocol can be compared. Expected {_measured(first)}; found "
-                    f"{_measured(result)} for {name!r}."
+                    f"Only results of one protocol can be compared. Expected {_in_words(first)}; found "
+                    f"{_in_words(result)} for {name!r}."
                 )
     values = {
         name: {key: [result.summary[key] for result in row] for key in first.summary} for name, row in rows.items()
@@ -136,7 +136,7 @@ def _rows(results: Any) -> dict[str, list[RobustnessResult]]:
     return rows
 
 
-def _measured(result: RobustnessResult) -> str:
+def _in_words(result: RobustnessResult) -> str:
     return f"{', '.join(result.summary)} over {result.protocol}"
 
 

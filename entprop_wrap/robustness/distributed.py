@@ -44,6 +44,12 @@ class ShardedData:
                 f"{name}: the DataLoader has drop_last=True, so some images may not count. Write drop_last=False.",
                 stacklevel=3,
             )
+        if self.processes == 1 and isinstance(_sampler(data), RandomSampler):
+            warnings.warn(
+                f"{name}: the DataLoader shuffles, and what is drawn for an image depends on its place: results differ "
+                "from call to call. Write shuffle=False.",
+                stacklevel=3,
+            )
 
     def __len__(self) -> int:
         """Return the number of rounds if the data knows its length, else 0."""
@@ -71,9 +77,8 @@ class ShardedData:
     def _same_everywhere(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         first = next(batches, None)
         prepared = hasattr(self.data, "end_of_dataloader")  # by Accelerate
-        sampler = getattr(getattr(self.data, "batch_sampler", None), "sampler", None)
         if (
-            any(gather(prepared or isinstance(sampler, (DistributedSampler, RandomSampler))))
+            any(gather(prepared or isinstance(_sampler(self.data), (DistributedSampler, RandomSampler))))
             or len(set(gather(_fingerprint(first)))) > 1
         ):
             raise DataError(
@@ -82,6 +87,10 @@ class ShardedData:
                 "was given, without DistributedSampler or shuffle=True."
             )
         return itertools.chain([] if first is None else [first], batches)
+
+
+def _sampler(data: Any) -> Any:
+    return getattr(getattr(data, "batch_sampler", None), "sampler", None)
 
 
 def check_batches(data: Any, name: str) -> None:

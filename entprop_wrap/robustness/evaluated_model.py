@@ -24,6 +24,7 @@ from entprop_wrap.utils.modules import check_module, plain_model, walk
 from entprop_wrap.wrapping.model import auxiliary, is_wrapped
 from entprop_wrap.wrapping.registry import find_registry, find_wrapped
 
+_ONE_LOGIT = "have a model of one logit z return torch.cat([-z, z], 1) / 2, to evaluate it"
 #: What images are evaluated under: ``("fog", 3)``, ``("attack", "PGD-20")``, ``("shift", "sketch")``.
 Condition: TypeAlias = tuple[str | int, ...]
 
@@ -85,10 +86,12 @@ def in_domain(model: nn.Module, domain: str | None) -> AbstractContextManager[No
 def logits(model: nn.Module, images: Tensor) -> Tensor:
     """Return the logits ``(N, C)`` of images on any device, at least float32; differentiable where gradients are on.
 
-    Images go to the device of the model, and take the dtype of its parameters: a bfloat16 model takes no float32.
+    Images go to the device of the model, and take the dtype of its parameters: a bfloat16 model takes no float32. The
+    model gets a copy, which it may normalise in place.
     """
     like = _first_tensor(model, images)
-    return logits_of(model(images.to(like.device, like.dtype)), len(images), differentiable=False)
+    output = model(images.to(like.device, like.dtype, copy=True))
+    return logits_of(output, len(images), differentiable=False, one_logit=_ONE_LOGIT)
 
 
 def device_of(model: nn.Module, images: Tensor) -> torch.device:

@@ -40,14 +40,15 @@ def check_batch(images: Any, labels: Any, space: PixelSpace, *, first: bool = Fa
                 "says that images are normalised. Leave pixel_space out, or normalise in the data loader."
             )
     checker = Checker()
-    checker.first = wide.device.type != "cpu"  # an accelerator looks at the values of a first batch only
+    checker.space_told = not first
     checker.images(wide, space)
     if isinstance(labels, Tensor) and not labels.is_meta:
         labels = labels.to(images.device)
-    indices = check_labels(labels, images)
-    if indices.is_floating_point():
-        raise LabelError(
-            f"Expected one class for each image, found soft labels {tuple(indices.shape)}. Write labels.argmax(1), or "
-            "leave MixUp out of the evaluation data."
-        )
-    return indices
+        if labels.is_floating_point():
+            soft = labels.ndim == 2 and labels.shape[1] > 1
+            write = "labels.argmax(1), or leave MixUp out of the evaluation data" if soft else "labels.long().flatten()"
+            raise LabelError(
+                f"Expected one class index for each image, found {labels.dtype} labels {tuple(labels.shape)}. Write "
+                f"{write}."
+            )
+    return check_labels(labels, images)

@@ -119,7 +119,7 @@ class RobustnessResult:
             raise ConfigurationError(
                 f"mCE needs the result of a baseline, found {shown(baseline)}. Write mce(evaluate_robustness(...))."
             )
-        if set(baseline.corrupted) != set(self.corrupted) or baseline.clean.images != self.clean.images:
+        if measured(baseline) != measured(self):
             raise ConfigurationError(
                 f"mCE needs a baseline of the same protocol. Expected {self.protocol}; found {baseline.protocol}."
             )
@@ -152,6 +152,7 @@ class RobustnessResult:
         """
         try:
             rows = [dict(row) for row in data["corrupted"]]
+            rows[0]  # RA is a mean over them
             parts = {
                 key: {name: Scores(**scores) for name, scores in data[key].items()} for key in ("shifts", "adversarial")
             }
@@ -181,6 +182,11 @@ class RobustnessResult:
             grid.append(row(name, [*(self.table[name, severity] for severity in self.severities), mean]))
         grid.append(row("mean", [*self.per_severity.values(), self.ra]))
         return "\n\n".join([markdown_table(rows), markdown_table(grid), f"RA: {self.protocol}."])
+
+
+def measured(result: RobustnessResult) -> tuple[int, int, frozenset[tuple[str, int]]]:
+    """Return what two results must share to be compared: images, seed and conditions, in whatever order."""
+    return result.clean.images, result.seed, frozenset(result.corrupted)
 
 
 def markdown_table(rows: list[list[str]]) -> str:

@@ -77,7 +77,8 @@ def bootstrap(
 ) -> list[Interval]:
     """Return statistics with percentile intervals over resampled batches.
 
-    ``statistics`` are those of the batches of some numbers, which may come several times.
+    ``statistics`` are those of the batches of some numbers, which may come several times; NaN where these batches say
+    nothing, which are left out.
 
     Source: Efron & Tibshirani 1993, "An introduction to the bootstrap", section 13.3.
     """
@@ -87,8 +88,11 @@ def bootstrap(
     draws = [torch.randint(batches, (batches,), generator=generator).tolist() for _ in range(rounds)]
     drawn = torch.tensor([statistics(draw) for draw in draws], dtype=torch.float64)
     tail = (1 - _CONFIDENCE) / 2
-    low, high = drawn.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0).tolist()
-    return [Interval(*one) for one in zip(values, low, high, strict=True)]
+    low, high = drawn.nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0).tolist()
+    return [
+        Interval(value) if math.isnan(least) else Interval(value, least, most)
+        for value, least, most in zip(values, low, high, strict=True)
+    ]
 
 
 def t_critical(confidence: float, degrees: int) -> float:

@@ -130,6 +130,12 @@ def test_numbers_of_images():
     assert one.stages["clean"].low is None
 
 
+def test_a_frozen_model_is_measured_as_one_that_trains():
+    model = make(wrapped=False)
+    expected = entropy_stages(model, loader(12), pixel_space=SPACE, progress=False)
+    assert entropy_stages(model.requires_grad_(False), loader(12), pixel_space=SPACE, progress=False) == expected
+
+
 def test_half_precision_models_are_measured():
     model = make(dtype=torch.float32).bfloat16()
     assert entropy_stages(model, loader(dtype=torch.float32), **OPTIONS).images == 24
@@ -148,6 +154,13 @@ def test_intervals_against_their_definition():
     assert found.high - found.value == pytest.approx(4.302653 * spread)
     shifted = mean_difference([v + 2 for v in values], values)
     assert (shifted.low, shifted.value, shifted.high) == pytest.approx((2, 2, 2))
+
+
+def test_resamples_that_say_nothing_are_left_out():
+    (found,) = bootstrap(lambda chosen: [1.0 if 0 in chosen else float("nan")], 3, torch.Generator().manual_seed(0))
+    assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
+    (nothing,) = bootstrap(lambda chosen: [float("nan")], 3, torch.Generator())
+    assert (nothing.low, nothing.high) == (None, None)
 
 
 def test_bootstrap_of_a_mean_agrees_with_its_normal_interval():

@@ -75,12 +75,13 @@ class Corruption:
         count = max(1, int(_SLICE * self.slices[small]) // images[0].numel()) if on_cpu else len(images)
         result = images.new_empty(images.shape)
         for part, into in zip(torch.split(images.detach(), count), torch.split(result, count), strict=True):
-            pixels = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
-            corrupted = self._function(pixels, Draws(pixels, generator), *constants)
-            if corrupted.shape != pixels.shape:  # copying would broadcast one channel to three
-                raise ImageError(
-                    f"The corruption must return pixels of shape {tuple(pixels.shape)}, found {tuple(corrupted.shape)}."
-                )
+            half = part.dtype in (torch.float16, torch.bfloat16)
+            pixels = part.float() if half else part.clone()  # which a corruption may work on in place
+            with torch.autocast(images.device.type, enabled=False):
+                corrupted: Any = self._function(pixels, Draws(pixels, generator), *constants)
+            found = tuple(corrupted.shape) if isinstance(corrupted, Tensor) else type(corrupted).__name__
+            if found != tuple(part.shape):  # copying would broadcast one channel to three
+                raise ImageError(f"The corruption must return pixels of shape {tuple(part.shape)}, found {found}.")
             into.copy_(corrupted.clamp(0.0, 1.0))
         return result
 
