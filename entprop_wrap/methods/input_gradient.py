@@ -3,7 +3,8 @@
 Asking autograd for the gradient of the images costs a backward through the first layer for the whole batch (8 to 11 %
 of a step on small nets), of which a method uses the selected rows. Where the images go straight into a convolution, the
 gradient of its output is there anyway, and one backward through that layer, for those rows, gives theirs. A model's
-first step takes both gradients and compares them. Where they differ, or that layer is frozen, autograd's is taken.
+first step, with images of a size, looks whether nothing else uses them, and compares both gradients. Where that is not
+so, or that layer is frozen, autograd's is taken.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from entprop_wrap.errors import ModelOutputError, UnsupportedModelError
+from entprop_wrap.utils.graphs import uses_of
 from entprop_wrap.utils.modules import plain_model, walk
 from entprop_wrap.utils.tensors import index_rows
 
 __all__ = ["ImageGradient", "input_gradient", "refusing_reentrant", "watching"]
 
-#: The convolution that each model begins with; None where autograd is to take the gradient.
-_stems: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Conv2d] | None] = weakref.WeakKeyDictionary()
+#: The convolution that each model begins with, by what images are like: some models pad those of other sizes, or change
+#: their layout. None where autograd is to take the gradient.
+_stems: weakref.WeakKeyDictionary[nn.Module, dict[Any, weakref.ref[nn.Conv2d] | None]] = weakref.WeakKeyDictionary()
 
 
 class ImageGradient:
@@ -42,15 +46,18 @@ class ImageGradient:
 
     def __init__(self, model: nn.Module, images: Tensor, *, by_autograd: bool = False) -> None:
         self.root, self.images = plain_model(model), images
-        found = None if by_autograd else _stems.get(self.root)
+        self.kind = images.shape[1:], images.dtype, images.is_contiguous(memory_format=torch.channels_last)
+        known = _stems.setdefault(self.root, {})
+        found = None if by_autograd else known.get(self.kind)
         stem = None if found is None else found()
         self.stem = stem if stem is not None and _trains(stem) else None
         self.candidates: list[nn.Conv2d] = []
         if self.stem is not None:
             self.candidates = [self.stem]
-        elif not by_autograd:
+        elif not by_autograd and self.kind not in known:
             self.candidates = _convolutions(model, self.root)
         images.requires_grad_(self.stem is None)
+        self.uses = 0  # operations that the images go straight into
         self.calls: list[nn.Conv2d] = []
         self.output_gradients: list[Tensor] = []
 
@@ -64,7 +71,12 @@ class ImageGradient:
                 if output.requires_grad:
                     output.register_hook(self.output_gradients.append)  # type: ignore[no-untyped-call]
 
+        def count(module: nn.Module, args: Any, output: Any) -> None:
+            self.uses = uses_of(batch, output)
+
         handles = [candidate.register_forward_hook(note) for candidate in self.candidates]
+        if self.candidates and self.stem is None:
+            handles.append(self.root.register_forward_hook(count))
         try:
             yield
         finally:
@@ -81,7 +93,7 @@ class ImageGradient:
             whole = input_gradient(self.images)
             if self.candidates:
                 agrees = self._agrees(whole)
-                _stems[self.root] = weakref.ref(self.calls[0]) if agrees else None
+                _stems[self.root][self.kind] = weakref.ref(self.calls[0]) if agrees else None
                 # The first step takes the way of those after it: a resumed run has another first step.
                 if agrees and _trains(self.calls[0]):
                     return self._through(self.calls[0], selected)
@@ -97,7 +109,7 @@ class ImageGradient:
         return found
 
     def _agrees(self, whole: Tensor) -> bool:
-        if not self._watched():
+        if not self._watched() or self.uses != 1:
             return False
         found = self._through(self.calls[0], torch.arange(len(whole), device=whole.device))
         half = self.output_gradients[0].dtype in (torch.float16, torch.bfloat16)  # autograd then rounds coarsely
@@ -128,9 +140,7 @@ def _trains(stem: nn.Conv2d) -> bool:
 
 
 def _convolutions(model: nn.Module, root: nn.Module) -> list[nn.Conv2d]:
-    """Return the layers that may be a model's first; none where it has been found out, or hooks would be in the way."""
-    if root in _stems:
-        return []
+    """Return the layers that may be a model's first; none where hooks would be in the way."""
     if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in walk(model)):
         return []
     convolutions = [module for module in walk(root) if isinstance(module, nn.Conv2d)]
