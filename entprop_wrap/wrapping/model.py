@@ -31,8 +31,7 @@ from entprop_wrap.errors import (
 from entprop_wrap.utils.modules import check_module, refuse_wrapping, walk
 from entprop_wrap.utils.options import check_choice, check_flag, shown
 from entprop_wrap.wrapping.active_domain import key_of
-from entprop_wrap.wrapping.norm_layers import Selector, find_norms
-from entprop_wrap.wrapping.optimizer import guard_first_step
+from entprop_wrap.wrapping.norm_layers import Selector, find_norms, is_norm
 from entprop_wrap.wrapping.registry import Registry, find_registry, find_wrapped, registry_on
 from entprop_wrap.wrapping.root_hook import attach, detach
 from entprop_wrap.wrapping.switched_norm import (
@@ -109,11 +108,11 @@ def wrap(
     }
 
     # Nothing has been changed so far, and nothing below fails.
-    registry = Registry(auxiliaries, norms, copies)
+    shared = {name for name, module in model.named_modules() if is_norm(module) and name not in norms}
+    registry = Registry(auxiliaries, norms, copies, shared)
     for name, norm in norms.items():
         install(norm, made[name], registry.switch)
     attach(model, registry)
-    guard_first_step(registry)
     return model
 
 

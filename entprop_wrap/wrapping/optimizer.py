@@ -14,10 +14,10 @@ from entprop_wrap.errors import OptimizerMismatchError, UnsupportedModelError
 from entprop_wrap.utils.modules import check_module, plain_model
 from entprop_wrap.utils.options import check_function, check_number, check_truth
 from entprop_wrap.wrapping.norm_layers import is_norm
-from entprop_wrap.wrapping.registry import Registry, find_registry
+from entprop_wrap.wrapping.registry import Registry, find_registry, living
 from entprop_wrap.wrapping.state_dict import auxiliary_names
 
-__all__ = ["check_optimizer", "guard_first_step", "parameter_groups"]
+__all__ = ["check_optimizer", "parameter_groups"]
 
 
 def parameter_groups(
@@ -74,17 +74,14 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     _check(find_registry(model), optimizer)
 
 
-#: The living wrapped models, each with the optimizers that have passed the check, and how many groups they had then.
-_guarded: weakref.WeakKeyDictionary[Registry, weakref.WeakKeyDictionary[Optimizer, int]] = weakref.WeakKeyDictionary()
-
-
-def guard_first_step(registry: Registry) -> None:
-    """Check every optimizer against this model before its first step, and again when it was given more groups."""
-    _guarded[registry] = weakref.WeakKeyDictionary()
+#: For each wrapped model the optimizers that have passed the check, and how many groups they had then.
+_passed: weakref.WeakKeyDictionary[Registry, weakref.WeakKeyDictionary[Optimizer, int]] = weakref.WeakKeyDictionary()
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for registry, passed in list(_guarded.items()):
+    """Check every optimizer against every wrapped model before its first step, and when it was given more groups."""
+    for registry in list(living):
+        passed = _passed.setdefault(registry, weakref.WeakKeyDictionary())
         if registry.switch.is_differentiating():
             raise UnsupportedModelError(
                 "An optimizer stepped inside a backward, as layer-wise GaLore and APOLLO and optimizers on "
@@ -99,8 +96,14 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _check(registry: Registry, optimizer: Optimizer) -> None:
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     pairs = [
-        (name, copy) for name, norm, copy in registry.copied_parameters() if copy.requires_grad and id(norm) in trained
+        (name, copy) for name, norm, copy in registry.copied_parameters() if norm.requires_grad and id(norm) in trained
     ]
+    if still := [name for name, copy in pairs if not copy.requires_grad and id(copy) not in trained]:
+        raise OptimizerMismatchError(
+            f"The optimizer trains {still[0]!r}, whose auxiliary copy is frozen ({len(still)} of {len(pairs)} copies). "
+            "Thaw norm layers as modules, or by names after wrap(): for name, p in model.named_parameters(). Lists of "
+            "parameters from before wrap() hold no copies."
+        )
     if missing := [name for name, copy in pairs if id(copy) not in trained]:
         raise OptimizerMismatchError(
             f"The optimizer trains {missing[0]!r} but not its auxiliary copy ({len(missing)} of {len(pairs)} copies "

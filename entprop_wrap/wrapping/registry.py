@@ -12,6 +12,7 @@ from torch import nn
 from entprop_wrap.errors import ConfigurationError, NotWrappedError, UnsupportedModelError
 from entprop_wrap.utils.modules import refuse_container, refuse_static_graph, walk
 from entprop_wrap.wrapping.active_domain import ActiveDomain
+from entprop_wrap.wrapping.norm_layers import is_norm
 from entprop_wrap.wrapping.switched_norm import COPY_PREFIX, AuxiliaryNorm, SwitchedNorm
 
 __all__ = [
@@ -26,21 +27,32 @@ __all__ = [
 ATTRIBUTE = "_entprop_registry"
 
 
+#: The registries of all wrapped models.
+living: weakref.WeakSet[Registry] = weakref.WeakSet()
+
+
 class Registry:
     """The switch, the auxiliaries and the switched norms of a wrapped model, held by its root."""
 
-    def __init__(self, auxiliaries: tuple[str, ...], norms: dict[str, nn.Module], held: str) -> None:
+    def __init__(self, auxiliaries: tuple[str, ...], norms: dict[str, nn.Module], held: str, shared: set[str]) -> None:
         self.auxiliaries = auxiliaries
         self.norms = norms
+        self.shared = shared  # names of norms that all domains share
+        self.known: dict[int, weakref.ref[nn.Module]] = {}  # modules that an audit has looked at
         self.held = held  # what the copies hold: wrap(copies=)
         self.warned = False  # of too small auxiliary batches
         self.unchecked: set[str | None] = set(auxiliaries)  # whether their passes read what only the main domain should
         self.switch = ActiveDomain()
         self.switch.owner = weakref.ref(self)
+        living.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "known": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.switch.owner = weakref.ref(self)
+        living.add(self)
 
     def tensors(self, auxiliary: str | None) -> Iterator[nn.Parameter]:
         """Yield the norm parameters that run in ``auxiliary``, or in the main domain for None."""
@@ -61,6 +73,24 @@ class Registry:
                     copied = copies.get(key)
                     if parameter is not None and copied is not None:
                         yield f"{name}.{key}" if name else key, parameter, copied
+
+
+def _added(registry: Registry, root: nn.Module) -> list[str]:
+    """Return the names of norm layers in training that came after ``wrap``; each module is looked at once."""
+    known = registry.known
+    new = [m for m in walk(root) if (seen := known.get(id(m))) is None or seen() is not m]
+    if not new:
+        return []
+    names = {id(module): name for name, module in root.named_modules(remove_duplicate=False)}
+    added = []
+    for module in new:
+        # Compiling by region and checkpoint wrappers put a module around parts of the model.
+        name = names.get(id(module), "").replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+        if isinstance(module, SwitchedNorm) or name in registry.shared or not is_norm(module):
+            known[id(module)] = weakref.ref(module)
+        elif module.training:
+            added.append(name)
+    return added
 
 
 def copy_in(norm: nn.Module, auxiliary: str) -> nn.Module:
@@ -87,7 +117,7 @@ def find_registry(model: nn.Module, wrap: str = "entprop.wrap(model)") -> Regist
             "This is a part of a wrapped model, or a copy of a part. Expected the model that was passed to wrap()."
         )
     registry = registry_on(roots[0])
-    _audit(registry, norms)
+    _audit(registry, norms, roots[0])
     return registry
 
 
@@ -158,8 +188,13 @@ def find_wrapped(model: nn.Module) -> tuple[list[nn.Module], list[SwitchedNorm]]
     return roots, norms
 
 
-def _audit(registry: Registry, norms: list[SwitchedNorm]) -> None:
+def _audit(registry: Registry, norms: list[SwitchedNorm], root: nn.Module) -> None:
     problems = []
+    if added := _added(registry, root):
+        problems.append(
+            f"{len(added)} norm layers were added after wrap(), such as {added[0]!r} (a new head): build the whole "
+            "model before wrap()"
+        )
     present = {id(norm) for norm in norms}
     if lost := [name for name, norm in registry.norms.items() if id(norm) not in present]:
         problems.append(

@@ -1,5 +1,8 @@
 """Optimizers and the copies: groups, and the guard before a first step."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -28,6 +31,33 @@ def test_an_optimizer_from_before_wrap_raises_before_it_moves_a_weight():
         with pytest.raises(OptimizerMismatchError, match=r"10 of 10 copies are missing.*built before wrap"):
             optimizer.step()
     assert not changed(model, before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copied_model_is_guarded_as_well(copied):
+    model = copied(entprop.wrap(toy()))
+    optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if not is_auxiliary_key(name)], lr=0.1)
+    _backward(model)
+    with pytest.raises(OptimizerMismatchError, match="10 of 10 copies are missing"):
+        optimizer.step()
+
+
+def test_norms_that_are_thawed_without_their_copies_raise():
+    model = toy().requires_grad_(False)
+    norms = list(model.last.parameters())
+    model.blocks.requires_grad_(True)
+    entprop.wrap(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    _backward(model)
+    optimizer.step()
+    for parameter in norms:
+        parameter.requires_grad_(True)
+    optimizer.add_param_group({"params": norms})
+    with pytest.raises(OptimizerMismatchError, match=r"'last\.weight', whose auxiliary copy is frozen.*Thaw"):
+        optimizer.step()
+    copies = [p.requires_grad_(True) for name, p in model.named_parameters() if name.startswith("last.entprop_")]
+    optimizer.add_param_group({"params": copies})
+    optimizer.step()
 
 
 def test_an_optimizer_from_before_wrap_under_accelerate():

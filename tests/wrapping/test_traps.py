@@ -105,6 +105,35 @@ CHANGES = {
 }
 
 
+NEW = {
+    "a new head": lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)),
+    "an adapter": lambda: nn.LayerNorm(8),
+}
+
+
+@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("copied", [True, False])
+def test_norms_that_come_after_wrap_are_noticed(name, copied):
+    model = entprop.wrap(_conv_net())
+    model = copy.deepcopy(model) if copied else model
+    with entprop.auxiliary(model):
+        pass
+    model.add_module("more", NEW[name]().eval())
+    with entprop.auxiliary(model):  # in evaluation mode it records nothing
+        pass
+    model.train()
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match=r"1 norm layers were added after wrap.*'more"):
+            entprop.training_step(model, torch.rand(8, 3, 8, 8), torch.arange(8) % 5)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_norms_that_are_shared_on_purpose_are_no_news(copied):
+    model = entprop.wrap(nn.Sequential(_conv_net(), nn.LayerNorm(5)), exclude=nn.LayerNorm)
+    model = copy.deepcopy(model) if copied else model
+    entprop.training_step(model.train(), torch.rand(8, 3, 8, 8), torch.arange(8) % 5)
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_norms_that_are_changed_after_wrap_are_noticed(name):
     make, change, message = CHANGES[name]
