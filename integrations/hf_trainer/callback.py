@@ -26,7 +26,7 @@ from entprop_wrap.methods.base import Method, check_method
 from entprop_wrap.methods.lagged import load_lagged_state
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.training import training_step
-from entprop_wrap.wrapping.model import ensure_wrapped, unwrap
+from entprop_wrap.wrapping.model import ensure_wrapped, is_wrapped, unwrap
 from entprop_wrap.wrapping.optimizer import check_optimizer
 from entprop_wrap.wrapping.state_dict import auxiliary_names
 
@@ -113,6 +113,11 @@ class EntPropCallback(TrainerCallback):
                 "The Trainer has another training_step as an attribute. Override it in a subclass of Trainer instead."
             )
         if self.method.auxiliaries:
+            if not is_wrapped(model):
+                raise ConfigurationError(
+                    "The model was unwrapped after this Trainer was built, whose optimizer trains the copies that are "
+                    "gone. Build a new Trainer, with a callback of its own, to train on."
+                )
             check_optimizer(model, trainer.optimizer)
         self.loss = TrainerLoss(trainer, super(EntPropMixin, trainer).training_step)  # type: ignore[misc]
         self.steps, self.checker = [], None
@@ -143,6 +148,11 @@ class EntPropMixin(PlainCheckpoints):
     """What a Trainer does otherwise once it has an :class:`EntPropCallback`."""
 
     entprop: EntPropCallback
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; a run that was interrupted leaves nothing that waits for a lagged step of this one."""
+        load_lagged_state(self.model, {})
+        return super().train(*args, **kwargs)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a new model, wrapped."""

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from entprop_wrap.errors import ConfigurationError, EntPropError, LabelError, UnsupportedModelError
 from entprop_wrap.functional.losses import mean_by_construction
+from entprop_wrap.utils.graphs import leaves_of
 from entprop_wrap.utils.modules import plain_model, replaced
 
 __all__ = ["TrainerLoss"]
@@ -121,6 +122,13 @@ class TrainerLoss:
                 f"({type(error).__name__}: {error}). Expected compute_loss() or compute_loss_func to use nothing else, "
                 "and class indices to be int64."
             ) from error
+        reached = leaves_of(loss)
+        if any(id(parameter) in reached for parameter in self.trainer.model.parameters()):
+            raise UnsupportedModelError(
+                "compute_loss() adds a term of the model's weights, as a penalty is, which every pass of a step would "
+                "train. Expected a loss of logits and labels: leave penalties to the optimizer (weight_decay), or "
+                "write a loop of your own."
+            )
         if through is None or stand_in.calls != 1:
             raise UnsupportedModelError(
                 f"compute_loss() called the model it was given {stand_in.calls} times, or did not use its logits. "
@@ -209,10 +217,16 @@ class _ModelOnImages(nn.Module):
         return own.run(self._orig_mod, inputs, len(images), self.labels) if own else self._orig_mod(**inputs)
 
 
+#: What a loss may ask a model for that every module has.
+_OF_THE_MODEL = frozenset(
+    f"{named}{what}" for named in ("", "named_") for what in ("parameters", "buffers", "modules", "children")
+) | {"state_dict", "get_parameter", "get_submodule"}
+
+
 class _Logits(nn.Module):
     """Stands in for the model while the Trainer computes a loss: it returns ``logits``, whatever goes in.
 
-    It has the model's attributes, and counts its ``calls``.
+    It has the model's attributes, parameters and parts, and counts its ``calls``.
     """
 
     def __init__(self, model: nn.Module, logits: Tensor, labels_name: str, by_items: bool) -> None:
@@ -221,11 +235,18 @@ class _Logits(nn.Module):
         self.logits, self.labels_name, self.by_items, self.calls = logits, labels_name, by_items, 0
         self.own_loss: Tensor | None = None  # that the model would have computed itself, given labels
 
+    def __getattribute__(self, name: str) -> Any:
+        return super().__getattribute__(name) if name not in _OF_THE_MODEL else getattr(self.stands_for, name)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["stands_for"], name)
+
+    def train(self, mode: bool = True) -> _Logits:
+        """Leave the model in the mode that the step has put it in."""
+        return self
 
     def _get_name(self) -> str:
         return type(plain_model(self.__dict__["stands_for"])).__name__

@@ -272,6 +272,11 @@ def _class_during_fit(former: type, fit: _Fit) -> type:
         def optimizer_zero_grad(self, *args: Any) -> None:
             """Do nothing: Lightning calls this when the gradients of the step are there."""
 
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            """Return what copies and pickles are made of: they have the module's own class."""
+            _, _, *state = super().__reduce_ex__(protocol)
+            return (object.__new__, (former,), *state)
+
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(DuringFit, name, getattr(former, name))
     return DuringFit

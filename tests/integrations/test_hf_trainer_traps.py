@@ -5,10 +5,10 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, ViTImageProcessor
+from transformers import Trainer, TrainerCallback, ViTImageProcessor
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from entprop_wrap import EntProp, PixelSpace, training_step, wrap
+from entprop_wrap import EntProp, PixelSpace, training_step, unwrap, wrap
 from entprop_wrap.errors import (
     ConfigurationError,
     LabelError,
@@ -151,6 +151,54 @@ def test_an_own_compute_loss_on_logits_works(tmp_path):
     )  # what the Trainer itself does with that loss
     torch.testing.assert_close(expected[0]["classifier.weight"], main)
     assert not torch.allclose(found[0]["classifier.weight"], main)
+
+
+def penalised(reach):
+    class Penalised(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = F.cross_entropy(outputs.logits, labels) + sum(p.square().sum() for p in reach(self, model))
+            return (loss, outputs) if return_outputs else loss
+
+    return Penalised
+
+
+@pytest.mark.parametrize(
+    "reach",
+    [
+        lambda trainer, model: model.parameters(),
+        lambda trainer, model: [p for _, p in model.named_parameters()],
+        lambda trainer, model: [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)],
+        lambda trainer, model: [model.state_dict(keep_vars=True)["classifier.weight"]],
+        lambda trainer, model: trainer.accelerator.unwrap_model(model).parameters(),
+        lambda trainer, model: trainer.model.parameters(),
+    ],
+    ids=["parameters", "named_parameters", "modules", "state_dict", "unwrap_model", "its model"],
+)
+def test_a_penalty_on_weights_is_refused(reach, tmp_path):
+    with pytest.raises(UnsupportedModelError, match="adds a term of the model's weights"):
+        make(tmp_path, penalised(reach), callbacks=[callback()]).train()
+
+
+def test_a_model_unwrapped_after_training_needs_a_new_trainer(tmp_path):
+    trainer = make(tmp_path, callbacks=[callback()], max_steps=1)
+    trainer.train()
+    unwrap(trainer.model)
+    with pytest.raises(ConfigurationError, match=r"was unwrapped after this Trainer was built.*Build a new Trainer"):
+        trainer.train()
+
+
+def test_a_run_after_one_that_was_interrupted_begins_without_its_images(tmp_path):
+    class Interrupted(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = make(tmp_path, callbacks=[callback(EntProp(fraction=0.5, lagged=True)), Interrupted()], max_steps=1)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert "aux_loss" not in trainer.entprop.steps[-1]  # nothing waited for the first step
 
 
 @pytest.mark.parametrize("trainer_class", [Features, Elsewhere])

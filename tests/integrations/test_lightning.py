@@ -329,6 +329,21 @@ def test_an_interrupted_fit_leaves_a_plain_module():
     assert type(module) is Broken
 
 
+def test_a_module_that_is_copied_while_it_is_fitted_is_on_its_own(tmp_path):
+    class Keep(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.best = copy.deepcopy(pl_module)
+            torch.save(pl_module, tmp_path / "module.pt")
+
+    keep, module = Keep(), Classifier()
+    trainer(callback(), keep).fit(module, loader())
+    for kept in (keep.best, torch.load(tmp_path / "module.pt", weights_only=False)):
+        assert type(kept) is Classifier
+        trained = entprop.unwrap(kept).state_dict()
+        assert all(torch.equal(value, trained[name]) for name, value in module.state_dict().items())
+        trainer().fit(kept, loader())
+
+
 # Two processes --------------------------------------------------------------------------------------------------------
 
 
