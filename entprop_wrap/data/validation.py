@@ -125,6 +125,7 @@ class Checker:
         self.first = True
         self.warned = False  # of too small auxiliary batches, on a model without copies
         self.classes: int | None = None  # known after the first pass
+        self.loss: object = None  # that what follows is known of
         self.loss_seen = False  # to be a mean over images
         self.mixing_seen = False  # whether labels are those of mixed images was looked at
         self.stepped = False  # to the end of a training step
@@ -133,6 +134,11 @@ class Checker:
         self.whole: str | None = None  # a layer that needs whole batches; "" if there is none
         self.pending: dict[str, tuple[type[EntPropError], Tensor]] = {}
         self.watch = Watch()
+
+    def begin_with(self, loss: object) -> None:
+        """Begin a step with a loss; another one than before is looked at anew, and so is what it trains."""
+        if loss is not self.loss:
+            self.loss, self.loss_seen, self.classes = loss, False, None
 
     def images(self, images: Tensor, space: PixelSpace) -> None:
         """Check that images are finite and lie in ``space``, but for noise that random erasing left in some."""

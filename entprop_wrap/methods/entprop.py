@@ -212,7 +212,7 @@ class EntProp(Method):
                 f"lagged=True trains images of two batches in one pass; found a loss that asks for "
                 f"{', '.join(sorted(step.loss.asked))} of one. Write lagged=False, or loss(logits, labels)."
             )
-        waiting = lagged.waiting_for(step.model, step.images, step.labels)
+        waiting = lagged.waiting_for(step.model, step.images, step.labels, step.space)
         batch, back = len(step.images), 0 if waiting is None else len(waiting.images)
         fresh = batch - back if self.equal_budget and 2 * back <= batch else batch
         number = num_selected(batch, self.fraction)
@@ -233,7 +233,7 @@ class EntProp(Method):
             step.backward(loss)
         logits = logits.detach()
         step.warn_if_few(number)
-        lagged.put(step.model, lagged.Waiting(*self._harden(step, images, gradient, target, selected)))
+        lagged.put(step.model, *self._harden(step, images, gradient, target, selected), step.space)
         return step.output(
             loss=loss,
             main_loss=main_loss,

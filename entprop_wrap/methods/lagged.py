@@ -12,23 +12,32 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import CheckpointError, UnsupportedModelError
 from entprop_wrap.functional.targets import Target
 from entprop_wrap.utils.modules import plain_model, walk
+from entprop_wrap.wrapping.registry import ATTRIBUTE
 
 __all__ = ["Waiting", "lagged_state", "load_lagged_state", "put", "waiting_for"]
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """Hardened images ``(m, C, H, W)``, detached, in the pixel space of the step that made them, and their labels."""
+    """Hardened images ``(m, C, H, W)``, detached, and their labels.
+
+    ``space`` is that of the step that made them, and ``owner`` what the copies of the model were held by then; None
+    where they come from a file.
+    """
 
     images: Tensor
     target: Target
+    space: PixelSpace | None = None
+    owner: weakref.ref[Any] | None = None
 
     def fits(self, images: Tensor, labels: Tensor) -> bool:
         """Return whether these images can be trained in one batch with ``images`` and ``labels``."""
@@ -42,10 +51,11 @@ class Waiting:
 _waiting: weakref.WeakKeyDictionary[nn.Module, Waiting] = weakref.WeakKeyDictionary()
 
 
-def waiting_for(model: nn.Module, images: Tensor, labels: Tensor) -> Waiting | None:
+def waiting_for(model: nn.Module, images: Tensor, labels: Tensor, space: PixelSpace) -> Waiting | None:
     """Return what waits for ``model``; None where nothing does, or nothing that fits the batch.
 
     Images of another size, as progressive resizing brings them, cannot be trained together: those that wait are lost.
+    So are those of another pixel space, and of a model that was unwrapped and wrapped anew: of another training.
 
     Raises:
         UnsupportedModelError: They would be lost in this process, and others may still have theirs, where processes
@@ -53,7 +63,12 @@ def waiting_for(model: nn.Module, images: Tensor, labels: Tensor) -> Waiting | N
     """
     root = _root(model)
     waiting = _waiting.get(root)
-    if waiting is None or waiting.fits(images, labels):
+    if waiting is None:
+        return None
+    another = waiting.owner is not None and waiting.owner() is not _registry(root)
+    if another or waiting.space not in (None, space):
+        return None
+    if waiting.fits(images, labels):
         return waiting
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _refuse_to_lose(root, waiting.images, images)
@@ -78,10 +93,16 @@ def _root(model: nn.Module) -> nn.Module:
     return original
 
 
-def put(model: nn.Module, waiting: Waiting) -> None:
-    """Let ``waiting`` wait for the next step of ``model``, instead of what waited before."""
-    target = waiting.target  # without the places in its batch, which the next step does not have
-    _waiting[_root(model)] = Waiting(waiting.images, Target(target.labels, target.partners, target.share))
+def put(model: nn.Module, images: Tensor, target: Target, space: PixelSpace) -> None:
+    """Let hardened images wait for the next step of ``model``, instead of what waited before."""
+    target = Target(target.labels, target.partners, target.share)  # the next step does not have the places in this one
+    root = _root(model)
+    registry = _registry(root)
+    _waiting[root] = Waiting(images, target, space, None if registry is None else weakref.ref(registry))
+
+
+def _registry(root: nn.Module) -> Any:
+    return root.__dict__.get(ATTRIBUTE)
 
 
 def lagged_state(model: nn.Module) -> dict[str, Tensor]:

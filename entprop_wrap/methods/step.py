@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from entprop_wrap.data import validation
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.errors import ConfigurationError, DivergedError, LabelError, UnsupportedModelError
+from entprop_wrap.errors import ConfigurationError, DivergedError, ImageError, LabelError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss
 from entprop_wrap.functional.targets import Target
 from entprop_wrap.functional.uncertainty import entropy
@@ -60,11 +60,17 @@ class Step:
         if not torch.is_grad_enabled():
             raise ConfigurationError("Gradients are switched off. Leave out torch.no_grad() around the training step.")
         validation.check_images(images, space)
+        if images.grad_fn is not None:
+            raise ImageError(
+                "Images are the output of something that trains, which would get no gradient. Put it inside the model, "
+                "or write images.detach()."
+            )
         validation.check_batch_size(images)
         self.checker = validation.checker_of(plain_model(model))
         self.checker.images(images, space)
         self.model, self.images, self.space, self.generator = model, images.detach(), space, generator
         self.loss = StepLoss(loss, self.checker, len(images))
+        self.checker.begin_with(self.loss.identity)
         self.labels = validation.check_labels(labels, images)
         self._backward = backward
         self._tells_last = backward is not None and bool(asked(backward, ("last",), 1))
@@ -82,7 +88,7 @@ class Step:
         """Return the logits ``(N, C)`` of ``images``, at least float32."""
         if len(images) < len(self.images):
             self.checker.check_takes_parts(self.model)
-        output = self.model(images)
+        output = self._call(images)
         differentiable, least = torch.is_grad_enabled(), 1 if self.loss.takes_any_targets else 2
         logits = logits_of(output, len(images), differentiable=differentiable, least=least)
         if logits.shape[1] != self.checker.classes:  # the first pass, or the model was given another head
@@ -92,6 +98,21 @@ class Step:
             self.checker.classes = logits.shape[1]
         self.loss.passed(logits, output, images)
         return logits
+
+    def _call(self, images: Tensor) -> Any:
+        version = images._version
+        try:
+            output = self.model(images)
+        except RuntimeError as error:
+            if "a leaf Variable that requires grad is being used in an in-place" not in str(error):
+                raise
+            version = -1
+        if images._version != version:
+            raise UnsupportedModelError(
+                "The model changes its images in place, which later passes of the step still need. Write x = x - mean "
+                "instead of x.sub_(mean) or x -= mean in its forward."
+            )
+        return output
 
     def _check_labels(self, classes: int) -> None:
         self.checker.labels(self.labels, classes, probabilities=not self.loss.takes_any_targets)

@@ -22,13 +22,16 @@ __all__ = ["StepLoss", "asked"]
 class StepLoss:
     """``(logits, labels) -> scalar``: the given loss, with whatever else it asks for of the pass of these logits.
 
-    Only a call shows whether a loss is a mean over rows; that is looked at once for each model.
+    Only a call shows whether a loss is a mean over rows; that is looked at once for each model and loss.
     """
 
     def __init__(self, loss: Loss, checker: Checker, batch: int) -> None:
         self.loss, self.checker, self.batch = loss, checker, batch
         self.asked = asked(loss, Pass.__dataclass_fields__, 2)
         self.takes_any_targets = takes_any_targets(loss)
+        function = getattr(loss, "__func__", loss)  # of a method, which is another object at each look
+        #: What tells this loss from others: a function's code, as a lambda in a loop is another function in each step.
+        self.identity: object = getattr(function, "__code__", function)
         self._passes: deque[tuple[Tensor, Any, Tensor]] = deque(maxlen=2)  # of one backward: TRADES has two
 
     def passed(self, logits: Tensor, output: Any, images: Tensor) -> None:

@@ -141,11 +141,14 @@ class Watch:
 
     def _not_finite(self, optimizer: Optimizer, trained: list[nn.Parameter]) -> Tensor | None:
         finite, self._finite = self._finite, None
-        gradient = next((p.grad for p in reversed(trained) if p.grad is not None), None)
-        if finite is None or gradient is None or (finite.device.type == "cpu" and bool(finite)):
+        gradients = [p.grad for p in trained if p.grad is not None]
+        if finite is None or not gradients or (finite.device.type == "cpu" and bool(finite)):
             return None
-        # A loop may have dropped the batch: only gradients that are there can do harm.
-        bad = ~finite & ~_plain(gradient).sum().isfinite().to(finite.device)
+        # A loop may have dropped the batch: only gradients that are there can do harm, and where one loss was bad, only
+        # those of its pass. On an accelerator, which looks at them in every step, the outermost two stand for all.
+        looked_at = gradients if finite.device.type == "cpu" else [gradients[0], gradients[-1]]
+        sums = torch.stack([_plain(gradient).sum().float().to(finite.device) for gradient in looked_at])
+        bad = ~finite & ~sums.isfinite().all()
         skips = getattr(optimizer, "found_inf", None)  # from a scaler, by which a fused optimizer skips its step
         return bad if skips is None else bad & (skips.to(bad.device) == 0).all()
 

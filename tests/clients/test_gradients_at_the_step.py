@@ -227,6 +227,23 @@ def test_a_loss_that_is_nan_behind_a_backward_raises_before_the_weights_move():
     optimizer.step()
 
 
+@pytest.mark.parametrize("last", ["weight", "entprop_aux"])
+def test_nan_in_one_of_two_passes_raises_in_whatever_order_parameters_are(last):
+    model, _ = ready()
+    names = sorted(dict(model.named_parameters()), key=lambda name: f"bn.{last}" in name)
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.SGD([{"params": [parameters[name]]} for name in names], lr=0.1)
+
+    def once(logits, labels):  # finite in the main pass
+        return F.cross_entropy(logits, labels) * (math.nan if len(logits) < len(LABELS) else 1.0)
+
+    step(model, loss=once, backward=torch.Tensor.backward)
+    before = weights(model)
+    with pytest.raises(DivergedError, match="not finite"):
+        optimizer.step()
+    assert not moved(model, before)
+
+
 def test_a_batch_that_a_loop_drops_for_its_loss_is_forgotten():
     for to_none in (True, False):
         model, optimizer = ready()

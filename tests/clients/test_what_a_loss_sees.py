@@ -172,6 +172,30 @@ def test_a_sum_that_sees_more_is_found_out():
         step(model, loss=lambda logits, labels, outputs: F.cross_entropy(outputs.aux_logits, labels, reduction="sum"))
 
 
+def test_another_loss_is_looked_at_as_the_first_was():
+    model = ready()
+    step(model)
+    with pytest.raises(ConfigurationError, match="doubles"):
+        step(model, loss=nn.CrossEntropyLoss(reduction="sum"))
+    model = ready(TwoHeads, form=Outputs)
+    step(model, loss=lambda x, y, outputs: F.cross_entropy(x, y) + F.cross_entropy(outputs.aux_logits, y))
+    with pytest.raises(ModelOutputError, match="heads that a loss of the logits does not train"):
+        step(model)
+
+
+def test_a_loss_that_is_the_same_in_each_step_is_looked_at_once():
+    calls = []
+
+    def loss(logits, labels):
+        calls.append(len(logits))
+        return F.cross_entropy(logits, labels)
+
+    model = ready()
+    for _ in range(3):
+        step(model, loss=lambda logits, labels: loss(logits, labels))  # another function each time
+    assert calls.count(2 * len(LABELS)) == 1  # where every image came twice
+
+
 def test_first_parameters_may_have_any_name():
     step(ready(), loss=lambda outputs, images: F.cross_entropy(outputs, images))
 

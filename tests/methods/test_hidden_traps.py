@@ -6,7 +6,7 @@ from torch import nn
 
 import entprop_wrap as entprop
 from entprop_wrap.diagnostics import input_jacobian
-from entprop_wrap.errors import ConfigurationError, ImageError
+from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, UnsupportedModelError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import AdversarialTraining, AdvProp, FineGrainedAdvProp, Vanilla, grow
 from entprop_wrap.robustness import accuracy_against_epsilon
@@ -67,6 +67,37 @@ def test_a_model_frozen_as_a_whole_is_refused(method):
     assert torch.equal(model.bn.running_mean, recorded)
     next(model.parameters()).requires_grad_(True)
     entprop.training_step(model, IMAGES, LABELS, method=method)
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = make(BatchNormNet)
+
+    def forward(self, images):
+        return self.net(images.sub_(0.5).div_(0.25))
+
+
+@pytest.mark.parametrize("method", [entprop.EntProp(), entprop.EntProp.augmented(copies="all"), AdvProp(), Vanilla()])
+def test_a_model_that_changes_its_images_in_place_is_refused(method):
+    model = InPlace()
+    wrapped = entprop.wrap(model, auxiliaries=method.auxiliaries) if method.auxiliaries else model
+    with pytest.raises(UnsupportedModelError, match=r"changes its images in place.*x = x - mean"):
+        entprop.training_step(wrapped.train(), IMAGES.clone(), LABELS, method=method)
+
+
+def test_images_that_something_else_trains_on_are_refused():
+    before = nn.Conv2d(3, 3, 1)
+    model = entprop.wrap(make(BatchNormNet)).train()
+    with pytest.raises(ImageError, match=r"Put it inside the model, or write images\.detach\(\)"):
+        entprop.training_step(model, before(IMAGES).sigmoid(), LABELS)
+    entprop.training_step(model, IMAGES.clone().requires_grad_(), LABELS)
+
+
+def test_ignored_labels_say_what_they_are():
+    model = entprop.wrap(make(BatchNormNet)).train()
+    with pytest.raises(LabelError, match=r"found \[-100, 3\]\. Images without a label \(ignore_index\)"):
+        entprop.training_step(model, IMAGES, torch.where(LABELS == 0, -100, LABELS))
 
 
 def test_augmentations_that_are_not_finite_raise():

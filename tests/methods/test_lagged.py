@@ -208,6 +208,17 @@ def test_what_no_longer_fits_is_dropped():
     assert entprop.training_step(model, larger, random_batch(7)[1], method=method).aux_loss is not None
 
 
+def test_what_waits_for_another_training_is_dropped():
+    method, (images, labels) = EntProp(fraction=0.4, lagged=True, mix=None), random_batch(7)
+    model = wrapped("batch_norm")
+    entprop.training_step(model, images, labels, method=method)
+    entprop.wrap(entprop.unwrap(model))
+    assert entprop.training_step(model, images, labels, method=method).aux_loss is None
+    space = entprop.PixelSpace(0.5, 0.5)
+    assert entprop.training_step(model, 2 * images - 1, labels, method=method, pixel_space=space).aux_loss is None
+    assert entprop.training_step(model, 2 * images - 1, labels, method=method, pixel_space=space).aux_loss is not None
+
+
 def test_options_that_contradict_each_other():
     with pytest.raises(ConfigurationError, match="lagged=True"):
         EntProp(equal_budget=True)
