@@ -55,6 +55,7 @@ def training_step(
         pixel_space: How the images were normalised; None: they are in [0, 1].
         loss: ``(logits, labels) -> scalar mean``; None: ``torch.nn.functional.cross_entropy``. It may declare more
             parameters, see :class:`entprop_wrap.functional.losses.Pass`: the model's outputs, the images, the rows.
+            It is called in every pass; so is a penalty on weights in it, which belongs to the optimizer.
         backward: What runs the backward of a loss: ``accelerator.backward``, or with a gradient scaler
             ``lambda loss: scaler.scale(loss).backward()``; None: ``loss.backward()``. It is called once per training
             pass, twice in EntProp. If it has a second parameter ``last``, that is True on the last call, the only one
@@ -70,7 +71,7 @@ def training_step(
         DivergedError: The loss is not finite. With ``backward`` it is raised by ``optimizer.step()``, on an accelerator
             by the next ``output.metrics()``.
         ConfigurationError: The model is in evaluation mode or frozen as a whole, or the loss is not a mean over images.
-            A loss of your own is tested in the first step, by one more call of it.
+            A loss of your own is tested in its first step, by one more call of it.
         UnsupportedModelError: The switch or the method cannot be right on this model, or the call stands inside
             ``auxiliary()``; the message says which.
     """
