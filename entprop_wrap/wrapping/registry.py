@@ -101,8 +101,8 @@ def copy_in(norm: nn.Module, auxiliary: str) -> nn.Module:
 def find_registry(model: nn.Module, wrap: str = "entprop.wrap(model)") -> Registry:
     """Return the registry of the one wrapped model in ``model``, after an audit of its norms.
 
-    ``wrap`` is what the message about a plain model says to write. The audit walks the module tree (about 0.1
-    microseconds a module): conversions replace norms without a trace.
+    ``wrap`` is what the message about a plain model says to write. The audit walks the module tree (about a
+    microsecond a module): conversions replace norms without a trace.
     """
     roots, norms = find_wrapped(model)
     if len(roots) > 1:
