@@ -95,12 +95,12 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _check(registry: Registry, optimizer: Optimizer) -> None:
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    pairs = [
-        (name, copy) for name, norm, copy in registry.copied_parameters() if norm.requires_grad and id(norm) in trained
-    ]
-    if still := [name for name, copy in pairs if not copy.requires_grad and id(copy) not in trained]:
+    of_norms = [row for row in registry.copied_parameters() if id(row[1]) in trained]
+    pairs = [(name, copy) for name, _, copy in of_norms if copy.requires_grad]
+    thawed = [(name, copy) for name, norm, copy in of_norms if norm.requires_grad and not copy.requires_grad]
+    if still := [name for name, copy in thawed if id(copy) not in trained]:
         raise OptimizerMismatchError(
-            f"The optimizer trains {still[0]!r}, whose auxiliary copy is frozen ({len(still)} of {len(pairs)} copies). "
+            f"The optimizer trains {still[0]!r}, whose auxiliary copy is frozen ({len(still)} of {len(of_norms)} copies). "
             "Thaw norm layers as modules, or by names after wrap(): for name, p in model.named_parameters(). Lists of "
             "parameters from before wrap() hold no copies."
         )
