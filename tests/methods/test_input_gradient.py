@@ -81,6 +81,21 @@ def test_images_of_another_size_may_go_elsewhere():
     assert sorted((kind[0][-1], stem is None) for kind, stem in known.items()) == [(6, False), (8, True)]
 
 
+class Noisy(nn.Conv2d):
+    """Run again, it is another function."""
+
+    def forward(self, images):
+        return self._conv_forward(images, self.weight * torch.rand_like(self.weight), self.bias)
+
+
+def test_a_layer_that_is_another_one_when_run_again_is_left_to_autograd():
+    model = Net(None)
+    model.conv = Noisy(3, 4, 3)
+    entprop.wrap(model)
+    entprop.training_step(model, torch.rand(8, 3, 6, 6), torch.arange(8) % 5, method=EntProp(mix=None))
+    assert list(input_gradient._stems[model].values()) == [None]
+
+
 @pytest.mark.parametrize("name", ["ResNet", "ViT"])
 def test_models_of_the_hub_take_the_short_way(name):
     sizes = {"image_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
