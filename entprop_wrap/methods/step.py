@@ -68,10 +68,12 @@ class Step:
         validation.check_batch_size(images)
         self.checker = validation.checker_of(plain_model(model))
         self.checker.images(images, space)
-        self.model, self.images, self.space, self.generator = model, images.detach(), space, generator
+        self.model, self.space, self.generator = model, space, generator
+        self.images = images.clone() if images.is_inference() else images.detach()
         self.loss = StepLoss(loss, self.checker, len(images))
         self.checker.begin_with(self.loss.identity)
-        self.labels = validation.check_labels(labels, images)
+        labels = validation.check_labels(labels, images)
+        self.labels = labels.clone() if labels.is_inference() else labels
         self._backward = backward
         self._tells_last = backward is not None and bool(asked(backward, ("last",), 1))
         self._local = 0  # depth of only_local blocks

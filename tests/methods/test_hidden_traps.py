@@ -94,6 +94,17 @@ def test_images_that_something_else_trains_on_are_refused():
     entprop.training_step(model, IMAGES.clone().requires_grad_(), LABELS)
 
 
+def test_images_that_were_made_in_inference_mode_serve():
+    with torch.inference_mode():
+        images, labels = IMAGES.clone(), LABELS.clone()
+    torch.manual_seed(0)
+    outs = [
+        entprop.training_step(entprop.wrap(make(BatchNormNet)).train(), *batch, method=entprop.EntProp(mix=None))
+        for batch in ((images, labels), (IMAGES, LABELS))
+    ]
+    assert outs[0].loss == outs[1].loss
+
+
 def test_ignored_labels_say_what_they_are():
     model = entprop.wrap(make(BatchNormNet)).train()
     with pytest.raises(LabelError, match=r"found \[-100, 3\]\. Images without a label \(ignore_index\)"):
