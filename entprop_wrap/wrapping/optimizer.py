@@ -100,7 +100,7 @@ def _check(registry: Registry, optimizer: Optimizer) -> None:
     thawed = [(name, copy) for name, norm, copy in of_norms if norm.requires_grad and not copy.requires_grad]
     if still := [name for name, copy in thawed if id(copy) not in trained]:
         raise OptimizerMismatchError(
-            f"The optimizer trains {still[0]!r}, whose auxiliary copy is frozen ({len(still)} of {len(of_norms)} copies). "
+            f"The optimizer trains {still[0]!r}, whose auxiliary copy is frozen ({len(still)} of {len(of_norms)}). "
             "Thaw norm layers as modules, or by names after wrap(): for name, p in model.named_parameters(). Lists of "
             "parameters from before wrap() hold no copies."
         )
