@@ -241,7 +241,7 @@ def test_shares_to_keep_are_repaired_once(name, dropout, momentum):
 
 
 class Twice(nn.Module):
-    """Its convolution has two names, and it has state that is no tensor."""
+    """Its convolution has two names, and it has state that is not a tensor."""
 
     def __init__(self):
         super().__init__()

@@ -26,6 +26,7 @@ from entprop_wrap.finetuning import interpolate, linear_probe
 from entprop_wrap.methods import FastAdvProp, grow
 from entprop_wrap.robustness import PGD, evaluate_robustness
 from entprop_wrap.trainer import Trainer, TrainerConfig
+from entprop_wrap.utils.files import explaining_failed_writes, replacing
 from entprop_wrap.utils.modules import evaluating
 from entprop_wrap.wrapping.model import ensure_wrapped, unwrap
 
@@ -115,14 +116,16 @@ def train(
     monitor = Monitor() if options.monitor else None
     output, images = Path(settings.output_dir), data.train
     start = None if options.interpolate is None else deepcopy(model.state_dict())
-    if accelerate.PartialState().is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / START).write_text(json.dumps(start_of(options)) + "\n")
     lengths = phases(name, method, options)
     for number, epochs in enumerate(lengths, start=1):
         last = number == len(lengths)
         own = replace(settings, epochs=epochs, output_dir=output if last else output / f"phase{number}")
         trainer = Trainer(model, images, data.test, method=method, pixel_space=data.space, config=own, monitor=monitor)
+        if number == 1 and accelerate.PartialState().is_main_process:  # the Trainer has found the folder writable
+            with explaining_failed_writes(output / START):
+                output.mkdir(parents=True, exist_ok=True)
+                with replacing(output / START) as partial:
+                    partial.write_text(json.dumps(start_of(options)) + "\n")
         trainer.fit(resume=options.resume)
         if not last:
             images = grow(model, images, pixel_space=data.space, workers=own.workers, progress=own.progress)
@@ -148,9 +151,11 @@ def check_size(model: nn.Module, data: Data, blueprint: model_parts.Blueprint, o
         with evaluating(model), torch.no_grad():
             model(image)
     except (AssertionError, RuntimeError, ValueError) as error:
-        write = "Leave --image-size out" if options.image_size else f"Write --image-size {blueprint.size}"
+        size, said = image.shape[-1], str(error).strip().splitlines() or [type(error).__name__]
+        other = "Choose another --model" if blueprint.size == size else f"Write --image-size {blueprint.size}"
         raise ConfigurationError(
-            f"--model {options.model} does not take images of {image.shape[-1]} px: {error}. {write}."
+            f"--model {options.model} does not take images of {size} px: {said[0].rstrip('.')}. "
+            f"{'Leave --image-size out' if options.image_size else other}."
         ) from error
 
 
