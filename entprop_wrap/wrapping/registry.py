@@ -81,7 +81,7 @@ def _added(registry: Registry, root: nn.Module) -> list[str]:
     new = [m for m in walk(root) if (seen := known.get(id(m))) is None or seen() is not m]
     if not new:
         return []
-    names = {id(module): name for name, module in root.named_modules(remove_duplicate=False)}
+    names = {id(module): name for name, module in root.named_modules()}  # the first of several, as in wrap()
     added = []
     for module in new:
         # Compiling by region and checkpoint wrappers put a module around parts of the model.

@@ -129,7 +129,8 @@ def test_norms_that_come_after_wrap_are_noticed(name, copied):
 
 @pytest.mark.parametrize("copied", [True, False])
 def test_norms_that_are_shared_on_purpose_are_no_news(copied):
-    model = entprop.wrap(nn.Sequential(_conv_net(), nn.LayerNorm(5)), exclude=nn.LayerNorm)
+    norm = nn.LayerNorm(5)  # in two places
+    model = entprop.wrap(nn.Sequential(_conv_net(), norm, nn.Tanh(), norm), exclude=nn.LayerNorm)
     model = copy.deepcopy(model) if copied else model
     entprop.training_step(model.train(), torch.rand(8, 3, 8, 8), torch.arange(8) % 5)
 
