@@ -41,7 +41,6 @@ def report(
     warnings: Mapping[str, str] | None = None,
     command: str | None = None,
     facts: Mapping[str, object] | None = None,
-    confidence: float = 0.95,
 ) -> Path:
     """Write results as one HTML file that needs no other file and no network.
 
@@ -61,7 +60,6 @@ def report(
         warnings: Texts by name, such as ``Monitor.warnings``, shown above the diagnostics.
         command: Command line that led here.
         facts: More to be told, by name: dataset, commit, hardware, ...
-        confidence: Level of the intervals over seeds, in (0, 1).
 
     Returns:
         The path.
@@ -83,7 +81,7 @@ def report(
     warnings = check_mapping("warnings", warnings, "texts", "warnings=monitor.warnings")
     for name, text in warnings.items():
         check_text(f"warnings[{name!r}]", text)
-    study = study_of(results, confidence)
+    study = study_of(results)
     costs = _of_models(study, "costs", costs, "numbers", "costs={'EntProp': 1.2}")
     for name, cost in costs.items():
         check_number(f"costs[{name!r}]", cost, lambda number: True, "that is finite")

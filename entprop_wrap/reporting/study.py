@@ -20,7 +20,7 @@ Results: TypeAlias = "RobustnessResult | Mapping[str, RobustnessResult | Sequenc
 class Study:
     """Results in one form, the first model being the baseline and ``best`` the one with the highest Hscore.
 
-    ``first`` is a result that stands for the protocol, ``confidence`` the level of intervals as text.
+    ``first`` is a result that stands for the protocol.
     """
 
     results: dict[str, list[RobustnessResult]]
@@ -29,18 +29,17 @@ class Study:
     best: str
     first: RobustnessResult
     seeds: int
-    confidence: str
     decimals: int
 
 
-def study_of(results: Any, confidence: float) -> Study:
+def study_of(results: Any) -> Study:
     """Return results as a study.
 
     Raises:
         ConfigurationError: Results of another type or of different protocols, or not as many for each model.
     """
     named = {"model": results} if isinstance(results, RobustnessResult) else results
-    comparison = compare(named, confidence=confidence)
+    comparison = compare(named)
     for name in named:
         check_text("The name of a model", name)
     rows = {name: [row] if isinstance(row, RobustnessResult) else list(row) for name, row in named.items()}
@@ -52,7 +51,6 @@ def study_of(results: Any, confidence: float) -> Study:
         best=max(rows, key=lambda name: comparison.scores[name]["Hscore"].mean),
         first=first,
         seeds=comparison.seeds,
-        confidence=f"{100 * comparison.confidence:g} %",
         decimals=decimals_of(first),
     )
 
@@ -73,7 +71,7 @@ def verdict(study: Study) -> str:
     if change.half_width is None:
         return f"{ahead}, from one result each: that may be chance."
     low, high = (points(change.mean + side * change.half_width, study.decimals) for side in (-1, 1))
-    interval = f"{study.confidence} interval {low} to {high}, {study.seeds} seeds"
+    interval = f"95 % interval {low} to {high}, {study.seeds} seeds"
     if change.mean > change.half_width:
         return f"{ahead} ({interval})."
     return f"{ahead}, but that is no evidence of a difference: the interval includes 0 ({interval})."

@@ -47,7 +47,7 @@ def _by_severity(study: Study, score: str, words: str) -> Chart:
     lines = []
     for colour, (name, results) in enumerate(study.results.items()):
         values = [[_mean_at(result, severity, score) for result in results] for severity in labels]
-        estimates = [Estimate.of(row, study.comparison.confidence) for row in values]
+        estimates = [Estimate.of(row) for row in values]
         lines.append(_line(name, list(labels), estimates, colour))
     options: dict[str, Any] = {"x_labels": labels, "note": _note(study)}
     if score == "calibration_error":
@@ -98,4 +98,4 @@ def _mean_at(result: RobustnessResult, severity: float, score: str) -> Any:
 
 
 def _note(study: Study) -> str:
-    return f"Bars: {study.confidence} t-intervals over {study.seeds} seeds." if study.seeds > 1 else ""
+    return f"Bars: 95 % t-intervals over {study.seeds} seeds." if study.seeds > 1 else ""

@@ -10,7 +10,6 @@ from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.robustness.result import RobustnessResult, escaped, markdown_table, measured
-from entprop_wrap.utils.options import check_number
 from entprop_wrap.utils.statistics import Result, t_critical
 
 __all__ = ["Comparison", "Estimate", "compare"]
@@ -22,19 +21,19 @@ class Estimate:
 
     Attributes:
         mean: In the unit of the values.
-        half_width: Half the t-interval around the mean; None for one seed, which says nothing of the spread.
+        half_width: Half the 95 % t-interval around the mean; None for one seed, which says nothing of the spread.
     """
 
     mean: float
     half_width: float | None
 
     @classmethod
-    def of(cls, values: Sequence[float], confidence: float = 0.95) -> Estimate:
-        """Return mean and two-sided t-interval of independent values, taken to be normally distributed."""
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """Return mean and two-sided 95 % t-interval of independent values, taken to be normally distributed."""
         mean, number = statistics.fmean(values), len(values)
         if number < 2:
             return cls(mean, None)
-        return cls(mean, t_critical(confidence, number - 1) * statistics.stdev(values) / math.sqrt(number))
+        return cls(mean, t_critical(number - 1) * statistics.stdev(values) / math.sqrt(number))
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class Comparison(Result):
     Attributes:
         baseline: The method that differences are taken to.
         seeds: Number of seeds.
-        confidence: Confidence of all intervals, in (0, 1).
         protocol: What RA is the mean over.
         scores: Estimates by method and score, the names of ``RobustnessResult.summary``.
         differences: The method minus the baseline, seed by seed, in the same form.
@@ -52,7 +50,6 @@ class Comparison(Result):
 
     baseline: str
     seeds: int
-    confidence: float
     protocol: str
     scores: dict[str, dict[str, Estimate]]
     differences: dict[str, dict[str, Estimate]]
@@ -62,7 +59,7 @@ class Comparison(Result):
         note = "One seed: nothing is known of the spread, and a difference may be chance."
         if self.seeds > 1:
             note = (
-                f"Mean and {100 * self.confidence:g} % t-interval over {self.seeds} seeds; differences are paired by "
+                f"Mean and 95 % t-interval over {self.seeds} seeds; differences are paired by "
                 "seed, and their intervals are not corrected for the number of comparisons."
             )
         tables = [_table("method", self.scores, "{:.2f}")]
@@ -71,9 +68,7 @@ class Comparison(Result):
         return "\n\n".join([*tables, f"{note} RA: {self.protocol}."])
 
 
-def compare(
-    results: Mapping[str, RobustnessResult | Sequence[RobustnessResult]], *, confidence: float = 0.95
-) -> Comparison:
+def compare(results: Mapping[str, RobustnessResult | Sequence[RobustnessResult]]) -> Comparison:
     """Compare methods over seeds.
 
         compare({"vanilla": [v0, v1, v2], "EntProp": [e0, e1, e2]}).to_markdown()
@@ -84,12 +79,10 @@ def compare(
     Args:
         results: For each method its results, in the order of the seeds, or one result: a single seed, from which no
             interval can be had. The first method is the baseline.
-        confidence: Confidence of all intervals, in (0, 1).
 
     Raises:
         ConfigurationError: No results, something else, not as many for each method, or of different protocols.
     """
-    confidence = check_number("confidence", confidence, lambda value: 0 < value < 1, "in (0, 1), such as 0.95")
     rows = _rows(results)
     if not rows or len(set(map(len, rows.values()))) > 1 or not all(rows.values()):
         found = {name: len(row) for name, row in rows.items()} or "none"
@@ -114,10 +107,10 @@ def compare(
         for name in others
     }
     scores, differences = (
-        {name: {key: Estimate.of(column, confidence) for key, column in row.items()} for name, row in table.items()}
+        {name: {key: Estimate.of(column) for key, column in row.items()} for name, row in table.items()}
         for table in (values, changes)
     )
-    return Comparison(baseline, len(rows[baseline]), confidence, first.protocol, scores, differences)
+    return Comparison(baseline, len(rows[baseline]), first.protocol, scores, differences)
 
 
 def _rows(results: Any) -> dict[str, list[RobustnessResult]]:

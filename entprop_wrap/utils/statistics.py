@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["Interval", "Result", "bootstrap", "mean_difference", "mean_of", "t_critical"]
 
-_CONFIDENCE = 0.95
+_CONFIDENCE = 0.95  # of all intervals
 
 
 class Result:
@@ -61,7 +61,7 @@ def mean_difference(batches: Sequence[Tensor], before: Sequence[Tensor]) -> Inte
     if number < 2:
         return Interval(value)
     differences = [a - b for a, b in zip(residuals, others, strict=True)]
-    half = t_critical(_CONFIDENCE, number - 1) * statistics.stdev(differences, 0.0) * math.sqrt(number)
+    half = t_critical(number - 1) * statistics.stdev(differences, 0.0) * math.sqrt(number)
     return Interval(value, value - half, value + half)
 
 
@@ -95,8 +95,8 @@ def bootstrap(
     ]
 
 
-def t_critical(confidence: float, degrees: int) -> float:
-    """Return t with ``P(|T| <= t) = confidence`` for Student's T with ``degrees`` degrees of freedom.
+def t_critical(degrees: int) -> float:
+    """Return t with ``P(|T| <= t) = 0.95`` for Student's T with ``degrees`` degrees of freedom.
 
     With ``T = sqrt(degrees) tan(angle)`` the density of the angle is proportional to ``cos(angle) ** (degrees - 1)``.
     """
@@ -107,6 +107,6 @@ def t_critical(confidence: float, degrees: int) -> float:
 
     steps = 2**52
     found = bisect.bisect_left(
-        range(steps), confidence * area(math.pi / 2), key=lambda k: area(k / steps * math.pi / 2)
+        range(steps), _CONFIDENCE * area(math.pi / 2), key=lambda k: area(k / steps * math.pi / 2)
     )
     return math.tan(found / steps * math.pi / 2) * math.sqrt(degrees)

@@ -585,7 +585,6 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path, monkeypatch, path, m
         (result(0), {"curves": {"model": {0: 90.0}}}, ConfigurationError, r"\[0, 1\]"),
         (result(0), {"curves": {"model": {"4/255": 0.9}}}, ConfigurationError, "by epsilon"),
         (result(0), {"curves": {0: 0.9}}, ConfigurationError, "curves must be a dict of curves by name, found"),
-        (result(0), {"confidence": 95}, ConfigurationError, "confidence"),
         (result(0), {"title": None}, ConfigurationError, "title must be text"),
         (result(0), {"title": "\ud800"}, ConfigurationError, "title must be text"),
         (result(0), {"facts": {3: "Seed"}}, ConfigurationError, "facts must be a dict of texts by name, found"),
