@@ -8,16 +8,10 @@ import sys
 import torch
 
 from entprop_wrap import __version__
-from entprop_wrap.robustness import RobustnessResult
 
-__all__ = ["corruption_name", "decimals_of", "percent", "points", "versions"]
+__all__ = ["corruption_name", "percent", "points", "versions"]
 
 MINUS = "\N{MINUS SIGN}"
-
-
-def decimals_of(result: RobustnessResult) -> int:
-    """Return the decimals that a percentage of this many images deserves: below 10,000 the second one is noise."""
-    return 1 if result.clean.images < 10_000 else 2
 
 
 def percent(value: float, decimals: int) -> str:

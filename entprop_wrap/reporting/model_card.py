@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.reporting.formatting import corruption_name, decimals_of, percent, versions
-from entprop_wrap.robustness.result import RobustnessResult, escaped, markdown_table
+from entprop_wrap.reporting.formatting import versions
+from entprop_wrap.robustness.result import RobustnessResult, escaped
 from entprop_wrap.utils.options import check_text
 
 __all__ = ["model_card"]
@@ -94,21 +95,11 @@ def _eval_results(result: RobustnessResult, place: dict[str, Any]) -> list[EvalR
 
 
 def _section(result: RobustnessResult, dataset: str, training: str | None, command: str | None) -> str:
-    def write(value: float) -> str:
-        return percent(value, decimals_of(result))
-
-    grid = [["accuracy, %", *(f"severity {one}" for one in result.severities), "mean"]]
-    for name, mean in result.per_corruption.items():
-        cells = [write(result.table[name, severity]) for severity in result.severities]
-        grid.append([corruption_name(name), *cells, write(mean)])
-    grid.append(["mean", *map(write, result.per_severity.values()), write(result.ra)])
     parts = [
         "## Robustness",
-        f"Evaluated on {escaped(dataset)}: {result.protocol}.",
-        markdown_table([["score", "%"], *([escaped(name), write(value)] for name, value in result.summary.items())]),
-        "SA is accuracy on images as they are, RA the plain mean over all corruptions and severities (not the mean "
-        "corruption error), Hscore their harmonic mean (EntProp, Enomoto, UAI 2024).",
-        markdown_table(grid),
+        f"Evaluated on {escaped(dataset)}. SA is accuracy on images as they are, RA the plain mean over all "
+        "corruptions and severities (not the mean corruption error), Hscore their harmonic mean (EntProp, Enomoto, UAI 2024).",
+        replace(result, auxiliaries={}).to_markdown(),  # the published model has none
     ]
     if training:
         parts.append(escaped(training))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from entprop_wrap.reporting.formatting import decimals_of, percent, points
+from entprop_wrap.reporting.formatting import percent, points
 from entprop_wrap.robustness import Comparison, RobustnessResult, compare
 from entprop_wrap.utils.options import check_text
 
@@ -51,7 +51,7 @@ def study_of(results: Any) -> Study:
         best=max(rows, key=lambda name: comparison.scores[name]["Hscore"].mean),
         first=first,
         seeds=comparison.seeds,
-        decimals=decimals_of(first),
+        decimals=1 if first.clean.images < 10_000 else 2,  # a second one would be noise
     )
 
 
