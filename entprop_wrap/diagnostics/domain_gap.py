@@ -40,15 +40,19 @@ class DomainGap(Result):
 
     layers: tuple[LayerGap, ...]
 
-    def to_markdown(self) -> str:
-        """Return a table by layer."""
+    def rows(self) -> list[list[str]]:
+        """Return the cells of a table by layer, the head first."""
         names = list(dict.fromkeys(name for layer in self.layers for name in layer.parameters))
-        rows = [["layer", "kind", "auxiliary", *names, "statistics (nats)"]]
+        rows = [["layer", "kind", "auxiliary", *names, "statistics, nats"]]
         for gap in self.layers:
             numbers = [gap.parameters.get(name) for name in names] + [gap.statistics]
             shown = ["" if number is None else f"{number:.3g}" for number in numbers]
-            rows.append([escaped(gap.layer), escaped(gap.kind), escaped(gap.auxiliary), *shown])
-        return markdown_table(rows)
+            rows.append([gap.layer, gap.kind, gap.auxiliary, *shown])
+        return rows
+
+    def to_markdown(self) -> str:
+        """Return a table by layer."""
+        return markdown_table([[*map(escaped, row)] for row in self.rows()])
 
 
 def domain_gap(model: nn.Module) -> DomainGap:

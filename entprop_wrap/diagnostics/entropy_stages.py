@@ -24,6 +24,15 @@ from entprop_wrap.utils.statistics import Interval, Result, mean_difference, mea
 
 __all__ = ["EntropyStages", "entropy_stages"]
 
+#: What to do about a stage that does not raise entropy.
+_ADVICE = {
+    "mixed": "Look at the images that mix= makes.",
+    "selected": "The uncertainty that the method selects by does not follow entropy on this data.",
+    "perturbed": "Images are moved past the point of highest entropy, towards certain errors, which are hard all the "
+    "same: SA and RA tell whether training on them helps. For more uncertain images lower epsilon, or choose a milder "
+    "view=; if little moves, raise epsilon.",
+}
+
 
 @dataclass(frozen=True)
 class EntropyStages(Result):
@@ -43,18 +52,27 @@ class EntropyStages(Result):
     images: int
     batches: int
 
-    def to_markdown(self) -> str:
-        """Return a table of the stages, in nats."""
-        rows = [["stage", "images", "entropy", "change"]]
+    @property
+    def notes(self) -> dict[str, str]:
+        """What there is to say of each stage that does not raise entropy, or not beyond chance."""
+        return {
+            stage: f"The stage {stage!r} does not raise entropy beyond chance: it changes by {change} nats. "
+            f"{_ADVICE[stage]}"
+            for stage, change in self.changes.items()
+            if change.value <= 0 or (change.low is not None and change.low <= 0)
+        }
+
+    def rows(self) -> list[list[str]]:
+        """Return the cells of a table of the stages, the head first."""
+        rows = [["stage", "images", "entropy, nats", "change"]]
         for stage, mean in self.stages.items():
             rows.append([stage, str(len(self.values[stage])), str(mean), str(self.changes.get(stage, ""))])
-        note = f"Entropy in nats, at most {math.log(self.classes):.3g}; 95 % intervals over {self.batches} batches."
-        if "perturbed" in self.changes and self.changes["perturbed"].value < 0:
-            note += (
-                " Images are moved past the point of highest entropy, towards certain errors: epsilon is long, or the "
-                "view strong."
-            )
-        return f"{markdown_table(rows)}\n\n{note}"
+        return rows
+
+    def to_markdown(self) -> str:
+        """Return a table of the stages, and the notes on them."""
+        said = f"Entropy is at most {math.log(self.classes):.3g} nats; 95 % intervals over {self.batches} batches."
+        return "\n\n".join([markdown_table(self.rows()), said, *self.notes.values()])
 
 
 def entropy_stages(
@@ -112,27 +130,15 @@ def entropy_stages(
         images=sum(map(len, found["clean"])),
         batches=len(found["clean"]),
     )
-    _warn(result)
-    return result
-
-
-def _warn(result: EntropyStages) -> None:
-    advice = {
-        "mixed": "Look at the images that mix= makes.",
-        "selected": "The uncertainty that the method selects by does not follow entropy on this data.",
-    }
-    for stage, hint in advice.items():
-        change = result.changes.get(stage)
-        if change is None:
-            continue
-        if change.value <= 0 or (change.low is not None and change.low <= 0):
-            how = "does not raise entropy" if change.value <= 0 else "is not shown to raise entropy"
-            warnings.warn(f"The stage {stage!r} {how}: it changes by {change} nats. {hint}", stacklevel=3)
+    for stage, note in result.notes.items():
+        if stage != "perturbed":  # a long step climbs the loss past the highest entropy, which is no fault
+            warnings.warn(note, stacklevel=2)
     names = list(result.stages)
-    before, after = (result.stages.get(name) for name in (names[names.index("selected") - 1], "perturbed"))
-    if before is not None and after is not None and after.value <= before.value:
+    before, after = result.stages[names[names.index("selected") - 1]], result.stages.get("perturbed")
+    if after is not None and after.value <= before.value:
         warnings.warn(
             f"Perturbed images are no less certain ({after} nats) than those they were selected from ({before}): they "
             "are moved into certain errors. Lower epsilon, or choose a milder view=.",
-            stacklevel=3,
+            stacklevel=2,
         )
+    return result

@@ -11,21 +11,11 @@ from entprop_wrap.diagnostics import DomainGap, EntropyStages, InputJacobian
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.reporting import charts
 from entprop_wrap.reporting.charts import Chart, Line
-from entprop_wrap.reporting.formatting import MINUS
 
 __all__ = ["Panel", "panels"]
 
 #: A stage has one colour in all pictures, none of which the first three models have.
 _STAGES = {"clean": 4, "mixed": 6, "selected": 3, "perturbed": 7}
-#: What a stage that does not raise entropy means, and what to do. {} is the change.
-_FLAT = {
-    "mixed": "Mixing does not raise entropy here: it changes by {} nats. Look at the images that mix= makes.",
-    "selected": "Selected images are not more uncertain than those they are selected from: entropy changes by {} "
-    "nats. The method's score does not follow entropy on these images.",
-    "perturbed": "Perturbing (the attack, or view=) does not raise entropy here: it changes by {} nats. This is not a "
-    "failure of training: an image taken for another class with certainty is hard, but has a low entropy. SA and RA "
-    "tell whether training on it helps. For more uncertain images lower epsilon; if little moves, raise it.",
-}
 #: Distances below which copies act nearly as their norms; a judgement.
 _SMALL = 0.02
 
@@ -63,32 +53,27 @@ def panels(diagnostics: Mapping[str, Any]) -> list[Panel]:
 def _entropies(title: str, found: EntropyStages) -> Panel:
     most = math.log(found.classes)
     sets = {stage: (values, _STAGES.get(stage, 5)) for stage, values in found.values.items()}
-    rows = [
-        [stage, _interval(mean), _interval(found.changes[stage], signed=True) if stage in found.changes else ""]
-        for stage, mean in found.stages.items()
-    ]
-    flat = {name: change for name, change in found.changes.items() if change.value <= 0 or (change.low or 1) <= 0}
+    head, *rows = found.rows()
+    flat = " and ".join(", ".join(found.notes).rsplit(", ", 1))
     reading = [
         f"How uncertain the trained model is of the images, from 0 nats (certain) to log {found.classes} = {most:.2f} "
         "(a guess), at each stage on their way into the auxiliary norms: as they are, mixed, selected for their "
         "entropy, and perturbed. The method wants each stage more uncertain than the one before.",
-        "Here every stage is." if not flat else f"Here {_listed(list(flat))} images are not: see below.",
+        "Here every stage is." if not flat else f"Here {flat} images are not: see below.",
     ]
     return Panel(
         title,
         reading,
         [charts.histograms("Entropy by stage", sets, most, "entropy, nats")],
-        [(f"{title}: mean entropy, nats", ["stage", "mean", "change"], rows)],
-        [_FLAT[stage].format(_interval(change, signed=True)) for stage, change in flat.items() if stage in _FLAT],
+        [(f"{title}: mean entropy", head, rows)],
+        list(found.notes.values()),
     )
 
 
 def _gap(title: str, found: DomainGap) -> Panel:
     layers = found.layers
-    several = len({layer.auxiliary for layer in layers}) > 1
-    names = [f"{layer.layer}, {layer.auxiliary}" if several else layer.layer for layer in layers]
     numbers = [one.parameters | ({} if one.statistics is None else {"statistics": one.statistics}) for one in layers]
-    keys = list(dict.fromkeys(key for row in numbers for key in row))
+    keys = dict.fromkeys(key for row in numbers for key in row)
     if not keys:
         return Panel(title, ["Both domains share all tensors of the norm layers: there is no gap between them."])
     lines = []
@@ -104,12 +89,9 @@ def _gap(title: str, found: DomainGap) -> Panel:
         for (name, unit), group in groups.items()
         if group
     ]
-    rows = [
-        [name, *(f"{row[key]:.3g}" if key in row else "\N{EN DASH}" for key in keys)]
-        for name, row in zip(names, numbers, strict=True)
-    ]
+    head, *rows = found.rows()
     largest = {line.name: max(zip(line.y, line.x, strict=True)) for line in lines}
-    words = [f"{key} {value:.2g} in layer {names[int(at) - 1]!r}" for key, (value, at) in largest.items()]
+    words = [f"{key} {value:.2g} in layer {layers[int(at) - 1].layer!r}" for key, (value, at) in largest.items()]
     reading = [
         "How far the auxiliary norms have moved from the main ones. 0 is equal, as right after wrap(). A gap says that "
         "the two domains look different to the model, which is what a second set of norms is for.",
@@ -117,11 +99,11 @@ def _gap(title: str, found: DomainGap) -> Panel:
     ]
     if max(value for value, _ in largest.values()) < _SMALL:
         reading.append("All of it is small: few steps or a small learning rate, as in fine-tuning, move copies little.")
-    return Panel(title, reading, drawn, [(f"{title}: distance by layer", ["layer", *keys], rows)])
+    return Panel(title, reading, drawn, [(f"{title}: distance by layer", head, rows)])
 
 
 def _jacobians(found: Mapping[str, InputJacobian]) -> Panel:
-    rows = [[title, _interval(one.frobenius_mean), _interval(one.spectral_mean)] for title, one in found.items()]
+    rows = [[title, str(one.frobenius_mean), str(one.spectral_mean)] for title, one in found.items()]
     reading = [
         "How strongly logits move with pixels, as the norm of their Jacobian: smaller is smoother, so small changes of "
         "an image change less. Logits of a larger scale have larger norms: compare models of similar confidence."
@@ -131,15 +113,3 @@ def _jacobians(found: Mapping[str, InputJacobian]) -> Panel:
 
 
 _MAKERS: dict[type, Any] = {EntropyStages: _entropies, DomainGap: _gap}
-
-
-def _interval(value: Any, *, signed: bool = False) -> str:
-    form = "{:+.3g}" if signed else "{:.3g}"
-    text = form.format(value.value)
-    if value.low is not None:
-        text += f" [{value.low:.3g}, {value.high:.3g}]"
-    return text.replace("-", MINUS)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(", ".join(names).rsplit(", ", 1))
