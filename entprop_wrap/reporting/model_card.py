@@ -98,7 +98,8 @@ def _section(result: RobustnessResult, dataset: str, training: str | None, comma
     parts = [
         "## Robustness",
         f"Evaluated on {escaped(dataset)}. SA is accuracy on images as they are, RA the plain mean over all "
-        "corruptions and severities (not the mean corruption error), Hscore their harmonic mean (EntProp, Enomoto, UAI 2024).",
+        "corruptions and severities (not the mean corruption error), Hscore their harmonic mean (EntProp, Enomoto, UAI "
+        "2024).",
         replace(result, auxiliaries={}).to_markdown(),  # the published model has none
     ]
     if training:
