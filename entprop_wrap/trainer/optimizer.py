@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
+from entprop_wrap.errors import ConfigurationError, OptimizerMismatchError, UnsupportedModelError
 from entprop_wrap.methods.base import Method
 from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.run_state import to_python
@@ -37,6 +37,7 @@ def wrap_with_optimizer(
         optimizer = given or build_optimizer(model, config)
         if is_wrapped(model):
             check_optimizer(model, optimizer)
+        _check_owner(model, optimizer)
         _check_steps(model, optimizer)
         schedule = build_schedule(optimizer, config, total_steps)
         # A resumed run reads Python's numbers from its checkpoint: this one computes with them, too.
@@ -47,6 +48,18 @@ def wrap_with_optimizer(
         if wrapped_here:
             unwrap(model)
         raise
+
+
+def _check_owner(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise where an optimizer holds parameters of something else, which neither processes nor checkpoints share."""
+    mine = {id(parameter) for parameter in model.parameters()}
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    if others := len(set(held) - mine):
+        raise OptimizerMismatchError(
+            f"{others} of the optimizer's {len(held)} parameters are not the model's. Expected those of the very model "
+            "that is trained, not of a copy or of one that was converted since: write entprop.parameter_groups(model, "
+            "weight_decay). A loss that has parameters belongs into the model."
+        )
 
 
 def _check_steps(model: nn.Module, optimizer: Optimizer) -> None:

@@ -89,7 +89,7 @@ class Trainer:
         DataError: Data is empty, has no labels, or is not a map-style dataset.
         ConfigurationError: Options contradict the machine or each other.
         AuxiliaryNameError: The model was wrapped without an auxiliary that the method needs.
-        OptimizerMismatchError: The optimizer does not train the auxiliary copies.
+        OptimizerMismatchError: The optimizer does not train the auxiliary copies, or trains what is not the model's.
         UnsupportedModelError: The model is in a container, or the launcher chose what the method cannot run in.
     """
 
@@ -307,7 +307,7 @@ class Trainer:
         state, position = self._state, self.position
         visible = self.config.progress and self.accelerator.is_main_process
         with tqdm(total=state.total_steps, initial=position.step, disable=not visible, unit="step") as self._bar:
-            state.prepared.optimizer.zero_grad()
+            state.prepared.model.zero_grad()
             self._since = time.perf_counter()
             self._images_before = state.meter.images  # of a log line's steps that were taken before the run was resumed
             if position.epoch and not position.batch and position.evaluation is None:
@@ -358,7 +358,7 @@ class Trainer:
             state.schedule.step()
             if state.average is not None:
                 update_average(state.average, state.model)
-        optimizer.zero_grad()
+        state.prepared.model.zero_grad()  # all, as all are clipped: the optimizer may hold some of them only
         state.position.step += 1
         state.position.evaluation = None
         self._bar.update()

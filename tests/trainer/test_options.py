@@ -196,6 +196,31 @@ def test_a_given_optimizer_is_used(tmp_path):
     assert lines(tmp_path, "train")[0]["learning_rate"] == 0.05
 
 
+def test_gradients_of_what_the_optimizer_does_not_hold_are_not_summed_up(tmp_path):
+    """Against a loop written out: they count where gradients are clipped, those of the same step alone."""
+    model = make(GroupNormNet)
+    reference = copy.deepcopy(model)
+    run = trainer(
+        tmp_path,
+        model,
+        method=Vanilla(),
+        epochs=1,
+        schedule="constant",
+        warmup=0.0,
+        max_grad_norm=0.2,
+        ready=torch.optim.SGD(model.fc.parameters(), lr=0.1),
+    )
+    batches = list(run.train_batches.epoch(0))
+    run.fit()
+    optimizer = torch.optim.SGD(reference.fc.parameters(), lr=0.1)
+    for images, labels in batches:
+        cross_entropy(reference(images), labels).backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.2)
+        optimizer.step()
+        reference.zero_grad()
+    torch.testing.assert_close(model.fc.weight, reference.fc.weight)
+
+
 def test_the_average_follows_its_formula(tmp_path):
     """decay * average + (1 - decay) * weights after each step, starting with the first."""
     seen = []
@@ -443,6 +468,14 @@ def test_an_optimizer_from_before_the_wrap(tmp_path):
     assert list(model.state_dict()) == keys
     entprop.wrap(model)
     refused(OptimizerMismatchError, "built before wrap", tmp_path, model, ready=optimizer)
+
+
+def test_an_optimizer_of_another_model(tmp_path):
+    model = entprop.wrap(make(BatchNormNet))
+    parameters = entprop.parameter_groups(copy.deepcopy(model), 0.0)
+    message = "8 of the optimizer's 8 parameters are not the model's"
+    refused(OptimizerMismatchError, message, tmp_path, model, ready=torch.optim.SGD(parameters, lr=0.1))
+    refused(OptimizerMismatchError, message, tmp_path, model, optimizer=lambda _: torch.optim.SGD(parameters, lr=0.1))
 
 
 def test_another_auxiliary(tmp_path):
