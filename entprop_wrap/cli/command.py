@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 
-from entprop_wrap.cli.options import flag, parse
+from entprop_wrap.cli.options import parse
+from entprop_wrap.errors import EntPropError
 
 DESCRIPTION = """Train an image classifier with EntProp and without, from the same seed, and compare them.
 
@@ -20,16 +19,13 @@ DESCRIPTION = """Train an image classifier with EntProp and without, from the sa
     {command} --methods entropic_retraining --weights outputs/train/vanilla-seed0/model
 
 The first trains on scikit-learn's digits, in a minute or two on a CPU. Every method is trained once per seed, on the
-same data in the same order. The table at the end gives clean accuracy (SA), mean accuracy under corruptions (RA), their
-harmonic mean (Hscore), accuracy under PGD-20 with --attack, the seconds that training took, and passes per step, where
-one pass is forward and backward of one batch. The output folder then holds results.json, report.html, curves.png, and
-one folder per run with its checkpoints, its metrics.jsonl and the final model, which loads without entprop_wrap.
---weights starts from such a model: entropic_retraining needs that, few epochs, and a small learning rate.
+same data in the same order. The tables at the end give clean accuracy (SA), mean accuracy under corruptions (RA), their
+harmonic mean (Hscore), accuracy under PGD-20 with --attack, and differences to the first method; below them are the
+seconds that training took, and passes per step, where one pass is forward and backward of one batch. The output folder
+then holds results.json, report.html, and one folder per run with its checkpoints, its metrics.jsonl and the final
+model, which loads without entprop_wrap. --weights starts from such a model: entropic_retraining needs that, few epochs,
+and a small learning rate.
 """
-
-
-#: Options of methods that messages say to write, which are not flags.
-SETTABLE = ("attack_steps", "copies", "equal_budget", "lagged", "view")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,10 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     command = "accelerate launch examples/train.py" if sys.argv[0].endswith("examples/train.py") else "entprop-train"
     options = parse(DESCRIPTION.format(command=command), arguments)
-    errors: type[Exception] = type("NotImportedYet", (Exception,), {})
     try:
         from entprop_wrap.cli.run import run
-        from entprop_wrap.errors import EntPropError as errors
 
         run(options)
     except KeyboardInterrupt:
@@ -52,14 +46,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         raise SystemExit(f"{error}. The command needs more: pip install 'entprop-wrap[examples]'.") from error
-    except errors as error:
-        raise SystemExit(f"{type(error).__name__}: {error}{hint(str(error), options)}") from error
-
-
-def hint(message: str, options: Namespace) -> str:
-    """Return the flags for the Python arguments that a message names, and the values it says to write of others."""
-    flags = {"output_dir": "--output", **{name: flag(name) for name in vars(options)}}
-    found = [flags[name] for name in flags if re.search(rf"\b{name}{'' if '_' in name else '='}", message)]
-    told = re.findall(r"\b(\w+)=[\"']?(\w+)", message.partition("rite ")[2])
-    found += [f"--set {name}={value.lower()}" for name, value in told if name in SETTABLE]
-    return f"\nOn this command line: {', '.join(found)}." if found else ""
+    except EntPropError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error

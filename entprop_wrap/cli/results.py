@@ -1,4 +1,4 @@
-"""The results: a table, results.json, a page to look at, and a figure of the learning curves."""
+"""The results: tables, results.json, and a page to look at."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from entprop_wrap import diagnostics
-from entprop_wrap.cli.data import Data, say
+from entprop_wrap.cli.data import Data
 from entprop_wrap.methods import EntProp
 from entprop_wrap.reporting import report
+from entprop_wrap.robustness import compare
 
 
 @dataclass
@@ -63,29 +64,26 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def table(runs: Sequence[Run], data: Data) -> str:
-    """Return one row per method: means over seeds, with sample standard deviations; then what monitors said."""
-    attacks = list(runs[0].scores.adversarial)
-    head = ["method", "seeds", "SA", "RA", "Hscore", *attacks, "seconds", "passes per step"]
-    lines = [
-        f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes. "
-        f"SA: clean accuracy on {runs[0].scores.clean.images:,} test images. RA: {runs[0].scores.protocol}.",
-        "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
+    """Return scores and differences as tables, what training cost, and what monitors said."""
+    methods = by_method(runs)
+    cost = [
+        f"{method} {statistics.fmean(run.seconds for run in mine):.0f} seconds of training, "
+        f"{statistics.fmean(run.passes for run in mine):.2f} passes per step"
+        for method, mine in methods.items()
     ]
-    for method, mine in by_method(runs).items():
-        cells = [_spread([getattr(run.scores, score) for run in mine]) for score in ("sa", "ra", "hscore")]
-        cells += [_spread([run.scores.adversarial[name].accuracy for run in mine]) for name in attacks]
-        seconds = statistics.fmean(run.seconds for run in mine)
-        passes = statistics.fmean(run.passes for run in mine)
-        lines.append(f"| {method} | {len(mine)} | {' | '.join(cells)} | {seconds:.0f} | {passes:.2f} |")
     said = [f"{run.method}, seed {run.seed}: {text}" for run in runs for text in run.warnings.values()]
-    lines += ["", *said] if said else []
-    return "\n".join(lines)
+    return "\n\n".join(
+        [
+            f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes.",
+            compare({method: [run.scores for run in mine] for method, mine in methods.items()}).to_markdown(),
+            f"Cost: {'; '.join(cost)}.",
+            *said,
+        ]
+    )
 
 
 def save(runs: Sequence[Run], data: Data, options: Namespace) -> None:
-    """Write results.json, report.html and curves.png into the output folder."""
+    """Write results.json and report.html into the output folder."""
     output = options.output
     results = {
         "data": data.name,
@@ -104,8 +102,7 @@ def save(runs: Sequence[Run], data: Data, options: Namespace) -> None:
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     page(runs, data, options, output / "report.html")
-    curves(runs, output / "curves.png")
-    print(f"\nResults: {output / 'results.json'}   to look at: {output / 'report.html'}, {output / 'curves.png'}")
+    print(f"\nResults: {output / 'results.json'}   to look at: {output / 'report.html'}")
 
 
 def diagnose(name: str, method: Any, model: nn.Module, data: Data, options: Namespace) -> dict[str, Any]:
@@ -113,11 +110,9 @@ def diagnose(name: str, method: Any, model: nn.Module, data: Data, options: Name
     found: dict[str, Any] = {f"{name}: auxiliary against main norms": diagnostics.domain_gap(model)}
     if isinstance(method, EntProp):
         loader = data.loader(options.batch_size, options.workers)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the page says what there is to say
             stages = diagnostics.entropy_stages(model, loader, method=method, pixel_space=data.space, progress=False)
-        for warning in caught:
-            say(f"a diagnosis of {name} after training, on which the table does not depend: {warning.message}")
         found[f"{name}: entropy of test images"] = stages
     return found
 
@@ -150,30 +145,3 @@ def page(runs: Sequence[Run], data: Data, options: Namespace, path: Path) -> Pat
         command=shlex.join(["python", *sys.argv]),
         facts=facts,
     )
-
-
-def curves(runs: Sequence[Run], path: Path) -> None:
-    """Draw training loss and accuracy on the test images of the table over epochs, one colour per method."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    losses, accuracies = figure.subplots(1, 2)
-    methods = list(by_method(runs))
-    for run in runs:
-        style = {"color": f"C{methods.index(run.method)}", "alpha": 0.8}
-        label = run.method if run.seed == runs[0].seed else None
-        for axis, key, line in ((losses, "main_loss", "-"), (losses, "aux_loss", ":"), (accuracies, "accuracy", "-")):
-            points = [(record["epoch"], record[key]) for record in run.history if key in record]
-            if points:
-                axis.plot(*zip(*points, strict=True), line, label=label if line == "-" else None, **style)
-    losses.set(xlabel="epoch", ylabel="training loss (dotted: auxiliary)", yscale="log")
-    accuracies.set(xlabel="epoch", ylabel=f"SA on the {runs[0].scores.clean.images:,} test images")
-    for axis in (losses, accuracies):
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=120)
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{100 * statistics.fmean(values):.1f} %"
-    return mean if len(values) < 2 else f"{mean} ± {100 * statistics.stdev(values):.1f}"

@@ -30,15 +30,13 @@ from entprop_wrap.utils.files import explaining_failed_writes, replacing
 from entprop_wrap.utils.modules import evaluating
 from entprop_wrap.wrapping.model import ensure_wrapped, unwrap
 
-__all__ = ["attacks", "run"]
-
 #: In the folder of a run, what it started from.
 START = "start.json"
 
 
 def run(options: Namespace) -> None:
     """Train, evaluate, and write down. What does not fit raises before anything is trained."""
-    attacked = attacks(options.attack)
+    attacks = {} if options.attack is None else {f"PGD-20 {in_255ths(options.attack)}": PGD(options.attack, steps=20)}
     methods = method_parts.build(options)
     settings = config(options)
     for name, method in methods.items():
@@ -85,7 +83,7 @@ def run(options: Namespace) -> None:
             data.loader(options.eval_batch_size, options.workers),
             pixel_space=data.space,
             severities=tuple(options.severities),
-            attacks=attacked,
+            attacks=attacks,
         )
         for one in runs[-len(trained) :]:
             one.scores = scores[one.method]
@@ -196,11 +194,6 @@ def phases(name: str, method: Any, options: Namespace) -> tuple[int, ...]:
     if options.epochs <= 2 * every:
         raise ConfigurationError(f"{name} trains in three phases, found {options.epochs} epochs: choose more epochs.")
     return every, every, options.epochs - 2 * every
-
-
-def attacks(epsilon: float | None) -> dict[str, Any]:
-    """Return what ``evaluate_robustness`` is to attack with, by name: PGD-20; None: nothing."""
-    return {} if epsilon is None else {f"PGD-20 {in_255ths(epsilon)}": PGD(epsilon, steps=20)}
 
 
 def in_255ths(epsilon: float) -> str:

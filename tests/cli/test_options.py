@@ -28,15 +28,14 @@ EXTRA = (
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        (["--severities", "7"], "--severities: expected an integer from 1 to 5, found '7'"),
+        (["--severities", "7"], "--severities: invalid choice: 7 (choose from "),
         (["--seeds", "0"], "--seeds: expected an integer of at least 1, found '0'"),
         (["--robustness-images", "0"], "--robustness-images: expected an integer of at least 1, found '0'"),
         (["--epochs", "ten"], "--epochs: expected an integer of at least 1, found 'ten'"),
         (["--attack", "4/0"], "--attack: expected a number such as 4/255 or 0.016, found '4/0'"),
         (["--methods", "vanilla", "entrop"], "--methods: invalid choice: 'entrop' (choose from "),
         (["--optimizer", "sdg"], "--optimizer: invalid choice: 'sdg' (choose from "),
-        (["--learning_rate", "0.1"], "unknown option --learning_rate. Did you mean '--learning-rate'?"),
-        (["--datset=here"], "unknown option --datset=here. Did you mean '--dataset'?"),
+        (["--learning_rate", "0.1"], "unrecognized arguments: --learning_rate 0.1"),
         (["--pretrained"], "--pretrained: small_cnn has no pretrained weights"),
         (["--linear-probe"], "--linear-probe fits a head on pretrained features: add --pretrained"),
         (["--interpolate", "0.5"], "--interpolate goes back towards a head that has to be fitted first"),
@@ -51,7 +50,7 @@ def test_what_is_refused(arguments, found, capsys):
         parse("", arguments)
     usage, error = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2
-    assert usage.endswith("[options]   (--help lists them)")
+    assert usage.endswith("[options]")
     assert found in error
 
 
