@@ -137,7 +137,7 @@ def refuse_idle_copies(registry: Registry, auxiliaries: tuple[str, ...]) -> None
         pairs = list(zip(registry.norms.values(), registry.copies(auxiliary), strict=True))
         if any(_moves(norm, copy) for norm, copy in pairs) or not all(_equal(norm, copy) for norm, copy in pairs):
             continue
-        if not any(copy._parameters or copy._buffers for _, copy in pairs):
+        if all(value is None for _, copy in pairs for value in (*copy._parameters.values(), *copy._buffers.values())):
             continue  # nothing is copied: the norms keep no statistics, and share the rest
         if any(True for _ in registry.copied_parameters()):
             write = (

@@ -137,9 +137,10 @@ def test_statistics_without_affine_parameters_are_not_mixed():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())
 
 
-def test_norms_that_keep_no_statistics_are_all_shared():
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True)])
+def test_norms_that_keep_no_statistics_are_all_shared(norm):
     images, labels = _images()
-    layers = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    layers = nn.Conv2d(3, 8, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
     plain = nn.Sequential(*layers).double()
     model = entprop.wrap(copy.deepcopy(plain), copies="statistics")
     assert model.state_dict().keys() == plain.state_dict().keys()
@@ -150,7 +151,7 @@ def test_norms_that_keep_no_statistics_are_all_shared():
         assert torch.equal(shared.grad, expected.grad)
     for _ in range(2):
         entprop.training_step(model, images, labels, method=EntProp.augmented(lagged=True))
-    assert type(entprop.unwrap(model)[1]) is nn.GroupNorm
+    assert type(entprop.unwrap(model)[1]) is type(norm)
 
 
 @pytest.mark.parametrize(
