@@ -30,6 +30,7 @@ from entprop_wrap.errors import (
 )
 from entprop_wrap.utils.modules import check_module, refuse_wrapping, walk
 from entprop_wrap.utils.options import check_choice, check_flag, shown
+from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.wrapping.active_domain import key_of
 from entprop_wrap.wrapping.norm_layers import Selector, find_norms, is_norm
 from entprop_wrap.wrapping.registry import Registry, find_registry, find_wrapped, registry_on
@@ -174,8 +175,14 @@ def auxiliary(model: nn.Module, name: str | None = "aux", *, record_statistics: 
             f"No auxiliary named {shown(name)}; this model has {', '.join(map(repr, registry.auxiliaries))}. "
             f"Name it when wrapping: wrap(model, auxiliaries=({shown(name)},))."
         )
-    with registry.switch.block(key_of(name, record_statistics)):
-        yield
+    # Norm layers that all domains share know of no switch.
+    before = Snapshot(model) if registry.shared and not record_statistics else None
+    try:
+        with registry.switch.block(key_of(name, record_statistics)):
+            yield
+    finally:
+        if before is not None:
+            before.restore_buffers()
 
 
 @dataclass(frozen=True)
