@@ -34,10 +34,10 @@ _NOT_NORMS = frozenset({"GlobalResponseNorm", "ConvNextV2GRN", "NormFreeBlock"})
 def is_norm(module: nn.Module) -> bool:
     """Return whether ``module`` is a norm layer whose state is worth an auxiliary copy.
 
-    A norm is a subclass of torch's batch, instance, layer, group or RMS norm, or a class named ``*norm*`` that owns
-    a vector of parameters itself and contains no layer with weights (that would be a block). Linear layers and
-    convolutions with normalised weights are not norms. It must have state that training moves: a parameter, or running
-    statistics. ``FrozenBatchNorm2d`` and norms without affine weights have none.
+    A norm is a subclass of torch's batch, instance, layer, group or RMS norm, or a class named ``*norm*`` or with a
+    buffer ``running_mean`` whose own parameters are vectors, and which contains no layer with weights (that would be a
+    block). Linear layers and convolutions with normalised weights are not norms. It must have state that training
+    moves: a parameter, or running statistics. ``FrozenBatchNorm2d`` and norms without affine weights have none.
 
     Only a module's own tensors count, and ``requires_grad`` does not: a frozen norm may be thawed after ``wrap``.
     """
@@ -45,11 +45,14 @@ def is_norm(module: nn.Module) -> bool:
     if names & _NOT_NORMS or isinstance(module, AuxiliaryNorm):
         return False
     parameters = any(value is not None for value in module._parameters.values())
+    records = module._buffers.get("running_mean") is not None
     if isinstance(module, _BASES):
-        return parameters or getattr(module, "running_mean", None) is not None
-    if "norm" not in type(module).__name__.lower() or isinstance(module, (nn.Linear, _ConvNd)):
+        return parameters or records
+    named = "norm" in type(module).__name__.lower() or records  # InPlaceABN
+    if not named or isinstance(module, (nn.Linear, _ConvNd)):
         return False
-    return parameters and not _has_matrix(module) and not _has_weighted_child(module)
+    moves = parameters or (records and "weight" not in module._buffers)  # FrozenBatchNorm2d has a buffer
+    return moves and not _has_matrix(module) and not _has_weighted_child(module)
 
 
 def find_norms(

@@ -88,6 +88,21 @@ CENSUS = {
     "transformers.Gemma3RMSNorm": ("tokens", lambda: _hf("gemma3", "Gemma3RMSNorm")(WIDTH)),
 }
 
+
+
+class ABN(nn.Module):
+    """A batch norm as those who write their own have it, mapillary's InPlaceABN among them."""
+
+    def __init__(self, affine):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(WIDTH))
+        self.register_buffer("running_var", torch.ones(WIDTH))
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, training=self.training)
+
+
 # Not met in the census, and yet of the same families.
 RELATIVES = {
     "torch.BatchNorm3d": ("volumes", lambda: nn.BatchNorm3d(WIDTH)),
@@ -101,6 +116,8 @@ RELATIVES = {
     "timm.EvoNorm2dB0": ("images", lambda: _timm("layers.EvoNorm2dB0")(WIDTH)),
     "timm.EvoNorm2dB1": ("images", lambda: _timm("layers.EvoNorm2dB1")(WIDTH)),
     "timm.EvoNorm2dB2": ("images", lambda: _timm("layers.EvoNorm2dB2")(WIDTH)),
+    "one's own BatchNorm": ("images", lambda: ABN(affine=True)),
+    "one's own BatchNorm, without affine": ("images", lambda: ABN(affine=False)),
 }
 ALL = CENSUS | RELATIVES
 TRACKING = [
