@@ -89,7 +89,6 @@ CENSUS = {
 }
 
 
-
 class ABN(nn.Module):
     """A batch norm as those who write their own have it, mapillary's InPlaceABN among them."""
 
