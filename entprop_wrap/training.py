@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.data.pixel_space import PixelSpace, check_pixel_space
+from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
@@ -75,8 +75,8 @@ def training_step(
         UnsupportedModelError: The switch or the method cannot be right on this model, or the call stands inside
             ``auxiliary()``; the message says which.
     """
-    method = _checked("training_step()", model, method, pixel_space, loss, backward, generator)
-    return _run(model, images, labels, method, pixel_space, loss, backward, generator)
+    method, space = _checked("training_step()", model, method, pixel_space, loss, backward, generator)
+    return _run(model, images, labels, method, space, loss, backward, generator)
 
 
 class TrainingStep:
@@ -118,18 +118,18 @@ class TrainingStep:
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> None:
-        self.method = _checked("TrainingStep()", model, method, pixel_space, loss, backward, generator)
+        self.method, self.pixel_space = _checked(
+            "TrainingStep()", model, method, pixel_space, loss, backward, generator
+        )
         ensure_wrapped(model, self.method, **options)
-        self.model, self.pixel_space, self.loss = model, pixel_space, loss
-        self.backward, self.generator = backward, generator
+        self.model, self.loss, self.backward, self.generator = model, loss, backward, generator
 
     def __call__(self, images: Tensor, labels: Tensor) -> StepOutput:
         """Run one step on images ``(N, C, H, W)`` and labels; see :func:`training_step`."""
         return _run(self.model, images, labels, self.method, self.pixel_space, self.loss, self.backward, self.generator)
 
     def __repr__(self) -> str:
-        space = self.pixel_space or PixelSpace()
-        return f"TrainingStep({type(plain_model(self.model)).__name__}, {self.method!r}, {space!r})"
+        return f"TrainingStep({type(plain_model(self.model)).__name__}, {self.method!r}, {self.pixel_space!r})"
 
 
 def _checked(
@@ -140,15 +140,15 @@ def _checked(
     loss: object,
     backward: object,
     generator: object,
-) -> Method:
-    """Return the method, after checks of the types of all arguments but the data."""
+) -> tuple[Method, PixelSpace]:
+    """Return the method and the pixel space, after checks of the types of all arguments but the data."""
     check_module(caller, model)
-    check_pixel_space(pixel_space)
+    space = space_of(pixel_space)
     check_loss(loss)
     if backward is not None:
         check_function("backward", backward, "of a loss", "backward=accelerator.backward")
     check_generator(generator)
-    return EntProp() if method is None else check_method(method)
+    return EntProp() if method is None else check_method(method), space
 
 
 def _run(
@@ -156,7 +156,7 @@ def _run(
     images: Tensor,
     labels: Tensor,
     method: Method,
-    pixel_space: PixelSpace | None,
+    space: PixelSpace,
     loss: Loss | None,
     backward: Callable[..., Any] | None,
     generator: torch.Generator | None,
@@ -165,9 +165,7 @@ def _run(
     refuse_inference_mode()
     registry = check_wrapped(model, method) if method.auxiliaries else None
     refuse_inside_block(model)
-    step = Step(
-        model, images, labels, pixel_space or PixelSpace(), cross_entropy if loss is None else loss, backward, generator
-    )
+    step = Step(model, images, labels, space, cross_entropy if loss is None else loss, backward, generator)
     if registry is not None:
         refuse_idle_copies(registry, method.auxiliaries)
     before = Snapshot(model, gradients=not step.checker.stepped)

@@ -13,7 +13,7 @@ from torch import Tensor
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.utils.options import as_python, check_number, check_sequence, shown
 
-__all__ = ["PixelSpace", "check_pixel_space"]
+__all__ = ["PixelSpace", "space_of"]
 
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -140,10 +140,15 @@ class PixelSpace:
         return lower, upper, scale
 
 
-def check_pixel_space(space: object) -> None:
-    """Raise a :class:`TypeError` unless ``space`` is a :class:`PixelSpace` or None."""
-    if space is not None and not isinstance(space, PixelSpace):
-        raise TypeError(f"pixel_space expects a PixelSpace, found {shown(space)}: write PixelSpace(mean, std).")
+def space_of(pixel_space: object) -> PixelSpace:
+    """Return what the option ``pixel_space`` names; None: images are in [0, 1]."""
+    if pixel_space is None:
+        return PixelSpace()
+    if not isinstance(pixel_space, PixelSpace):
+        raise ConfigurationError(
+            f"pixel_space must be a PixelSpace or None, found {shown(pixel_space)}. Write PixelSpace(mean, std)."
+        )
+    return pixel_space
 
 
 def _per_channel(value: Any) -> tuple[float, ...]:

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.diagnostics.method_stages import logits_in, observing
 from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.methods.base import Method
-from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import markdown_table
 from entprop_wrap.utils.options import check_seed
 from entprop_wrap.utils.statistics import Interval, Result, mean_difference, mean_of

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.diagnostics.method_stages import logits_in, observing
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods.base import Method
-from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import escaped, markdown_table
 from entprop_wrap.utils.features import features_of
 from entprop_wrap.utils.options import check_seed, shown

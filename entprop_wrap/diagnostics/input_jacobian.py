@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.diagnostics.method_stages import batches_of, isolated
 from entprop_wrap.errors import ModelOutputError
 from entprop_wrap.methods.input_gradient import refusing_reentrant
 from entprop_wrap.robustness.evaluated_model import check_finite, in_domain, logits
-from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.options import check_name, check_seed
 from entprop_wrap.utils.statistics import Interval, Result, mean_of

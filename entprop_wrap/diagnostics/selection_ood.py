@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.diagnostics.method_stages import batches_of, logits_in, observing
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.uncertainty import entropy, least_confidence
 from entprop_wrap.methods.base import Method
 from entprop_wrap.robustness.corruptions import conditions_of
-from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import markdown_table
 from entprop_wrap.utils.options import check_seed
 from entprop_wrap.utils.statistics import Interval, Result, bootstrap

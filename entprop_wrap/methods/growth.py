@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.data.grown_images import GrownImages, collate, form_of, to_bytes, without_augmentation
-from entprop_wrap.data.pixel_space import PixelSpace, check_pixel_space
+from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.data.validation import Checker, check_images, check_labels, checker_of
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods.me_ada import EntropyAscent, check_ascent
@@ -120,7 +120,6 @@ def _check(model: Any, space: Any, augment: Any) -> PixelSpace:
     check_module("grow()", model)
     refuse_inference_mode()
     refuse_sharded("grow()", model)
-    check_pixel_space(space)
     if augment is not None and not callable(augment):
         raise TypeError(f"augment expects a function of one image, found {shown(augment)}.")
-    return space or PixelSpace()
+    return space_of(space)

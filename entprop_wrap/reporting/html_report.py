@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup, escape
 from torch import Tensor
 
-from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.reporting.diagnostic_panels import panels
 from entprop_wrap.reporting.formatting import versions
@@ -21,7 +21,6 @@ from entprop_wrap.reporting.gallery import gallery_of
 from entprop_wrap.reporting.heat_maps import heat_maps
 from entprop_wrap.reporting.study import Results, Study, cards, lower_is_better, score_rows, study_of, verdict
 from entprop_wrap.reporting.study_charts import study_charts
-from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.utils.options import check_mapping, check_number, check_text, is_number, shown
 
 __all__ = ["report"]

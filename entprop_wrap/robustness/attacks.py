@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.functional import attacks
 from entprop_wrap.functional.attacks import Gradient, normalize_l2
@@ -35,7 +35,7 @@ from entprop_wrap.robustness.evaluated_model import (
     device_of,
     logits,
 )
-from entprop_wrap.robustness.pixels import check_batch, space_of
+from entprop_wrap.robustness.pixels import check_batch
 from entprop_wrap.utils.modules import check_module
 from entprop_wrap.utils.options import check_choice, check_generator, check_mapping, shown
 from entprop_wrap.utils.tensors import refuse_inference_mode

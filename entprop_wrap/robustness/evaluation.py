@@ -9,7 +9,7 @@ from typing import Any, overload
 from torch import nn
 from tqdm.auto import tqdm
 
-from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import attacks as training_attacks
 from entprop_wrap.robustness.attacks import PGD, AttackFunction, attacked, check_attack, check_attacks
@@ -18,7 +18,6 @@ from entprop_wrap.robustness.corruptions import Corruption, conditions_of
 from entprop_wrap.robustness.corruptions.random import Streams
 from entprop_wrap.robustness.distributed import ShardedData
 from entprop_wrap.robustness.evaluated_model import EvaluatedModel, check_state, device_of, evaluated_models, in_domain
-from entprop_wrap.robustness.pixels import space_of
 from entprop_wrap.robustness.result import RobustnessResult
 from entprop_wrap.utils.options import check_flag, check_mapping, check_number, check_seed, check_sequence, shown
 

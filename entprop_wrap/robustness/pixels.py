@@ -1,4 +1,4 @@
-"""Checks of the pixel space and of the batches of an evaluation."""
+"""Checks of the batches of an evaluation."""
 
 from __future__ import annotations
 
@@ -9,19 +9,9 @@ from torch import Tensor
 
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.data.validation import Checker, check_images, check_labels
-from entprop_wrap.errors import ConfigurationError, LabelError, PixelRangeError
-from entprop_wrap.utils.options import shown
+from entprop_wrap.errors import LabelError, PixelRangeError
 
-__all__ = ["check_batch", "space_of"]
-
-
-def space_of(pixel_space: PixelSpace | None) -> PixelSpace:
-    """Return the pixel space that an option says, checked; None: images are in [0, 1]."""
-    if pixel_space is not None and not isinstance(pixel_space, PixelSpace):
-        raise ConfigurationError(
-            f"pixel_space must be a PixelSpace or None, found {shown(pixel_space)}. Write PixelSpace(mean, std)."
-        )
-    return pixel_space or PixelSpace()
+__all__ = ["check_batch"]
 
 
 def check_batch(images: Any, labels: Any, space: PixelSpace, *, first: bool = False) -> Tensor:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from entprop_wrap.data.pixel_space import PixelSpace, check_pixel_space
+from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, DivergedError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
@@ -113,7 +113,7 @@ class Trainer:
                 f"Trainer expects a plain model, found a {type(model).__name__}: it distributes and compiles the model "
                 "itself. Pass the module inside, and compile=True in the configuration for torch.compile."
             )
-        check_pixel_space(pixel_space)
+        self.pixel_space = space_of(pixel_space)
         check_loss(loss)
         if config is not None and not isinstance(config, TrainerConfig):
             raise TypeError(f"config expects a TrainerConfig, found {config!r}: write TrainerConfig(epochs=10), say.")
@@ -122,7 +122,7 @@ class Trainer:
         self.model, self.method = model, method
         self._evaluating = _evaluating_parts(model)
         self.config = TrainerConfig() if config is None else config
-        self.pixel_space, self.loss = pixel_space or PixelSpace(), cross_entropy if loss is None else loss
+        self.loss = cross_entropy if loss is None else loss
         self.accelerator = make_accelerator(self.config)
         self.monitor = monitor if self.accelerator.is_main_process else None
         self.train_batches = self._batches(train_data, training=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerCallback
 
-from entprop_wrap.data.pixel_space import PixelSpace, check_pixel_space
+from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.data.validation import check_takes_images
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer.checkpoints import PlainCheckpoints
@@ -55,8 +55,7 @@ class EntPropCallback(TrainerCallback):
 
     def __init__(self, method: Method | None = None, *, pixel_space: PixelSpace | None = None) -> None:
         self.method: Method = EntProp() if method is None else check_method(method)
-        check_pixel_space(pixel_space)
-        self.pixel_space = pixel_space
+        self.pixel_space = None if pixel_space is None else space_of(pixel_space)
         self.trainer: Any = None
         self.space: PixelSpace | None = None
         self.loss: TrainerLoss | None = None

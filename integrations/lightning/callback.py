@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from entprop_wrap.data.batches import images_and_labels
-from entprop_wrap.data.pixel_space import PixelSpace, check_pixel_space
+from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, Pass
 from entprop_wrap.integrations.lightning.stand_ins import KnownOutput, ModelInContext, already_done
@@ -81,8 +81,7 @@ class EntPropLightningCallback(Callback):
         loss: Loss | None = None,
     ) -> None:
         self.method: Method = EntProp() if method is None else check_method(method)
-        check_pixel_space(pixel_space)
-        self.pixel_space, self.model, self.loss = pixel_space, model, loss
+        self.pixel_space, self.model, self.loss = space_of(pixel_space), model, loss
         self._fit: _Fit | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

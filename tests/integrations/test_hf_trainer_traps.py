@@ -434,5 +434,5 @@ def test_one_callback_for_one_trainer(tmp_path):
 
 
 def test_what_is_no_pixel_space_is_refused_at_once():
-    with pytest.raises(TypeError, match="pixel_space expects a PixelSpace, found 'imagenet'"):
+    with pytest.raises(ConfigurationError, match="pixel_space must be a PixelSpace or None, found 'imagenet'"):
         EntPropCallback(pixel_space="imagenet")

@@ -284,7 +284,7 @@ def test_checkpoints_are_plain_and_resume_exactly(method, tmp_path):
 
 
 def test_what_is_no_pixel_space_is_refused_at_once():
-    with pytest.raises(TypeError, match="pixel_space expects a PixelSpace, found 'imagenet'"):
+    with pytest.raises(entprop.errors.ConfigurationError, match=r"pixel_space must be .*found 'imagenet'"):
         EntPropLightningCallback(pixel_space="imagenet")
 
 

@@ -170,7 +170,7 @@ def test_data_that_cannot_grow_is_refused(data, message):
         ({"ascent": EntropyAscent}, ConfigurationError),
         ({"batch_size": 0}, ConfigurationError),
         ({"augment": "flip"}, TypeError),
-        ({"pixel_space": (0.5, 0.5)}, TypeError),
+        ({"pixel_space": (0.5, 0.5)}, ConfigurationError),
     ],
     ids=str,
 )

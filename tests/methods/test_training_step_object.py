@@ -140,7 +140,7 @@ def test_it_leaves_a_plain_model_plain_where_nothing_is_to_be_copied(batch):
     [
         (("resnet18",), {}, UnsupportedModelError, r"TrainingStep\(\): expected a torch.nn.Module"),
         ((AdvProp,), {}, TypeError, "an instance of a training method"),
-        ((None, 0.5), {}, TypeError, "pixel_space expects a PixelSpace"),
+        ((None, 0.5), {}, ConfigurationError, "pixel_space must be a PixelSpace"),
         ((None, None), {"loss": "ce"}, TypeError, "loss expects a function"),
         ((AdvProp(auxiliary="adv"),), {}, AuxiliaryNameError, "without 'adv'"),
         ((None, None), {"copy": "all"}, TypeError, "copy"),

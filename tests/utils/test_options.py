@@ -177,7 +177,7 @@ def test_seeds(value):
         ({"loss": "ce"}, TypeError, "loss expects a function"),
         ({"loss": nn.CrossEntropyLoss}, TypeError, r"write torch\.nn\.functional\.cross_entropy"),
         ({"backward": 1.0}, ConfigurationError, "backward must be a function of a loss, found 1.0"),
-        ({"pixel_space": (0.5, 0.5)}, TypeError, r"write PixelSpace\(mean, std\)"),
+        ({"pixel_space": (0.5, 0.5)}, ConfigurationError, r"Write PixelSpace\(mean, std\)"),
         ({"generator": 3}, ConfigurationError, "generator expects a CPU generator, found 3"),
     ],
 )
@@ -207,15 +207,15 @@ def test_what_is_not_an_uncertainty(value):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"config": {"epochs": 1}}, r"config expects a TrainerConfig, found \{'epochs': 1\}"),
-        ({"loss": "ce"}, "loss expects a function"),
-        ({"pixel_space": (0.5, 0.5)}, r"write PixelSpace\(mean, std\)"),
+        ({"config": {"epochs": 1}}, TypeError, r"config expects a TrainerConfig, found \{'epochs': 1\}"),
+        ({"loss": "ce"}, TypeError, "loss expects a function"),
+        ({"pixel_space": (0.5, 0.5)}, ConfigurationError, r"Write PixelSpace\(mean, std\)"),
     ],
 )
-def test_arguments_of_the_trainer(options, message):
+def test_arguments_of_the_trainer(options, error, message):
     model = make(BatchNormNet)
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(error, match=message):
         entprop.Trainer(model, Images(), **options)
     assert not any("entprop" in name for name, _ in model.named_parameters()), "the model was changed"
