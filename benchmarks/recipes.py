@@ -311,8 +311,8 @@ def batches(
     task: Task, part: Part, augment: str, epochs: int, order: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
     """Yield normalised images, labels and the CPU seconds that they took."""
-    extra, size = augmentation(augment), task.regime.batch
-    transform = v2.Compose([*task.transform, *([] if extra is None else [extra])]) if task.transform or extra else None
+    changes, size = [*task.transform, *([] if augment == "none" else [augmentation(augment)])], task.regime.batch
+    transform = v2.Compose(changes) if changes else None
     for _ in range(epochs):
         rows = torch.randperm(len(part.labels), generator=order)
         for chosen in rows[: len(rows) // size * size].split(size):
@@ -450,7 +450,7 @@ def tables(runs: Runs, options: argparse.Namespace) -> str:
     for (regime, augment, row, seed, explore), found in runs.found.items():
         if explore == options.explore and "ra" in found:
             groups[regime, augment][row][seed] = found
-    order = [(name, augment) for name in REGIMES for augment in AUGMENTATIONS if (name, augment) in groups]
+    order = [(name, augment) for name in REGIMES for augment in ("none", *AUGMENTATIONS) if (name, augment) in groups]
     return "\n\n".join(
         table(f"{regime}, {augment}", groups[regime, augment], options.versus) for regime, augment in order
     )
@@ -507,7 +507,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("benchmarks/recipes/runs.jsonl"), help="file of JSON lines")
     parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=["digits"])
-    parser.add_argument("--augment", nargs="+", choices=AUGMENTATIONS, default=["none"])
+    parser.add_argument("--augment", nargs="+", choices=("none", *AUGMENTATIONS), default=["none"])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=["c"], help="of corruptions (default: c)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])

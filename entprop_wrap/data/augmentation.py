@@ -15,23 +15,22 @@ from entprop_wrap.errors import ConfigurationError
 __all__ = ["AUGMENTATIONS", "AugmentedImages", "augmentation"]
 
 #: What :func:`augmentation` knows.
-AUGMENTATIONS = ("none", "trivialaugment", "randaugment", "augmix", "gaussian")
+AUGMENTATIONS = ("trivialaugment", "randaugment", "augmix", "gaussian")
 
 
-def augmentation(name: str, *, sigma: float = 0.1) -> Callable[[Any], Any] | None:
+def augmentation(name: str) -> Callable[[Any], Any]:
     """Return a random change of one image, to be put after cropping and before conversion to floats.
 
         transform = v2.Compose([v2.RandomCrop(32, 4), augmentation("trivialaugment"), v2.ToDtype(torch.float32, True)])
 
     Args:
-        name: "none"; torchvision's "trivialaugment" (wide; Müller & Hutter, ICCV 2021), "randaugment" (Cubuk et al.,
-            2020) or "augmix" (Hendrycks et al., ICLR 2020; without its consistency loss), each with its defaults; or
-            "gaussian", noise on half of the images.
-        sigma: Standard deviation of the noise, as a fraction of the pixel range.
+        name: torchvision's "trivialaugment" (wide; Müller & Hutter, ICCV 2021), "randaugment" (Cubuk et al., 2020) or
+            "augmix" (Hendrycks et al., ICLR 2020; without its consistency loss), each with its defaults; or "gaussian",
+            noise on half of the images, with a standard deviation of 0.1 of the pixel range.
 
     Returns:
-        A picklable callable on uint8 tensors ``(3, H, W)``, and, but for the noise, on PIL images; None for "none". It
-        draws from torch's global generator.
+        A picklable callable on uint8 tensors ``(3, H, W)``, and, but for the noise, on PIL images. It draws from
+        torch's global generator.
 
     Raises:
         ConfigurationError: The name is unknown.
@@ -39,9 +38,8 @@ def augmentation(name: str, *, sigma: float = 0.1) -> Callable[[Any], Any] | Non
     from torchvision.transforms import v2
 
     # Through floats, because older versions of torchvision know no other noise.
-    noise = [v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise(sigma=sigma), v2.ToDtype(torch.uint8, scale=True)]
-    known: dict[str, Callable[[], Callable[[Any], Any] | None]] = {
-        "none": lambda: None,
+    noise = [v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise(sigma=0.1), v2.ToDtype(torch.uint8, scale=True)]
+    known: dict[str, Callable[[], Callable[[Any], Any]]] = {
         "trivialaugment": v2.TrivialAugmentWide,
         "randaugment": v2.RandAugment,
         "augmix": v2.AugMix,
@@ -63,7 +61,5 @@ class AugmentedImages(Dataset[tuple[Tensor, Any]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         image, label = self.images[index]
-        if self.augment is None:
-            return image, label
         pixels = self.space.to_pixels(image[None])[0].mul(255).round().to(torch.uint8)
         return self.space.to_images(self.augment(pixels)[None].to(image.dtype) / 255)[0], label

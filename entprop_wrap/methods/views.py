@@ -37,7 +37,6 @@ class EachImage:
                 "view='gaussian', or a function of pixels (N, C, H, W) in [0, 1]."
             )
         change = augmentation(self.name)
-        assert change is not None
         return torch.stack([change(image) for image in pixels.mul(255).round().to(torch.uint8)]).to(pixels) / 255
 
 
@@ -47,13 +46,12 @@ def find_augmentation(view: str | Augmentation) -> Augmentation:
     Raises:
         ConfigurationError: There is none of that name, or it is not a function.
     """
-    named = AUGMENTATIONS[1:]
-    if isinstance(view, str) and view in named:
+    if isinstance(view, str) and view in AUGMENTATIONS:
         return EachImage(view)
     if not callable(view) or isinstance(view, type):
         raise ConfigurationError(
-            f"view must be None, one of {', '.join(map(repr, named))}, or a function of pixels (N, C, H, W) in [0, 1]; "
-            f"found {shown(view)}."
+            f"view must be None, one of {', '.join(map(repr, AUGMENTATIONS))}, or a function of pixels (N, C, H, W) in "
+            f"[0, 1]; found {shown(view)}."
         )
     return view
 
