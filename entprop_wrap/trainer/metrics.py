@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from operator import add
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from entprop_wrap.methods.step_output import StepOutput
@@ -37,18 +38,21 @@ class Meter:
         self.passes += output.passes
         self.last = output
 
-    def read(self, accelerator: Accelerator) -> tuple[dict[str, float], int, int]:
+    def read(self) -> tuple[dict[str, float], int, int]:
         """Return the means over batches and processes, and how many batches had a finite loss, of how many.
 
         What the device has found wrong with images or labels since the last call is raised here.
         """
         if self.last is not None and self.last.checker is not None:
             self.last.checker.raise_pending()
-        everywhere: Tensor = accelerator.reduce(torch.stack(list(self.sums.values())), reduction="sum")  # type: ignore[assignment]
-        sums = dict(zip(self.sums, everywhere.tolist(), strict=True))
+        mine = dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist(), strict=True))
+        mine["passes"] = [self.passes, self.batches]
+        sums: dict[str, list[float]] = {}
+        for found in gather_object([mine]):  # a process may have values that others do not have, as lagged steps do
+            for name, pair in found.items():
+                sums[name] = list(map(add, sums.get(name, (0.0, 0)), pair))
         means = {name: total / max(number, 1) for name, (total, number) in sums.items()}
-        batches = self.batches * accelerator.num_processes
-        return {**means, "passes": self.passes / self.batches}, int(sums["loss"][1]), batches
+        return means, int(sums["loss"][1]), int(sums["passes"][1])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` takes, so that a resumed run logs the same averages."""

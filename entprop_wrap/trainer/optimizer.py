@@ -58,7 +58,7 @@ def _check_owner(model: nn.Module, optimizer: Optimizer) -> None:
         raise OptimizerMismatchError(
             f"{others} of the optimizer's {len(held)} parameters are not the model's. Expected those of the very model "
             "that is trained, not of a copy or of one that was converted since: write entprop.parameter_groups(model, "
-            "weight_decay). A loss that has parameters belongs into the model."
+            "weight_decay). A loss that has parameters belongs in the model."
         )
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.trainer.config import TrainerConfig
 
-__all__ = ["check_same_run", "describe", "identity"]
+__all__ = ["alike", "check_same_run", "describe", "identity"]
 
 
 def describe(value: Any) -> str:
@@ -55,7 +55,7 @@ def check_same_run(checkpoint: Path, saved: Mapping[str, Any], current: Mapping[
     differences = [
         f"{key}: {saved.get(key)!r} there, {current.get(key)!r} here"
         for key in {**saved, **current}
-        if not (_alike if key == "data" else operator.eq)(saved.get(key), current.get(key))
+        if not (alike if key == "data" else operator.eq)(saved.get(key), current.get(key))
     ]
     if differences:
         raise CheckpointError(
@@ -68,12 +68,14 @@ def _number(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value  # a Tensor's or NumPy's
 
 
-def _alike(first: Any, second: Any) -> bool:
-    """Return whether two fingerprints of data are equal, up to what decoders of images differ in."""
+def alike(first: Any, second: Any) -> bool:
+    """Return whether two fingerprints of data are equal, up to what decoders of images differ in, and what is random."""
+    if "random" in (first, second):
+        return True
     if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(_alike(first[key], second[key]) for key in first)
+        return first.keys() == second.keys() and all(alike(first[key], second[key]) for key in first)
     if isinstance(first, list) and isinstance(second, list):
-        return len(first) == len(second) and all(map(_alike, first, second))
+        return len(first) == len(second) and all(map(alike, first, second))
     if isinstance(first, float) and isinstance(second, float):
         return math.isclose(first, second, rel_tol=1e-3, abs_tol=1e-3)
     return bool(first == second)

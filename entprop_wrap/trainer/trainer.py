@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
@@ -34,7 +34,7 @@ from entprop_wrap.trainer.evaluation import evaluate
 from entprop_wrap.trainer.export import export_model
 from entprop_wrap.trainer.metrics import Meter, MetricsFile
 from entprop_wrap.trainer.optimizer import wrap_with_optimizer
-from entprop_wrap.trainer.run_identity import check_same_run, identity
+from entprop_wrap.trainer.run_identity import alike, check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import check_loss, training_step
 from entprop_wrap.utils.files import check_writable, explaining_failed_writes, locked, on_main, together
@@ -270,19 +270,28 @@ class Trainer:
 
     def _batches(self, data: Data, *, training: bool) -> Batches:
         size = self.config.batch_size
-        return together(
+        name = "train_data" if training else "eval_data"
+        batches = together(
             lambda: Batches(
                 data,
                 batch_size=size if training else self.config.eval_batch_size or size,
                 workers=self.config.workers,
                 training=training,
-                name="train_data" if training else "eval_data",
+                name=name,
                 seed=self.config.seed,
                 process=self.accelerator.process_index,
                 processes=self.accelerator.num_processes,
                 device=self.accelerator.device,
             )
         )
+        seen = gather_object([batches.fingerprint])
+        if not all(alike(seen[0], other) for other in seen):
+            raise DataError(
+                f"{name}: the {len(seen)} processes have different samples. Expected the same data, split and seed on "
+                "each, which the Trainer shares out: pass a DataLoader from before accelerator.prepare(), without a "
+                "sampler for several processes."
+            )
+        return batches
 
     def _to_resume(self, resume: bool | str | Path) -> Path | None:
         """Return the checkpoint to resume from, or None; raise where that would mix or overwrite runs."""
@@ -380,7 +389,7 @@ class Trainer:
     def _log(self) -> None:
         """Write the averages since the last log line. Everything that waits for the device is here."""
         state, position = self._state, self.position
-        values, finite, batches = state.meter.read(self.accelerator)
+        values, finite, batches = state.meter.read()
         images, state.meter, self._images_before = state.meter.images - self._images_before, Meter(), 0
         now = time.perf_counter()
         seconds, self._since = max(now - self._since, 1e-9), now

@@ -141,6 +141,8 @@ class Watch:
 
     def _not_finite(self, optimizer: Optimizer, trained: list[nn.Parameter]) -> Tensor | None:
         finite, self._finite = self._finite, None
+        if finite is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            finite = torch.zeros_like(finite)  # gradients are means over processes, whose losses may not be finite
         gradients = [p.grad for p in trained if p.grad is not None]
         if finite is None or not gradients or (finite.device.type == "cpu" and bool(finite)):
             return None

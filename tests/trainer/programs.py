@@ -4,7 +4,9 @@ import os
 import resource
 from pathlib import Path
 
+import accelerate
 import torch
+from torch.utils.data import DataLoader, default_collate
 
 import entprop_wrap as entprop
 from entprop_wrap.methods import EntropyAscent, Vanilla, grow
@@ -153,6 +155,7 @@ def together(rank, folder):
         resume_together(f"{folder}/two/{'lagged' if method.lagged else 'plain'}", method)
     grow_together(f"{folder}/grown")
     failing_alone(f"{folder}/failing", rank)
+    differing(f"{folder}/differing", rank)
 
 
 def failing_alone(folder, rank):
@@ -193,6 +196,42 @@ def failing_alone(folder, rank):
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     Path(folder, f"found-{rank}").write_text("\n".join(found))
     trainer.accelerator.wait_for_everyone()
+
+
+def differing(folder, rank):
+    """What is another on each process: data, a loss that is not finite, sizes that lagged steps have to drop."""
+    found = []
+
+    def note(make_run):
+        try:
+            make_run().fit()
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+
+    def run(name, data, loss=None, method=Vanilla(), **options):  # noqa: B008
+        config = entprop.TrainerConfig(batch_size=4, output_dir=f"{folder}/{name}", progress=False, **options)
+        return entprop.Trainer(make(GroupNormNet), data, None, method=method, loss=loss, config=config)
+
+    note(lambda: run("prepared", accelerate.Accelerator(cpu=True).prepare(DataLoader(Images(32), 4))))
+    note(lambda: run("data", Images(32, seed=rank)))
+
+    def loss(logits, labels):
+        bad = rank == 1 and trainer.position.step == 2
+        return torch.nn.functional.cross_entropy(logits, labels) / (0 if bad else 1)
+
+    trainer = run("diverged", Images(32), loss)
+    note(lambda: trainer)
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+    def resized(samples):
+        images, labels = default_collate(samples)
+        return torch.nn.functional.interpolate(images, size=[8, 12][int(torch.randint(2, ()))]), labels
+
+    method = entprop.EntProp(fraction=0.5, lagged=True)
+    sizes = DataLoader(Images(32), 4, collate_fn=resized)
+    for every in (1, 4):
+        note(lambda every=every: run(f"sizes{every}", sizes, method=method, epochs=1, log_every=every))
+    Path(folder, f"found-{rank}").write_text("\n".join(found))
 
 
 def resume_together(folder, method):

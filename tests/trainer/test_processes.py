@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batche
 def folder(tmp_path_factory):
     """Return where two processes have written all that they do here."""
     folder = tmp_path_factory.mktemp("processes")
-    for name in ("two", "grown", "failing"):
+    for name in ("two", "grown", "failing", "differing"):
         (folder / name).mkdir()
     run_processes(programs.together, folder, group=False)
     return folder
@@ -62,6 +62,28 @@ def test_a_failure_on_one_process_is_raised_on_all(folder):
     assert one == [data, f"RuntimeError: {loss}", saved, accuracy, full]
     assert full.startswith("CheckpointError: ")
     assert "step-00000001 cannot be written" in full
+
+
+def test_data_that_differs_between_processes_is_refused(folder):
+    """A loader that Accelerate has prepared would be shared out twice; splits without a seed would be mixed."""
+    for rank in (0, 1):
+        found = (folder / "differing" / f"found-{rank}").read_text().splitlines()
+        for line in found[:2]:
+            assert line.startswith("DataError: train_data: the 2 processes have different samples.")
+
+
+def test_a_loss_that_is_not_finite_on_one_process_reaches_no_weight(folder):
+    for rank in (0, 1):
+        found = (folder / "differing" / f"found-{rank}").read_text().splitlines()
+        assert found[2].startswith("DivergedError: The loss was not finite up to step 3.")
+
+
+def test_processes_whose_lagged_steps_differ_log_the_same_averages(folder):
+    assert all(len((folder / "differing" / f"found-{rank}").read_text().splitlines()) == 3 for rank in (0, 1))
+    each, four = (_lines(folder / "differing" / f"sizes{every}") for every in (1, 4))
+    assert [line["step"] for line in each] == [1, 2, 3, 4]
+    for key in ("loss", "main_loss", "main_entropy", "passes"):
+        assert four[0][key] == pytest.approx(sum(line[key] for line in each) / 4, rel=1e-5)
 
 
 def _last(folder):
