@@ -137,15 +137,16 @@ def shuffle_between_processes(
 ) -> tuple[Tensor, Tensor]:
     """Permute images and labels over all processes; every process holds as many afterwards as before.
 
-    The permutation is the first process's draw. All processes must hold equally many images.
+    The permutation is the first process's draw.
     """
     if processes() == 1:
         return images, labels
-    rank, everything = torch.distributed.get_rank(), [gather(tensor, processes()) for tensor in (images, labels)]
-    order = torch.randperm(len(everything[0]), generator=generator).to(images.device)
+    rank, alike = torch.distributed.get_rank(), [1] * processes()
+    sizes = gather(torch.tensor([len(images)], device=images.device), alike).tolist()  # a last batch may be smaller
+    order = torch.randperm(sum(sizes), generator=generator).to(images.device)
     torch.distributed.broadcast(order, src=0)
-    mine = order[rank * len(images) : (rank + 1) * len(images)]
-    return everything[0][mine], everything[1][mine]
+    mine = order.split(sizes)[rank]
+    return gather(images, sizes)[mine], gather(labels, sizes)[mine]
 
 
 def processes() -> int:
@@ -154,8 +155,10 @@ def processes() -> int:
     return torch.distributed.get_world_size() if initialised else 1
 
 
-def gather(tensor: Tensor, processes: int) -> Tensor:
-    """Return the rows of all processes, in the order of ranks."""
-    parts = [torch.empty_like(tensor) for _ in range(processes)]
-    torch.distributed.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+def gather(tensor: Tensor, sizes: list[int]) -> Tensor:
+    """Return the rows of all processes, which hold ``sizes`` of them, in the order of ranks."""
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

@@ -69,7 +69,7 @@ def _number(value: Any) -> Any:
 
 
 def alike(first: Any, second: Any) -> bool:
-    """Return whether two fingerprints of data are equal, up to what decoders of images differ in, and what is random."""
+    """Return whether two fingerprints of data are equal, up to what is random and what image decoders differ in."""
     if "random" in (first, second):
         return True
     if isinstance(first, dict) and isinstance(second, dict):

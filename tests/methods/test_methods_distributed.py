@@ -212,6 +212,14 @@ def check_shuffle(rank):
             wanted = expected[order]
             assert torch.equal(kept.flatten(0, 1), torch.eye(5).double()[wanted] if soft else wanted)
             assert any(i >= HALF for i in order[:HALF]), "nothing was exchanged"
+    fewer = HALF - 3 * rank  # a last batch
+    moved, moved_labels = shuffle_between_processes(images[:fewer], labels[:fewer])
+    assert len(moved) == len(moved_labels) == fewer
+    everything = [None, None]
+    torch.distributed.all_gather_object(everything, (moved, moved_labels))
+    found = {float(image.sum()): int(label) for part in everything for image, label in zip(*part, strict=True)}
+    both = zip(half_of(0), (part[: HALF - 3] for part in half_of(1)), strict=True)
+    assert found == {float(image.sum()): int(label) for image, label in zip(*map(torch.cat, both), strict=True)}
 
 
 def work(rank, expected, unsynchronised):
