@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,9 +24,10 @@ class Batches:
     """The batches of one process, epoch by epoch.
 
     An epoch is a list of lists of indices, drawn from ``(seed, epoch)`` alike on all processes, of which each takes its
-    share. A sample is loaded under random states drawn from ``(seed, epoch, index)``: augmentation repeats exactly,
-    with any number of workers, and from the middle of an epoch. What a dataset keeps as random state of its own
-    (a ``numpy.random.Generator`` attribute, say) cannot be reached, and continues from where it is.
+    share. A sample is loaded under random states drawn from ``(seed, epoch, index)``, and where a sampler repeats it,
+    from how often it came: augmentation repeats exactly, with any number of workers, and from the middle of an epoch.
+    What a dataset keeps as random state of its own (a ``numpy.random.Generator`` attribute, say) cannot be reached, and
+    continues from where it is.
 
     Training data is shuffled, incomplete batches are left out, and all processes have the same number of them.
     Evaluation data keeps its order, and processes short of a batch get the first one again.
@@ -85,7 +87,7 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(images, labels)`` of one epoch on the device, from batch ``start`` on; only these load."""
-        batches, _ = self._share(self._plan(epoch))
+        batches, _ = self._share(_numbered(self._plan(epoch)))
         if len(batches) != self._length:
             raise DataError(
                 f"{self.name} makes {len(batches)} batches in epoch {epoch}, and {self._length} in the first. Expected "
@@ -118,7 +120,7 @@ class Batches:
             seed_everything(seed)
             return [list(batch) for batch in self.sampler]
 
-    def _share(self, batches: list[list[Hashable]]) -> tuple[list[list[Hashable]], int]:
+    def _share(self, batches: list[list[Any]]) -> tuple[list[list[Any]], int]:
         """Return the batches of this process, and how many of them are its own."""
         if self.training:
             even = len(batches) - len(batches) % self.processes
@@ -165,7 +167,7 @@ class Batches:
         found = []
         for _ in range(2):
             try:
-                images, labels = images_and_labels(loader.__getitems__(indices), self.name)
+                images, labels = images_and_labels(loader.__getitems__([(index,) for index in indices]), self.name)
             except EntPropError:
                 raise
             except Exception as error:  # of torch, or of a collate_fn
@@ -177,6 +179,17 @@ class Batches:
             found.append({"labels": labels.tolist(), "pixels": means})
         # What a dataset draws from a random state of its own differs each time.
         return {key: value if value == found[1][key] else "random" for key, value in found[0].items()}
+
+
+def _numbered(batches: list[list[Hashable]]) -> list[list[tuple[Hashable, ...]]]:
+    """Return each index with how often it came before, if it did."""
+    seen: Counter[str] = Counter()
+
+    def numbered(index: Hashable) -> tuple[Hashable, ...]:
+        seen[name := repr(index)] += 1
+        return (index,) if seen[name] == 1 else (index, seen[name])
+
+    return [list(map(numbered, batch)) for batch in batches]
 
 
 def _ending_at_once(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -204,20 +217,20 @@ class ReproducibleBatches(Dataset[Any]):
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, epoch: int, name: str) -> None:
         self.dataset, self.collate, self.seed, self.epoch, self.name = dataset, collate, seed, epoch, name
 
-    def __getitem__(self, index: Hashable) -> Any:
+    def __getitem__(self, index: tuple[Hashable, ...]) -> Any:
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: Sequence[Hashable]) -> Any:
+    def __getitems__(self, indices: Sequence[tuple[Hashable, ...]]) -> Any:
         samples = []
         with random_states_kept():
-            for index in indices:
-                seed_everything(seed_of(self.seed, self.epoch, index))
+            for index, *number in indices:
+                seed_everything(seed_of(self.seed, self.epoch, index, *number))
                 try:
                     samples.append(self.dataset[index])
                 except Exception as error:  # a StopIteration would end the epoch
                     raise DataError(f"{self.name}[{index!r}] raised {type(error).__name__}: {error}") from error
             # Collating may be random as well: MixUp is often done there.
-            seed_everything(seed_of(self.seed, self.epoch, "collate", indices[0]))
+            seed_everything(seed_of(self.seed, self.epoch, "collate", *indices[0]))
             return self.collate(samples)
 
 

@@ -59,6 +59,17 @@ def test_augmentation_differs_between_samples_and_epochs():
     assert len(drawn.flatten(1).unique(dim=0)) == 32
 
 
+def test_a_sample_that_a_sampler_repeats_is_augmented_anew():
+    def of(**options):
+        loader = DataLoader(Images(8, augment=True), 4, sampler=WeightedRandomSampler([1.0, *[0.0] * 7], 8))
+        return torch.cat([images for images, _ in batches(loader, **options).epoch(1)])
+
+    assert len(of().unique(dim=0)) == 8
+    assert torch.equal(of(), of())
+    shares = [of(process=rank, processes=2) for rank in (0, 1)]
+    assert torch.equal(torch.cat(shares), of())
+
+
 def test_processes_share_the_same_epoch():
     data = Images(44)
     whole = content(batches(data).epoch(1))
