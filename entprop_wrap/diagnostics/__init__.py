@@ -6,7 +6,7 @@ All of it leaves the model and torch's random state as they were, and runs on on
 
 from entprop_wrap.diagnostics.domain_gap import DomainGap, LayerGap, domain_gap
 from entprop_wrap.diagnostics.entropy_stages import EntropyStages, entropy_stages
-from entprop_wrap.diagnostics.feature_distance import FeatureDistance, feature_distance, frechet_distance
+from entprop_wrap.diagnostics.feature_distance import FeatureDistance, feature_distance
 from entprop_wrap.diagnostics.input_jacobian import InputJacobian, input_jacobian
 from entprop_wrap.diagnostics.monitor import Monitor
 from entprop_wrap.diagnostics.selection_ood import OODScore, SelectionOOD, selection_ood
@@ -25,7 +25,6 @@ __all__ = [
     "domain_gap",
     "entropy_stages",
     "feature_distance",
-    "frechet_distance",
     "input_jacobian",
     "selection_ood",
 ]

@@ -16,11 +16,11 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods.base import Method
 from entprop_wrap.robustness.result import escaped, markdown_table
 from entprop_wrap.utils.features import features_of
-from entprop_wrap.utils.options import check_seed, shown
+from entprop_wrap.utils.options import check_seed
 from entprop_wrap.utils.statistics import Result
 from entprop_wrap.wrapping.model import is_wrapped
 
-__all__ = ["FeatureDistance", "feature_distance", "frechet_distance"]
+__all__ = ["FeatureDistance", "feature_distance"]
 
 _AUXILIARY = "perturbed, auxiliary"
 
@@ -33,7 +33,8 @@ class FeatureDistance(Result):
         distances: Distances to clean images through the main norms: of "mixed", "selected" and "perturbed" images
             through the main norms, and of "perturbed, auxiliary" ones through the norms that train on them.
         floor: Distance between two random halves of the clean images: what sampling noise alone gives at this number.
-        images: Number of images by set, "clean" included. Fewer images are further away, see :func:`frechet_distance`.
+        images: Number of images by set, "clean" included. Sets of one distribution are apart by about their sampling
+            noise, the more so the fewer images there are for a dimension: compare equal numbers of images only.
         dimensions: Number of features D of what ``layer`` is given.
     """
 
@@ -78,6 +79,9 @@ def feature_distance(
     Raises:
         ConfigurationError: Fewer than 4 images.
         ModelOutputError: No layer makes the logits: see ``layer``.
+
+    Source: Dowson & Landau 1982, equation 16; used for images by Heusel et al. (NeurIPS 2017), and in table 6 of
+    EntProp (Enomoto, UAI 2024).
     """
     space, seed = space_of(pixel_space), check_seed(seed)
     found: dict[str, list[Tensor]] = defaultdict(list)
@@ -102,36 +106,20 @@ def feature_distance(
     shuffled = clean[torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed))]
     half = len(clean) // 2
     return FeatureDistance(
-        distances={name: frechet_distance(clean, one) for name, one in sets.items() if name != "clean"},
-        floor=frechet_distance(shuffled[:half], shuffled[half:]),
+        distances={name: _frechet(clean, one) for name, one in sets.items() if name != "clean"},
+        floor=_frechet(shuffled[:half], shuffled[half:]),
         images={name: len(one) for name, one in sets.items()},
         dimensions=clean.shape[1],
         layer=recorder.layer or "",
     )
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
+def _frechet(a: Tensor, b: Tensor) -> float:
     """Return the squared Fréchet distance between normal distributions fitted to features ``(N, D)`` and ``(M, D)``.
 
     ``|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2))``. With ``A = R'R`` and ``B = S'S`` the last trace is the sum of
-    the singular values of ``R S'``, which is exact for singular covariances too: fewer images than dimensions. Two
-    samples of one distribution are apart by about their sampling noise, the more so the fewer images there are for a
-    dimension: compare distances of equal numbers of images only.
-
-    Raises:
-        ConfigurationError: Other shapes, fewer than two images, or values that are not finite.
-
-    Source: Dowson & Landau 1982, equation 16; used for images by Heusel et al. (NeurIPS 2017), and in table 6 of
-    EntProp (Enomoto, UAI 2024).
+    the singular values of ``R S'``, which is exact for singular covariances too: fewer images than dimensions.
     """
-    for features in (a, b):
-        real = isinstance(features, Tensor) and not features.is_complex() and features.layout == torch.strided
-        if not real or features.is_meta or features.ndim != 2 or len(features) < 2 or features.shape[1:] != a.shape[1:]:
-            raise ConfigurationError(
-                f"Expected features (N, D) and (M, D) of at least 2 images each, found {shown(a)} and {shown(b)}."
-            )
-        if not bool(torch.isfinite(features).all()):
-            raise ConfigurationError("Expected finite features, found NaN or infinite values.")
     (mean_a, root_a), (mean_b, root_b) = _fit(a), _fit(b)
     cross = torch.linalg.svdvals(root_a @ root_b.mT).sum()
     spread = root_a.square().sum() + root_b.square().sum() - 2 * cross
@@ -140,7 +128,6 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 def _fit(features: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean ``(D,)`` and a root ``R`` of the covariance ``R'R``, with at most D rows."""
-    features = features.detach().double().cpu()
     mean = features.mean(dim=0)
     root = (features - mean) / (len(features) - 1) ** 0.5
     return mean, torch.linalg.qr(root, mode="r").R if len(root) > features.shape[1] else root

@@ -15,7 +15,7 @@ from entprop_wrap.errors import ModelOutputError
 from entprop_wrap.methods.input_gradient import refusing_reentrant
 from entprop_wrap.robustness.evaluated_model import check_finite, in_domain, logits
 from entprop_wrap.utils.modules import plain_model
-from entprop_wrap.utils.options import check_name, check_seed
+from entprop_wrap.utils.options import check_name
 from entprop_wrap.utils.statistics import Interval, Result, mean_of
 from entprop_wrap.utils.tensors import refuse_inference_mode
 
@@ -48,7 +48,6 @@ def input_jacobian(
     *,
     auxiliary: str | None = None,
     pixel_space: PixelSpace | None = None,
-    seed: int = 0,
     progress: bool = True,
 ) -> InputJacobian:
     """Measure the Jacobian of the logits with respect to the pixels of each image, exactly.
@@ -60,7 +59,6 @@ def input_jacobian(
         data: Batches ``(images, labels)`` or dicts.
         auxiliary: Auxiliary domain to run in; None: the main one.
         pixel_space: What the data is normalised with; None: nothing.
-        seed: Seed of the order of data.
         progress: Show a progress bar.
 
     Raises:
@@ -75,9 +73,9 @@ def input_jacobian(
     if auxiliary is not None:
         auxiliary = check_name("auxiliary", auxiliary, ", or None for the main one")
     refuse_inference_mode()
-    space, seed = space_of(pixel_space), check_seed(seed)
+    space = space_of(pixel_space)
     frobenius, spectral = [], []
-    with isolated(model, seed):
+    with isolated(model, seed=0):
         plain_one = plain_model(model)
         for images, _ in batches_of(data, space, progress=progress, title="Jacobians"):
             norms = [_norms(plain_one, part, space, auxiliary) for part in _parts(plain_one, images, auxiliary)]

@@ -28,6 +28,8 @@ _UNLEARNT = 0.9
 _GROWTH, _GROWTH_SHARE = 1.5, 0.1
 #: The auxiliary loss of a model that learns is below this many times ``log C``, the loss of a guess.
 _WORSE_THAN_CHANCE = 1.5
+#: Looks, or evaluations, in a row before a warning.
+_PATIENCE = 3
 #: The validation loss may grow by so much over its best.
 _PART, _PART_SHARE = 1.1, 0.02
 
@@ -57,25 +59,22 @@ class Monitor:
     * the main loss is no better than log C, the loss of a guess: finds logits that say nothing, which no score of the
       logits alone can, as the flattest of random logits have the highest energy too.
 
-    Thresholds are judgements, not from a paper; the constants of this module are the others. Each must hold
-    ``patience`` times in a row, except for losses that are not finite. Where the loss is not cross-entropy, those in
+    Thresholds are judgements, not from a paper; the constants of this module are the others. Each must hold three
+    times in a row, except for losses that are not finite. Where the loss is not cross-entropy, those in
     log C mean little.
 
     Args:
         every: Steps between two looks; what is judged are the means over them.
-        patience: Looks, or evaluations, in a row before a warning.
 
     Attributes:
         warnings: The warnings so far, by signature.
 
     Raises:
-        ConfigurationError: An option is below 1.
+        ConfigurationError: ``every`` is not an integer of at least 1.
     """
 
-    def __init__(self, *, every: int = 50, patience: int = 3) -> None:
-        for name, value in (("every", every), ("patience", patience)):
-            check_integer(name, value, 1)
-        self.every, self.patience = every, patience
+    def __init__(self, *, every: int = 50) -> None:
+        self.every = check_integer("every", every, 1)
         self.warnings: dict[str, str] = {}
         self._steps = self._window_steps = self._window_auxiliary = 0
         self._window: Tensor | None = None  # on the device: sums of values, then how often each was finite
@@ -152,7 +151,7 @@ class Monitor:
     def _judge_selection(self, main: float, entropy: float, selected: float, further: float, error: float) -> None:
         guess = math.log(self._classes)
         began = entropy < _UNLEARNT * guess
-        long = f"for {self.patience} times {self.every} steps"
+        long = f"for {_PATIENCE} times {self.every} steps"
         if self._again("guess", began and main >= guess):
             self._warn(
                 "selection",
@@ -201,8 +200,8 @@ class Monitor:
         best = min(range(len(losses)), key=lambda index: losses[index] if math.isfinite(losses[index]) else math.inf)
         lowest, train_then = self._evaluations[best]
         limit = max(_PART * lowest, lowest + _PART_SHARE * math.log(self._classes))
-        later = self._evaluations[best + 1 :][-self.patience :]
-        if len(later) == self.patience and all(loss > limit and train < train_then for loss, train in later):
+        later = self._evaluations[best + 1 :][-_PATIENCE:]
+        if len(later) == _PATIENCE and all(loss > limit and train < train_then for loss, train in later):
             now, train_now = later[-1]
             self._warn(
                 "validation",
@@ -213,7 +212,7 @@ class Monitor:
 
     def _again(self, key: str, holds: bool) -> bool:
         self._in_a_row[key] = self._in_a_row[key] + 1 if holds else 0
-        return self._in_a_row[key] >= self.patience
+        return self._in_a_row[key] >= _PATIENCE
 
     def _warn(self, signature: str, message: str) -> None:
         if signature not in self.warnings:

@@ -237,7 +237,7 @@ def test_which_evaluations_part(losses, warned):
 
 
 def test_bad_input_is_refused():
-    for options in ({"every": 0}, {"patience": 1.5}, {"every": True}):
+    for options in ({"every": 0}, {"every": 1.5}, {"every": True}):
         with pytest.raises(ConfigurationError):
             Monitor(**options)
     with pytest.raises(TypeError, match="training_step"):

@@ -46,7 +46,7 @@ INTEGERS = {
     EntProp: ("attack_steps",),
     PGD: ("steps",),
     EntropyAscent: ("steps",),
-    Monitor: ("every", "patience"),
+    Monitor: ("every",),
 }
 FLAGS = {AdvProp: ("targeted",), FineGrainedAdvProp: ("targeted",), FastAdvProp: ("shuffle",), PGD: ("random_start",)}
 NAMED = (EntProp, AdvProp, MixProp, MEADA, FastAdvProp)
