@@ -9,7 +9,7 @@ import torch
 
 from entprop_wrap import __version__
 
-__all__ = ["corruption_name", "percent", "points", "versions"]
+__all__ = ["percent", "points", "versions"]
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -23,11 +23,6 @@ def points(value: float, decimals: int) -> str:
     """Return 0.0123 as "+1.2", and a negative number with a minus sign as wide as the plus."""
     text = f"{100 * value:+.{decimals}f}"
     return text[1:] if not float(text) else text.replace("-", MINUS)
-
-
-def corruption_name(key: str) -> str:
-    """Return "gaussian_noise" as "gaussian noise"."""
-    return key.replace("_", " ")
 
 
 def versions() -> dict[str, str]:

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.validation import check_images
 from entprop_wrap.errors import ImageError
-from entprop_wrap.reporting.formatting import corruption_name
 from entprop_wrap.robustness import SUITES, RobustnessResult, corrupt
 from entprop_wrap.robustness.pixels import check_batch
 
@@ -24,9 +24,8 @@ _LARGEST = 128
 
 def gallery_of(images: Any, space: PixelSpace, result: RobustnessResult) -> tuple[list[dict[str, Any]], str]:
     """Return each corruption's pictures, of up to three severities, and at what size they were made."""
-    if not isinstance(images, Tensor):
-        raise ImageError(f"images must be a tensor (N, 3, H, W), found {type(images).__name__}.")
-    check_batch(images, torch.zeros(len(images) if images.ndim else 0, dtype=torch.int64), space, first=True)
+    check_images(images, space, half=True)
+    check_batch(images, torch.zeros(len(images), dtype=torch.int64), space, first=True)
     if images.shape[1] != 3:
         raise ImageError(f"images must have 3 channels to be shown, found {images.shape[1]}.")
     pixels = space.to_pixels(images.detach().cpu())
@@ -36,7 +35,7 @@ def gallery_of(images: Any, space: PixelSpace, result: RobustnessResult) -> tupl
     rows = []
     known = [name for name in result.corruptions if any(name in suite for suite in SUITES.values())]
     for number, name in enumerate(known):
-        example, shown = pixels[number % len(pixels)][None], corruption_name(name)
+        example, shown = pixels[number % len(pixels)][None], name.replace("_", " ")
         pictures = [_picture(example, f"Example without {shown}", "as it is")]
         for severity in severities:
             changed = corrupt(example, name, severity, torch.Generator().manual_seed(result.seed))

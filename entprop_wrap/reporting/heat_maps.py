@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from entprop_wrap.reporting.formatting import corruption_name, percent, points
+from entprop_wrap.reporting.formatting import percent, points
 from entprop_wrap.reporting.study import Study
 
 __all__ = ["heat_maps"]
@@ -66,6 +66,6 @@ def _map(
     rows = []
     for name in study.first.corruptions:
         row = [values[name, severity] for severity in severities]
-        rows.append({"name": corruption_name(name), "cells": [cell(one) for one in row], "mean": mean(row)})
+        rows.append({"name": name.replace("_", " "), "cells": [cell(one) for one in row], "mean": mean(row)})
     foot = [mean([values[name, severity] for name in study.first.corruptions]) for severity in severities]
     return {"title": title, "severities": severities, "rows": rows, "foot": [*foot, mean(list(values.values()))]}

@@ -21,6 +21,7 @@ from entprop_wrap.reporting.gallery import gallery_of
 from entprop_wrap.reporting.heat_maps import heat_maps
 from entprop_wrap.reporting.study import Results, Study, cards, lower_is_better, score_rows, study_of, verdict
 from entprop_wrap.reporting.study_charts import study_charts
+from entprop_wrap.utils.files import replacing
 from entprop_wrap.utils.options import check_mapping, check_number, check_text, is_number, shown
 
 __all__ = ["report"]
@@ -73,6 +74,7 @@ def report(
         raise ConfigurationError(
             f"path must be a file such as 'report.html', found {shown(path)}. For Markdown use model_card()."
         )
+    path = Path(path)
     title, cost_name = check_text("title", title), check_text("cost_name", cost_name)
     command = None if command is None else check_text("command", command)
     facts = check_mapping("facts", facts, "texts", "facts={'Data': 'pets'}")
@@ -112,7 +114,13 @@ def report(
         command=command,
         facts={**facts, "Written": f"{now:%Y-%m-%d %H:%M} UTC", **versions()},
     )
-    return _write(Path(path), page)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            partial.write_text(page, encoding="utf-8")
+    except (OSError, ValueError) as error:  # a path that no file can have, or text that no file can hold
+        raise ConfigurationError(f"{str(path)!r} cannot be written: {error}.") from error
+    return path
 
 
 def _of_models(study: Study, argument: str, given: Any, what: str, example: str) -> dict[str, Any]:
@@ -144,18 +152,3 @@ def _spans(number: int) -> list[str]:
     if number % 2 == 0 or number == 1:
         return ["half" if number > 1 else "whole"] * number
     return ["half"] * (number - 3) + ["third"] * 3
-
-
-def _write(path: Path, text: str) -> Path:
-    """Write a file so that readers find the old one or the new one, and never a part."""
-    partial = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:  # a path that no file can have, or text that no file can hold
-        raise ConfigurationError(f"{str(path)!r} cannot be written: {error}.") from error
-    return path

@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 from entprop_wrap.reporting.formatting import percent, points
 from entprop_wrap.robustness import Comparison, RobustnessResult, compare
-from entprop_wrap.utils.options import check_text
 
 __all__ = ["Results", "Study", "cards", "lower_is_better", "score_rows", "study_of", "verdict"]
 
@@ -40,8 +39,6 @@ def study_of(results: Any) -> Study:
     """
     named = {"model": results} if isinstance(results, RobustnessResult) else results
     comparison = compare(named)
-    for name in named:
-        check_text("The name of a model", name)
     rows = {name: [row] if isinstance(row, RobustnessResult) else list(row) for name, row in named.items()}
     first = rows[comparison.baseline][0]
     return Study(

@@ -37,10 +37,10 @@ from entprop_wrap.robustness.evaluated_model import (
 )
 from entprop_wrap.robustness.pixels import check_batch
 from entprop_wrap.utils.modules import check_module
-from entprop_wrap.utils.options import check_choice, check_generator, check_mapping, shown
+from entprop_wrap.utils.options import check_choice, check_generator, shown
 from entprop_wrap.utils.tensors import refuse_inference_mode
 
-__all__ = ["FGSM", "PGD", "AttackFunction", "PixelAttack", "attacked", "check_attack", "check_attacks"]
+__all__ = ["FGSM", "PGD", "AttackFunction", "PixelAttack", "attacked", "check_attack"]
 
 #: ``(model, images, labels, pixel_space, generator) -> images``
 AttackFunction: TypeAlias = Callable[[nn.Module, Tensor, Tensor, PixelSpace, "torch.Generator | None"], Tensor]
@@ -219,12 +219,6 @@ def attacked(
         raise ConfigurationError(f"{name} must return images of shape {shape}; it returned {what}.")
     check_batch(found, batch.labels, space)
     return found
-
-
-def check_attacks(attacks: Any) -> dict[str, Any]:
-    """Return attacks by name, each as one that measures."""
-    found = check_mapping("attacks", attacks, "attacks", 'attacks={"PGD-20": PGD(steps=20)}')
-    return {name: check_attack(f"attacks[{name!r}]", attack) for name, attack in found.items()}
 
 
 def check_attack(name: str, attack: Any) -> Any:

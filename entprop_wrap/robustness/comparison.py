@@ -10,6 +10,7 @@ from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.robustness.result import RobustnessResult, escaped, markdown_table, measured
+from entprop_wrap.utils.options import check_mapping
 from entprop_wrap.utils.statistics import Result, t_critical
 
 __all__ = ["Comparison", "Estimate", "compare"]
@@ -116,11 +117,8 @@ def compare(results: Mapping[str, RobustnessResult | Sequence[RobustnessResult]]
 def _rows(results: Any) -> dict[str, list[RobustnessResult]]:
     """Return the results of each method as a list; a single result is one seed."""
     example = 'compare({"vanilla": [v0, v1], "EntProp": [e0, e1]})'
-    if not isinstance(results, Mapping):
-        raise ConfigurationError(
-            f"Expected a dict of results by method, found {type(results).__name__}. Write {example}."
-        )
-    rows = {name: [row] if isinstance(row, RobustnessResult) else row for name, row in results.items()}
+    given = check_mapping("results", results, "results", example)
+    rows = {name: [row] if isinstance(row, RobustnessResult) else row for name, row in given.items()}
     for name, row in rows.items():
         if not isinstance(row, (list, tuple)) or not all(isinstance(result, RobustnessResult) for result in row):
             raise ConfigurationError(

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import attacks as training_attacks
-from entprop_wrap.robustness.attacks import PGD, AttackFunction, attacked, check_attack, check_attacks
+from entprop_wrap.robustness.attacks import PGD, AttackFunction, attacked, check_attack
 from entprop_wrap.robustness.autoattack import AutoAttack
 from entprop_wrap.robustness.corruptions import Corruption, conditions_of
 from entprop_wrap.robustness.corruptions.random import Streams
@@ -97,7 +97,8 @@ def evaluate_robustness(  # type: ignore[misc]  # the overloads leave the option
         check_flag(name, value)
     shifts = check_mapping("shifts", shifts, "data", 'shifts={"sketch": sketch_loader}')
     space = space_of(pixel_space)
-    attacks = check_attacks(attacks)
+    given = check_mapping("attacks", attacks, "attacks", 'attacks={"PGD-20": PGD(steps=20)}')
+    attacks = {name: check_attack(f"attacks[{name!r}]", attack) for name, attack in given.items()}
     groups = evaluated_models(models, auxiliaries)
     subjects = [subject for group in groups.values() for subject in group]
 

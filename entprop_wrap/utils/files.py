@@ -56,9 +56,12 @@ def sha256(file: Path) -> str:
 def replacing(file: Path) -> Iterator[Path]:
     """Give a path to write to; after the with-block ``file`` is that, whole, or if the process is killed as it was."""
     partial = file.with_name(file.name + ".partial")
-    yield partial
-    flush(partial)
-    os.replace(partial, file)
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)  # after an error
 
 
 @contextmanager

@@ -576,7 +576,7 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path, monkeypatch, path, m
     [
         ({}, {}, ConfigurationError, "as many results"),
         ({"a": 3}, {}, ConfigurationError, "'a', found int"),
-        ({3: result(0)}, {}, ConfigurationError, "name of a model must be text, found 3"),
+        ({3: result(0)}, {}, ConfigurationError, "a dict of results by name, found {3"),
         ({"a": result(0), "b": [result(1), result(2)]}, {}, ConfigurationError, "as many results"),
         ({"a": result(0), "b": result(1, severities=(1,))}, {}, ConfigurationError, "one protocol"),
         (result(0), {"costs": {"EntProp": 1}}, ConfigurationError, "costs names 'EntProp'.*'model'"),

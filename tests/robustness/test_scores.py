@@ -208,8 +208,8 @@ def test_comparison_refuses_what_cannot_be_compared():
         ({"a": [1]}, r"evaluate_robustness\(\) for 'a', found list"),
         ({"a": 1}, "for 'a', found int"),
         ({"a": "text"}, "for 'a', found str"),
-        ([result([0.5] * 4)], "dict of results by method, found list"),
-        (None, "found NoneType"),
+        ([result([0.5] * 4)], "results must be a dict of results by name, found list"),
+        (None, "found none"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             compare(wrong)
