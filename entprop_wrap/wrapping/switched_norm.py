@@ -299,6 +299,8 @@ def _no_fast_path(module: nn.Module, args: Any) -> None:
 def _view(norm: nn.Module, copy: nn.Module, *, record: bool) -> View:
     view: View = object.__new__(view_class(type(norm)))  # type: ignore[arg-type]
     own_buffers = norm._buffers.keys() == copy._buffers.keys()
+    # Functions that the norm has instead of its class's: these hide the norm's own from __getattr__.
+    view.__dict__.update((name, held) for name, held in vars(norm).items() if callable(getattr(type(norm), name, None)))
     view.__dict__.update(
         _entprop_norm=norm,
         _entprop_parameters=frozenset(norm._parameters),

@@ -610,11 +610,14 @@ def test_hooks_on_a_norm_run_once_in_each_domain():
 def test_switching_class_attributes_reads_the_norm():
     class Offset(nn.LayerNorm):
         shift = 0.0
+        activation = staticmethod(torch.relu)
 
         def forward(self, x):
-            return super().forward(x) + self.shift
+            return self.activation(super().forward(x) + self.shift)
 
-    model = entprop.wrap(nn.Sequential(Offset(8), nn.Linear(8, 5)))
+    offset = Offset(8)
+    offset.activation = torch.sin
+    model = entprop.wrap(nn.Sequential(offset, nn.Linear(8, 5)))
     model[0].shift = 2.0
     with entprop.auxiliary(model):
         inside = model(rows())
