@@ -205,11 +205,20 @@ class Step:
         finally:
             self._local -= 1
 
-    def auxiliary(self, name: str | None, *, record_statistics: bool = True) -> AbstractContextManager[None]:
-        """Return a context in which the model runs through the auxiliary norms ``name``; None: through its own."""
-        if name is None and not is_wrapped(self.model):
-            return nullcontext() if record_statistics else self._statistics_kept()
-        return auxiliary(self.model, name, record_statistics=record_statistics)
+    @contextmanager
+    def auxiliary(self, name: str | None, *, record_statistics: bool = True) -> Iterator[None]:
+        """Run the model through the auxiliary norms ``name`` inside the with-block; None: through its own."""
+        registry = find_registry(self.model) if is_wrapped(self.model) or name is not None else None
+        # Plain norms, and those that all domains share, have no switch: what they record in the block is undone.
+        undo = not record_statistics and (registry is None or registry.shared)
+        before = Snapshot(self.model) if undo else None
+        switched = registry is not None
+        try:
+            with auxiliary(self.model, name, record_statistics=record_statistics) if switched else nullcontext():
+                yield
+        finally:
+            if before is not None:
+                before.restore_buffers()
 
     def rows_split(self, auxiliary: str | None, main: int, total: int) -> AbstractContextManager[None]:
         """Return a context in which the first ``main`` of ``total`` images run through the model's own norms.
@@ -222,15 +231,6 @@ class Step:
             return nullcontext()
         prove_rows(self.model, self.images, auxiliary)
         return rows_split(self.model, auxiliary, main, total) if main < total else nullcontext()
-
-    @contextmanager
-    def _statistics_kept(self) -> Iterator[None]:
-        # A plain model has no switch: what its norms record in the block is undone.
-        before = Snapshot(self.model)
-        try:
-            yield
-        finally:
-            before.restore_buffers()
 
     @contextmanager
     def norms_frozen(self, frozen: bool = True) -> Iterator[None]:

@@ -30,7 +30,6 @@ from entprop_wrap.errors import (
 )
 from entprop_wrap.utils.modules import check_module, refuse_wrapping, walk
 from entprop_wrap.utils.options import check_choice, check_flag, shown
-from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.wrapping.active_domain import key_of
 from entprop_wrap.wrapping.norm_layers import Selector, find_norms, is_norm
 from entprop_wrap.wrapping.registry import Registry, find_registry, find_wrapped, registry_on
@@ -159,7 +158,7 @@ def auxiliary(model: nn.Module, name: str | None = "aux", *, record_statistics: 
         name: The auxiliary domain; None is the main domain, useful inside another block, or with
             ``record_statistics=False``.
         record_statistics: False normalises with the batch's own statistics in training mode but leaves running
-            statistics alone, as attack steps want it.
+            statistics alone, as attack steps want it; but for those of norm layers that ``exclude=`` left shared.
 
     Raises:
         NotWrappedError: ``model`` holds no wrapped model, or is only a part of one.
@@ -175,14 +174,8 @@ def auxiliary(model: nn.Module, name: str | None = "aux", *, record_statistics: 
             f"No auxiliary named {shown(name)}; this model has {', '.join(map(repr, registry.auxiliaries))}. "
             f"Name it when wrapping: wrap(model, auxiliaries=({shown(name)},))."
         )
-    # Norm layers that all domains share know of no switch.
-    before = Snapshot(model) if registry.shared and not record_statistics else None
-    try:
-        with registry.switch.block(key_of(name, record_statistics)):
-            yield
-    finally:
-        if before is not None:
-            before.restore_buffers()
+    with registry.switch.block(key_of(name, record_statistics)):
+        yield
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import entprop_wrap as entprop
 from entprop_wrap.diagnostics import input_jacobian
 from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, UnsupportedModelError
 from entprop_wrap.functional.attacks import PGD
-from entprop_wrap.methods import AdversarialTraining, AdvProp, FineGrainedAdvProp, Vanilla, grow
+from entprop_wrap.methods import AdversarialTraining, AdvProp, EntProp, FineGrainedAdvProp, Vanilla, grow
 from entprop_wrap.robustness import accuracy_against_epsilon
 from tests.helpers.trainer_toys import BatchNormNet, make
 
@@ -46,6 +46,15 @@ def test_an_attack_records_no_statistics_in_any_norm(method, wrapped):
     entprop.training_step(model, IMAGES, LABELS, method=method)
     assert model.bn.recorded == (1 if method.kind == "pgd" else 2)
     assert model.bn.training
+
+
+@pytest.mark.parametrize("method", [EntProp(1.0, attack_steps=4), AdvProp(PGD(steps=3), attack_statistics="batch")])
+def test_an_attack_records_no_statistics_in_norms_that_are_left_shared(method):
+    model = make(BatchNormNet)
+    model.bn = nn.Sequential(model.bn, VarianceNorm(8))
+    model = entprop.wrap(model, exclude="bn.1").train()
+    entprop.training_step(model, IMAGES, LABELS, method=method)
+    assert model.bn[1].recorded == 2
 
 
 def test_pixel_spaces_first_used_in_inference_mode_serve_training():
