@@ -6,7 +6,6 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -14,7 +13,7 @@ import datasets
 import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from entprop_wrap.cli.options import DIGITS, did_you_mean
+from entprop_wrap.cli.options import DIGITS
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import DataError
 from entprop_wrap.integrations.hub_datasets import eval_transform, in_memory, load_images, train_transform
@@ -95,10 +94,9 @@ def images(options: Namespace, space: PixelSpace, size: int) -> Data:
     except DataError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        taken = "" if Path(options.dataset).expanduser().is_dir() else _taken_for_an_id(options.dataset)
         raise DataError(
-            f"--dataset {options.dataset}:{taken} {str(error).strip().rstrip('.') or type(error).__name__}. Expected a "
-            "folder with a folder of images for each class, or with a table; or the id of a dataset of the Hub."
+            f"--dataset {options.dataset}: {str(error).strip().rstrip('.') or type(error).__name__}. Expected a folder "
+            "with a folder of images for each class, or with a table; or the id of a dataset of the Hub."
         ) from error
     finally:
         logger.setLevel(level)
@@ -110,10 +108,3 @@ def images(options: Namespace, space: PixelSpace, size: int) -> Data:
     # A little larger than the model's input, so that random crops still have something to choose from.
     kept, tests = (in_memory(part, round(size * 8 / 7), evaluate) for part in (data.train, data.eval))
     return Data(name, data.classes, replace(kept, transform=train), tests, space, kept)
-
-
-def _taken_for_an_id(name: str) -> str:
-    path = Path(name).expanduser()
-    near = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
-    guess = did_you_mean(path.name, [*near, DIGITS])
-    return f" there is no such folder ({path.absolute()}).{guess} It was taken for a Hub id, and not found:"

@@ -130,7 +130,6 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--severities", type=int, choices=severities, nargs="+", default=severities, help="of the corruptions")
     add("--robustness-images", type=count, help="test on a seeded part of the test images (digits: 500)")
     add("--attack", type=number, metavar="EPSILON", help="also measure accuracy under PGD-20, such as 8/255")
-    add("--monitor", action="store_true", help="warn of training that fails quietly (diagnostics.Monitor)")
     add("--output", type=Path, default=Path("outputs/train"), help="folder for everything (default: %(default)s)")
     add("--resume", action="store_true", help="continue from the last checkpoints in the output folder")
     return parser

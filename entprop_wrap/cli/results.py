@@ -34,7 +34,6 @@ class Run:
     history: list[dict[str, Any]]  # the records of metrics.jsonl
     scores: Any = None  # of evaluate_robustness
     diagnostics: dict[str, Any] = field(default_factory=dict)  # results by title, of the first seed
-    warnings: dict[str, str] = field(default_factory=dict)  # of the monitor, by signature
 
 
 def cost(history: Sequence[dict[str, Any]], images_per_step: int) -> tuple[float, float]:
@@ -64,22 +63,16 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def table(runs: Sequence[Run], data: Data) -> str:
-    """Return scores and differences as tables, what training cost, and what monitors said."""
+    """Return scores and differences as tables, and what training cost."""
     methods = by_method(runs)
     cost = [
         f"{method} {statistics.fmean(run.seconds for run in mine):.0f} seconds of training, "
         f"{statistics.fmean(run.passes for run in mine):.2f} passes per step"
         for method, mine in methods.items()
     ]
-    said = [f"{run.method}, seed {run.seed}: {text}" for run in runs for text in run.warnings.values()]
-    return "\n\n".join(
-        [
-            f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes.",
-            compare({method: [run.scores for run in mine] for method, mine in methods.items()}).to_markdown(),
-            f"Cost: {'; '.join(cost)}.",
-            *said,
-        ]
-    )
+    compared = compare({method: [run.scores for run in mine] for method, mine in methods.items()}).to_markdown()
+    about = f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes."
+    return f"{about}\n\n{compared}\n\nCost: {'; '.join(cost)}."
 
 
 def save(runs: Sequence[Run], data: Data, options: Namespace) -> None:
@@ -95,7 +88,6 @@ def save(runs: Sequence[Run], data: Data, options: Namespace) -> None:
                 "seed": run.seed,  # of the training; that of the corruptions is in "protocol"
                 "seconds": round(run.seconds, 2),
                 "passes_per_step": round(run.passes, 4),
-                "warnings": run.warnings,
             }
             for run in runs
         ],
@@ -137,11 +129,6 @@ def page(runs: Sequence[Run], data: Data, options: Namespace, path: Path) -> Pat
         pixel_space=data.space,
         costs={method: round(statistics.fmean(run.passes for run in mine), 2) for method, mine in methods.items()},
         diagnostics={title: found for run in runs for title, found in run.diagnostics.items()},
-        warnings={
-            f"{run.method}, seed {run.seed}, {signature}": text
-            for run in runs
-            for signature, text in run.warnings.items()
-        },
         command=shlex.join(["python", *sys.argv]),
         facts=facts,
     )

@@ -20,7 +20,6 @@ from entprop_wrap.cli import results
 from entprop_wrap.cli.data import Data, load, say
 from entprop_wrap.cli.options import run_folder
 from entprop_wrap.data.augmentation import AugmentedImages
-from entprop_wrap.diagnostics import Monitor
 from entprop_wrap.errors import CheckpointError, ConfigurationError
 from entprop_wrap.finetuning import interpolate, linear_probe
 from entprop_wrap.methods import FastAdvProp, grow
@@ -111,14 +110,13 @@ def train(
     ME-ADA's data grows between phases, each with a folder, but for the last, and a schedule of its own. A phase that
     was finished is not trained again when it is resumed; what the data has grown after it is made again.
     """
-    monitor = Monitor() if options.monitor else None
     output, images = Path(settings.output_dir), data.train
     start = None if options.interpolate is None else deepcopy(model.state_dict())
     lengths = phases(name, method, options)
     for number, epochs in enumerate(lengths, start=1):
         last = number == len(lengths)
         own = replace(settings, epochs=epochs, output_dir=output if last else output / f"phase{number}")
-        trainer = Trainer(model, images, data.test, method=method, pixel_space=data.space, config=own, monitor=monitor)
+        trainer = Trainer(model, images, data.test, method=method, pixel_space=data.space, config=own)
         if number == 1 and accelerate.PartialState().is_main_process:  # the Trainer has found the folder writable
             with explaining_failed_writes(output / START):
                 output.mkdir(parents=True, exist_ok=True)
@@ -137,8 +135,7 @@ def train(
         unwrap(trainer.model)
     history = results.read_history(output)
     passes, seconds = results.cost(history, settings.batch_size * accelerate.PartialState().num_processes)
-    warnings = monitor.warnings if monitor else {}
-    one = results.Run(name, settings.seed, passes, seconds, history, diagnostics=found, warnings=warnings)
+    one = results.Run(name, settings.seed, passes, seconds, history, diagnostics=found)
     return one, trainer.model.eval()
 
 

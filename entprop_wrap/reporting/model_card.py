@@ -24,7 +24,6 @@ def model_card(
     dataset_id: str,
     dataset_split: str | None = None,
     training: str | None = None,
-    command: str | None = None,
 ) -> ModelCard:
     """Return a model card: YAML front matter with ``model-index``, and a section on robustness.
 
@@ -43,7 +42,6 @@ def model_card(
         dataset_id: Its id on the Hub; for other data any short word.
         dataset_split: The split that was evaluated on.
         training: A sentence on how it was trained.
-        command: Command line that led here.
 
     Raises:
         ConfigurationError: ``result`` is not a RobustnessResult; a text is empty or of another type.
@@ -52,8 +50,8 @@ def model_card(
         raise ConfigurationError(f"result must be a RobustnessResult, found {type(result).__name__}.")
     model, dataset = check_text("model", model), check_text("dataset", dataset)
     dataset_id = check_text("dataset_id", dataset_id)
-    given = {"dataset_split": dataset_split, "training": training, "command": command}.items()
-    dataset_split, training, command = (value if value is None else check_text(name, value) for name, value in given)
+    given = {"dataset_split": dataset_split, "training": training}.items()
+    dataset_split, training = (value if value is None else check_text(name, value) for name, value in given)
     data = ModelCardData(
         pipeline_tag="image-classification",
         tags=["image-classification", "robustness", "entprop"],
@@ -64,7 +62,7 @@ def model_card(
             result, {"dataset_name": dataset, "dataset_type": dataset_id, "dataset_split": dataset_split}
         ),
     )
-    body = f"# {escaped(model)}\n\n{_section(result, dataset, training, command)}"
+    body = f"# {escaped(model)}\n\n{_section(result, dataset, training)}"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
@@ -94,7 +92,7 @@ def _eval_results(result: RobustnessResult, place: dict[str, Any]) -> list[EvalR
     return found
 
 
-def _section(result: RobustnessResult, dataset: str, training: str | None, command: str | None) -> str:
+def _section(result: RobustnessResult, dataset: str, training: str | None) -> str:
     parts = [
         "## Robustness",
         f"Evaluated on {escaped(dataset)}. SA is accuracy on images as they are, RA the plain mean over all "
@@ -104,8 +102,5 @@ def _section(result: RobustnessResult, dataset: str, training: str | None, comma
     ]
     if training:
         parts.append(escaped(training))
-    if command:
-        fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", command)), default=0))
-        parts.append(f"{fence}\n{command}\n{fence}")
     said = ", ".join(f"{key} {value}" for key, value in versions().items())
     return "\n\n".join([*parts, f"Measured with {said}."]) + "\n"

@@ -295,7 +295,7 @@ def test_a_table_of_labels_by_the_name_of_its_column(train, tmp_path, folder):
 
 
 @pytest.mark.usefixtures("untrained")
-def test_data_that_is_not_there(train, tmp_path, folder, monkeypatch):
+def test_data_that_is_not_there(train, tmp_path, folder):
     def refused(name, *more):
         done = train("--dataset", tmp_path / name if more else name, *more, *QUICK, output=tmp_path / "out")
         assert str(done.code).startswith("DataError: "), done.out
@@ -305,9 +305,7 @@ def test_data_that_is_not_there(train, tmp_path, folder, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert "doesn't contain any data files" in refused("empty", "--seed", 1)
     assert "which is not a folder" in refused("images/dark/0.png", "--seed", 1)
-    monkeypatch.chdir(tmp_path)
-    expected = f"there is no such folder ({tmp_path / 'imags'}). Did you mean 'images'? It was taken for a Hub id,"
-    assert expected in refused("imags")
+    assert "--dataset imags: " in refused("imags")
 
 
 def test_every_method_by_name(train, tmp_path, folder):
@@ -366,19 +364,12 @@ def test_weights_of_another_model_are_refused(train, tmp_path):
     assert "Missing key(s)" in done.code
 
 
-def test_attacks_seeds_and_what_the_monitor_says(train, tmp_path):
-    """The test images have each other's labels: what is learnt makes it worse there."""
-    dark_and_light(tmp_path / "swapped" / "train", (60, 190))
-    dark_and_light(tmp_path / "swapped" / "validation", (190, 60))
-    output, arguments = tmp_path / "out", [*QUICK, "--dataset", tmp_path / "swapped", "--methods", "vanilla"]
-    sizes = ["--epochs", 10, "--optimizer", "sgd", "--learning-rate", 0.1, "--seeds", 2]
-    with pytest.warns(UserWarning, match="Training and validation part"):
-        printed = train(*arguments, *sizes, "--attack", "8/255", "--monitor", output=output).out
-    first, second = json.loads((output / "results.json").read_text())["runs"]
+def test_attacks_and_seeds(train, tmp_path, folder):
+    arguments = [*QUICK, "--dataset", folder, "--methods", "vanilla", "--seeds", 2, "--attack", "8/255"]
+    printed = train(*arguments, output=tmp_path / "out").out
+    first, second = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert (first["seed"], second["seed"]) == (0, 1)
-    assert set(first["warnings"]) | set(second["warnings"]) == {"validation"}
     assert "| method | SA | RA | Hscore | under PGD-20 8/255 |" in printed
-    assert ": Training and validation part: since evaluation" in printed
     attacked = [100 * run["adversarial"]["PGD-20 8/255"]["accuracy"] for run in (first, second)]
     assert f"| {sum(attacked) / 2:.2f} ±" in printed
 

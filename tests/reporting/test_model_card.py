@@ -43,7 +43,7 @@ def evaluated(text):
 
 
 def test_text_of_numpy_is_text():
-    given = {"dataset_split": "test", "training": "12 epochs", "command": "entprop-train"}
+    given = {"dataset_split": "test", "training": "12 epochs"}
     assert card(**{name: np.str_(value) for name, value in given.items()}) == card(**given)
 
 
@@ -83,7 +83,7 @@ def test_the_front_matter_holds_what_was_given_and_nothing_empty():
 
 def test_the_section_holds_every_number():
     found = result()
-    text = ModelCard(card(found, training="EntProp, 10 epochs.", command="train --seed 0")).text
+    text = ModelCard(card(found, training="EntProp, 10 epochs.")).text
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     cells = {row[0]: row[1:] for row in rows}
 
@@ -103,7 +103,6 @@ def test_the_section_holds_every_number():
     assert "Evaluated on Oxford-IIIT Pet." in text
     assert f"RA: {found.protocol}." in text
     assert "EntProp, 10 epochs." in text
-    assert "```\ntrain --seed 0\n```" in text
 
 
 @pytest.mark.parametrize(
@@ -134,11 +133,6 @@ def test_any_name_survives(name):
             assert len(re.findall(r"(?<!\\)\|", line)) in (3, 5)  # no cell is cut in two
 
 
-def test_a_command_with_a_fence_stays_one_block():
-    text = card(command="echo ```")
-    assert "````\necho ```\n````" in text
-
-
 def test_it_saves_itself_with_what_was_added(tmp_path):
     found = model_card(result(), model="m", dataset="d", dataset_id="d")
     found.data.license, found.data.base_model = "mit", "timm/resnet50.a1_in1k"
@@ -155,7 +149,6 @@ def test_it_saves_itself_with_what_was_added(tmp_path):
         ({"model": None}, "model must be text, found None"),
         ({"dataset_id": 3}, "dataset_id must be text, found 3"),
         ({"dataset_split": 3}, "dataset_split must be text"),
-        ({"command": ["train"]}, "command must be text"),
         ({"training": 3}, "training must be text"),
     ],
 )
