@@ -65,16 +65,8 @@ def feature_distance(
     """Measure how far mixing, selection and perturbation move images in the model's own feature space.
 
     As table 6 of EntProp does with the features of an Inception network, which makes the numbers incomparable. Features
-    are taken in evaluation mode. Arguments and errors are those of :func:`entropy_stages`, and these:
-
-    Args:
-        model: A classifier in evaluation mode, wrapped or plain.
-        data: Batches as training sees them.
-        method: The method to look at; None: ``EntProp()``.
-        layer: Name of the layer whose input the features are; None: the classifier's head.
-        pixel_space: What the data is normalised with; None: nothing.
-        seed: Seed of mixing, dropout, the halves and the order of data.
-        progress: Show a progress bar.
+    are taken in evaluation mode, and are the input of ``layer``, a name in ``model.named_modules()``; None: of the
+    classifier's head. The other arguments and errors are those of :func:`entropy_stages`.
 
     Raises:
         ConfigurationError: Fewer than 4 images.

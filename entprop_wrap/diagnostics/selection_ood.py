@@ -92,18 +92,10 @@ def selection_ood(
     """Compare how well out-of-distribution images can be told from selected images, and from random ones.
 
     The method's own step selects, on a copy of the model. Scores are those of the model in evaluation mode, through its
-    main norms.
-
-    Args:
-        model: A classifier in evaluation mode, wrapped or plain.
-        data: Batches ``(images, labels)`` or dicts, as training sees them: ``fraction`` is one of each batch.
-        method: What selects; None: ``EntProp()``.
-        ood: Batches of out-of-distribution images in the same form; None: ``data`` under ``corruptions``.
-        corruptions: Names from ``entprop_wrap.robustness.CORRUPTIONS``, None for all; images are then at least 32 px.
-        severities: From 1 (mild) to 5 (strong).
-        pixel_space: What both are normalised with; None: nothing.
-        seed: Seed of mixing, dropout, corruption, resampling and the order of data.
-        progress: Show a progress bar.
+    main norms. Out-of-distribution images are batches ``ood``, of the same form and pixel space as ``data``; None:
+    ``data`` under ``corruptions``, names from ``entprop_wrap.robustness.SUITES`` (None: the 15 of ImageNet-C; images
+    are then at least 32 px), at ``severities`` from 1 (mild) to 5 (strong). The other arguments are those of
+    :func:`entropy_stages`.
 
     Returns:
         AUROC and FPR95 by score and group, with bootstrap intervals over batches. Below ten batches they are rough.

@@ -178,23 +178,20 @@ def accuracy_against_epsilon(
         progress: Show a progress bar, on the first process.
 
     Raises:
-        ConfigurationError: No epsilons, or one twice; a model in training mode.
+        ConfigurationError: No epsilons; a model in training mode; an attack without a magnitude.
         PixelRangeError: An epsilon that is not a fraction of the pixel range.
         DataError, ImageError, LabelError, ModelOutputError: As :func:`~entprop_wrap.robustness.evaluate_robustness`.
     """
     check_state(model, "The model")
     sizes = [
         check_number("An entry of epsilons", size, lambda value: value >= 0, "of at least 0")
-        for size in check_sequence("epsilons", epsilons, "different numbers", "epsilons=(0, 4 / 255)")
+        for size in check_sequence("epsilons", epsilons, "numbers", "epsilons=(0, 4 / 255)")
     ]
-    if len(set(sizes)) < len(sizes):
-        raise ConfigurationError(f"epsilons must be different numbers, found {shown(epsilons)}.")
     check_seed(seed)
     check_flag("progress", progress)
-    base = PGD() if attack is None else attack
-    if isinstance(base, type) or not hasattr(base, "at"):
+    base = check_attack("attack", PGD() if attack is None else attack)
+    if not hasattr(base, "at"):
         raise ConfigurationError(f"attack must be PGD(), FGSM() or AutoAttack(), found {shown(base)}.")
-    base = check_attack("attack", base)
     sized = {epsilon: base.at(epsilon) if epsilon else None for epsilon in sizes}
     subject, space, streams = EvaluatedModel("The model", model), space_of(pixel_space), Streams(seed)
     share = ShardedData(data, space)
