@@ -130,9 +130,7 @@ class AdversarialTraining(Method):
             def objective(logits: Tensor) -> Tensor:
                 return divergence(prediction, logits) if self.kind == "trades" else step.loss(logits, step.labels)
 
-            return self.attack.run(
-                step.images, lambda images: step.pixel_gradient_of(images, objective), step.space, step.generator
-            )
+            return step.attack(self.attack, lambda images: step.pixel_gradient_of(images, objective))
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -98,9 +98,7 @@ def attacked(
     if targeted:
         target, sign = Target(wrong_labels(step.labels, classes, step.generator)), -1
     with step.auxiliary(auxiliary, record_statistics=False), step.norms_frozen(statistics == "running"):
-        return attack.run(
-            step.images, lambda images: sign * step.pixel_gradient(images, target), step.space, step.generator
-        )
+        return step.attack(attack, lambda images: sign * step.pixel_gradient(images, target))
 
 
 def check_statistics(statistics: str) -> None:

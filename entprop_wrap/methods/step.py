@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from entprop_wrap.data import validation
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError, DivergedError, ImageError, LabelError, UnsupportedModelError
+from entprop_wrap.functional.attacks import Attack, Gradient
 from entprop_wrap.functional.losses import Loss
 from entprop_wrap.functional.targets import Target
 from entprop_wrap.functional.uncertainty import entropy
@@ -23,6 +24,7 @@ from entprop_wrap.methods.step_loss import StepLoss, asked
 from entprop_wrap.methods.step_output import StepOutput, finished
 from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import no_gradient_sync, plain_model, refuse_container, walk
+from entprop_wrap.utils.options import shown
 from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.wrapping.model import auxiliary, is_wrapped
 from entprop_wrap.wrapping.norm_layers import is_norm
@@ -296,6 +298,20 @@ class Step:
             with refusing_reentrant():
                 (gradient,) = torch.autograd.grad(value * scale, images)
         return gradient
+
+    def attack(self, attack: Attack, gradient: Gradient) -> Tensor:
+        """Return what ``attack`` makes of the images, which it may change in place: it is given a copy.
+
+        Raises:
+            ConfigurationError: It returned something else than images like those.
+        """
+        images: Any = attack.run(self.images.clone(), gradient, self.space, self.generator)
+        if not isinstance(images, Tensor) or images.shape != self.images.shape or images.dtype != self.images.dtype:
+            raise ConfigurationError(
+                f"{type(attack).__name__}.run() must return images like those that it is given, {shown(self.images)}; "
+                f"found {shown(images)}."
+            )
+        return images
 
     def warn_if_mixed(self) -> None:
         """Warn once per model if labels look like those of images that the loop has mixed already."""

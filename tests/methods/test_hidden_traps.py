@@ -1,5 +1,7 @@
 """What once went wrong in silence: statistics of other norms, cached constants, augmentations and scores."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -112,6 +114,34 @@ def test_images_that_were_made_in_inference_mode_serve():
         for batch in ((images, labels), (IMAGES, LABELS))
     ]
     assert outs[0].loss == outs[1].loss
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """An attack of one's own, in one call."""
+
+    moved: object
+    steps: int = 0
+
+    def run(self, images, gradient, space, generator):
+        return self.moved(images)
+
+
+@pytest.mark.parametrize("kind", ["pgd", "trades"])
+def test_an_attack_may_change_its_images_in_place(kind):
+    found = []
+    for moved in (lambda images: images.mul_(0.5), lambda images: images * 0.5):
+        model, images = make(BatchNormNet).train(), IMAGES.clone()
+        method = AdversarialTraining(OneStep(moved), kind=kind, clean_weight=0.5 if kind == "pgd" else 0.0)
+        found.append(entprop.training_step(model, images, LABELS, method=method).loss)
+        assert torch.equal(images, IMAGES)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("moved", [lambda images: None, lambda images: images[:4], lambda images: images.double()])
+def test_an_attack_that_returns_something_else_is_refused(moved):
+    with pytest.raises(ConfigurationError, match=r"OneStep.run\(\) must return images like those"):
+        entprop.training_step(entprop.wrap(make(BatchNormNet)), IMAGES, LABELS, method=AdvProp(OneStep(moved)))
 
 
 def test_ignored_labels_say_what_they_are():
