@@ -282,14 +282,10 @@ GOOD = torch.full((2, 3, 32, 32), 0.5)
         ((GOOD * 255).byte(), ImageError, "floating-point"),
         (GOOD * float("nan"), ImageError, "not finite"),
         (GOOD * float("inf"), ImageError, "not finite"),
-        (GOOD[0], ImageError, r"images\[None\]"),
         (GOOD[:, :1], ImageError, "expand"),
-        (GOOD.permute(0, 2, 3, 1), ImageError, "permute"),
         (GOOD[:, :, :31], ImageError, "at least 32 px"),
-        (GOOD[:0], ImageError, "empty"),
-        (GOOD.numpy(), ImageError, "tensor"),
     ],
-    ids=["bytes as floats", "normalised", "bytes", "nan", "inf", "3d", "grey", "hwc", "31 px", "empty", "numpy"],
+    ids=["bytes as floats", "normalised", "bytes", "nan", "inf", "grey", "31 px"],
 )
 def test_refuses_wrong_images(images, error, match):
     with pytest.raises(error, match=match):
