@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.losses import Loss
-from entprop_wrap.functional.mixing import Mix
+from entprop_wrap.functional.mixing import Mix, Mixer
+from entprop_wrap.utils.options import is_number, shown
 from entprop_wrap.utils.tensors import index_rows, to_device
 
-__all__ = ["Target"]
+__all__ = ["Target", "mix_batch"]
 
 
 class Target:
@@ -56,6 +60,30 @@ class Target:
         if self.partners is None:
             return own
         return self.share * own + (1 - self.share) * _at(loss, self.partner_index)(logits, self.partners)
+
+
+def mix_batch(
+    mixer: Mixer, images: Tensor, target: Target, generator: torch.Generator | None
+) -> tuple[Mix, Tensor, Target]:
+    """Draw a mix for ``images`` ``(N, C, H, W)`` with one label each; return it, the mixtures and their target.
+
+    Raises:
+        ConfigurationError: A mixer of one's own drew something else than a :class:`Mix` of N images.
+    """
+    mix, version = mixer.draw(images.shape, generator), images._version
+    mixed: Any = mix.apply(images)
+    if (
+        not (isinstance(mixed, Tensor) and mixed.shape == images.shape and mixed.dtype == images.dtype)
+        or images._version != version
+        or not (isinstance(mix.partner, Tensor) and mix.partner.shape == images.shape[:1])
+        or not (is_number(mix.share) and 0 <= mix.share <= 1)
+    ):
+        raise ConfigurationError(
+            f"{type(mixer).__name__}.draw() must return a mix of {len(images)} images: a partner for each, one share "
+            "in [0, 1] as a number, and apply(), which returns as many images of the same type and changes none in "
+            f"place; found partner={shown(mix.partner)}, share={shown(mix.share)} and {shown(mixed)} from apply()."
+        )
+    return mix, mixed, Target.mixed(target.labels, mix, target.index)
 
 
 def _at(loss: Loss, index: Tensor | None) -> Loss:

@@ -11,7 +11,7 @@ from torch import Tensor
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import ascend, check_magnitude
 from entprop_wrap.functional.mixing import Mixer, find_mixer
-from entprop_wrap.functional.targets import Target
+from entprop_wrap.functional.targets import Target, mix_batch
 from entprop_wrap.functional.uncertainty import Uncertainty, compute_scores, find_uncertainty, num_selected, top_k
 from entprop_wrap.methods import lagged
 from entprop_wrap.methods.base import Method
@@ -252,8 +252,7 @@ class EntProp(Method):
         images, target = step.images[:number], Target(step.labels[:number])
         mixer = cast("Mixer | None", self.mix)
         if mixer is not None and self.mix_on == "batch":
-            mix = mixer.draw(images.shape, step.generator)
-            images, target = mix.apply(images), Target.mixed(target.labels, mix)
+            _, images, target = mix_batch(mixer, images, target, step.generator)
         return images.detach(), target
 
     def _harden(
@@ -263,8 +262,7 @@ class EntProp(Method):
         gradient = torch.zeros_like(origin) if source is None else source.rows(selected)
         mixer = cast("Mixer | None", self.mix)
         if mixer is not None and self.mix_on == "auxiliary":
-            mix = mixer.draw(origin.shape, step.generator)
-            origin, target = mix.apply(origin), Target.mixed(target.labels, mix, target.index)
+            mix, origin, target = mix_batch(mixer, origin, target, step.generator)
             # The gradient of the mixed loss for a change that both parents share, to first order.
             gradient = mix.apply(gradient)
 

@@ -7,7 +7,7 @@ from typing import cast
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.mixing import Mixer, find_mixer
-from entprop_wrap.functional.targets import Target
+from entprop_wrap.functional.targets import Target, mix_batch
 from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
@@ -51,9 +51,7 @@ class MixProp(Method):
         """Run the step."""
         step.warn_if_mixed()
         logits, main_loss = step.main_pass(step.images, step.labels)
-        mix = cast(Mixer, self.mix).draw(step.images.shape, step.generator)
-        images = mix.apply(step.images)
-        target = Target.mixed(step.labels, mix)
+        _, images, target = mix_batch(cast(Mixer, self.mix), step.images, Target(step.labels), step.generator)
         aux_logits, aux_loss = step.auxiliary_pass(self.auxiliary, images, target, weight=self.weight)
         return step.output(
             loss=main_loss + self.weight * aux_loss,

@@ -1,6 +1,7 @@
 """What once went wrong in silence: statistics of other norms, cached constants, augmentations and scores."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import entprop_wrap as entprop
 from entprop_wrap.diagnostics import input_jacobian
 from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, UnsupportedModelError
 from entprop_wrap.functional.attacks import PGD
-from entprop_wrap.methods import AdversarialTraining, AdvProp, EntProp, FineGrainedAdvProp, Vanilla, grow
+from entprop_wrap.methods import AdversarialTraining, AdvProp, EntProp, FineGrainedAdvProp, MixProp, Vanilla, grow
 from entprop_wrap.robustness import accuracy_against_epsilon
 from tests.helpers.trainer_toys import BatchNormNet, make
 
@@ -142,6 +143,25 @@ def test_an_attack_may_change_its_images_in_place(kind):
 def test_an_attack_that_returns_something_else_is_refused(moved):
     with pytest.raises(ConfigurationError, match=r"OneStep.run\(\) must return images like those"):
         entprop.training_step(entprop.wrap(make(BatchNormNet)), IMAGES, LABELS, method=AdvProp(OneStep(moved)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"apply": lambda images: images.mul_(0.5)},
+        {"apply": lambda images: images[:4]},
+        {"share": torch.full((12,), 0.5)},
+        {"share": 1.5},
+        {"partner": torch.arange(3)},
+    ],
+    ids=["in place", "fewer", "shares", "share", "partners"],
+)
+@pytest.mark.parametrize("make_method", [MixProp, EntProp])
+def test_a_mixer_that_draws_something_else_is_refused(make_method, wrong):
+    drawn = SimpleNamespace(**{"partner": torch.arange(12), "share": 0.5, "apply": lambda images: images / 2} | wrong)
+    method = make_method(mix=SimpleNamespace(draw=lambda shape, generator: drawn))
+    with pytest.raises(ConfigurationError, match="must return a mix of 12 images"):
+        entprop.training_step(entprop.wrap(make(BatchNormNet)), IMAGES.clone(), LABELS, method=method)
 
 
 def test_ignored_labels_say_what_they_are():
