@@ -196,7 +196,7 @@ def test_scores_are_one_number_per_image(uncertainty):
 
 @pytest.mark.parametrize("attack", [lambda *rest: rest[1], PGD], ids=["function", "class"])
 def test_curves_need_an_attack_of_any_size(attack):
-    with pytest.raises(ConfigurationError, match=r"attack must be PGD\(\), FGSM\(\) or AutoAttack\(\)"):
+    with pytest.raises(ConfigurationError, match="attack must be "):
         accuracy_against_epsilon(make(BatchNormNet).eval(), [(IMAGES, LABELS)], attack=attack, progress=False)
 
 
