@@ -53,9 +53,11 @@ class Batches:
         process: int = 0,
         processes: int = 1,
         device: torch.device | str = "cpu",
+        channels_last: bool = False,
     ) -> None:
         self.training, self.name, self.seed = training, name, seed
         self.process, self.processes, self.device = process, processes, torch.device(device)
+        self.channels_last = channels_last
         self.dataset: Any
         self.sampler: Any
         self.options: dict[str, Any]
@@ -104,7 +106,9 @@ class Batches:
         for batch in _ending_at_once(loader):
             number += 1
             images, labels = images_and_labels(batch, self.name)
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            layout = torch.channels_last if self.channels_last and images.ndim == 4 else torch.preserve_format
+            images = images.to(self.device, non_blocking=True, memory_format=layout)
+            yield images, labels.to(self.device, non_blocking=True)
         if number < len(batches):
             raise DataError(f"{self.name} ended after {number} of {len(batches)} batches: see its collate_fn.")
 

@@ -25,13 +25,7 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: nn.Module,
-    batches: Batches,
-    loss: Loss,
-    space: PixelSpace,
-    accelerator: Accelerator,
-    *,
-    channels_last: bool = False,
+    model: nn.Module, batches: Batches, loss: Loss, space: PixelSpace, accelerator: Accelerator
 ) -> dict[str, float]:
     """Evaluate ``model`` as it stands, in evaluation mode and in its main domain; every sample counts once.
 
@@ -53,8 +47,6 @@ def evaluate(
             checker.raise_pending()
             images_checker.raise_pending()
             return None
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         check_images(images, space)
         images_checker.images(images, space)
         return number, images, check_labels(labels, images)

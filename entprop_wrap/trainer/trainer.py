@@ -241,13 +241,12 @@ class Trainer:
             raise DataError("No data to evaluate on. Write Trainer(model, train_data, eval_data), or evaluate(data).")
         average, prepared = self._state.average, self._state.prepared
         rest = batches, self.loss, self.pixel_space, self.accelerator
-        layout = self.config.channels_last
         if average is not None:
             share_statistics(average)
             with prepared.autocast():
-                return evaluate(average.module, *rest, channels_last=layout)
+                return evaluate(average.module, *rest)
         with prepared.running():
-            return evaluate(prepared.model, *rest, channels_last=layout)
+            return evaluate(prepared.model, *rest)
 
     def export(self, folder: str | Path) -> None:
         """Write the plain model, of the moving average if there is one, so that it loads without this package.
@@ -282,6 +281,7 @@ class Trainer:
                 process=self.accelerator.process_index,
                 processes=self.accelerator.num_processes,
                 device=self.accelerator.device,
+                channels_last=self.config.channels_last,
             )
         )
         seen = gather_object([batches.fingerprint])
@@ -302,7 +302,7 @@ class Trainer:
                 f"{self._metrics.path} holds the metrics of another run. Choose a new output_dir, or remove that one; "
                 "fit(resume=True) begins again there."
             )
-        if checkpoint is None and self.position.step:
+        if checkpoint is None and (self.position.step or self._state.meter.batches):
             raise CheckpointError(
                 "This Trainer has trained already, and kept no checkpoint to resume from. Make a new Trainer: the "
                 "model keeps its weights."
@@ -373,8 +373,6 @@ class Trainer:
         self._bar.update()
 
     def _train(self, images: Tensor, labels: Tensor, divisor: int) -> StepOutput:
-        if self.config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         return training_step(
             self._state.prepared.model,
             images,

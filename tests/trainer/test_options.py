@@ -19,6 +19,7 @@ from entprop_wrap.errors import (
     ConfigurationError,
     DataError,
     DivergedError,
+    ImageError,
     LabelError,
     NoNormLayersError,
     OptimizerMismatchError,
@@ -498,6 +499,14 @@ def test_models_that_do_not_fit(tmp_path):
         trainer(tmp_path, method=EntProp)
     with pytest.raises(TypeError, match=r"TrainerConfig\(optimizer='sgd'\)"):
         trainer(tmp_path, ready="sgd")
+
+
+def test_images_of_another_form_are_refused_in_any_layout(tmp_path):
+    grey = [(torch.rand(8, 8), 0)] * 20
+    run = trainer(tmp_path, channels_last=True, data=grey, eval_data=grey)
+    for use in (run.fit, run.evaluate):
+        with pytest.raises(ImageError, match=r"\(N, C, H, W\)"):
+            use()
 
 
 def test_functions_that_return_something_else(tmp_path):

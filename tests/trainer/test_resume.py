@@ -351,6 +351,15 @@ def test_what_cannot_be_read_back_stops_the_run_at_its_first_checkpoint(tmp_path
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_a_run_interrupted_in_its_first_step_does_not_begin_again_with_what_that_left(tmp_path):
+    trainer = programs.resumable(tmp_path, stop_after=1)  # in the second of two batches, with statistics of the first
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert trainer.position.step == 0
+    with pytest.raises(CheckpointError, match="has trained already"):
+        trainer.fit(resume=True)
+
+
 def test_no_checkpoint_there(tmp_path):
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         programs.short(tmp_path / "run").fit(resume=tmp_path / "nowhere")
