@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.robustness.corruptions import blur, digital, noise, occlusions, overlays, weather
+from entprop_wrap.robustness.corruptions import blur, c_bar, digital, noise, weather
 from entprop_wrap.robustness.corruptions.base import Corruption, corruption
-from entprop_wrap.robustness.corruptions.refraction import caustic_refraction
 from entprop_wrap.utils.options import check_choice, check_integer, check_sequence, shown
 
 __all__ = ["CORRUPTIONS", "SUITES", "Corruption", "corrupt", "corruption"]
@@ -47,9 +46,9 @@ SUITES: Mapping[str, Mapping[str, Corruption]] = MappingProxyType(
     {
         "c": CORRUPTIONS,
         "c-bar": _named(
-            *(occlusions.blue_noise_sample, overlays.brownish_noise, caustic_refraction),
-            *(occlusions.checkerboard_cutout, overlays.cocentric_sine_waves, occlusions.inverse_sparkles),
-            *(overlays.perlin_noise, overlays.plasma_noise, overlays.single_frequency_greyscale, occlusions.sparkles),
+            *(c_bar.blue_noise_sample, c_bar.brownish_noise, c_bar.caustic_refraction, c_bar.checkerboard_cutout),
+            *(c_bar.cocentric_sine_waves, c_bar.inverse_sparkles, c_bar.perlin_noise, c_bar.plasma_noise),
+            *(c_bar.single_frequency_greyscale, c_bar.sparkles),
         ),
     }
 )
