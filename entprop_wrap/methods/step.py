@@ -30,6 +30,7 @@ from entprop_wrap.wrapping.model import auxiliary, is_wrapped
 from entprop_wrap.wrapping.norm_layers import is_norm
 from entprop_wrap.wrapping.registry import find_registry
 from entprop_wrap.wrapping.rows import prove_rows, rows_split
+from entprop_wrap.wrapping.switched_norm import AuxiliaryNorm, SwitchedNorm
 
 __all__ = ["Step"]
 
@@ -210,11 +211,9 @@ class Step:
     @contextmanager
     def auxiliary(self, name: str | None, *, record_statistics: bool = True) -> Iterator[None]:
         """Run the model through the auxiliary norms ``name`` inside the with-block; None: through its own."""
-        registry = find_registry(self.model) if is_wrapped(self.model) or name is not None else None
-        # Plain norms, and those that all domains share, have no switch: what they record in the block is undone.
-        undo = not record_statistics and (registry is None or registry.shared)
-        before = Snapshot(self.model) if undo else None
-        switched = registry is not None
+        switched = name is not None or is_wrapped(self.model)
+        # Norms of a plain model, and those that all domains share, have no switch: what they record is undone.
+        before = None if record_statistics or not _records_unswitched(self.model) else Snapshot(self.model)
         try:
             with auxiliary(self.model, name, record_statistics=record_statistics) if switched else nullcontext():
                 yield
@@ -347,3 +346,8 @@ class Step:
 def _keeps_statistics(module: nn.Module) -> bool:
     # EvoNorm of timm and norms of one's own are known by their buffers: whatever these hold, an attack is not to move.
     return isinstance(module, _NormBase) or (bool(module._buffers) and is_norm(module))
+
+
+def _records_unswitched(model: nn.Module) -> bool:
+    """Return whether ``model`` has norm layers with statistics that know of no switch."""
+    return any(_keeps_statistics(m) for m in walk(model) if not isinstance(m, (AuxiliaryNorm, SwitchedNorm)))
