@@ -101,22 +101,18 @@ def _cell(study: Study, name: str, score: str) -> dict[str, Any]:
 
 
 def score_rows(study: Study, costs: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return a row for each model, and one for each auxiliary domain that was evaluated."""
-    rows: list[dict[str, Any]] = []
-    for name, results in study.results.items():
-        cells: list[dict[str, Any]] = [_cell(study, name, score) for score in study.first.summary]
-        rows.append({"name": name, "domain": "", "cells": cells, "cost": f"{costs[name]:g}" if name in costs else ""})
-        for domain in results[0].auxiliaries:
-            found = [result.auxiliaries[domain].summary for result in results if domain in result.auxiliaries]
-            cells = []
-            for score in study.first.summary:
-                values = [one[score] for one in found if score in one]
-                mean = percent(sum(values) / len(values), study.decimals) if values else "\N{EN DASH}"
-                cells.append({"value": mean, "spread": "", "change": "", "best": False})
-            rows.append({"name": name, "domain": domain, "cells": cells, "cost": ""})
+    """Return a row for each model."""
+    rows = [
+        {
+            "name": name,
+            "cells": [_cell(study, name, score) for score in study.first.summary],
+            "cost": f"{costs[name]:g}" if name in costs else "",
+        }
+        for name in study.results
+    ]
     for number, score in enumerate(study.first.summary):
-        mains = [row["cells"][number] for row in rows if not row["domain"]]
-        top = (min if lower_is_better(score) else max)(float(cell["value"]) for cell in mains)
-        for cell in mains:
-            cell["best"] = len(mains) > 1 and float(cell["value"]) == top
+        cells = [row["cells"][number] for row in rows]
+        top = (min if lower_is_better(score) else max)(float(cell["value"]) for cell in cells)
+        for cell in cells:
+            cell["best"] = len(cells) > 1 and float(cell["value"]) == top
     return rows

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.robustness.corruptions import CORRUPTIONS, SUITES
+from entprop_wrap.robustness.corruptions import SUITES
 from entprop_wrap.robustness.scores import Scores, hscore
 from entprop_wrap.utils.options import shown
 
@@ -92,11 +92,6 @@ class RobustnessResult:
             "Calibration error": self.clean.calibration_error,
             "Calibration error, corrupted": fmean(scores.calibration_error for scores in self.corrupted.values()),
         }
-
-    @property
-    def is_full(self) -> bool:
-        """Whether RA is over the 15 corruptions of ImageNet-C at 5 severities, as published RA is."""
-        return _is_suite("c", self.corrupted)
 
     @property
     def protocol(self) -> str:
@@ -201,22 +196,12 @@ def escaped(name: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>()#|~])", r"\\\1", " ".join(str(name).split()))
 
 
-def _is_suite(suite: str, conditions: Collection[tuple[str, int]]) -> bool:
-    return set(conditions) == {(name, severity) for name in SUITES[suite] for severity in range(1, 6)}
-
-
 def _in_words(conditions: Collection[tuple[str, int]]) -> str:
-    """Return what the conditions are, and that they are not the full protocol where that is so."""
-    if _is_suite("c", conditions):
-        return "15 corruptions x 5 severities"
-    if _is_suite("c-bar", conditions):
-        return "the 10 corruptions of ImageNet-C-bar x 5 severities"
-    names = dict.fromkeys(name for name, _ in conditions)
-    severities = ", ".join(map(str, dict.fromkeys(severity for _, severity in conditions)))
-    known = sum(name in CORRUPTIONS for name in names)
-    others = len(names) - known
-    count = f"{known} of the 15 corruptions" + (f" and {others} other" if others else "")
-    if not known:
-        count = f"{others} corruptions other than the 15"
-    listed = "" if known == len(CORRUPTIONS) and not others else f" ({', '.join(names)})"
-    return f"{count}{listed} x severity {severities} - another protocol, not comparable with a full RA"
+    """Return what the conditions are, and that they are not a full protocol where that is so."""
+    names, severities = (list(dict.fromkeys(part)) for part in zip(*conditions, strict=True))
+    suites = {"c": "15 corruptions", "c-bar": "the 10 corruptions of ImageNet-C-bar"}
+    suite = next((words for suite, words in suites.items() if set(names) == set(SUITES[suite])), None)
+    if suite and set(severities) == {1, 2, 3, 4, 5}:
+        return f"{suite} x 5 severities"
+    what, at = suite or ", ".join(names), ", ".join(map(str, severities))
+    return f"{what} x severity {at} - another protocol, not comparable with a full RA"

@@ -54,7 +54,6 @@ def test_scores_equal_a_loop_over_images():
     expected = naive_accuracies(model, data, 7, tuple(CORRUPTIONS), range(1, 6))
     assert found.table == expected
     assert list(found.table) == list(expected)
-    assert found.is_full
     assert found.clean.images == 7
     assert found.sa == 1
     assert found.ra == pytest.approx(sum(expected.values()) / 75, abs=1e-15)
@@ -66,7 +65,6 @@ def test_scores_equal_a_loop_over_images():
 def test_a_suite_is_all_of_its_corruptions():
     found = evaluate(data=loader(3), corruptions=None, suite="c-bar", severities=(1, 2, 3, 4, 5))
     assert {name for name, _ in found.table} == set(SUITES["c-bar"])
-    assert not found.is_full
     assert "the 10 corruptions of ImageNet-C-bar x 5 severities" in found.protocol
     one = evaluate(data=loader(3), corruptions=("plasma_noise",), severities=(3,))
     assert one.table == {("plasma_noise", 3): found.table["plasma_noise", 3]}
@@ -123,9 +121,7 @@ def test_models_share_corrupted_batches_also_of_a_corruption_of_ones_own():
     for name, model in models.items():
         assert both[name] == evaluate(model, corruptions=("fog", dimmed))
     assert both["vanilla"].clean != both["EntProp"].clean
-    assert (
-        "1 of the 15 corruptions and 1 other (fog, dimmed) x severity 3 - another protocol" in both["vanilla"].protocol
-    )
+    assert ", fog, dimmed x severity 3 - another protocol" in both["vanilla"].protocol
     dimmed.__name__ = "fog"
     with pytest.raises(ConfigurationError, match="has the name of another, 'fog'"):
         evaluate(corruptions=(dimmed,))
