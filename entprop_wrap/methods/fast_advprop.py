@@ -145,7 +145,7 @@ def shuffle_between_processes(
     sizes = gather(torch.tensor([len(images)], device=images.device), alike).tolist()  # a last batch may be smaller
     order = torch.randperm(sum(sizes), generator=generator).to(images.device)
     torch.distributed.broadcast(order, src=0)
-    mine = order.split(sizes)[rank]
+    mine = torch.split(order, sizes)[rank]
     return gather(images, sizes)[mine], gather(labels, sizes)[mine]
 
 

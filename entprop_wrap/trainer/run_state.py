@@ -14,12 +14,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel
 
 from entprop_wrap.errors import CheckpointError, DivergedError
 from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
 from entprop_wrap.trainer.accelerator import Prepared
 from entprop_wrap.trainer.checkpoint import read_state
+from entprop_wrap.trainer.ema import MovingAverage
 from entprop_wrap.trainer.export import save_weights
 from entprop_wrap.trainer.metrics import Meter
 from entprop_wrap.wrapping.state_dict import auxiliary_state_dict, main_state_dict
@@ -54,7 +54,7 @@ class RunState:
     model: nn.Module  # outside its containers
     prepared: Prepared
     schedule: LRScheduler
-    average: AveragedModel | None
+    average: MovingAverage | None
     identity: dict[str, Any]  # what a resumed run must share, see check_same_run
     total_steps: int
     generator: torch.Generator = field(default_factory=torch.Generator)  # of the step's draws
@@ -140,7 +140,9 @@ def to_python(value: Any) -> Any:
 def _write_model(model: nn.Module, folder: Path, main: str, copies: str) -> None:
     weights, auxiliary = main_state_dict(model), auxiliary_state_dict(model)
     everything = {**weights, **auxiliary}
-    if broken := [key for key, value in everything.items() if value.is_floating_point() and not value.isfinite().all()]:
+    buffers = dict(model.named_buffers())  # which may be masks of -inf
+    bad = {key: value.isnan() if key in buffers else ~value.isfinite() for key, value in everything.items()}
+    if broken := [key for key, found in bad.items() if found.any()]:
         raise DivergedError(
             f"Did not save: {len(broken)} of {len(everything)} weights are not finite, such as {broken[0]!r}. Training "
             "has diverged; earlier checkpoints are as they were. Try a smaller learning rate or a max_grad_norm."

@@ -29,7 +29,7 @@ from entprop_wrap.trainer.accelerator import Prepared, make_accelerator, tracker
 from entprop_wrap.trainer.checkpoint import CheckpointFolder, better, read_state
 from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.data_loader import Batches, seed_of
-from entprop_wrap.trainer.ema import make_average, share_statistics, update_average
+from entprop_wrap.trainer.ema import MovingAverage
 from entprop_wrap.trainer.evaluation import evaluate
 from entprop_wrap.trainer.export import export_model
 from entprop_wrap.trainer.metrics import Meter, MetricsFile
@@ -138,7 +138,7 @@ class Trainer:
         if self.config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         prepared = Prepared(self.accelerator, model, optimizer, compile=self.config.compile)
-        average = None if self.config.ema_decay is None else make_average(model, self.config.ema_decay)
+        average = None if self.config.ema_decay is None else MovingAverage(model, self.config.ema_decay)
         self._state = RunState(
             self.accelerator,
             model,
@@ -242,7 +242,7 @@ class Trainer:
         average, prepared = self._state.average, self._state.prepared
         rest = batches, self.loss, self.pixel_space, self.accelerator
         if average is not None:
-            share_statistics(average)
+            average.share_statistics()
             with prepared.autocast():
                 return evaluate(average.module, *rest)
         with prepared.running():
@@ -366,7 +366,7 @@ class Trainer:
         if not accelerator.optimizer_step_was_skipped:  # fp16: gradients overflowed, the scaler adapts
             state.schedule.step()
             if state.average is not None:
-                update_average(state.average, state.model)
+                state.average.update_parameters(state.model)
         state.prepared.model.zero_grad()  # all, as all are clipped: the optimizer may hold some of them only
         state.position.step += 1
         state.position.evaluation = None

@@ -444,6 +444,17 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert run.checkpoints.all() == []
 
 
+def test_a_mask_of_infinities_is_neither_averaged_nor_taken_for_divergence(tmp_path):
+    class Masked(GroupNormNet):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.full((CLASSES, CLASSES), -torch.inf).triu(1))
+
+    run = trainer(tmp_path, make(Masked), epochs=1, ema_decay=0.5)
+    run.fit()
+    assert torch.equal(run._state.average.module.mask, run.model.mask)
+
+
 # What cannot be right is refused, before anything is written and with the model as it was.
 
 
