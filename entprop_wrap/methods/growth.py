@@ -106,7 +106,7 @@ def _climbed(
 
     def forward(moved: Tensor) -> Tensor:
         output = model(moved)
-        logits = logits_of(output, len(moved))
+        logits = logits_of(output, len(moved), least=1 if mean.takes_any_targets else 2)
         mean.passed(logits, output, moved)
         return logits
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 import entprop_wrap as entprop
 from entprop_wrap.data.grown_images import GrownImages, to_bytes
@@ -108,6 +108,12 @@ def test_a_loss_is_given_what_it_asks_for():
     found, expected = (grow(model, data, ascent=ASCENT, loss=one, progress=False) for one in (loss, None))
     assert torch.equal(found.datasets[1].images, expected.datasets[1].images)
     assert (True, (8, 3, 8, 8)) in seen
+
+
+def test_a_model_of_one_logit_grows_with_a_binary_loss():
+    batch = torch.rand(4, 3, 8, 8), torch.ones(4, 1)
+    model, data = nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), TensorDataset(*batch)
+    assert len(grow(model, data, loss=nn.BCEWithLogitsLoss(), progress=False)) == 8
 
 
 def test_bytes_and_back():
