@@ -31,48 +31,42 @@ class Run:
     seed: int
     passes: float  # mean per step
     seconds: float  # of the steps, over all resumptions and phases; without evaluations and checkpoints
-    history: list[dict[str, Any]]  # the records of metrics.jsonl
     scores: Any = None  # of evaluate_robustness
     diagnostics: dict[str, Any] = field(default_factory=dict)  # results by title, of the first seed
 
 
-def cost(history: Sequence[dict[str, Any]], images_per_step: int) -> tuple[float, float]:
-    """Return the mean passes per step, and the seconds of all steps, in the records of metrics.jsonl."""
-    seconds, last = 0.0, 0
-    trained = [record for record in history if "images_per_second" in record]
-    for record in trained:
-        seconds += (record["step"] - last) * images_per_step / record["images_per_second"]
-        last = record["step"]
-    return statistics.fmean(record["passes"] for record in trained), seconds
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl, where there is one; those of earlier phases come first."""
-    records: list[dict[str, Any]] = []
+def cost(folder: Path, images_per_step: int) -> tuple[float, float]:
+    """Return the mean passes per step, and the seconds of all steps, by the metrics.jsonl of each phase."""
+    passes, seconds = [], 0.0
     for path in (*sorted(folder.glob("phase*/metrics.jsonl")), folder / "metrics.jsonl"):
-        before = records[-1] if records else {"step": 0, "epoch": 0}
-        for line in path.read_text().splitlines() if path.exists() else ():
-            record = json.loads(line)
-            records.append({**record, **{key: record[key] + before[key] for key in before.keys() & {"step", "epoch"}}})
-    return records
+        last = 0
+        for record in map(json.loads, path.read_text().splitlines()):
+            if "images_per_second" in record:
+                passes.append(record["passes"])
+                seconds += (record["step"] - last) * images_per_step / record["images_per_second"]
+                last = record["step"]
+    return statistics.fmean(passes), seconds
 
 
-def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Return the runs of each method."""
-    return {name: [run for run in runs if run.method == name] for name in dict.fromkeys(run.method for run in runs)}
+def by_method(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Return the scores of each method, in the order of the seeds."""
+    return {name: [run.scores for run in runs if run.method == name] for name in dict.fromkeys(r.method for r in runs)}
+
+
+def means(runs: Sequence[Run], what: str) -> dict[str, float]:
+    """Return the mean over the seeds of ``what``, an attribute of runs, by method."""
+    return {name: statistics.fmean(getattr(r, what) for r in runs if r.method == name) for name in by_method(runs)}
 
 
 def table(runs: Sequence[Run], data: Data) -> str:
     """Return scores and differences as tables, and what training cost."""
-    methods = by_method(runs)
-    cost = [
-        f"{method} {statistics.fmean(run.seconds for run in mine):.0f} seconds of training, "
-        f"{statistics.fmean(run.passes for run in mine):.2f} passes per step"
-        for method, mine in methods.items()
-    ]
-    compared = compare({method: [run.scores for run in mine] for method, mine in methods.items()}).to_markdown()
+    passes = means(runs, "passes")
+    cost = "; ".join(
+        f"{method} {seconds:.0f} seconds of training, {passes[method]:.2f} passes per step"
+        for method, seconds in means(runs, "seconds").items()
+    )
     about = f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes."
-    return f"{about}\n\n{compared}\n\nCost: {'; '.join(cost)}."
+    return f"{about}\n\n{compare(by_method(runs)).to_markdown()}\n\nCost: {cost}."
 
 
 def save(runs: Sequence[Run], data: Data, options: Namespace) -> None:
@@ -111,23 +105,20 @@ def diagnose(name: str, method: Any, model: nn.Module, data: Data, options: Name
 
 def page(runs: Sequence[Run], data: Data, options: Namespace, path: Path) -> Path:
     """Write the report: scores over the seeds, what they cost, and some of the test images under each corruption."""
-    methods = by_method(runs)
     seeds = sorted({run.seed for run in runs})
     examples = [data.test[index][0] for index in range(min(4, len(data.test)))]
     facts = {
         "Data": f"{data.name}: {len(data.train):,} training images, {len(data.classes)} classes",
         "Training": f"{options.epochs} epochs; seeds {', '.join(map(str, seeds))}",
-        "Seconds of training": ", ".join(
-            f"{method} {statistics.fmean(run.seconds for run in mine):.0f}" for method, mine in methods.items()
-        ),
+        "Seconds of training": ", ".join(f"{method} {mean:.0f}" for method, mean in means(runs, "seconds").items()),
     }
     return report(
-        {method: [run.scores for run in mine] for method, mine in methods.items()},
+        by_method(runs),
         path,
         title=f"{data.name}, {options.model}",
         images=torch.stack(examples),
         pixel_space=data.space,
-        costs={method: round(statistics.fmean(run.passes for run in mine), 2) for method, mine in methods.items()},
+        costs={method: round(mean, 2) for method, mean in means(runs, "passes").items()},
         diagnostics={title: found for run in runs for title, found in run.diagnostics.items()},
         command=shlex.join(["python", *sys.argv]),
         facts=facts,

@@ -133,10 +133,8 @@ def train(
         trainer.export(output / "model")
     if method.auxiliaries:
         unwrap(trainer.model)
-    history = results.read_history(output)
-    passes, seconds = results.cost(history, settings.batch_size * accelerate.PartialState().num_processes)
-    one = results.Run(name, settings.seed, passes, seconds, history, diagnostics=found)
-    return one, trainer.model.eval()
+    passes, seconds = results.cost(output, settings.batch_size * accelerate.PartialState().num_processes)
+    return results.Run(name, settings.seed, passes, seconds, diagnostics=found), trainer.model.eval()
 
 
 def check_size(model: nn.Module, data: Data, blueprint: model_parts.Blueprint, options: Namespace) -> None:
