@@ -99,7 +99,8 @@ class Batches:
             ReproducibleBatches(self.dataset, self.collate, self.seed, epoch, self.name),
             batch_sampler=batches[start:],
             collate_fn=_as_it_is,
-            generator=torch.Generator(),  # else torch draws from the generator that dropout draws from
+            # Of the workers' seeds; torch would take the generator that dropout draws from.
+            generator=torch.Generator().manual_seed(seed_of(self.seed, epoch, "workers", self.process)),
             **self.options,
         )
         number = start

@@ -59,6 +59,24 @@ def test_augmentation_differs_between_samples_and_epochs():
     assert len(drawn.flatten(1).unique(dim=0)) == 32
 
 
+def test_worker_seeds_differ_between_epochs_and_processes():
+    """What a worker_init_fn seeds from them, as PyTorch's documentation has it, would repeat otherwise."""
+
+    class Own(Images):
+        def __getitem__(self, index):
+            return torch.rand(3, 8, 8, generator=self.own), 0
+
+    def seed_own(worker):
+        data.own = torch.Generator().manual_seed(torch.utils.data.get_worker_info().seed)
+
+    data = Own(8)
+    data.own = torch.Generator()
+    loader = DataLoader(data, 4, num_workers=1, worker_init_fn=seed_own)
+    made = [batches(loader, process=rank, processes=2) for rank in (0, 1)]
+    drawn = [next(one.epoch(epoch))[0] for one in made for epoch in (0, 1)]
+    assert len(torch.cat(drawn).unique(dim=0)) == 16
+
+
 def test_a_sample_that_a_sampler_repeats_is_augmented_anew():
     def of(**options):
         loader = DataLoader(Images(8, augment=True), 4, sampler=WeightedRandomSampler([1.0, *[0.0] * 7], 8))
