@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.diagnostics.method_stages import batches_of, isolated
 from entprop_wrap.errors import ModelOutputError
-from entprop_wrap.methods.input_gradient import refusing_reentrant
+from entprop_wrap.methods.input_gradient import gradient_of
 from entprop_wrap.robustness.evaluated_model import check_finite, in_domain, logits
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.options import check_name
@@ -107,8 +107,7 @@ def _norms(model: nn.Module, images: Tensor, space: PixelSpace, auxiliary: str |
         # One row of the Jacobians of all images at once: in evaluation mode no image knows of another. Class by class,
         # because vmap over the classes is slower on most models (attention, grouped convolutions) and holds them all.
         ones = torch.eye(output.shape[1], dtype=output.dtype, device=output.device)
-        with refusing_reentrant():
-            rows = [torch.autograd.grad(output, pixels, one.expand_as(output), retain_graph=True)[0] for one in ones]
+        rows = [gradient_of(output, pixels, one.expand_as(output), retain_graph=True) for one in ones]
     jacobian = torch.stack(rows)
     jacobian = jacobian.float() if jacobian.dtype in (torch.float16, torch.bfloat16) else jacobian
     jacobian = (jacobian * space.scale(jacobian[0])).transpose(0, 1).flatten(2)  # (N, classes, pixels)

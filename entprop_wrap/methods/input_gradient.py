@@ -22,7 +22,7 @@ from entprop_wrap.utils.graphs import uses_of
 from entprop_wrap.utils.modules import plain_model, walk
 from entprop_wrap.utils.tensors import index_rows
 
-__all__ = ["ImageGradient", "input_gradient", "refusing_reentrant", "watching"]
+__all__ = ["ImageGradient", "gradient_of", "input_gradient", "watching"]
 
 #: The convolution that each model begins with, by what images are like: some models pad those of other sizes, or change
 #: their layout. None where autograd is to take the gradient.
@@ -148,15 +148,15 @@ def _convolutions(model: nn.Module, root: nn.Module) -> list[nn.Conv2d]:
     return [conv for conv in convolutions if type(conv._parameters.get("weight")) is nn.Parameter]
 
 
-@contextmanager
-def refusing_reentrant() -> Iterator[None]:
-    """Take gradients of images alone inside the with-block.
+def gradient_of(value: Tensor, images: Tensor, *weights: Tensor, retain_graph: bool = False) -> Tensor:
+    """Return the gradient of ``value``, by ``weights`` if it is no scalar, with respect to ``images`` alone.
 
     Raises:
+        ModelOutputError: There is none: the model cut its output off its input.
         UnsupportedModelError: The model uses reentrant checkpointing, which torch cannot differentiate this way.
     """
     try:
-        yield
+        (gradient,) = torch.autograd.grad(value, images, weights or None, retain_graph, allow_unused=True)
     except RuntimeError as error:
         if "checkpoint" not in str(error).lower():
             raise
@@ -165,6 +165,7 @@ def refusing_reentrant() -> Iterator[None]:
             "use_reentrant=False (gradient_checkpointing_kwargs in Hugging Face models), or switch checkpointing off; "
             "EntProp with attack_steps=1 trains with it."
         ) from error
+    return _reached(gradient)
 
 
 def input_gradient(images: Tensor) -> Tensor:
@@ -173,9 +174,13 @@ def input_gradient(images: Tensor) -> Tensor:
     Raises:
         ModelOutputError: There is none: the model cut its output off its input.
     """
-    if images.grad is None:
+    return _reached(images.grad)
+
+
+def _reached(gradient: Tensor | None) -> Tensor:
+    if gradient is None:
         raise ModelOutputError(
             "No gradient reached the images: the model detaches its input, or the given backward() did not run. "
             "Expected logits that are differentiable with respect to the images."
         )
-    return images.grad
+    return gradient

@@ -15,7 +15,7 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.losses import Loss, mean_entropy
 from entprop_wrap.functional.uncertainty import num_selected
 from entprop_wrap.methods.base import Method
-from entprop_wrap.methods.input_gradient import refusing_reentrant
+from entprop_wrap.methods.input_gradient import gradient_of
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.features import features_of
@@ -107,8 +107,7 @@ class EntropyAscent:
                     origin = z.detach() if origin is None else origin  # the first pass is at the image itself
                     value = value - self.gamma * (z - origin).square().mean(dim=1).sum()
                 scale = 2.0**7  # keeps small gradients from vanishing in fp16; exact elsewhere
-                with refusing_reentrant():
-                    (gradient,) = torch.autograd.grad(value * scale, moved)
+                gradient = gradient_of(value * scale, moved)
                 moved = moved + step_size * (gradient / scale).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return moved.detach().clamp(lower, upper)
 

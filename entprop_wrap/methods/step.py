@@ -18,7 +18,7 @@ from entprop_wrap.functional.attacks import Attack, Gradient
 from entprop_wrap.functional.losses import Loss
 from entprop_wrap.functional.targets import Target
 from entprop_wrap.functional.uncertainty import entropy
-from entprop_wrap.methods.input_gradient import ImageGradient, refusing_reentrant
+from entprop_wrap.methods.input_gradient import ImageGradient, gradient_of
 from entprop_wrap.methods.loss_checks import check_scalar, refuse_idle_heads
 from entprop_wrap.methods.step_loss import StepLoss, asked
 from entprop_wrap.methods.step_output import StepOutput, finished
@@ -294,9 +294,7 @@ class Step:
         with self.only_local():
             value = objective(self.forward(images))
             scale = 2.0 ** (9 + (len(images) - 1).bit_length())
-            with refusing_reentrant():
-                (gradient,) = torch.autograd.grad(value * scale, images)
-        return gradient
+            return gradient_of(value * scale, images)
 
     def attack(self, attack: Attack, gradient: Gradient) -> Tensor:
         """Return what ``attack`` makes of the images, which it may change in place: it is given a copy.

@@ -9,9 +9,20 @@ from torch import nn
 
 import entprop_wrap as entprop
 from entprop_wrap.diagnostics import input_jacobian
-from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, UnsupportedModelError
+from entprop_wrap.errors import ConfigurationError, ImageError, LabelError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.functional.attacks import PGD
-from entprop_wrap.methods import AdversarialTraining, AdvProp, EntProp, FineGrainedAdvProp, MixProp, Vanilla, grow
+from entprop_wrap.methods import (
+    MEADA,
+    AdversarialTraining,
+    AdvProp,
+    EntProp,
+    EntropyAscent,
+    FastAdvProp,
+    FineGrainedAdvProp,
+    MixProp,
+    Vanilla,
+    grow,
+)
 from entprop_wrap.robustness import accuracy_against_epsilon
 from tests.helpers.trainer_toys import BatchNormNet, make
 
@@ -96,6 +107,19 @@ def test_a_model_that_changes_its_images_in_place_is_refused(method):
     wrapped = entprop.wrap(model, auxiliaries=method.auxiliaries) if method.auxiliaries else model
     with pytest.raises(UnsupportedModelError, match=r"changes its images in place.*x = x - mean"):
         entprop.training_step(wrapped.train(), IMAGES.clone(), LABELS, method=method)
+
+
+class Detached(BatchNormNet):
+    """As a frozen backbone under no_grad: nothing says how logits change with the images."""
+
+    def forward(self, images):
+        return super().forward(images.detach())
+
+
+@pytest.mark.parametrize("method", [AdvProp(), AdversarialTraining(), MEADA(EntropyAscent(steps=1)), FastAdvProp(0.7)])
+def test_a_model_that_detaches_its_images_is_refused(method):
+    with pytest.raises(ModelOutputError, match="No gradient reached the images"):
+        entprop.TrainingStep(make(Detached).train(), method)(IMAGES, LABELS)
 
 
 def test_images_that_something_else_trains_on_are_refused():
