@@ -147,18 +147,18 @@ def hub(name: str, options: Namespace) -> Blueprint:
     return Blueprint(build, PixelSpace.from_processor(processor), size, load)
 
 
-def small_cnn(classes: int, width: int = 16) -> nn.Module:
+def small_cnn(classes: int) -> nn.Module:
     """Return four convolutions with batch norm, for 32 px images: 60,000 parameters."""
 
     def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
 
     return nn.Sequential(
-        *block(3, width, 1),
-        *block(width, 2 * width, 2),
-        *block(2 * width, 4 * width, 2),
-        *block(4 * width, 4 * width, 2),
+        *block(3, 16, 1),
+        *block(16, 32, 2),
+        *block(32, 64, 2),
+        *block(64, 64, 2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(4 * width, classes),
+        nn.Linear(64, classes),
     )

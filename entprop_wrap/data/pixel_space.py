@@ -48,7 +48,9 @@ class PixelSpace:
         if max(self.std) > 1:
             raise ConfigurationError(f"mean={self.mean}, std={self.std} look like the 0-255 scale: divide both by 255.")
         if len({len(self.mean), len(self.std), 1}) > 2:
-            raise ConfigurationError(f"mean has {len(self.mean)} channels and std {len(self.std)}; expected as many.")
+            raise ConfigurationError(
+                f"mean has {len(self.mean)} channels and std {len(self.std)}. Write one number or one per channel."
+            )
 
     @property
     def channels(self) -> int | None:

@@ -16,21 +16,21 @@ from entprop_wrap.utils.options import check_integer, shown
 
 __all__ = ["Monitor"]
 
-#: Selected images are to have at least so much more entropy than all, relatively.
+#: Selected images should have at least this much more entropy than all images, relatively.
 _LEAST_LEAD = 0.05
-#: Standard errors that the AUROC of the energy is to be above one half.
+#: The AUROC of the energy should be this many standard errors above one half.
 _ERRORS = 2
-#: What a step is summed up in: two losses, two entropies, an AUROC and its square.
+#: Values that are kept of a step: two losses, two entropies, an AUROC and its square.
 _VALUES = 6
 #: Above this share of ``log C`` a model has not begun to learn, and its entropies say nothing.
 _UNLEARNT = 0.9
-#: The auxiliary loss may grow by so much: by this factor, and by this share of ``log C``.
+#: Growth of the auxiliary loss that is too much: beyond this factor, and this share of ``log C``.
 _GROWTH, _GROWTH_SHARE = 1.5, 0.1
 #: The auxiliary loss of a model that learns is below this many times ``log C``, the loss of a guess.
 _WORSE_THAN_CHANCE = 1.5
 #: Looks, or evaluations, in a row before a warning.
 _PATIENCE = 3
-#: The validation loss may grow by so much over its best.
+#: A validation loss that is too high: above its best by this factor, and this share of ``log C``.
 _PART, _PART_SHARE = 1.1, 0.02
 
 
@@ -223,5 +223,5 @@ class Monitor:
 def _energy_auroc(logits: Tensor, selected: Tensor) -> Tensor:
     """Return the share of images (ties one half) that have less energy than a selected one, without any waiting."""
     energy = -logits.detach().float().logsumexp(dim=1)
-    # sign() takes NaN for a tie; the last term is 0, or NaN where an energy is none.
+    # sign() takes NaN for a tie; the last term is 0, or NaN where an energy is NaN.
     return (energy[selected][:, None] - energy).sign().mean() / 2 + 0.5 + 0 * energy.sum()

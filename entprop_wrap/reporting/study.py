@@ -35,7 +35,7 @@ def study_of(results: Any) -> Study:
     """Return results as a study.
 
     Raises:
-        ConfigurationError: Results of another type or of different protocols, or not as many for each model.
+        ConfigurationError: Results of another type or of different protocols, or different numbers for two models.
     """
     named = {"model": results} if isinstance(results, RobustnessResult) else results
     comparison = compare(named)

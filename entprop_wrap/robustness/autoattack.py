@@ -24,7 +24,7 @@ from entprop_wrap.utils.options import check_choice, check_number, store_as_pyth
 
 __all__ = ["AutoAttack"]
 
-#: Classes that the targeted attacks of the standard version are aimed at, where the model has as many others.
+#: Classes that the targeted attacks of the standard version aim at, or all others of a model with fewer.
 _TARGETS = 9
 #: The targeted loss divides by a difference that reaches to the fourth largest logit.
 _FEWEST_CLASSES = 4

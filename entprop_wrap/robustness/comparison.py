@@ -82,12 +82,12 @@ def compare(results: Mapping[str, RobustnessResult | Sequence[RobustnessResult]]
             interval can be had. The first method is the baseline.
 
     Raises:
-        ConfigurationError: No results, something else, not as many for each method, or of different protocols.
+        ConfigurationError: No results, something else, different numbers for two methods, or different protocols.
     """
     rows = _rows(results)
     if not rows or len(set(map(len, rows.values()))) > 1 or not all(rows.values()):
         found = {name: len(row) for name, row in rows.items()} or "none"
-        raise ConfigurationError(f"Expected as many results for each method, one for each seed; found {found}.")
+        raise ConfigurationError(f"Expected the same number of results, one per seed, for each method; found {found}.")
     first = next(iter(rows.values()))[0]
     for name, row in rows.items():
         for result in row:

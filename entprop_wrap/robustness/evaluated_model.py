@@ -24,7 +24,6 @@ from entprop_wrap.utils.modules import check_module, plain_model, walk
 from entprop_wrap.wrapping.model import auxiliary, is_wrapped
 from entprop_wrap.wrapping.registry import find_registry, find_wrapped
 
-_ONE_LOGIT = "have a model of one logit z return torch.cat([-z, z], 1) / 2, to evaluate it"
 #: What images are evaluated under: ``("fog", 3)``, ``("attack", "PGD-20")``, ``("shift", "sketch")``.
 Condition: TypeAlias = tuple[str | int, ...]
 
@@ -91,7 +90,7 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     """
     like = _first_tensor(model, images)
     output = model(images.to(like.device, like.dtype, copy=True))
-    return logits_of(output, len(images), differentiable=False, one_logit=_ONE_LOGIT)
+    return logits_of(output, len(images), differentiable=False)
 
 
 def device_of(model: nn.Module, images: Tensor) -> torch.device:

@@ -133,7 +133,7 @@ def _head(calls: list[_Call], output: Any, batch: int) -> _Call:
     classes = logits_of(output, batch, differentiable=False, least=1).shape[1]
     found = [call for call in calls if _same(call.output, raw_logits(output))]
     if not found:
-        # The model has computed on: a cast, a mean over positions or heads. Then it is what last had as many outputs.
+        # The model has changed the logits: a cast, a mean over positions. Take the last layer with as many outputs.
         like = [call for call in calls if _channels(call) == classes]
         found = [call for call in like if _same(call.output, like[-1].output)]
     if not found:

@@ -32,7 +32,7 @@ def flush(file: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have the operating system write to disk which files are in a folder; on Windows it needs no telling."""
+    """Have the operating system write a folder's list of files to disk; Windows does so by itself."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:  # Windows opens no folder

@@ -12,15 +12,10 @@ from entprop_wrap.errors import ModelOutputError
 __all__ = ["logits_of", "raw_logits"]
 
 
-_BINARY = "for one logit pass a binary loss, loss=torch.nn.BCEWithLogitsLoss()"
-
-
-def logits_of(
-    output: Any, batch: int, *, differentiable: bool = True, least: int = 2, one_logit: str = _BINARY
-) -> Tensor:
+def logits_of(output: Any, batch: int, *, differentiable: bool = True, least: int = 2) -> Tensor:
     """Return the logits ``(N, C)``, C at least ``least``, in what a model returned.
 
-    They are a tensor, ``.logits``, ``["logits"]``, or a tuple's first item. ``one_logit`` is what to do about one.
+    They are a tensor, ``.logits``, ``["logits"]``, or a tuple's first item.
     """
     logits = raw_logits(output)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < least:
@@ -29,7 +24,8 @@ def logits_of(
             found += f" with {sorted(map(str, output))}"
         raise ModelOutputError(
             f"Expected logits of shape ({batch}, C) with C > 1 from the model, as a tensor, a tuple's first item, or "
-            f"under 'logits'; found {found}. Use a classification model; {one_logit}."
+            f"under 'logits'; found {found}. Use a classification model. For one logit z pass a binary loss to train, "
+            "loss=torch.nn.BCEWithLogitsLoss(), and to evaluate return torch.cat([-z, z], 1) / 2."
         )
     if differentiable and not logits.requires_grad:
         raise ModelOutputError(

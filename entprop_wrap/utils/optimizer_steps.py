@@ -190,6 +190,6 @@ def _nonzero(parameter: nn.Parameter) -> bool:
 
 
 def _plain(gradient: Tensor) -> Tensor:
-    # Of a tensor that FSDP2 shards, this process's part: looking at the whole would wait for the others.
+    # This process's part of a tensor that FSDP2 shards: reading the whole would wait for the other processes.
     local: Tensor = getattr(gradient, "_local_tensor", gradient)
     return local if local.layout == torch.strided else local.to_dense()

@@ -568,10 +568,10 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path, monkeypatch, path, m
 @pytest.mark.parametrize(
     ("results", "options", "error", "message"),
     [
-        ({}, {}, ConfigurationError, "as many results"),
+        ({}, {}, ConfigurationError, "same number of results, one per seed"),
         ({"a": 3}, {}, ConfigurationError, "'a', found int"),
         ({3: result(0)}, {}, ConfigurationError, "a dict of results by name, found {3"),
-        ({"a": result(0), "b": [result(1), result(2)]}, {}, ConfigurationError, "as many results"),
+        ({"a": result(0), "b": [result(1), result(2)]}, {}, ConfigurationError, "same number of results, one per seed"),
         ({"a": result(0), "b": result(1, severities=(1,))}, {}, ConfigurationError, "one protocol"),
         (result(0), {"costs": {"EntProp": 1}}, ConfigurationError, "costs names 'EntProp'.*'model'"),
         (result(0), {"costs": {"model": math.nan}}, ConfigurationError, "finite"),

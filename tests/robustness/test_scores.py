@@ -195,9 +195,9 @@ def test_comparison_of_one_seed_claims_no_interval():
 
 
 def test_comparison_refuses_what_cannot_be_compared():
-    with pytest.raises(ConfigurationError, match="as many results"):
+    with pytest.raises(ConfigurationError, match="same number of results, one per seed"):
         compare({"a": [result([0.5] * 4)], "b": []})
-    with pytest.raises(ConfigurationError, match="as many results"):
+    with pytest.raises(ConfigurationError, match="same number of results, one per seed"):
         compare({})
     with pytest.raises(ConfigurationError, match="one protocol"):
         compare({"a": [result([0.5] * 4)], "b": [result([0.5] * 4, seed=1)]})

@@ -41,7 +41,7 @@ class Corruption:
 
     __name__: str
 
-    #: Factors of the images that a CPU works on at once, for large images and for small ones.
+    #: How much more a CPU works on at once than ``_SLICE``, for large images and for small ones.
     slices: tuple[float, float] = (1.0, 1.0)
 
     def __init__(self, function: Callable[..., Tensor], constants: Sequence[Sequence[Any]]) -> None:

@@ -70,7 +70,7 @@ def zoom_blur(pixels: Tensor, draws: Draws, count: int, step: float) -> Tensor:
     """Average the image with enlargements of its centre, as when driving towards it. Nothing is drawn."""
     height, width = pixels.shape[-2:]
     # All planes of all images as the channels of one, next to each other in memory: resizing is then up to seven times
-    # as fast. Whole vectors of the CPU only: what is left over is rounded differently, by its place in the batch.
+    # as fast. Padded to whole vectors of the CPU, as a remainder is rounded differently, by its place in the batch.
     planes = pixels.reshape(1, -1, height, width)
     number = planes.shape[1]
     planes = F.pad(planes, (0, 0, 0, 0, 0, -number % 16)).contiguous(memory_format=torch.channels_last)

@@ -23,14 +23,14 @@ _FOLDS = 6
 _OCTAVES = (2, 4, 8, 16)
 _CELLS = 7.0
 _TABLE = 256
-# Of checkerboards and stars.
+# For checkerboards and stars.
 _GREY = 128 / 255
 _SPARKS = 5
 _FEWEST_RAYS, _MOST_RAYS = 50, 199
-# Of the released code: pi in its number of digits, and where its waves begin.
+# As the released code has them: 2 pi, where waves begin, and the index of refraction.
 _TURN, _START = 6.28318530718, 250.0
 _INDEX = 4.0
-# Light that falls straight through is not bent: the cosine from which on it does.
+# Light is not bent where it falls straight through: above this cosine.
 _STRAIGHT = 1.0 - 1e-3
 
 

@@ -21,7 +21,7 @@ _ICE = (0.83, 0.93, 1.0)
 _BARBS = 9.0
 _LENGTHS = 64
 
-# How many panes there are, as many as the released code chooses from.
+# The released code chooses from this many pictures.
 _PANES = 5
 
 
