@@ -38,6 +38,7 @@ class Batches:
     Attributes:
         number: Batches of this process, not counting repetitions.
         samples: Samples of the dataset.
+        size: Samples of the first batch.
         fingerprint: Labels and mean pixels of a few samples, to tell the data from other data of the same size.
     """
 
@@ -80,6 +81,7 @@ class Batches:
             self.options = {"num_workers": workers, "pin_memory": self.device.type == "cuda"}
         self.samples = len(self.dataset)
         everything = self._share_out()
+        self.size = len(everything[0])
         chosen = [index for batch in everything for index in batch]
         self.fingerprint = self._fingerprint(chosen[:: -(-len(chosen) // 8)])
 

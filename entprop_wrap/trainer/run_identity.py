@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.trainer.config import TrainerConfig
 
-__all__ = ["alike", "check_same_run", "describe", "identity"]
+__all__ = ["alike", "check_same_run", "describe", "describe_loss", "identity"]
 
 
 def describe(value: Any) -> str:
@@ -26,6 +26,14 @@ def describe(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
+def describe_loss(loss: Any) -> str:
+    """Return a description with the options of a module, such as label smoothing, which its ``repr`` may leave out."""
+    if not isinstance(loss, nn.Module):
+        return describe(loss)
+    options = {name: value for name, value in vars(loss).items() if not name.startswith("_")}
+    return f"{describe(loss)} {describe(options)} {describe(dict(loss.state_dict()))}"
+
+
 def identity(
     config: TrainerConfig, model: nn.Module, optimizer: Optimizer, total_steps: int, **more: Any
 ) -> dict[str, Any]:
@@ -33,12 +41,13 @@ def identity(
 
     ``optimizer`` has its schedule, which notes initial learning rates; ``more`` are numbers, or objects to describe.
     """
-    options = ("batch_size", "gradient_accumulation_steps", "max_grad_norm", "ema_decay", "seed", "channels_last")
-    noted = ("initial_lr", "momentum", "weight_decay")
+    options = ("gradient_accumulation_steps", "max_grad_norm", "ema_decay", "seed", "channels_last")
+    noted = ("initial_lr", "momentum", "weight_decay", "betas", "eps", "alpha", "dampening", "nesterov")
     return {
         "model": type(model).__name__,
         "modules": hashlib.sha256(describe(model).encode()).hexdigest()[:16],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "optimizer": type(optimizer).__name__,
         "groups": [{key: _number(group[key]) for key in noted if key in group} for group in optimizer.param_groups],
         "schedule": describe(config.schedule),
@@ -65,6 +74,8 @@ def check_same_run(checkpoint: Path, saved: Mapping[str, Any], current: Mapping[
 
 
 def _number(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(map(_number, value))  # as JSON has it
     return value.item() if hasattr(value, "item") else value  # a Tensor's or NumPy's
 
 

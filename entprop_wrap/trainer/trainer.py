@@ -34,7 +34,7 @@ from entprop_wrap.trainer.evaluation import evaluate
 from entprop_wrap.trainer.export import export_model
 from entprop_wrap.trainer.metrics import Meter, MetricsFile
 from entprop_wrap.trainer.optimizer import wrap_with_optimizer
-from entprop_wrap.trainer.run_identity import alike, check_same_run, identity
+from entprop_wrap.trainer.run_identity import alike, check_same_run, describe_loss, identity
 from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import check_loss, training_step
 from entprop_wrap.utils.files import check_writable, explaining_failed_writes, locked, on_main, together
@@ -152,11 +152,12 @@ class Trainer:
                 total_steps,
                 method=self.method,
                 pixel_space=self.pixel_space,
-                loss=self.loss,
+                loss=describe_loss(self.loss),
                 precision=self.accelerator.mixed_precision,
                 samples=self.train_batches.samples,
                 data=self.train_batches.fingerprint,
                 batches=len(self.train_batches),
+                batch_size=self.train_batches.size,
                 processes=self.accelerator.num_processes,
             ),
             total_steps,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import CheckpointError
@@ -283,6 +284,32 @@ def test_another_architecture_and_other_images_are_refused(tmp_path, model, data
     other = entprop.Trainer(programs.make(model), images, images, method=method, config=config)
     with pytest.raises(CheckpointError, match=message):
         other.fit(resume=True)
+
+
+def test_other_options_of_loader_loss_and_optimizer_and_other_frozen_parameters_are_refused(tmp_path):
+    def run(batch_size=12, smoothing=0.1, betas=(0.9, 0.99), frozen=False):
+        model = programs.make(programs.GroupNormNet)
+        model.fc.bias.requires_grad_(not frozen)
+        loader = DataLoader(programs.Images(), batch_size, drop_last=True)
+        loss = torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
+        config = entprop.TrainerConfig(
+            epochs=1,
+            optimizer=lambda groups: torch.optim.AdamW(groups, betas=betas),
+            output_dir=tmp_path,
+            progress=False,
+        )
+        return entprop.Trainer(model, loader, method=Vanilla(), loss=loss, config=config)
+
+    run().fit()
+    for change, message in (
+        ({"batch_size": 13}, "batch_size: 12 there, 13 here"),  # three batches, too
+        ({"smoothing": 0.2}, r"loss: .*'label_smoothing': 0.1.* there, .*'label_smoothing': 0.2"),
+        ({"betas": (0.9, 0.9)}, "groups: "),
+        ({"frozen": True}, "trainable: "),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            run(**change).fit(resume=True)
+    run().fit(resume=True)
 
 
 def test_a_refused_resume_changes_nothing(tmp_path):
