@@ -69,20 +69,14 @@ def domain_gap(model: nn.Module) -> DomainGap:
     layers = []
     for name, norm in registry.norms.items():
         for auxiliary in registry.auxiliaries:
-            copy = norm._modules[COPY_PREFIX + auxiliary]
-            assert copy is not None
+            copy = norm.get_submodule(COPY_PREFIX + auxiliary)
             parameters = {
-                key: _relative(_wide(copy._parameters[key]), _wide(parameter))
-                for key, parameter in norm._parameters.items()
-                if parameter is not None and key in copy._parameters  # others are shared
+                key: _relative(parameter.detach().double(), norm.get_parameter(key).detach().double())
+                for key, parameter in copy._parameters.items()  # others are shared
+                if parameter is not None
             }
             layers.append(LayerGap(name, type(norm).__name__, auxiliary, parameters, _divergence(copy, norm)))
     return DomainGap(tuple(layers))
-
-
-def _wide(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor.detach().double()
 
 
 def _relative(copy: Tensor, main: Tensor) -> float:
@@ -93,10 +87,8 @@ def _relative(copy: Tensor, main: Tensor) -> float:
 def _divergence(copy: nn.Module, norm: nn.Module) -> float | None:
     if not all(isinstance(copy._buffers.get(name), Tensor) for name in ("running_mean", "running_var")):
         return None
-    eps = float(getattr(norm, "eps", 0.0))
-    (mean, var), (other_mean, other_var) = (
-        (_wide(holder._buffers["running_mean"]), _wide(holder._buffers["running_var"]) + eps) for holder in (norm, copy)
-    )
+    mean, other_mean = (one.get_buffer("running_mean").double() for one in (norm, copy))
+    var, other_var = (one.get_buffer("running_var").double() + getattr(norm, "eps", 0.0) for one in (norm, copy))
     # The logarithms of both directions cancel.
     square = (mean - other_mean).square()
     both = (var + square) / other_var + (other_var + square) / var - 2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.data.pixel_space import PixelSpace, space_of
-from entprop_wrap.diagnostics.method_stages import logits_in, observing
+from entprop_wrap.diagnostics.method_stages import finite_logits, observing
 from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.methods.base import Method
 from entprop_wrap.robustness.result import markdown_table
@@ -48,7 +48,6 @@ class EntropyStages(Result):
     stages: dict[str, Interval]
     changes: dict[str, Interval]
     classes: int
-    images: int
     batches: int
 
     @property
@@ -117,7 +116,7 @@ def entropy_stages(
     with observing(model, data, method, space, seed, progress, "Entropies") as (observer, batches):
         for stages in batches:
             for stage, version in stages.images.items():
-                output = logits_in(model, version)
+                output = finite_logits(model, version)
                 classes = output.shape[1]
                 found[stage].append(entropy(output).double().cpu())
     found = {stage: batches for stage, batches in found.items() if stage in observer.changed}
@@ -126,7 +125,6 @@ def entropy_stages(
         stages={stage: mean_of(batches) for stage, batches in found.items()},
         changes={stage: mean_difference(found[stage], found[before]) for before, stage in itertools.pairwise(found)},
         classes=classes,
-        images=sum(map(len, found["clean"])),
         batches=len(found["clean"]),
     )
     for stage, note in result.notes.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.data.pixel_space import PixelSpace, space_of
-from entprop_wrap.diagnostics.method_stages import logits_in, observing
+from entprop_wrap.diagnostics.method_stages import finite_logits, observing
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods.base import Method
 from entprop_wrap.robustness.result import escaped, markdown_table
@@ -89,7 +89,7 @@ def feature_distance(
             if own:
                 versions[_AUXILIARY] = stages.images["perturbed"], own[0]
             for name, (version, domain) in versions.items():
-                logits_in(model, version, domain)
+                finite_logits(model, version, domain)
                 found[name].append(recorder.last.double().cpu())
     sets = {name: torch.cat(parts) for name, parts in found.items() if name in {*observer.changed, _AUXILIARY}}
     clean = sets["clean"]

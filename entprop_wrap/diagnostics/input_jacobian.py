@@ -13,7 +13,7 @@ from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.diagnostics.method_stages import batches_of, isolated
 from entprop_wrap.errors import ModelOutputError
 from entprop_wrap.methods.input_gradient import gradient_of
-from entprop_wrap.robustness.evaluated_model import check_finite, in_domain, logits
+from entprop_wrap.robustness.evaluated_model import check_finite, in_domain, logits, logits_in
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.options import check_name
 from entprop_wrap.utils.statistics import Interval, Result, mean_of
@@ -39,7 +39,6 @@ class InputJacobian(Result):
     spectral: tuple[float, ...]
     frobenius_mean: Interval
     spectral_mean: Interval
-    images: int
 
 
 def input_jacobian(
@@ -86,14 +85,12 @@ def input_jacobian(
         spectral=tuple(torch.cat(spectral).tolist()),
         frobenius_mean=mean_of(frobenius),
         spectral_mean=mean_of(spectral),
-        images=sum(map(len, frobenius)),
     )
 
 
 def _parts(model: nn.Module, images: Tensor, auxiliary: str | None) -> list[Tensor]:
     """Cut a batch so that the Jacobians of a part fit into memory."""
-    with torch.no_grad(), in_domain(model, auxiliary):
-        classes = logits(model, images[:1]).shape[1]
+    classes = logits_in(model, images[:1], auxiliary).shape[1]
     most = max(1, _ENTRIES // (classes * images[0].numel()))
     return [images[at : at + most] for at in range(0, len(images), most)]
 

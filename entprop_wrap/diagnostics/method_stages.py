@@ -24,14 +24,14 @@ from entprop_wrap.methods.input_gradient import ImageGradient
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.robustness.distributed import check_batches
-from entprop_wrap.robustness.evaluated_model import check_finite, check_state, device_of, in_domain, logits
+from entprop_wrap.robustness.evaluated_model import check_finite, check_state, device_of, logits_in
 from entprop_wrap.robustness.pixels import check_batch
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.options import check_flag
 from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.wrapping.model import ensure_wrapped
 
-__all__ = ["Observer", "Stages", "batches_of", "isolated", "logits_in", "observing"]
+__all__ = ["Observer", "Stages", "batches_of", "finite_logits", "isolated", "observing"]
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,10 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
         yield
 
 
-def logits_in(model: nn.Module, images: Tensor, domain: str | None = None) -> Tensor:
-    """Return logits ``(N, C)``, which must be finite, in the main domain or an auxiliary one, without gradients."""
+def finite_logits(model: nn.Module, images: Tensor, domain: str | None = None) -> Tensor:
+    """Return the logits of :func:`logits_in`, which must be finite."""
     # A DDP forward broadcasts buffers, which would wait for other processes.
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    with torch.no_grad(), in_domain(model, domain):
-        found = logits(model, images)
+    found = logits_in(model, images, domain)
     check_finite(found, "The model")
     return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from entprop_wrap.data.pixel_space import PixelSpace, space_of
-from entprop_wrap.diagnostics.method_stages import batches_of, logits_in, observing
+from entprop_wrap.diagnostics.method_stages import batches_of, finite_logits, observing
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.uncertainty import entropy, least_confidence
 from entprop_wrap.methods.base import Method
@@ -109,25 +109,25 @@ def selection_ood(
     draws = torch.Generator().manual_seed(seed)
     with observing(model, data, method, space, seed, progress, "Selection") as (_, batches):
         for stages in batches:
-            random = logits_in(model, stages.candidates)
+            random = finite_logits(model, stages.candidates)
             chosen = torch.zeros(len(random), dtype=torch.bool, device=random.device)
             chosen[stages.selected] = True
             for name, logits in (
                 ("random", random),
                 ("selected", random[chosen]),
-                ("perturbed", logits_in(model, stages.images["perturbed"])),
+                ("perturbed", finite_logits(model, stages.images["perturbed"])),
                 ("rest", random[~chosen]),
             ):
                 groups[name].append(logits.double().cpu())
             if conditions:
                 pixels = space.to_pixels(stages.images["clean"])
                 versions = [corrupt(pixels, severity, draws) for (_, severity), corrupt in conditions.items()]
-                found = [logits_in(model, space.to_images(version)) for version in versions]
+                found = [finite_logits(model, space.to_images(version)) for version in versions]
                 groups["ood"].append(torch.cat(found).double().cpu())
         if ood is not None:
             title = "Out of distribution"
             others = batches_of(ood, space, progress=progress, title=title, name="ood")
-            found = [logits_in(model, images).double().cpu() for images, _ in others]
+            found = [finite_logits(model, images).double().cpu() for images, _ in others]
             # Cut into as many parts as there are batches, so that these are drawn along with them.
             groups["ood"] = list(torch.cat(found).tensor_split(len(groups["random"])))
     if not sum(map(len, groups["rest"])):

@@ -40,8 +40,7 @@ class EvaluatedModel:
 
     def measure(self, condition: Condition, batch: Batch) -> None:
         """Pass the images of a batch, and count them under ``condition`` unless another process does."""
-        with torch.no_grad(), in_domain(self.model, self.domain):
-            found = logits(self.model, batch.images)
+        found = logits_in(self.model, batch.images, self.domain)
         check_labels_fit(batch.labels, found.shape[1], self.name)
         if condition not in self.tallies:
             self.tallies[condition] = Tally(found.shape[1], found.device)
@@ -91,6 +90,12 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     like = _first_tensor(model, images)
     output = model(images.to(like.device, like.dtype, copy=True))
     return logits_of(output, len(images), differentiable=False)
+
+
+def logits_in(model: nn.Module, images: Tensor, domain: str | None) -> Tensor:
+    """Return the logits ``(N, C)`` in an auxiliary domain or, None, in the main one, without gradients."""
+    with torch.no_grad(), in_domain(model, domain):
+        return logits(model, images)
 
 
 def device_of(model: nn.Module, images: Tensor) -> torch.device:

@@ -73,9 +73,9 @@ def _residuals(batches: Sequence[Tensor]) -> tuple[float, list[float]]:
 
 
 def bootstrap(
-    statistics: Callable[[Sequence[int]], Sequence[float]], batches: int, generator: torch.Generator
+    statistics: Callable[[Sequence[int]], Sequence[float]], batches: int, generator: torch.Generator, rounds: int = 200
 ) -> list[Interval]:
-    """Return statistics with percentile intervals over 200 draws of batches.
+    """Return statistics with percentile intervals over resampled batches.
 
     ``statistics`` are those of the batches of some numbers, which may come several times; NaN where these batches say
     nothing, which are left out.
@@ -85,7 +85,7 @@ def bootstrap(
     values = statistics(range(batches))
     if batches < 2:
         return [Interval(value) for value in values]
-    draws = [torch.randint(batches, (batches,), generator=generator).tolist() for _ in range(200)]
+    draws = [torch.randint(batches, (batches,), generator=generator).tolist() for _ in range(rounds)]
     drawn = torch.tensor([statistics(draw) for draw in draws], dtype=torch.float64)
     tail = (1 - _CONFIDENCE) / 2
     low, high = drawn.nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0).tolist()

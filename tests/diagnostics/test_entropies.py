@@ -88,7 +88,7 @@ def test_entropies_are_the_model_s_own_and_nothing_changes(net, wrapped):
     assert found.stages["clean"].value == pytest.approx(sum(expected) / 20)
     assert found.changes["mixed"].value == pytest.approx(found.stages["mixed"].value - found.stages["clean"].value)
     assert [len(found.values[stage]) for stage in found.stages] == [20, 20, 6, 6]
-    assert (found.images, found.batches, found.classes) == (20, 3, CLASSES)
+    assert (found.batches, found.classes) == (3, CLASSES)
     assert found == entropy_stages(model, data, seed=1, **OPTIONS)
     assert found != entropy_stages(model, data, seed=2, **OPTIONS)
     json.dumps(found.to_dict(), allow_nan=False)
@@ -125,7 +125,7 @@ def test_an_attack_may_pass_the_highest_entropy_but_not_take_back_the_selection(
 
 
 def test_numbers_of_images():
-    assert entropy_stages(make(), loader(17, 8), **OPTIONS).images == 16  # no batch of one
+    assert len(entropy_stages(make(), loader(17, 8), **OPTIONS).values["clean"]) == 16  # no batch of one
     one = entropy_stages(make(), loader(8, 8), **OPTIONS)
     assert one.stages["clean"].low is None
 
@@ -138,7 +138,7 @@ def test_a_frozen_model_is_measured_as_one_that_trains():
 
 def test_half_precision_models_are_measured():
     model = make(dtype=torch.float32).bfloat16()
-    assert entropy_stages(model, loader(dtype=torch.float32), **OPTIONS).images == 24
+    assert entropy_stages(model, loader(dtype=torch.float32), **OPTIONS).batches == 3
 
 
 def test_intervals_against_their_definition():

@@ -197,7 +197,7 @@ def test_jacobians_entry_by_entry_and_by_torch_func(net, domain, monkeypatch):
     scaled = whole / torch.tensor(SPACE.std, dtype=torch.float64).view(1, 1, 3, 1, 1)
     np.testing.assert_allclose(found.frobenius, scaled.square().sum((0, 2, 3, 4)).sqrt(), rtol=1e-9)
     assert found.frobenius_mean.value == pytest.approx(np.mean(found.frobenius))
-    assert found.images == 5
+    assert len(found.spectral) == 5
 
 
 def test_jacobians_in_another_pixel_space_are_the_same():

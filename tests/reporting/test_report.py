@@ -122,7 +122,6 @@ def stages(perturbed, middle=0.5):
         stages={name: Interval(0.9, 0.8, 1.0) for name in names},
         changes={"mixed": Interval(0.4, 0.3, 0.5), "selected": Interval(0.7, 0.6, 0.8), "perturbed": perturbed},
         classes=10,
-        images=3,
         batches=3,
     )
 
@@ -480,7 +479,7 @@ def test_diagnostics_are_explained(single):
 def test_a_stage_has_one_colour_in_every_picture(tmp_path):
     whole = stages(Interval(0.2))
     parts = {name: value for name, value in whole.values.items() if name != "mixed"}
-    unmixed = EntropyStages(parts, {n: whole.stages[n] for n in parts}, {}, 10, 3, 3)
+    unmixed = EntropyStages(parts, {n: whole.stages[n] for n in parts}, {}, 10, 3)
     text, _ = write(tmp_path, result(0), diagnostics={"a": whole, "b": unmixed})
     drawn = [one for one in re.findall("<svg.*?</svg>", text, re.DOTALL) if "Entropy by stage" in one]
     colours = [[*dict.fromkeys(re.findall(r"fill: var\(--(c\d)\)", one))] for one in drawn]
