@@ -16,7 +16,9 @@ __all__ = ["Vanilla"]
 
 @dataclass(frozen=True)
 class Vanilla(Method):
-    """One pass, one loss. Works on plain and wrapped models; the copies of a wrapped model stay as they are.
+    """One pass, one loss. Works on plain and wrapped models; the copies of a wrapped model get no gradient.
+
+    Under DDP they get one of zeros, which weight decay and momentum may follow: ``parameter_groups`` decays no norms.
 
     Cost: 1 pass.
 
