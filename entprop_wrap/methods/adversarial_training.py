@@ -32,7 +32,7 @@ class AdversarialTraining(Method):
     ``n + 2`` passes, and a forward pass without a backward, which is not counted.
 
     The attack sees batch norms as in evaluation, on running statistics (as the official code of TRADES does); only the
-    passes that train record statistics.
+    passes that train record statistics. It starts where ``attack`` does (that code: at normal noise of std 0.001).
 
     Entropy maximisation (EntM) and label smoothing act on the parts that ``regularise`` names. They are the standard
     definitions; which part Jin et al. ("Rethinking Uncertainty in Deep Learning", arXiv 2011.13538) apply them to, and

@@ -212,8 +212,9 @@ class Step:
     def auxiliary(self, name: str | None, *, record_statistics: bool = True) -> Iterator[None]:
         """Run the model through the auxiliary norms ``name`` inside the with-block; None: through its own."""
         switched = name is not None or is_wrapped(self.model)
-        # Norms of a plain model, and those that all domains share, have no switch: what they record is undone.
-        before = None if record_statistics or not _records_unswitched(self.model) else Snapshot(self.model)
+        # A plain model has no switch, nor have norms that all domains share: what is recorded is undone.
+        undone = not record_statistics and (not switched or _records_unswitched(self.model))
+        before = Snapshot(self.model) if undone else None
         try:
             with auxiliary(self.model, name, record_statistics=record_statistics) if switched else nullcontext():
                 yield
