@@ -34,8 +34,8 @@ _NOT_NORMS = frozenset({"GlobalResponseNorm", "ConvNextV2GRN", "NormFreeBlock"})
 def is_norm(module: nn.Module) -> bool:
     """Return whether ``module`` is a norm layer whose state is worth an auxiliary copy.
 
-    A norm is a subclass of torch's batch, instance, layer, group or RMS norm, or a class named ``*norm*`` or with a
-    buffer ``running_mean`` whose own parameters are vectors, and which contains no layer with weights (that would be a
+    A norm is a subclass of torch's batch, instance, layer, group or RMS norm, or a class with vectors for parameters
+    that has a buffer ``running_mean``, or is named ``*norm*`` and contains no layer with weights (that would be a
     block). Linear layers and convolutions with normalised weights are not norms. It must have state that training
     moves: a parameter, or running statistics. ``FrozenBatchNorm2d`` and norms without affine weights have none.
 
@@ -48,11 +48,11 @@ def is_norm(module: nn.Module) -> bool:
     records = module._buffers.get("running_mean") is not None
     if isinstance(module, _BASES):
         return parameters or records
-    named = "norm" in type(module).__name__.lower() or records  # InPlaceABN
-    if not named or isinstance(module, (nn.Linear, _ConvNd)):
+    named = "norm" in type(module).__name__.lower() and not _has_weighted_child(module)
+    if not (named or records) or isinstance(module, (nn.Linear, _ConvNd)):  # records: InPlaceABN, F.batch_norm
         return False
     moves = parameters or (records and "weight" not in module._buffers)  # FrozenBatchNorm2d has a buffer
-    return moves and not _has_matrix(module) and not _has_weighted_child(module)
+    return moves and not _has_matrix(module)
 
 
 def find_norms(

@@ -92,14 +92,16 @@ CENSUS = {
 class ABN(nn.Module):
     """A batch norm as those who write their own have it, mapillary's InPlaceABN among them."""
 
-    def __init__(self, affine):
+    def __init__(self, affine, before=None):
         super().__init__()
+        self.before = before or nn.Identity()
         self.weight = nn.Parameter(torch.ones(WIDTH)) if affine else None
         self.register_buffer("running_mean", torch.zeros(WIDTH))
         self.register_buffer("running_var", torch.ones(WIDTH))
 
     def forward(self, x):
-        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, training=self.training)
+        mean, variance = self.running_mean, self.running_var
+        return nn.functional.batch_norm(self.before(x), mean, variance, self.weight, training=self.training)
 
 
 # Not met in the census, and yet of the same families.
@@ -117,6 +119,7 @@ RELATIVES = {
     "timm.EvoNorm2dB2": ("images", lambda: _timm("layers.EvoNorm2dB2")(WIDTH)),
     "one's own BatchNorm": ("images", lambda: ABN(affine=True)),
     "one's own BatchNorm, without affine": ("images", lambda: ABN(affine=False)),
+    "one's own BatchNorm, in a block": ("images", lambda: ABN(affine=True, before=nn.Conv2d(WIDTH, WIDTH, 1))),
 }
 ALL = CENSUS | RELATIVES
 TRACKING = [
