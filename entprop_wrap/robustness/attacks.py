@@ -13,14 +13,13 @@ training (its table 11).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 
 from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
@@ -37,7 +36,7 @@ from entprop_wrap.robustness.evaluated_model import (
 )
 from entprop_wrap.robustness.pixels import check_batch
 from entprop_wrap.utils.modules import check_module
-from entprop_wrap.utils.options import check_choice, check_generator, shown
+from entprop_wrap.utils.options import check_generator, shown
 from entprop_wrap.utils.tensors import refuse_inference_mode
 
 __all__ = ["FGSM", "PGD", "AttackFunction", "PixelAttack", "attacked", "check_attack"]
@@ -106,12 +105,10 @@ class PixelAttack:
 class PGD(PixelAttack, attacks.PGD):
     """Projected gradient ascent on the loss, within a ball around the image and within valid pixels.
 
-    It is :class:`entprop_wrap.functional.attacks.PGD`, which methods train with and which has the other options, with
-    an objective. The last iterate counts.
+    It is :class:`entprop_wrap.functional.attacks.PGD`, which methods train with and which has the other options, on the
+    cross-entropy. The last iterate counts.
 
     Attributes:
-        loss: "cross_entropy", or "margin" (largest other logit minus that of the label), which still has a gradient
-            where confidence has saturated the other (Carlini & Wagner 2017, their f6).
         source: A model that is attacked instead of the one under evaluation, in evaluation mode; better one that
             was trained on its own. A model that only hides its gradients falls to images made for another, ordinary
             one (Papernot et al. 2017, "Practical black-box attacks against machine learning").
@@ -121,12 +118,10 @@ class PGD(PixelAttack, attacks.PGD):
 
     steps: int = 20
     step_size: float | None = None
-    loss: Literal["cross_entropy", "margin"] = "cross_entropy"
     source: nn.Module | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("loss", self.loss, ("cross_entropy", "margin"))
         if self.source is not None:
             check_module("source", self.source)
 
@@ -134,10 +129,10 @@ class PGD(PixelAttack, attacks.PGD):
         """Return the attacked images of a training method, which says what to increase.
 
         Raises:
-            ConfigurationError: ``loss`` or ``source`` is set, which have no effect there.
+            ConfigurationError: ``source`` is set, which has no effect there.
         """
-        if self.source is not None or self.loss != "cross_entropy":
-            raise ConfigurationError("A training method has an objective of its own: leave out loss and source.")
+        if self.source is not None:
+            raise ConfigurationError("A training method attacks the model that it trains: leave out source.")
         return super().run(images, gradient, space, generator)
 
     def attack_pixels(
@@ -148,7 +143,7 @@ class PGD(PixelAttack, attacks.PGD):
         if self.random_start:
             pixels = self._start(origin, draws)
         for _ in range(self.steps):
-            gradient = _pixel_gradient(model, pixels, labels, space, self.loss)
+            gradient = _pixel_gradient(model, pixels, labels, space)
             pixels = self.ascend(pixels, origin, gradient, _PIXELS)
         return pixels
 
@@ -172,8 +167,8 @@ class FGSM(PGD):
     random_start: bool = False
 
 
-def _pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace, loss: str) -> Tensor:
-    """Return the gradient of each image's loss with respect to its pixels, up to a positive factor per image.
+def _pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace) -> Tensor:
+    """Return the gradient of each image's cross-entropy with respect to its pixels, up to a positive factor per image.
 
     No parameter gets any gradient. Attacks use signs and directions only, so the factor is free, and it is needed: the
     gradient of a confident prediction is exactly 0 in float32, and the attack would stand still. So the slope at the
@@ -192,12 +187,7 @@ def _pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: Pix
             )
         widest = torch.float32 if found.device.type == "mps" else torch.float64  # MPS has no other
         values = found.detach().to(widest).requires_grad_()
-        if loss == "margin":
-            own = one_hot(labels, values.shape[1]).bool()
-            total = (values.masked_fill(own, -math.inf).amax(1) - values.masked_select(own)).sum()
-        else:
-            total = cross_entropy(values, labels, reduction="sum")
-        (slope,) = torch.autograd.grad(total, values)
+        (slope,) = torch.autograd.grad(cross_entropy(values, labels, reduction="sum"), values)
         slope = slope / slope.abs().amax(1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
         (gradient,) = torch.autograd.grad(found, pixels, slope.to(found.dtype))
     return gradient

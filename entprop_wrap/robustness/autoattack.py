@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import check_magnitude
 from entprop_wrap.robustness.attacks import PixelAttack
 from entprop_wrap.robustness.evaluated_model import check_finite, check_labels_fit, logits
-from entprop_wrap.utils.options import check_choice, check_number, store_as_python
+from entprop_wrap.utils.options import store_as_python
 
 __all__ = ["AutoAttack"]
 
@@ -40,9 +40,7 @@ class AutoAttack(PixelAttack):
     too high.
 
     Attributes:
-        epsilon: Radius of the ball. For "linf", change of a pixel as a fraction of the pixel range, in (0, 1): 4/255.
-            For "l2", length of the change of the whole image in the same unit, above 0.
-        norm: "linf" or "l2".
+        epsilon: Largest change of a pixel, as a fraction of the pixel range, in (0, 1): 4/255.
 
     Raises:
         ImportError: ``pyautoattack`` is not installed: ``pip install entprop-wrap[attacks]``.
@@ -51,15 +49,10 @@ class AutoAttack(PixelAttack):
     """
 
     epsilon: float = 4 / 255
-    norm: Literal["linf", "l2"] = "linf"
 
     def __post_init__(self) -> None:
         store_as_python(self)
-        check_choice("norm", self.norm, ("linf", "l2"))
-        if self.norm == "linf":
-            check_magnitude("epsilon", self.epsilon)
-        else:
-            check_number("epsilon", self.epsilon, lambda value: value > 0, "above 0")
+        check_magnitude("epsilon", self.epsilon)
         _package()  # what is missing is to be known before hours of evaluation, not after
 
     def attack_pixels(
@@ -73,7 +66,7 @@ class AutoAttack(PixelAttack):
         classes = clean.shape[1]
         if classes < _FEWEST_CLASSES:
             raise ConfigurationError(
-                f"AutoAttack needs at least {_FEWEST_CLASSES} classes, found {classes}. Write PGD(loss='margin')."
+                f"AutoAttack needs at least {_FEWEST_CLASSES} classes, found {classes}. Write PGD()."
             )
         check_labels_fit(labels, classes, "The model")
 
@@ -85,7 +78,7 @@ class AutoAttack(PixelAttack):
 
         attack = _package()(
             new_logits,
-            norm={"linf": "Linf", "l2": "L2"}[self.norm],
+            norm="Linf",
             eps=self.epsilon,
             seed=int(torch.randint(2**31, (), generator=generator)),
             device=pixels.device,

@@ -246,8 +246,6 @@ GOOD |= {
     "uncertainty": lambda **_: "entropy",
     "loss": lambda **_: torch.nn.functional.cross_entropy,
     "generator": lambda **_: None,
-    ("robustness.PGD", "loss"): lambda **_: "margin",
-    ("PGD", "loss"): lambda **_: "margin",
 }
 
 TARGETS = _all()

@@ -32,19 +32,12 @@ def raw(x, space=SPACE):
     return x * std + mean
 
 
-def margin(logits, label):
-    others = [v for i, v in enumerate(logits) if i != label]
-    return max(others) - logits[label]
-
-
-def naive_pgd(model, image, label, start, epsilon, size, steps, norm, loss):
+def naive_pgd(model, image, label, start, epsilon, size, steps, norm):
     """One image (3, H, W) at a time, in pixels."""
     origin, x = raw(image), start.clone()
     for _ in range(steps):
         x = x.detach().requires_grad_()
-        logits = model(normalised(x)[None])[0]
-        value = -logits.log_softmax(0)[label] if loss == "cross_entropy" else margin(list(logits), int(label))
-        value.backward()
+        (-model(normalised(x)[None])[0].log_softmax(0)[label]).backward()
         g = x.grad
         with torch.no_grad():
             if norm == "linf":
@@ -59,18 +52,17 @@ def naive_pgd(model, image, label, start, epsilon, size, steps, norm, loss):
     return x.detach()
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", 8 / 255), ("l2", 0.7)])
 @pytest.mark.parametrize("random_start", [False, True])
-def test_pgd_equals_the_naive_one(norm, epsilon, loss, random_start):
+def test_pgd_equals_the_naive_one(norm, epsilon, random_start):
     model, images, labels = double()
-    attack = PGD(epsilon, 5, epsilon / 3, norm=norm, random_start=random_start, loss=loss)
+    attack = PGD(epsilon, 5, epsilon / 3, norm=norm, random_start=random_start)
     found = attack(model, images, labels, SPACE, torch.Generator().manual_seed(4))
     assert found.dtype == torch.float64
     draws = Draws(images, torch.Generator().manual_seed(4))
     starts = attack._start(raw(images).clamp(0, 1), draws) if random_start else raw(images)
     for i in range(len(images)):
-        expected = naive_pgd(model, images[i], labels[i], starts[i], epsilon, epsilon / 3, 5, norm, loss)
+        expected = naive_pgd(model, images[i], labels[i], starts[i], epsilon, epsilon / 3, 5, norm)
         torch.testing.assert_close(raw(found[i]), expected, rtol=0, atol=1e-10)
 
 
@@ -78,7 +70,7 @@ def test_fgsm_equals_one_signed_step():
     model, images, labels = double()
     found = FGSM(3 / 255)(model, images, labels, SPACE)
     for i in range(len(images)):
-        expected = naive_pgd(model, images[i], labels[i], raw(images[i]), 3 / 255, 3 / 255, 1, "linf", "cross_entropy")
+        expected = naive_pgd(model, images[i], labels[i], raw(images[i]), 3 / 255, 3 / 255, 1, "linf")
         torch.testing.assert_close(raw(found[i]), expected, rtol=0, atol=1e-12)
 
 
@@ -129,7 +121,7 @@ def test_confident_models_still_have_a_gradient():
         model[-1].weight.mul_(300)
         labels = model(images).argmax(1)
         assert (model(images).softmax(1).amax(1) == 1).any()  # saturated in float32
-    for attack in (PGD(64 / 255, steps=20), PGD(64 / 255, steps=20, loss="margin"), PGD(12, steps=20, norm="l2")):
+    for attack in (PGD(64 / 255, steps=20), PGD(12, steps=20, norm="l2")):
         found = attack(model, images, labels, SPACE, torch.Generator())
         assert (model(found).argmax(1) != labels).all()
 
@@ -145,8 +137,6 @@ def test_another_model_is_attacked_in_its_place():
         PGD(source=source.train())(model, images, labels, SPACE)
     with pytest.raises(UnsupportedModelError, match=r"source: expected a torch\.nn\.Module"):
         PGD(source="x")
-    with pytest.raises(ConfigurationError, match="loss must be"):
-        PGD(loss="dlr")
 
 
 def test_accuracy_falls_with_epsilon_to_zero():
