@@ -137,7 +137,9 @@ class PixelSpace:
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a few spaces and devices; saves a copy to the device in every step
     def _constants(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         with torch.inference_mode(False):  # what is made in inference mode cannot be used in training, and this is kept
-            mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (self.mean, self.std))
+            mean, std = (
+                torch.tensor(v, dtype=torch.float64, device="cpu").view(1, -1, 1, 1) for v in (self.mean, self.std)
+            )
             lower, upper, scale = (v.to(dtype).to(device) for v in ((0 - mean) / std, (1 - mean) / std, 1 / std))
         return lower, upper, scale
 

@@ -133,7 +133,8 @@ def uniform_start(images: Tensor, epsilon: float, space: PixelSpace, generator: 
     if generator is None:
         noise = torch.rand_like(images)
     else:  # drawn on the CPU, so that every device gives the same
-        noise = to_device(torch.rand(images.shape, generator=generator, dtype=images.dtype), images.device)
+        noise = torch.rand(images.shape, generator=generator, dtype=images.dtype, device="cpu")
+        noise = to_device(noise, images.device)
     lower, upper = space.bounds_around(images)
     moved: Tensor = (images + noise.mul_(2).sub_(1) * (epsilon * space.scale(images))).clamp_(lower, upper)
     return moved
@@ -147,8 +148,8 @@ def ball_start(images: Tensor, epsilon: float, space: PixelSpace, generator: tor
         normal, radius = (
             to_device(draw, images.device)
             for draw in (
-                torch.randn(images.shape, generator=generator, dtype=images.dtype),
-                torch.rand((len(images), 1, 1, 1), generator=generator, dtype=images.dtype),
+                torch.randn(images.shape, generator=generator, dtype=images.dtype, device="cpu"),
+                torch.rand((len(images), 1, 1, 1), generator=generator, dtype=images.dtype, device="cpu"),
             )
         )
     # The volume within radius r grows as r^d, so that r is the d-th root of a uniform number.

@@ -89,7 +89,7 @@ class MixUp:
     def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> Mix:
         """Draw a mix for images of ``shape`` ``(N, C, H, W)``."""
         share = _random(generator).betavariate(self.alpha, self.alpha)
-        return _Blend(torch.randperm(shape[0], generator=generator), share)
+        return _Blend(torch.randperm(shape[0], generator=generator, device="cpu"), share)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ class CutMix:
         rows = _interval(dice.randrange(height), side * height, height)
         columns = _interval(dice.randrange(width), side * width, width)
         area = (rows.stop - rows.start) * (columns.stop - columns.start)
-        return _Paste(torch.randperm(shape[0], generator=generator), 1 - area / (height * width), (rows, columns))
+        partner = torch.randperm(shape[0], generator=generator, device="cpu")
+        return _Paste(partner, 1 - area / (height * width), (rows, columns))
 
 
 def find_mixer(mix: Mixer | str | None, alpha: float | None = None) -> Mixer | None:
@@ -147,7 +148,7 @@ def _interval(centre: int, length: float, limit: int) -> slice:
 def _random(generator: torch.Generator | None) -> random.Random:
     # torch has no public Beta draw that takes a generator; this one follows torch's seed, and is exact in float64.
     check_generator(generator)
-    return random.Random(int(torch.randint(2**62, (), generator=generator)))
+    return random.Random(int(torch.randint(2**62, (), generator=generator, device="cpu")))
 
 
 def _check_alpha(mixer: MixUp | CutMix) -> None:

@@ -81,7 +81,8 @@ def random(logits: Tensor, labels: Tensor | None = None, generator: torch.Genera
     The control of every score. They are drawn on the CPU from ``generator`` (None: torch's default), so that a seed
     selects the same samples on every device. Source: "Random" in EntProp, figure 4.
     """
-    drawn = torch.rand(len(logits), generator=generator, dtype=torch.float64)  # in float32, a tie is not so rare
+    # In float32, a tie is not so rare.
+    drawn = torch.rand(len(logits), generator=generator, dtype=torch.float64, device="cpu")
     return to_device(drawn.to(_float(logits).dtype if logits.device.type == "mps" else drawn.dtype), logits.device)
 
 

@@ -114,5 +114,5 @@ def check_targets(step: Step, targeted: bool) -> None:
 
 def wrong_labels(labels: Tensor, classes: int, generator: torch.Generator | None) -> Tensor:
     """Return for each of ``labels`` ``(N,)`` another class, uniformly at random."""
-    shift = to_device(torch.randint(1, max(classes, 2), labels.shape, generator=generator), labels.device)
+    shift = to_device(torch.randint(1, max(classes, 2), labels.shape, generator=generator, device="cpu"), labels.device)
     return (labels + shift) % max(classes, 2)

@@ -143,7 +143,7 @@ def shuffle_between_processes(
         return images, labels
     rank, alike = torch.distributed.get_rank(), [1] * processes()
     sizes = gather(torch.tensor([len(images)], device=images.device), alike).tolist()  # a last batch may be smaller
-    order = torch.randperm(sum(sizes), generator=generator).to(images.device)
+    order = torch.randperm(sum(sizes), generator=generator, device="cpu").to(images.device)
     torch.distributed.broadcast(order, src=0)
     mine = torch.split(order, sizes)[rank]
     return gather(images, sizes)[mine], gather(labels, sizes)[mine]

@@ -114,7 +114,7 @@ def lagged_state(model: nn.Module) -> dict[str, Tensor]:
     state = {
         "images": waiting.images,
         "labels": target.labels,
-        "share": torch.tensor(target.share, dtype=torch.float64),
+        "share": torch.tensor(target.share, dtype=torch.float64, device="cpu"),
     }
     return state if target.partners is None else {**state, "partners": target.partners}
 

@@ -81,7 +81,7 @@ def _default_generator_following(generator: torch.Generator | None) -> Iterator[
     if generator is None:
         yield
         return
-    seed = int(torch.randint(2**62, (), generator=generator))
+    seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
     before = torch.get_rng_state()
     try:
         torch.default_generator.manual_seed(seed)

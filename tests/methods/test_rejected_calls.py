@@ -184,6 +184,13 @@ def test_the_output_is_detached_short_in_print_and_has_its_numbers_without_float
     assert numbers["loss"] == pytest.approx(float(out.loss))
 
 
+@pytest.mark.parametrize("method", [*METHODS, entprop.EntProp(uncertainty="random", lagged=True)], ids=named)
+def test_the_default_device_of_torch_is_nowhere_meant(method):
+    step = entprop.TrainingStep(make(BatchNormNet).train(), method, generator=torch.Generator())
+    with torch.device("meta"):  # whose tensors hold nothing
+        step(IMAGES, LABELS)
+
+
 def test_a_backward_after_the_step_says_that_it_is_done():
     out = entprop.training_step(ready(entprop.EntProp()), IMAGES, LABELS)
     for loss in (out.loss, out.main_loss, out.aux_loss):
