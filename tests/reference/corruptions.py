@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from entprop_wrap.robustness.corruptions.textures import panes
+from entprop_wrap.robustness.corruptions.weather import panes
 
 
 def pick(image, severity, imagenet, cifar):

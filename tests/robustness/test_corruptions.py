@@ -13,7 +13,7 @@ from entprop_wrap.errors import ConfigurationError, ImageError, PixelRangeError
 from entprop_wrap.robustness.corruptions import CORRUPTIONS, SUITES, Corruption, base, corrupt, corruption
 from entprop_wrap.robustness.corruptions.filters import shrink_and_enlarge
 from entprop_wrap.robustness.corruptions.random import Draws
-from entprop_wrap.robustness.corruptions.textures import panes
+from entprop_wrap.robustness.corruptions.weather import panes
 from tests.reference import corruptions_c_bar
 from tests.reference.corruptions import REFERENCES
 
