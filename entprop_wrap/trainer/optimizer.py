@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from functools import partial
 
@@ -63,11 +64,22 @@ def _check_owner(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _check_steps(model: nn.Module, optimizer: Optimizer) -> None:
-    """Raise where gradients are used within a backward, of which a step has several."""
+    """Raise where an optimizer wants more of a loop than to step after the backwards of a step."""
+    kind = type(optimizer).__name__
+    arguments = inspect.signature(optimizer.step).parameters.values()
+    if any(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in arguments):
+        raise UnsupportedModelError(
+            f"{kind} steps with a closure, and trains several times in it. Choose AdamW or SGD."
+        )
+    if hasattr(optimizer, "eval"):
+        raise UnsupportedModelError(
+            f"{kind} has weights for training and others for evaluation, as schedule-free optimizers do. Choose "
+            "another, with ema_decay=0.999 for averaged weights; or write a loop with entprop.TrainingStep."
+        )
     if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in model.parameters()):
         raise UnsupportedModelError(
             f"Parameters have hooks that run within backward, as layerwise optimizers such as GaLore's and APOLLO's do "
-            f"(found with {type(optimizer).__name__}). A step has several backwards: choose an optimizer that steps "
+            f"(found with {kind}). A step has several backwards: choose an optimizer that steps "
             "after them."
         )
 

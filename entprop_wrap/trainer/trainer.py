@@ -374,16 +374,25 @@ class Trainer:
         self._bar.update()
 
     def _train(self, images: Tensor, labels: Tensor, divisor: int) -> StepOutput:
-        return training_step(
-            self._state.prepared.model,
-            images,
-            labels,
-            method=self.method,
-            pixel_space=self.pixel_space,
-            loss=self.loss,
-            backward=lambda loss: self.accelerator.backward(loss / divisor),
-            generator=self._state.generator,
-        )
+        try:
+            return training_step(
+                self._state.prepared.model,
+                images,
+                labels,
+                method=self.method,
+                pixel_space=self.pixel_space,
+                loss=self.loss,
+                backward=lambda loss: self.accelerator.backward(loss / divisor),
+                generator=self._state.generator,
+            )
+        except RuntimeError as error:
+            if "find_unused_parameters" not in str(error):
+                raise
+            raise UnsupportedModelError(
+                "The loss does not depend on all parameters, and processes wait for the gradients of each. Freeze "
+                "those that are not used, such as a second head, before Trainer(...): parameter.requires_grad_(False). "
+                "The environment variable TORCH_DISTRIBUTED_DEBUG=DETAIL has torch name them."
+            ) from error
 
     def _log(self) -> None:
         """Write the averages since the last log line. Everything that waits for the device is here."""

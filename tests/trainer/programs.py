@@ -208,9 +208,10 @@ def differing(folder, rank):
         except Exception as error:
             found.append(f"{type(error).__name__}: {error}")
 
-    def run(name, data, loss=None, method=Vanilla(), **options):  # noqa: B008
+    def run(name, data, loss=None, method=Vanilla(), model=None, **options):  # noqa: B008
         config = entprop.TrainerConfig(batch_size=4, output_dir=f"{folder}/{name}", progress=False, **options)
-        return entprop.Trainer(make(GroupNormNet), data, None, method=method, loss=loss, config=config)
+        model = make(GroupNormNet) if model is None else model
+        return entprop.Trainer(model, data, None, method=method, loss=loss, config=config)
 
     note(lambda: run("prepared", accelerate.Accelerator(cpu=True).prepare(DataLoader(Images(32), 4))))
     note(lambda: run("data", Images(32, seed=rank)))
@@ -231,6 +232,9 @@ def differing(folder, rank):
     sizes = DataLoader(Images(32), 4, collate_fn=resized)
     for every in (1, 4):
         note(lambda every=every: run(f"sizes{every}", sizes, method=method, epochs=1, log_every=every))
+    model = make(GroupNormNet)
+    model.unused = torch.nn.Linear(1, 1)
+    note(lambda: run("unused", Images(32), model=model))
     Path(folder, f"found-{rank}").write_text("\n".join(found))
 
 

@@ -84,6 +84,17 @@ def test_processes_that_do_not_know_of_one_another(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_optimizers_that_want_more_of_a_loop(tmp_path):
+    class ScheduleFree(torch.optim.SGD):
+        def eval(self):
+            pass
+
+    with pytest.raises(UnsupportedModelError, match="LBFGS steps with a closure"):
+        programs.short(tmp_path, lambda groups: torch.optim.LBFGS(groups[0]["params"]))
+    with pytest.raises(UnsupportedModelError, match="ScheduleFree has weights for training and others for evaluation"):
+        programs.short(tmp_path, ScheduleFree)
+
+
 def test_optimizers_that_step_within_backward(tmp_path):
     def layerwise(groups):
         for group in groups:

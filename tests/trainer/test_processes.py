@@ -78,8 +78,14 @@ def test_a_loss_that_is_not_finite_on_one_process_reaches_no_weight(folder):
         assert found[2].startswith("DivergedError: The loss was not finite up to step 3.")
 
 
+def test_parameters_that_get_no_gradient_are_refused_in_words(folder):
+    for rank in (0, 1):
+        found = (folder / "differing" / f"found-{rank}").read_text().splitlines()
+        assert found[3].startswith("UnsupportedModelError: The loss does not depend on all parameters")
+
+
 def test_processes_whose_lagged_steps_differ_log_the_same_averages(folder):
-    assert all(len((folder / "differing" / f"found-{rank}").read_text().splitlines()) == 3 for rank in (0, 1))
+    assert all(len((folder / "differing" / f"found-{rank}").read_text().splitlines()) == 4 for rank in (0, 1))
     each, four = (_lines(folder / "differing" / f"sizes{every}") for every in (1, 4))
     assert [line["step"] for line in each] == [1, 2, 3, 4]
     for key in ("loss", "main_loss", "main_entropy", "passes"):
