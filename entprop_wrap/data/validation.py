@@ -234,6 +234,34 @@ def checker_of(model: nn.Module) -> Checker:
     return _checkers.setdefault(model, Checker())
 
 
+def check_evaluated(images: Any, labels: Any, space: PixelSpace, *, first: bool = False) -> Tensor:
+    """Check a batch that a model is evaluated on; return its class indices as int64 ``(N,)``.
+
+    On the ``first`` batch, also check that it does not look as if it were in [0, 1] where ``space`` says otherwise.
+    """
+    check_images(images, space, half=True)
+    wide = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
+    if first:
+        low, high = (float(value) for value in torch.aminmax(wide))
+        # Natural images do not fill [0, 1] so exactly once they are normalised.
+        if 0 <= low < 0.02 and 0.98 < high <= 1 and float(space.bounds(wide)[0].max()) <= -0.5:
+            raise PixelRangeError(
+                f"The first batch spans [{low:.2f}, {high:.2f}], which is pixels in [0, 1], but pixel_space={space} "
+                "says that images are normalised. Leave pixel_space out, or normalise in the data loader."
+            )
+    checker = Checker()
+    checker.space_told = not first
+    checker.images(wide, space)
+    if isinstance(labels, Tensor) and not labels.is_meta:
+        labels = labels.to(images.device)
+        if labels.is_floating_point():
+            raise LabelError(
+                f"Expected one class index for each image, found {labels.dtype} labels {tuple(labels.shape)}. Write "
+                "labels.long().flatten(), or if they are probabilities labels.argmax(1), or leave MixUp out."
+            )
+    return check_labels(labels, images)
+
+
 def _warn_of_space(smallest: float, largest: float, lower: float, upper: float, space: PixelSpace) -> None:
     span = f"The first batch spans [{smallest:.2f}, {largest:.2f}], "
     if smallest >= 0 and largest <= 1 and lower <= -0.5:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.validation import check_evaluated
 from entprop_wrap.errors import ConfigurationError, DataError
 from entprop_wrap.functional.losses import cross_entropy
 from entprop_wrap.methods import EntProp
@@ -25,7 +26,6 @@ from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.robustness.distributed import check_batches
 from entprop_wrap.robustness.evaluated_model import check_finite, check_state, device_of, logits_in
-from entprop_wrap.robustness.pixels import check_batch
 from entprop_wrap.utils.modules import plain_model
 from entprop_wrap.utils.options import check_flag
 from entprop_wrap.utils.snapshot import Snapshot
@@ -160,7 +160,7 @@ def batches_of(
     with tqdm(desc=title, unit="image", disable=not progress) as bar:
         for number, batch in enumerate(data):
             images, labels = images_and_labels(batch, name)
-            labels = check_batch(images, labels, space, first=number == 0)
+            labels = check_evaluated(images, labels, space, first=number == 0)
             if len(images) >= least:
                 done += len(images)
                 yield images, labels

@@ -11,10 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from entprop_wrap.data.pixel_space import PixelSpace
-from entprop_wrap.data.validation import check_images
+from entprop_wrap.data.validation import check_evaluated, check_images
 from entprop_wrap.errors import ImageError
 from entprop_wrap.robustness import SUITES, RobustnessResult, corrupt
-from entprop_wrap.robustness.pixels import check_batch
 
 __all__ = ["gallery_of"]
 
@@ -25,7 +24,7 @@ _LARGEST = 128
 def gallery_of(images: Any, space: PixelSpace, result: RobustnessResult) -> tuple[list[dict[str, Any]], str]:
     """Return each corruption's pictures, of up to three severities, and at what size they were made."""
     check_images(images, space, half=True)
-    check_batch(images, torch.zeros(len(images), dtype=torch.int64), space, first=True)
+    check_evaluated(images, torch.zeros(len(images), dtype=torch.int64), space, first=True)
     if images.shape[1] != 3:
         raise ImageError(f"images must have 3 channels to be shown, found {images.shape[1]}.")
     pixels = space.to_pixels(images.detach().cpu())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from entprop_wrap.data.pixel_space import PixelSpace, space_of
+from entprop_wrap.data.validation import check_evaluated
 from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.functional import attacks
 from entprop_wrap.functional.attacks import Gradient, normalize_l2
@@ -34,7 +35,6 @@ from entprop_wrap.robustness.evaluated_model import (
     device_of,
     logits,
 )
-from entprop_wrap.robustness.pixels import check_batch
 from entprop_wrap.utils.modules import check_module
 from entprop_wrap.utils.options import check_generator, shown
 from entprop_wrap.utils.tensors import refuse_inference_mode
@@ -89,7 +89,7 @@ class PixelAttack:
             )
         check_generator(generator)
         space = space_of(pixel_space)
-        labels = check_batch(images, labels, space)
+        labels = check_evaluated(images, labels, space)
         pixels = space.to_pixels(images.detach().to(device_of(model, images)))
         found = self.attack_pixels(model, pixels, labels.to(pixels.device), space, generator)
         return space.to_images(found).to(torch.promote_types(images.dtype, torch.float32))  # half would leave the ball
@@ -207,7 +207,7 @@ def attacked(
     if not isinstance(found, Tensor) or tuple(found.shape) != shape:
         what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise ConfigurationError(f"{name} must return images of shape {shape}; it returned {what}.")
-    check_batch(found, batch.labels, space)
+    check_evaluated(found, batch.labels, space)
     return found
 
 

@@ -15,8 +15,8 @@ from torch.utils.data import DistributedSampler, RandomSampler
 
 from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.data.pixel_space import PixelSpace
+from entprop_wrap.data.validation import check_evaluated
 from entprop_wrap.errors import DataError
-from entprop_wrap.robustness.pixels import check_batch
 
 __all__ = ["Batch", "ShardedData", "check_batches", "gather"]
 
@@ -71,7 +71,7 @@ class ShardedData:
         position = 0
         for batch in self.data:
             images, labels = images_and_labels(batch, self.name)
-            yield Batch(images, check_batch(images, labels, self.space, first=position == 0).cpu(), position)
+            yield Batch(images, check_evaluated(images, labels, self.space, first=position == 0).cpu(), position)
             position += len(images)
 
     def _same_everywhere(self, batches: Iterator[Batch]) -> Iterator[Batch]:
