@@ -138,7 +138,14 @@ class Trainer:
         if self.config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         prepared = Prepared(self.accelerator, model, optimizer, compile=self.config.compile)
-        average = None if self.config.ema_decay is None else MovingAverage(model, self.config.ema_decay)
+        decay = self.config.ema_decay
+        average = None if decay is None else MovingAverage(model, decay)
+        if decay is not None and decay**total_steps > 0.5 and self.accelerator.is_main_process:
+            warnings.warn(
+                f"ema_decay={decay} in {total_steps} steps: more than half of the weights to be evaluated and exported "
+                "will be those after the first step. Choose a smaller ema_decay, or more epochs.",
+                stacklevel=2,
+            )
         self._state = RunState(
             self.accelerator,
             model,

@@ -444,6 +444,11 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert run.checkpoints.all() == []
 
 
+def test_an_average_that_remembers_longer_than_the_run_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="ema_decay=0.999 in 8 steps: more than half of the weights"):
+        trainer(tmp_path, ema_decay=0.999)
+
+
 def test_a_mask_of_infinities_is_neither_averaged_nor_taken_for_divergence(tmp_path):
     class Masked(GroupNormNet):
         def __init__(self):
