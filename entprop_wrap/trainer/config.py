@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -116,6 +117,8 @@ class TrainerConfig:
         if problems:
             raise ConfigurationError("TrainerConfig: " + " ".join(problems))
         store_as_python(self)
+        # Not a folder named "~" in the current one.
+        object.__setattr__(self, "output_dir", type(self.output_dir)(os.path.expanduser(self.output_dir)))
 
 
 _OPTIMIZERS, _SCHEDULES = ("adamw", "adam", "sgd"), ("cosine", "linear", "step", "constant")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +93,13 @@ def test_a_ready_optimizer_goes_to_the_trainer():
 def test_saving_steps_need_saving():
     with pytest.raises(ConfigurationError, match="turns checkpoints off"):
         TrainerConfig(save_every=None, save_every_steps=3)
+
+
+def test_the_output_folder_may_be_of_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    assert TrainerConfig(output_dir="~/runs").output_dir == "/home/me/runs"
+    assert TrainerConfig(output_dir=Path("~/runs")).output_dir == Path("/home/me/runs")
 
 
 def test_every_option_is_documented():
