@@ -109,6 +109,9 @@ def test_where_channels_are():
     for norm in (Odd(4), nn.LayerNorm((4, 4, 4))):
         with pytest.raises(ModelOutputError, match="Cannot tell the channels"):
             channel_dimension(norm, square)
+    recording = Odd(4)
+    recording.register_buffer("running_mean", torch.zeros(4))
+    assert channel_dimension(recording, square) == 1
 
 
 def test_hooks_are_gone_after_the_step_and_after_an_error():
