@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.diagnostics.method_stages import batches_of, finite_logits, observing
-from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.uncertainty import entropy, least_confidence
 from entprop_wrap.methods.base import Method
 from entprop_wrap.robustness.corruptions import conditions_of
@@ -37,14 +36,12 @@ class OODScore:
         auroc: By group: area under the ROC curve of telling out-of-distribution images from that group, in [0, 1];
             0.5 is a coin.
         fpr95: By group: share of the out-of-distribution images that pass as that group where 95 % of it pass.
-        selected_auroc: AUROC of telling selected images from the others; above 0.5, selected ones look further out.
         closer: AUROC of "random" minus that of "selected"; above 0, selected images are closer to the
             out-of-distribution images than random ones are.
     """
 
     auroc: dict[str, Interval]
     fpr95: dict[str, Interval]
-    selected_auroc: Interval
     closer: Interval
 
 
@@ -72,7 +69,6 @@ class SelectionOOD(Result):
         for name, score in self.scores.items():
             rows += [[name, group, str(score.auroc[group]), str(score.fpr95[group])] for group in score.auroc]
             rows.append([name, "random - selected", str(score.closer), ""])
-            rows.append([name, "selected against the rest", str(score.selected_auroc), ""])
         note = f"Against {self.ood} images: {self.against}. 95 % bootstrap intervals over batches."
         return f"{markdown_table(rows)}\n\n{note}"
 
@@ -101,24 +97,18 @@ def selection_ood(
         AUROC and FPR95 by score and group, with bootstrap intervals over batches. Below ten batches they are rough.
 
     Raises:
-        ConfigurationError: The method selects everything, and what :func:`entropy_stages` raises.
+        ConfigurationError: An option is out of range, and what :func:`entropy_stages` raises.
     """
     space, seed = space_of(pixel_space), check_seed(seed)
     conditions = {} if ood is not None else conditions_of(corruptions, severities)
-    groups: dict[str, list[Tensor]] = {"random": [], "selected": [], "perturbed": [], "rest": [], "ood": []}
+    groups: dict[str, list[Tensor]] = {"random": [], "selected": [], "perturbed": [], "ood": []}
     draws = torch.Generator().manual_seed(seed)
     with observing(model, data, method, space, seed, progress, "Selection") as (_, batches):
         for stages in batches:
-            random = finite_logits(model, stages.candidates)
-            chosen = torch.zeros(len(random), dtype=torch.bool, device=random.device)
-            chosen[stages.selected] = True
-            for name, logits in (
-                ("random", random),
-                ("selected", random[chosen]),
-                ("perturbed", finite_logits(model, stages.images["perturbed"])),
-                ("rest", random[~chosen]),
-            ):
-                groups[name].append(logits.double().cpu())
+            random = finite_logits(model, stages.candidates).double()
+            groups["random"].append(random.cpu())
+            groups["selected"].append(random[stages.selected].cpu())
+            groups["perturbed"].append(finite_logits(model, stages.images["perturbed"]).double().cpu())
             if conditions:
                 pixels = space.to_pixels(stages.images["clean"])
                 versions = [corrupt(pixels, severity, draws) for (_, severity), corrupt in conditions.items()]
@@ -130,8 +120,6 @@ def selection_ood(
             found = [finite_logits(model, images).double().cpu() for images, _ in others]
             # Cut into as many parts as there are batches, so that these are drawn along with them.
             groups["ood"] = list(torch.cat(found).tensor_split(len(groups["random"])))
-    if not sum(map(len, groups["rest"])):
-        raise ConfigurationError("The method selects every image, which leaves none to compare with: lower fraction.")
     against = "other data" if ood is not None else ", ".join(f"{name} {severity}" for name, severity in conditions)
     return SelectionOOD(
         scores={name: _score(groups, function, draws) for name, function in _SCORES.items()},
@@ -150,7 +138,7 @@ def _score(groups: dict[str, list[Tensor]], score: Callable[[Tensor], Tensor], d
         drawn = {name: torch.cat([values[batch] for batch in batches]) for name, values in scores.items()}
         areas = [_auroc(drawn[name], drawn["ood"]) for name in names]
         rates = [_fpr95(drawn[name], drawn["ood"]) for name in names]
-        return [*areas, *rates, _auroc(drawn["rest"], drawn["selected"]), areas[0] - areas[1]]
+        return [*areas, *rates, areas[0] - areas[1]]
 
     found = bootstrap(statistics, len(groups["random"]), draws)
     return OODScore(dict(zip(names, found[:3], strict=True)), dict(zip(names, found[3:6], strict=True)), *found[6:])
@@ -160,7 +148,7 @@ def _auroc(negative: Tensor, positive: Tensor) -> float:
     """Return the probability that a positive score ``(M,)`` is above a negative one ``(N,)``; ties count one half."""
     ordered = negative.sort().values
     below = torch.searchsorted(ordered, positive) + torch.searchsorted(ordered, positive, right=True)
-    return float(below.double().mean()) / 2 / len(ordered) if len(ordered) else float("nan")
+    return float(below.double().mean()) / 2 / len(ordered)
 
 
 def _fpr95(inside: Tensor, outside: Tensor) -> float:
@@ -168,7 +156,5 @@ def _fpr95(inside: Tensor, outside: Tensor) -> float:
 
     Source: Liu et al., NeurIPS 2020, section 4.1.
     """
-    if not len(inside):
-        return float("nan")
     threshold = inside.sort().values[-(-19 * len(inside) // 20) - 1]
     return float((outside <= threshold).double().mean())

@@ -73,8 +73,6 @@ def test_selection_against_other_data():
     assert score.auroc["selected"].value == pytest.approx(expected[1], abs=1e-9)
     assert score.closer.value == pytest.approx(expected[0] - expected[1], abs=1e-9)
     assert score.fpr95["selected"].value == pytest.approx(reference.fpr95(energies[1], energies[2]), abs=1e-9)
-    rest = [energy for energy in energies[0] if min(abs(energy - other) for other in energies[1]) > 1e-9]
-    assert score.selected_auroc.value == pytest.approx(reference.auroc(rest, energies[1]), abs=1e-9)
     assert score.auroc["random"].low <= score.auroc["random"].value <= score.auroc["random"].high
     assert (found.images, found.selected, found.ood) == (24, 6, 30)
     json.dumps(found.to_dict(), allow_nan=False)
@@ -86,12 +84,10 @@ def test_selection_against_corruptions():
     found = selection_ood(model, small_classifier.loader(24, 8), **options)
     assert found.ood == 48
     assert found == selection_ood(model, small_classifier.loader(24, 8), **options)
-    assert found.scores["entropy"].selected_auroc.value > 0.5
+    assert found.scores["entropy"].closer.value > 0
     assert "fog 5" in found.to_markdown()
     with pytest.raises(ConfigurationError, match="Did you mean 'fog'"):
         selection_ood(model, small_classifier.loader(), **{**options, "corruptions": ("fogg",)})
-    with pytest.raises(ConfigurationError, match="every image"):
-        selection_ood(model, small_classifier.loader(), method=EntProp(fraction=1.0), **options)
 
 
 # Domain gap ----------------------------------------------------------------------------------------------------------
