@@ -118,7 +118,7 @@ def entropy_stages(
             for stage, version in stages.images.items():
                 output = finite_logits(model, version)
                 classes = output.shape[1]
-                found[stage].append(entropy(output).double().cpu())
+                found[stage].append(entropy(output).cpu().double())
     found = {stage: batches for stage, batches in found.items() if stage in observer.changed}
     result = EntropyStages(
         values={stage: tuple(torch.cat(batches).tolist()) for stage, batches in found.items()},

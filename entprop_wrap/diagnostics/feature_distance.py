@@ -90,7 +90,7 @@ def feature_distance(
                 versions[_AUXILIARY] = stages.images["perturbed"], own[0]
             for name, (version, domain) in versions.items():
                 finite_logits(model, version, domain)
-                found[name].append(recorder.last.double().cpu())
+                found[name].append(recorder.last.cpu().double())
     sets = {name: torch.cat(parts) for name, parts in found.items() if name in {*observer.changed, _AUXILIARY}}
     clean = sets["clean"]
     if len(clean) < 4:

@@ -109,7 +109,7 @@ def _norms(model: nn.Module, images: Tensor, space: PixelSpace, auxiliary: str |
     jacobian = jacobian.float() if jacobian.dtype in (torch.float16, torch.bfloat16) else jacobian
     jacobian = (jacobian * space.scale(jacobian[0])).transpose(0, 1).flatten(2)  # (N, classes, pixels)
     with torch.autocast(jacobian.device.type, enabled=False):
-        gram = (jacobian @ jacobian.mT).double().cpu()
+        gram = (jacobian @ jacobian.mT).cpu().double()
     if not bool(torch.isfinite(gram).all()):
         raise ModelOutputError("Some Jacobians are NaN or infinite. Look for diverged weights, or half precision.")
     squares = torch.linalg.eigvalsh(gram)

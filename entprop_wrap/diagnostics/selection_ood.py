@@ -105,19 +105,19 @@ def selection_ood(
     draws = torch.Generator().manual_seed(seed)
     with observing(model, data, method, space, seed, progress, "Selection") as (_, batches):
         for stages in batches:
-            random = finite_logits(model, stages.candidates).double()
-            groups["random"].append(random.cpu())
-            groups["selected"].append(random[stages.selected].cpu())
-            groups["perturbed"].append(finite_logits(model, stages.images["perturbed"]).double().cpu())
+            random = finite_logits(model, stages.candidates).cpu().double()  # in this order: MPS has no float64
+            groups["random"].append(random)
+            groups["selected"].append(random[stages.selected.cpu()])
+            groups["perturbed"].append(finite_logits(model, stages.images["perturbed"]).cpu().double())
             if conditions:
                 pixels = space.to_pixels(stages.images["clean"])
                 versions = [corrupt(pixels, severity, draws) for (_, severity), corrupt in conditions.items()]
                 found = [finite_logits(model, space.to_images(version)) for version in versions]
-                groups["ood"].append(torch.cat(found).double().cpu())
+                groups["ood"].append(torch.cat(found).cpu().double())
         if ood is not None:
             title = "Out of distribution"
             others = batches_of(ood, space, progress=progress, title=title, name="ood")
-            found = [finite_logits(model, images).double().cpu() for images, _ in others]
+            found = [finite_logits(model, images).cpu().double() for images, _ in others]
             # Cut into as many parts as there are batches, so that these are drawn along with them.
             groups["ood"] = list(torch.cat(found).tensor_split(len(groups["random"])))
     against = "other data" if ood is not None else ", ".join(f"{name} {severity}" for name, severity in conditions)
