@@ -64,7 +64,8 @@ class PGD:
         epsilon: Radius of the ball. For "linf", change of a pixel as a fraction of the pixel range, in (0, 1): 4/255.
             For "l2", length of the change of the whole image in the same unit, above 0: 128/255 is usual at 32 px.
         steps: Number of gradient steps, at least 1.
-        step_size: Length of a step, in the same unit; None: ``2.5 * epsilon / steps``, as Madry et al. have it.
+        step_size: Length of a step, in the same unit; None: ``2.5 * epsilon / steps``, as Madry et al. have it. The
+            default is one for "linf". For "l2", all steps together have to cross the ball.
         random_start: Begin at a point drawn uniformly from the ball rather than at the image.
         norm: "linf" or "l2".
 
@@ -92,6 +93,11 @@ class PGD:
                 check_magnitude(name, value)
             else:
                 check_number(name, value, lambda value: value > 0, "above 0")
+        if self.norm == "l2" and self.step_size is not None and self.steps * self.step_size < 0.999 * self.epsilon:
+            raise ConfigurationError(
+                f"{self.steps} steps of {self.step_size:.4g} do not cross a ball of radius {self.epsilon:.4g}. Write "
+                "step_size=None for 2.5 * epsilon / steps: the default is one for norm='linf'."
+            )
 
     def run(self, images: Tensor, gradient: Gradient, space: PixelSpace, generator: torch.Generator | None) -> Tensor:
         """Return the attacked images."""

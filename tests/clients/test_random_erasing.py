@@ -38,7 +38,7 @@ METHODS = {
     "mixprop": MixProp(),
     "meada": MEADA(EntropyAscent(steps=1)),
     "pgd": AdversarialTraining(PGD(steps=2)),
-    "l2": AdversarialTraining(PGD(epsilon=0.5, steps=2, norm="l2")),
+    "l2": AdversarialTraining(PGD(epsilon=0.5, steps=2, step_size=None, norm="l2")),
 }
 
 
@@ -94,5 +94,7 @@ def test_attacks_at_pixels_outside_the_range():
     torch.testing.assert_close(moved.flatten()[:4], torch.tensor([-0.2 + epsilon, epsilon, 1.0, 1.0]))
     start = uniform_start(images, epsilon, space, torch.Generator().manual_seed(0))
     assert (start - images).abs().max() <= epsilon * 1.001
-    l2 = PGD(epsilon=0.1, steps=3, norm="l2").run(images, torch.ones_like, space, torch.Generator().manual_seed(0))
+    l2 = PGD(epsilon=0.1, steps=3, step_size=None, norm="l2").run(
+        images, torch.ones_like, space, torch.Generator().manual_seed(0)
+    )
     assert (l2 - images).norm() <= 0.1 * 1.001

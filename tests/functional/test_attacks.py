@@ -100,6 +100,7 @@ def test_magnitudes_scale_together():
         ({"norm": "l1"}, "norm"),
         ({"norm": "l2", "epsilon": 0.0}, "epsilon"),
         ({"norm": "l2", "step_size": float("inf")}, "step_size"),
+        ({"norm": "l2", "epsilon": 128 / 255, "steps": 5, "step_size": 1 / 255}, "0.502. Write step_size=None"),
     ],
 )
 def test_options_out_of_range_are_refused(kind, options, message):
