@@ -71,7 +71,7 @@ def domain_gap(model: nn.Module) -> DomainGap:
         for auxiliary in registry.auxiliaries:
             copy = norm.get_submodule(COPY_PREFIX + auxiliary)
             parameters = {
-                key: _relative(parameter.detach().double(), norm.get_parameter(key).detach().double())
+                key: _relative(parameter.detach().cpu().double(), norm.get_parameter(key).detach().cpu().double())
                 for key, parameter in copy._parameters.items()  # others are shared
                 if parameter is not None
             }
@@ -87,8 +87,8 @@ def _relative(copy: Tensor, main: Tensor) -> float:
 def _divergence(copy: nn.Module, norm: nn.Module) -> float | None:
     if not all(isinstance(copy._buffers.get(name), Tensor) for name in ("running_mean", "running_var")):
         return None
-    mean, other_mean = (one.get_buffer("running_mean").double() for one in (norm, copy))
-    var, other_var = (one.get_buffer("running_var").double() + getattr(norm, "eps", 0.0) for one in (norm, copy))
+    mean, other_mean = (one.get_buffer("running_mean").cpu().double() for one in (norm, copy))
+    var, other_var = (one.get_buffer("running_var").cpu().double() + getattr(norm, "eps", 0.0) for one in (norm, copy))
     # The logarithms of both directions cancel.
     square = (mean - other_mean).square()
     both = (var + square) / other_var + (other_var + square) / var - 2

@@ -80,8 +80,6 @@ def report(
     facts = check_mapping("facts", facts, "texts", "facts={'Data': 'pets'}")
     diagnostics = check_mapping("diagnostics", diagnostics, "results", "diagnostics={'Gap': domain_gap(model)}")
     warnings = check_mapping("warnings", warnings, "texts", "warnings=monitor.warnings")
-    for name, text in warnings.items():
-        check_text(f"warnings[{name!r}]", text)
     study = study_of(results)
     costs = _of_models(study, "costs", costs, "numbers", "costs={'EntProp': 1.2}")
     for name, cost in costs.items():

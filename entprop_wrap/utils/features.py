@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -101,9 +100,9 @@ def features_of(model: nn.Module, *, layer: str | None = None) -> Iterator[Featu
     root = plain_model(model)
     modules = dict(root.named_modules())
     if layer is not None and (not isinstance(layer, str) or not layer or layer not in modules):
-        close = difflib.get_close_matches(str(layer), modules, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "Names are those of model.named_modules()."
-        raise ConfigurationError(f"{type(root).__name__} has no layer {shown(layer)}. {hint}")
+        raise ConfigurationError(
+            f"{type(root).__name__} has no layer {shown(layer)}. Write a name from model.named_modules()."
+        )
     features = Features(layer)
     handles = [root.register_forward_pre_hook(features._begin)]
     for name, module in modules.items():

@@ -582,7 +582,6 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path, monkeypatch, path, m
         (result(0), {"title": "\ud800"}, ConfigurationError, "title must be text"),
         (result(0), {"facts": {3: "Seed"}}, ConfigurationError, "facts must be a dict of texts by name, found"),
         (result(0), {"facts": {"Seed": "\ud800"}}, ConfigurationError, "cannot be written"),
-        (result(0), {"warnings": {"a": 3}}, ConfigurationError, r"warnings\['a'\] must be text, found 3"),
         (result(0), {"diagnostics": {"x": 3}}, ConfigurationError, r"diagnostics\['x'\].*found int"),
         (result(0), {"images": "cat.png"}, ImageError, "tensor"),
         (result(0), {"images": torch.rand(1, 1, 40, 40)}, EntPropError, "channel"),
