@@ -111,7 +111,7 @@ def test_the_ascent_leaves_the_model_as_it_was():
 def test_everything_is_restored_after_an_error():
     model = build("batch_norm")
     images, labels = random_batch(7)
-    with pytest.raises(ConfigurationError, match=r"no layer 'fcc'.*'fc'"):
+    with pytest.raises(ConfigurationError, match="no layer 'fcc'"):
         ascend(model, images, labels, layer="fcc")
     with pytest.raises(RuntimeError, match="no"):
         EntropyAscent().run(model, _refuse, images, labels, loss=cross_entropy, space=entprop.PixelSpace())
