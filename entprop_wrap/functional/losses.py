@@ -19,6 +19,7 @@ __all__ = [
     "Pass",
     "Regularised",
     "cross_entropy",
+    "log_probabilities",
     "mean_by_construction",
     "mean_entropy",
     "smooth",
@@ -75,8 +76,14 @@ def mean_entropy(logits: Tensor) -> Tensor:
 
     The gradient of ``uncertainty.entropy`` is NaN where a probability underflows to zero.
     """
-    log_probabilities = two_classes(logits)[0].log_softmax(dim=-1)
-    return -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean()
+    logarithms = log_probabilities(logits)
+    return -(logarithms.exp() * logarithms).sum(dim=-1).mean()
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Return the log-probabilities of the classes ``(N, C)``, finite where a logit of -inf masks a class."""
+    found = two_classes(logits)[0].log_softmax(dim=-1)
+    return found.clamp_min(torch.finfo(found.dtype).min)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD, Attack, check_attack
-from entprop_wrap.functional.losses import Regularised, mean_entropy
-from entprop_wrap.functional.uncertainty import two_classes
+from entprop_wrap.functional.losses import Regularised, log_probabilities, mean_entropy
 from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
@@ -131,11 +130,6 @@ class AdversarialTraining(Method):
                 return divergence(prediction, logits) if self.kind == "trades" else step.loss(logits, step.labels)
 
             return step.attack(self.attack, lambda images: step.pixel_gradient_of(images, objective))
-
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    """Return the log-probabilities of the classes ``(N, C)``."""
-    return two_classes(logits)[0].log_softmax(-1)
 
 
 def divergence(expected: Tensor, logits: Tensor) -> Tensor:

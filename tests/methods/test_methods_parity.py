@@ -14,8 +14,9 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional import CutMix
 from entprop_wrap.functional.attacks import PGD, uniform_start
-from entprop_wrap.functional.losses import Regularised, smooth
+from entprop_wrap.functional.losses import Regularised, log_probabilities, mean_entropy, smooth
 from entprop_wrap.methods import AdversarialTraining, AdvProp, FastAdvProp, MixProp, Vanilla
+from entprop_wrap.methods.adversarial_training import divergence
 from entprop_wrap.methods.advprop import wrong_labels
 from tests.methods.covering import covering, name_of
 from tests.methods.parity import (
@@ -373,6 +374,17 @@ def test_the_entropy_bonus_of_a_certain_model_has_a_gradient():
     reference.backward()
     torch.testing.assert_close(value.double(), reference, rtol=1e-6, atol=0, check_dtype=False)
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_class_that_is_masked_counts_for_nothing():
+    found = []
+    for masked in (torch.full((4, 1), -torch.inf), torch.empty(4, 0)):
+        seen = torch.linspace(-1, 2, 24).view(2, 4, 3).requires_grad_()
+        logits, other = (torch.cat([part, masked], dim=1) for part in seen)
+        value = mean_entropy(logits) + divergence(log_probabilities(logits), other)
+        value.backward()
+        found.append((value.detach(), seen.grad))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("options", [{"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"entropy_weight": -1.0}])
