@@ -18,8 +18,6 @@ from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import DataError
 from entprop_wrap.integrations.hub_datasets import eval_transform, in_memory, load_images, train_transform
 
-__all__ = ["Data", "load", "say"]
-
 
 @dataclass
 class Data:

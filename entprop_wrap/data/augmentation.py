@@ -12,8 +12,6 @@ from torch.utils.data import Dataset
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
 
-__all__ = ["AUGMENTATIONS", "AugmentedImages", "augmentation"]
-
 #: What :func:`augmentation` knows.
 AUGMENTATIONS = ("trivialaugment", "randaugment", "augmix", "gaussian")
 

@@ -10,8 +10,6 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from entprop_wrap.errors import DataError
 
-__all__ = ["images_and_labels", "refuse_dataset", "refuse_loader"]
-
 _IMAGES = ("pixel_values", "images", "image")
 _LABELS = ("labels", "label")
 

@@ -15,8 +15,6 @@ from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.data.validation import check_images
 from entprop_wrap.errors import DataError
 
-__all__ = ["GrownImages", "collate", "form_of", "to_bytes", "without_augmentation"]
-
 
 @dataclass(frozen=True, eq=False)
 class GrownImages(Dataset[Any]):

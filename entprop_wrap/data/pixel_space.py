@@ -13,9 +13,6 @@ from torch import Tensor
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.utils.options import as_python, check_number, check_sequence, shown
 
-__all__ = ["PixelSpace", "space_of"]
-
-
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "mean": (lambda value: True, "in units of the pixel range"),
     "std": (lambda value: value > 0, "above 0"),

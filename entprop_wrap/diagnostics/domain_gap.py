@@ -13,8 +13,6 @@ from entprop_wrap.utils.statistics import Result
 from entprop_wrap.wrapping.registry import find_registry
 from entprop_wrap.wrapping.switched_norm import COPY_PREFIX
 
-__all__ = ["DomainGap", "LayerGap", "domain_gap"]
-
 
 @dataclass(frozen=True)
 class LayerGap:

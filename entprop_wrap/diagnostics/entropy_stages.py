@@ -21,8 +21,6 @@ from entprop_wrap.robustness.result import markdown_table
 from entprop_wrap.utils.options import check_seed
 from entprop_wrap.utils.statistics import Interval, Result, mean_difference, mean_of
 
-__all__ = ["EntropyStages", "entropy_stages"]
-
 #: What to do about a stage that does not raise entropy.
 _ADVICE = {
     "mixed": "Look at the images that mix= makes.",

@@ -20,8 +20,6 @@ from entprop_wrap.utils.options import check_seed
 from entprop_wrap.utils.statistics import Result
 from entprop_wrap.wrapping.model import is_wrapped
 
-__all__ = ["FeatureDistance", "feature_distance"]
-
 _AUXILIARY = "perturbed, auxiliary"
 
 

@@ -19,8 +19,6 @@ from entprop_wrap.utils.options import check_name
 from entprop_wrap.utils.statistics import Interval, Result, mean_of
 from entprop_wrap.utils.tensors import refuse_inference_mode
 
-__all__ = ["InputJacobian", "input_jacobian"]
-
 #: Entries of Jacobians that are held at once: half a gigabyte in float32.
 _ENTRIES = 2**27
 

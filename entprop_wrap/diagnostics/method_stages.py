@@ -31,8 +31,6 @@ from entprop_wrap.utils.options import check_flag
 from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.wrapping.model import ensure_wrapped
 
-__all__ = ["Observer", "Stages", "batches_of", "finite_logits", "isolated", "observing"]
-
 
 @dataclass(frozen=True)
 class Stages:

@@ -14,8 +14,6 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.options import check_integer, shown
 
-__all__ = ["Monitor"]
-
 #: Selected images should have at least this much more entropy than all images, relatively.
 _LEAST_LEAD = 0.05
 #: The AUROC of the energy should be this many standard errors above one half.

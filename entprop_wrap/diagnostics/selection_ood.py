@@ -18,8 +18,6 @@ from entprop_wrap.robustness.result import markdown_table
 from entprop_wrap.utils.options import check_seed
 from entprop_wrap.utils.statistics import Interval, Result, bootstrap
 
-__all__ = ["OODScore", "SelectionOOD", "selection_ood"]
-
 #: Logits ``(N, C)``, in float64, to scores ``(N,)``; higher is further out of the distribution.
 _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "max_probability": least_confidence,

@@ -16,8 +16,6 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["Chart", "Line", "histograms", "interval_chart", "line_chart"]
-
 COLOURS = 8
 _GLYPHS = "●■▲◆▼✚"
 _MARKERS = "os^Dvp"

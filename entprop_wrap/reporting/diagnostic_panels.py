@@ -12,8 +12,6 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.reporting import charts
 from entprop_wrap.reporting.charts import Chart, Line
 
-__all__ = ["Panel", "panels"]
-
 #: A stage has one colour in all pictures, none of which the first three models have.
 _STAGES = {"clean": 4, "mixed": 6, "selected": 3, "perturbed": 7}
 #: Distances below which copies act nearly as their norms; a judgement.

@@ -9,8 +9,6 @@ import torch
 
 from entprop_wrap import __version__
 
-__all__ = ["percent", "points", "versions"]
-
 MINUS = "\N{MINUS SIGN}"
 
 

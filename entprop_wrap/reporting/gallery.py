@@ -15,8 +15,6 @@ from entprop_wrap.data.validation import check_evaluated, check_images
 from entprop_wrap.errors import ImageError
 from entprop_wrap.robustness import SUITES, RobustnessResult, corrupt
 
-__all__ = ["gallery_of"]
-
 #: Larger images are shrunk to this side, so that a page with 60 of them stays a few megabytes.
 _LARGEST = 128
 

@@ -9,8 +9,6 @@ from typing import Any
 from entprop_wrap.reporting.formatting import percent, points
 from entprop_wrap.reporting.study import Study
 
-__all__ = ["heat_maps"]
-
 #: Shares of the full colour from which black on it is harder to read than white, or white than black.
 _LIGHT, _DARK = 0.72, 0.53
 

@@ -24,8 +24,6 @@ from entprop_wrap.reporting.study_charts import study_charts
 from entprop_wrap.utils.files import replacing
 from entprop_wrap.utils.options import check_mapping, check_number, check_text, is_number, shown
 
-__all__ = ["report"]
-
 
 def report(
     results: Results,

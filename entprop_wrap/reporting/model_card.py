@@ -13,8 +13,6 @@ from entprop_wrap.reporting.formatting import versions
 from entprop_wrap.robustness.result import RobustnessResult, escaped
 from entprop_wrap.utils.options import check_text
 
-__all__ = ["model_card"]
-
 
 def model_card(
     result: RobustnessResult,

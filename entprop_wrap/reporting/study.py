@@ -9,8 +9,6 @@ from typing import Any, TypeAlias
 from entprop_wrap.reporting.formatting import percent, points
 from entprop_wrap.robustness import Comparison, RobustnessResult, compare
 
-__all__ = ["Results", "Study", "cards", "lower_is_better", "score_rows", "study_of", "verdict"]
-
 #: One result; or by the name of a model its result, or one for each seed.
 Results: TypeAlias = "RobustnessResult | Mapping[str, RobustnessResult | Sequence[RobustnessResult]]"
 

@@ -11,8 +11,6 @@ from entprop_wrap.reporting.charts import Chart, Line
 from entprop_wrap.reporting.study import Study, lower_is_better
 from entprop_wrap.robustness import Estimate, RobustnessResult
 
-__all__ = ["study_charts"]
-
 
 def study_charts(
     study: Study, costs: Mapping[str, float], cost_name: str, curves: Mapping[str, Mapping[float, float]]

@@ -39,8 +39,6 @@ from entprop_wrap.utils.modules import check_module
 from entprop_wrap.utils.options import check_generator, shown
 from entprop_wrap.utils.tensors import refuse_inference_mode
 
-__all__ = ["FGSM", "PGD", "AttackFunction", "PixelAttack", "attacked", "check_attack"]
-
 #: ``(model, images, labels, pixel_space, generator) -> images``
 AttackFunction: TypeAlias = Callable[[nn.Module, Tensor, Tensor, PixelSpace, "torch.Generator | None"], Tensor]
 

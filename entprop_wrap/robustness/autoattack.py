@@ -22,8 +22,6 @@ from entprop_wrap.robustness.attacks import PixelAttack
 from entprop_wrap.robustness.evaluated_model import check_finite, check_labels_fit, logits
 from entprop_wrap.utils.options import store_as_python
 
-__all__ = ["AutoAttack"]
-
 #: Classes that the targeted attacks of the standard version aim at, or all others of a model with fewer.
 _TARGETS = 9
 #: The targeted loss divides by a difference that reaches to the fourth largest logit.

@@ -13,8 +13,6 @@ from entprop_wrap.robustness.result import RobustnessResult, escaped, markdown_t
 from entprop_wrap.utils.options import check_mapping
 from entprop_wrap.utils.statistics import Result, t_critical
 
-__all__ = ["Comparison", "Estimate", "compare"]
-
 
 @dataclass(frozen=True)
 class Estimate:

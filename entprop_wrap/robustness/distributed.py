@@ -18,8 +18,6 @@ from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.data.validation import check_evaluated
 from entprop_wrap.errors import DataError
 
-__all__ = ["Batch", "ShardedData", "check_batches", "gather"]
-
 
 class Batch(NamedTuple):
     """A batch of one process."""

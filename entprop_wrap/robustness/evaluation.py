@@ -21,8 +21,6 @@ from entprop_wrap.robustness.evaluated_model import EvaluatedModel, check_state,
 from entprop_wrap.robustness.result import RobustnessResult
 from entprop_wrap.utils.options import check_flag, check_mapping, check_number, check_seed, check_sequence, shown
 
-__all__ = ["accuracy_against_epsilon", "evaluate_robustness"]
-
 _ALONE = "The model"
 _CLEAN = ("clean images",)
 

@@ -13,8 +13,6 @@ from entprop_wrap.robustness.corruptions import SUITES
 from entprop_wrap.robustness.scores import Scores, hscore
 from entprop_wrap.utils.options import shown
 
-__all__ = ["RobustnessResult", "escaped", "markdown_table"]
-
 
 @dataclass(frozen=True)
 class RobustnessResult:

@@ -11,8 +11,6 @@ from torch import Tensor
 from entprop_wrap.errors import ConfigurationError, DataError
 from entprop_wrap.utils.options import check_number
 
-__all__ = ["Scores", "Tally", "hscore"]
-
 #: Bins of the calibration error, as Guo et al. (2017) have them.
 _BINS = 15
 

@@ -7,8 +7,6 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["leaves_of", "uses_of"]
-
 
 def leaves_of(output: Any, inputs: Any = ()) -> set[int]:
     """Return the ids of the leaves in the graph that a pass has put between ``inputs`` and ``output``."""

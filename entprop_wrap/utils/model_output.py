@@ -9,8 +9,6 @@ from torch import Tensor
 
 from entprop_wrap.errors import ModelOutputError
 
-__all__ = ["logits_of", "raw_logits"]
-
 
 def logits_of(output: Any, batch: int, *, differentiable: bool = True, least: int = 2) -> Tensor:
     """Return the logits ``(N, C)``, C at least ``least``, in what a model returned.

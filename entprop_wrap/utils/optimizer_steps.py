@@ -21,8 +21,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from entprop_wrap.errors import ConfigurationError, DivergedError
 from entprop_wrap.utils.modules import plain_model
 
-__all__ = ["Watch"]
-
 
 class Watch:
     """The state that the training steps of one model leave for its optimizers.

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from entprop_wrap.utils.modules import plain_model, walk
 
-__all__ = ["Snapshot"]
-
 
 class Snapshot:
     """Buffers and gradients of ``model``, in its container or not, as they are now.

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Interval", "Result", "bootstrap", "mean_difference", "mean_of", "t_critical"]
-
 _CONFIDENCE = 0.95  # of all intervals
 
 

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
 
-__all__ = ["index_rows", "refuse_inference_mode", "to_device"]
-
 
 def to_device(drawn: Tensor, device: torch.device) -> Tensor:
     """Return on ``device`` what was drawn on the CPU, without waiting for what the device is at."""

@@ -22,8 +22,6 @@ from entprop_wrap.errors import ConfigurationError, ImageError, PixelRangeError
 from entprop_wrap.robustness.corruptions.random import Draws
 from entprop_wrap.utils.options import check_integer, shown
 
-__all__ = ["SMALL_SIDE", "Corruption", "corruption"]
-
 #: The smallest height and width, in pixels, that the constants of CIFAR-C make sense for.
 _LEAST_SIDE = 32
 #: Images with a short side below this, in pixels, take the constants of CIFAR-C.

@@ -13,8 +13,6 @@ from entprop_wrap.robustness.corruptions.base import corruption
 from entprop_wrap.robustness.corruptions.filters import add_shifted, correlate, gaussian_blur_2d, zoom_centre
 from entprop_wrap.robustness.corruptions.random import Draws
 
-__all__ = ["defocus_blur", "glass_blur", "motion_blur", "move", "zoom_blur"]
-
 # Up to this many taps, adding shifted images costs less than a product of spectra.
 _FEW_TAPS = 32
 

@@ -14,8 +14,6 @@ from entprop_wrap.robustness.corruptions.base import SMALL_SIDE, corruption
 from entprop_wrap.robustness.corruptions.filters import gaussian_blur_2d, lines, shrink_and_enlarge
 from entprop_wrap.robustness.corruptions.random import Draws
 
-__all__ = ["brightness", "contrast", "elastic_transform", "jpeg_compression", "pixelate"]
-
 
 @corruption((0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3))
 def brightness(pixels: Tensor, draws: Draws, offset: float) -> Tensor:

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Tap", "add_shifted", "correlate", "gaussian_blur_2d", "lines", "shrink_and_enlarge", "zoom_centre"]
-
 Border = Literal["nearest", "reflect"]
 
 #: Row, column, and weight.

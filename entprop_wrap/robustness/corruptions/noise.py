@@ -10,8 +10,6 @@ from torch import Tensor
 from entprop_wrap.robustness.corruptions.base import corruption
 from entprop_wrap.robustness.corruptions.random import Draws
 
-__all__ = ["gaussian_noise", "impulse_noise", "shot_noise"]
-
 # Below this rate counts are found by summing the distribution, above it by expanding its quantiles.
 _FEW = 4.0
 # Such a count exceeds this less often than draws can tell, 1e-7.

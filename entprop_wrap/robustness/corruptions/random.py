@@ -18,8 +18,6 @@ from torch import Tensor
 
 from entprop_wrap.utils.options import check_generator
 
-__all__ = ["Draws", "Streams"]
-
 # As signed 32-bit integers, which wrap around in torch on every device.
 _FIRST = 0x7FEB352D
 _SECOND = 0x846CA68B - 2**32

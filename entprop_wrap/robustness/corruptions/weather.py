@@ -17,8 +17,6 @@ from entprop_wrap.robustness.corruptions.blur import move
 from entprop_wrap.robustness.corruptions.filters import lines, zoom_centre
 from entprop_wrap.robustness.corruptions.random import Draws
 
-__all__ = ["fog", "frost", "panes", "snow"]
-
 # How far, in pixels, a crop can be moved about in a picture of frost, at least.
 _ROOM = 160
 # The blue-white of ice in the sun, as (red, green, blue) in [0, 1].
