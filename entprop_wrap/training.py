@@ -16,7 +16,7 @@ from entprop_wrap.methods.base import Method, check_method
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.modules import check_module, plain_model
-from entprop_wrap.utils.options import check_function, check_generator
+from entprop_wrap.utils.options import check_function, check_generator, shown
 from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.utils.tensors import refuse_inference_mode
 from entprop_wrap.wrapping.model import check_wrapped, ensure_wrapped
@@ -172,6 +172,12 @@ def _run(
     step.checker.watch.begin(before.has_gradients)
     try:
         output = method.step(step)
+        if not (step.ended and isinstance(output, StepOutput)):
+            raise ConfigurationError(
+                f"{type(method).__name__}.step() must run a backward outside of step.only_local(), as "
+                f"step.auxiliary_pass() does, and return step.output(...); found {shown(output)} and "
+                f"{'one' if step.ended else 'no'} such backward."
+            )
     except BaseException:
         before.restore()
         step.checker.watch.failed(before.kept)

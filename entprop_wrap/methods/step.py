@@ -80,7 +80,7 @@ class Step:
         self._backward = backward
         self._tells_last = backward is not None and bool(asked(backward, ("last",), 1))
         self._local = 0  # depth of only_local blocks
-        self._ended = False  # whether the last backward has run
+        self.ended = False  # whether the last backward has run
         if self.checker.classes is None:
             validation.check_takes_images(plain_model(model))
         else:
@@ -132,12 +132,12 @@ class Step:
         """
         check_scalar(loss)
         last = self._local == 0
-        if last and self._ended and self._tells_last:
+        if last and self.ended and self._tells_last:
             raise ConfigurationError(
                 "The method ran two backwards of which each could be the last. Expected all but the last inside "
                 "step.only_local()."
             )
-        self._ended |= last
+        self.ended |= last
         if self._backward is None and loss.device.type == "cpu" and not bool(loss.detach().isfinite()):
             raise DivergedError(
                 f"The loss is {float(loss.detach())}: the step was undone. Lower the learning rate, clip gradients, or "

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD
-from entprop_wrap.methods import AdvProp, FastAdvProp, Vanilla
+from entprop_wrap.methods import AdvProp, FastAdvProp, Method, Vanilla
 from tests.helpers.every_method import METHODS, named
 from tests.helpers.trainer_toys import BatchNormNet, make
 
@@ -149,6 +150,28 @@ def test_a_method_that_ends_twice_is_refused_where_backward_asks_for_the_last():
     entprop.training_step(model, IMAGES, LABELS, method=Twice())
     with pytest.raises(ConfigurationError, match=r"step.only_local\(\)"):
         entprop.training_step(model, IMAGES, LABELS, method=Twice(), backward=lambda loss, last: loss.backward())
+
+
+class Silent(Method):
+    """A method of one's own that forgot something."""
+
+    def __init__(self, last, returns):
+        self.last, self.returns = last, returns
+
+    def step(self, step):
+        with nullcontext() if self.last else step.only_local():
+            loss = step.loss(logits := step.forward(step.images), step.labels)
+            step.backward(loss)
+        return step.output(main_loss=loss, logits=logits, passes=1.0) if self.returns else None
+
+
+@pytest.mark.parametrize(("last", "returns"), [(True, False), (False, True)])
+def test_a_method_that_trains_nothing_or_returns_nothing_is_refused(last, returns):
+    model = ready(Vanilla())
+    before = state(model)
+    with pytest.raises(ConfigurationError, match=r"Silent.step\(\) must run a backward .* and return step.output"):
+        entprop.training_step(model, IMAGES, LABELS, method=Silent(last, returns))
+    assert same(model, before)
 
 
 # What comes back ------------------------------------------------------------------------------------------------------
