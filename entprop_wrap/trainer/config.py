@@ -41,8 +41,8 @@ class TrainerConfig:
             learning rate. A ready optimizer is given to the Trainer itself.
         learning_rate: Peak learning rate of the named optimizers, above 0.
         momentum: Momentum of "sgd", in [0, 1).
-        weight_decay: Decay of the named optimizers, at least 0. Biases and norm layers are not decayed, nor are the
-            copies of norm layers.
+        weight_decay: Weight decay, at least 0. None: 0.05 for "adamw", 5e-4 for "adam" and "sgd"; a function sets its
+            own. Biases and norm layers are not decayed, nor are the copies of norm layers.
         schedule: Learning rate over the steps: "cosine" and "linear" fall to 0, "step" divides by 10 after each
             third, "constant" stays. Or a function ``(optimizer, total steps) -> LRScheduler``, stepped after each step.
         warmup: Share of the steps in which the named schedules rise linearly from 0, in [0, 1).
@@ -80,7 +80,7 @@ class TrainerConfig:
     optimizer: Literal["adamw", "adam", "sgd"] | Callable[[list[dict[str, Any]]], Optimizer] = "adamw"
     learning_rate: float = 3e-4
     momentum: float = 0.9
-    weight_decay: float = 0.05
+    weight_decay: float | None = None
     schedule: Literal["cosine", "linear", "step", "constant"] | Callable[[Optimizer, int], LRScheduler] = "cosine"
     warmup: float = 0.05
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
@@ -162,6 +162,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 }
 #: Options that may be None.
 _OPTIONAL = (
-    *("eval_batch_size", "mixed_precision", "max_grad_norm", "ema_decay"),
+    *("eval_batch_size", "weight_decay", "mixed_precision", "max_grad_norm", "ema_decay"),
     *("save_every", "save_every_steps", "keep_last", "keep_best"),
 )

@@ -87,12 +87,15 @@ def _check_steps(model: nn.Module, optimizer: Optimizer) -> None:
 def build_optimizer(model: nn.Module, config: TrainerConfig) -> Optimizer:
     """Return the optimizer that ``config`` describes, over the parameter groups of ``model``."""
     check_trainable(model)
-    groups = parameter_groups(model, config.weight_decay)
+    decay = config.weight_decay
+    groups = parameter_groups(model, (0.05 if config.optimizer == "adamw" else 5e-4) if decay is None else decay)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
     if isinstance(config.optimizer, str):
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         return kind(groups, lr=config.learning_rate)
+    if decay is None:  # what groups say, an optimizer takes before its own argument
+        groups = [{key: group[key] for key in group if key == "params" or not group[key]} for group in groups]
     optimizer = config.optimizer(groups)
     if not isinstance(optimizer, Optimizer):
         raise ConfigurationError(

@@ -187,6 +187,22 @@ def test_optimizers(tmp_path, optimizer, kind):
     assert made.defaults.get("momentum", 0.5) == 0.5
 
 
+@pytest.mark.parametrize(
+    ("options", "decay"),
+    [
+        ({}, 0.05),
+        ({"optimizer": "sgd"}, 5e-4),
+        ({"optimizer": "sgd", "weight_decay": 0.0}, 0.0),
+        ({"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1, weight_decay=0.3)}, 0.3),
+        ({"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1, weight_decay=0.3), "weight_decay": 0.2}, 0.2),
+    ],
+    ids=["adamw", "sgd", "none", "function", "both"],
+)
+def test_weight_decay(tmp_path, options, decay):
+    groups = trainer(tmp_path, **options)._state.prepared.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [decay, 0.0]
+
+
 def test_a_given_optimizer_is_used(tmp_path):
     model = entprop.wrap(make(BatchNormNet))
     optimizer = torch.optim.SGD(entprop.parameter_groups(model, 0.0), lr=0.05)
