@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any, get_args, get_type_hints
 
-from entprop_wrap.cli.options import DIGITS, did_you_mean, number
+from entprop_wrap.cli.options import DIGITS, number
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.functional.mixing import find_mixer
@@ -96,8 +96,7 @@ def _assigned(assignment: str, methods: Mapping[str, Any]) -> dict[str, tuple[st
     if not takers:
         known = {name: settable(name, methods[name]) for name in chosen}
         there = "; ".join(f"{name}: {', '.join(names) or 'nothing'}" for name, names in known.items())
-        guess = did_you_mean(field, [one for names in known.values() for one in names])
-        raise ConfigurationError(f"--set {assignment}: there is no {field!r} to set in {there}.{guess}")
+        raise ConfigurationError(f"--set {assignment}: there is no {field!r} to set in {there}.")
     return {name: (taken, read(taken, text, methods[name])) for name, taken in takers.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from entprop_wrap.cli.data import say
-from entprop_wrap.cli.options import SMALL, did_you_mean
+from entprop_wrap.cli.options import SMALL
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import CheckpointError, ConfigurationError
 from entprop_wrap.finetuning import repair_keep_probabilities
@@ -50,9 +51,11 @@ def find(options: Namespace) -> Blueprint:
 
     if not timm.is_model(name):
         known = [SMALL, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigurationError(
             f"--model {name}: expected {SMALL}, a local folder, a Hub id such as microsoft/resnet-50, or a name that "
-            f"torchvision.models.list_models() or timm.list_models() knows.{did_you_mean(name, known)}"
+            f"torchvision.models.list_models() or timm.list_models() knows.{hint}"
         )
     config: Any = timm.get_pretrained_cfg(name)
     size = options.image_size or config.input_size[-1]

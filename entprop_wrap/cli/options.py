@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -53,12 +52,6 @@ def number(text: str) -> float:
         return float(Fraction(text.replace(" ", "")))
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"expected a number such as 4/255 or 0.016, found {text!r}") from None
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return " Did you mean ...?", or nothing where no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _parser(description: str) -> argparse.ArgumentParser:

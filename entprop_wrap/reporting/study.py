@@ -100,7 +100,7 @@ def _cell(study: Study, name: str, score: str) -> dict[str, Any]:
 
 def score_rows(study: Study, costs: Mapping[str, float]) -> list[dict[str, Any]]:
     """Return a row for each model."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": name,
             "cells": [_cell(study, name, score) for score in study.first.summary],

@@ -459,7 +459,6 @@ def test_fields_that_have_no_flag(settings, expected):
         (["trades"], "kind=pgd", "no 'kind' to set"),
         (["shared_norms"], "auxiliary=aux", "no 'auxiliary' to set"),
         (["entprop_finetuning"], "fraction=0.2", "no 'fraction' to set"),
-        (["advprop"], "targetted=true", "Did you mean 'targeted'?"),
     ],
 )
 def test_fields_that_cannot_be_set(names, setting, found):
