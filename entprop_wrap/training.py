@@ -20,7 +20,7 @@ from entprop_wrap.utils.options import check_function, check_generator, shown
 from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.utils.tensors import refuse_inference_mode
 from entprop_wrap.wrapping.model import check_wrapped, ensure_wrapped
-from entprop_wrap.wrapping.registry import refuse_idle_copies, refuse_inside_block
+from entprop_wrap.wrapping.registry import idle_copies, refuse_idle_copies, refuse_inside_block
 
 __all__ = ["TrainingStep", "check_loss", "check_trainable", "training_step"]
 
@@ -169,6 +169,7 @@ def _run(
     if registry is not None:
         refuse_idle_copies(registry, method.auxiliaries)
     before = Snapshot(model, gradients=not step.checker.stepped)
+    idle = idle_copies(model, method.auxiliaries)
     step.checker.watch.begin(before.has_gradients)
     try:
         output = method.step(step)
@@ -182,6 +183,8 @@ def _run(
         before.restore()
         step.checker.watch.failed(before.kept)
         raise
+    for parameter in idle:
+        parameter.grad = None
     step.checker.watch.end(before.parameters)
     step.checker.stepped = True
     return output

@@ -16,9 +16,7 @@ __all__ = ["Vanilla"]
 
 @dataclass(frozen=True)
 class Vanilla(Method):
-    """One pass, one loss. Works on plain and wrapped models; the copies of a wrapped model get no gradient.
-
-    Under DDP they get one of zeros, which weight decay and momentum may follow: ``parameter_groups`` decays no norms.
+    """One pass, one loss. Works on plain and wrapped models; the copies of a wrapped model stay as they are.
 
     Cost: 1 pass.
 

@@ -19,6 +19,7 @@ __all__ = [
     "Registry",
     "find_registry",
     "find_wrapped",
+    "idle_copies",
     "refuse_idle_copies",
     "refuse_inside_block",
 ]
@@ -63,6 +64,14 @@ class Registry:
     def copies(self, auxiliary: str) -> list[nn.Module]:
         """Return the copies of one auxiliary, norm by norm."""
         return [copy_in(norm, auxiliary) for norm in self.norms.values()]
+
+    def idle(self, running: set[str | None]) -> list[nn.Parameter]:
+        """Return the norm parameters that train, and that no pass in the ``running`` domains goes through."""
+        domains = [domain for domain in (None, *self.auxiliaries) if domain not in running]
+        parameters = (parameter for domain in domains for parameter in self.tensors(domain))
+        used = {id(parameter) for domain in running for parameter in self.tensors(domain)}  # some are shared
+        # FSDP shards parameters into tensor subclasses, and does not mind idle ones.
+        return [p for p in parameters if p.requires_grad and type(p) is nn.Parameter and id(p) not in used]
 
     def copied_parameters(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Yield ``(name of the norm parameter, the parameter, one copy of it)`` over all norms and auxiliaries."""
@@ -119,6 +128,15 @@ def find_registry(model: nn.Module, wrap: str = "entprop.wrap(model)") -> Regist
     registry = registry_on(roots[0])
     _audit(registry, norms, roots[0])
     return registry
+
+
+def idle_copies(model: nn.Module, auxiliaries: tuple[str, ...]) -> list[nn.Parameter]:
+    """Return the copies that have no gradient, of other domains than ``auxiliaries``, where processes train together.
+
+    DDP gives them gradients of zeros, which weight decay and momentum would follow.
+    """
+    roots = find_wrapped(model)[0] if torch.distributed.is_available() and torch.distributed.is_initialized() else []
+    return [p for root in roots for p in registry_on(root).idle({None, *auxiliaries}) if p.grad is None]
 
 
 def refuse_inside_block(model: nn.Module) -> None:

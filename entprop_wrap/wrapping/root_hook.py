@@ -56,7 +56,7 @@ class _LeaveForward:
                 self._check_reads(key, (args, kwargs), output)
             _each_tensor(output, lambda tensor: _pin(tensor, switch, key))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            idle = self._idle(domains_of(key))
+            idle = self.registry.idle(domains_of(key))
             return _each_tensor(output, lambda tensor: _keep_in_graph(tensor, idle)) if idle else None
         return None
 
@@ -81,13 +81,6 @@ class _LeaveForward:
             )
         switch.ran = None
         registry.unchecked -= set() if own is None else running
-
-    def _idle(self, running: set[str | None]) -> list[nn.Parameter]:
-        domains = [domain for domain in (None, *self.registry.auxiliaries) if domain not in running]
-        parameters = (parameter for domain in domains for parameter in self.registry.tensors(domain))
-        used = {id(parameter) for domain in running for parameter in self.registry.tensors(domain)}  # some are shared
-        # FSDP shards parameters into tensor subclasses, and does not mind idle ones.
-        return [p for p in parameters if p.requires_grad and type(p) is nn.Parameter and id(p) not in used]
 
 
 def _pin(tensor: Tensor, switch: ActiveDomain, key: Key) -> Tensor:

@@ -144,6 +144,8 @@ def check(rank, expected):
             continue
         problems += differences(gradients(parallel), mean, what)
         problems += differences(buffers(parallel), own_buffers[rank], what)
+        if not method.auxiliaries and any(p.grad is not None for n, p in parallel.named_parameters() if "_aux." in n):
+            problems.append(f"{what}: copies have gradients, of zeros, which weight decay would follow")
         if set(reductions.values()) != {1}:
             problems.append(f"{what}: buckets are reduced {reductions} times")
     return problems
