@@ -57,6 +57,11 @@ def refuse_loader(loader: DataLoader[Any], name: str) -> None:
     """Raise :class:`DataError` unless ``loader`` makes batches of a whole map-style dataset."""
     if isinstance(loader.dataset, IterableDataset):
         refuse_dataset(loader.dataset, name)
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise DataError(
+            f"{name}: {type(loader).__name__} has an __iter__ of its own, which would not be called: the Trainer makes "
+            "the batches. Expected a torch DataLoader, from before accelerator.prepare(); change batches in collate_fn."
+        )
     if loader.batch_sampler is None:
         raise DataError(
             f"{name}: expected a DataLoader that makes batches, found batch_size=None. Write batch_size=64, say."

@@ -296,8 +296,7 @@ class Trainer:
         if not all(alike(seen[0], other) for other in seen):
             raise DataError(
                 f"{name}: the {len(seen)} processes have different samples. Expected the same data, split and seed on "
-                "each, which the Trainer shares out: pass a DataLoader from before accelerator.prepare(), without a "
-                "sampler for several processes."
+                "each, which the Trainer shares out: pass a DataLoader without a sampler for several processes."
             )
         return batches
 

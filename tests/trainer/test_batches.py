@@ -150,6 +150,11 @@ class NoPixels(Images):
         return {"text": "a", "labels": 1}
 
 
+class Normalising(DataLoader):
+    def __iter__(self):
+        return ((images - 0.5, labels) for images, labels in super().__iter__())
+
+
 class Sizes(Images):
     def __getitem__(self, index):
         return torch.rand(3, 8 + index, 8), 0
@@ -174,6 +179,7 @@ class Sizes(Images):
         (lambda: [(torch.rand(3, 8, 8), 10**400)] * 16, "do not make a batch"),
         (lambda: [(object(), 1)] * 16, "give the dataset a transform"),
         (lambda: DataLoader(Images(9), 4, sampler=DistributedSampler(Images(9), 2, 0)), "DistributedSampler"),
+        (lambda: Normalising(Images(16), 4), "Normalising has an __iter__ of its own"),
     ],
 )
 def test_other_data_is_refused(data, message):

@@ -65,7 +65,7 @@ def test_a_failure_on_one_process_is_raised_on_all(folder):
 
 
 def test_data_that_differs_between_processes_is_refused(folder):
-    """A loader that Accelerate has prepared would be shared out twice; splits without a seed would be mixed."""
+    """A share of the data would be shared out again; splits without a seed would be mixed."""
     for rank in (0, 1):
         found = (folder / "differing" / f"found-{rank}").read_text().splitlines()
         for line in found[:2]:
