@@ -71,7 +71,7 @@ def _check_steps(model: nn.Module, optimizer: Optimizer) -> None:
         raise UnsupportedModelError(
             f"{kind} steps with a closure, and trains several times in it. Choose AdamW or SGD."
         )
-    if hasattr(optimizer, "eval"):
+    if hasattr(getattr(optimizer, "optimizer", optimizer), "eval"):  # Accelerate's own holds another
         raise UnsupportedModelError(
             f"{kind} has weights for training and others for evaluation, as schedule-free optimizers do. Choose "
             "another, with ema_decay=0.999 for averaged weights; or write a loop with entprop.TrainingStep."

@@ -203,9 +203,11 @@ def test_weight_decay(tmp_path, options, decay):
     assert [group["weight_decay"] for group in groups] == [decay, 0.0]
 
 
-def test_a_given_optimizer_is_used(tmp_path):
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_given_optimizer_is_used(tmp_path, prepared):
     model = entprop.wrap(make(BatchNormNet))
     optimizer = torch.optim.SGD(entprop.parameter_groups(model, 0.0), lr=0.05)
+    optimizer = Accelerator().prepare(optimizer) if prepared else optimizer
     run = trainer(tmp_path, model, ready=optimizer, epochs=1, schedule="constant", warmup=0.0)
     before = model.conv.weight.clone()
     run.fit()
