@@ -35,8 +35,9 @@ class EntropyAscent:
 
     by plain steps ``pixel += step_size * dJ/dpixel``: no sign, no momentum, no projection; pixels are clamped to their
     valid range once, after the last step. H is in nats; z is the input of the layer that makes the logits, averaged
-    over positions where there are any. The model runs in evaluation mode (running statistics, no dropout), so that an
-    image's result depends on no other image. Where a gradient overflows, as fp16 may, the pixel stays for that step.
+    over positions where there are any. The model runs in evaluation mode (no dropout, running statistics), so that an
+    image's result depends on no other image, unless batch norms keep no statistics. Where a gradient overflows, as fp16
+    may, the pixel stays for that step.
 
     *Step sizes.* The official code ascends on means over a batch of B images that are normalised with
     a std of s: its ``lr_max`` moves pixels in [0, 1] by ``lr_max / B * s^2`` times the gradient of the image's own J,
