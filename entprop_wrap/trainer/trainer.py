@@ -113,6 +113,11 @@ class Trainer:
                 f"Trainer expects a plain model, found a {type(model).__name__}: it distributes and compiles the model "
                 "itself. Pass the module inside, and compile=True in the configuration for torch.compile."
             )
+        if extra := [key for key, value in model.state_dict().items() if not isinstance(value, Tensor)]:
+            raise UnsupportedModelError(
+                f"{extra[0]!r} in the model's state dict is not a tensor: neither checkpoints nor exported models can "
+                "hold it. Have get_extra_state() return a tensor."
+            )
         self.pixel_space = space_of(pixel_space)
         check_loss(loss)
         if config is not None and not isinstance(config, TrainerConfig):

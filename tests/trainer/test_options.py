@@ -525,6 +525,9 @@ def test_models_that_do_not_fit(tmp_path):
     refused(UnsupportedModelError, "compile=True", tmp_path, compiled)
     frozen = make(BatchNormNet).requires_grad_(False)
     refused(ConfigurationError, "nothing to train", tmp_path, frozen)
+    counting = make(BatchNormNet)
+    counting.fc.__class__ = type("Counting", (torch.nn.Linear,), {"get_extra_state": lambda self: {"calls": 0}})
+    refused(UnsupportedModelError, "'fc._extra_state' in the model's state dict is not a tensor", tmp_path, counting)
     for nothing in (3, "resnet18", BatchNormNet):
         refused(UnsupportedModelError, "expected a torch.nn.Module", tmp_path, nothing)
     with pytest.raises(ConfigurationError, match="resume must be True, False or the path"):
