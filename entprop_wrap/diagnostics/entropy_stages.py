@@ -25,9 +25,9 @@ from entprop_wrap.utils.statistics import Interval, Result, mean_difference, mea
 _ADVICE = {
     "mixed": "Look at the images that mix= makes.",
     "selected": "The uncertainty that the method selects by does not follow entropy on this data.",
-    "perturbed": "Images are moved past the point of highest entropy, towards certain errors, which are hard all the "
-    "same: SA and RA tell whether training on them helps. For more uncertain images lower epsilon, or choose a milder "
-    "view=; if little moves, raise epsilon.",
+    "perturbed": "A long step moves images past the point of highest entropy, towards certain errors, which are hard "
+    "all the same: SA and RA tell whether training on them helps. For more uncertain images lower epsilon, or choose a "
+    "milder view=; if images hardly move, raise epsilon.",
 }
 
 

@@ -94,21 +94,16 @@ def compare(results: Mapping[str, RobustnessResult | Sequence[RobustnessResult]]
                     f"Only results of one protocol can be compared. Expected {_in_words(first)}; found "
                     f"{_in_words(result)} for {name!r}."
                 )
-    values = {
-        name: {key: [result.summary[key] for result in row] for key in first.summary} for name, row in rows.items()
+    baseline, *others = rows
+    scores = {
+        name: {key: Estimate.of([result.summary[key] for result in row]) for key in first.summary}
+        for name, row in rows.items()
     }
-    baseline, *others = values
-    changes = {
-        name: {
-            key: [a - b for a, b in zip(column, values[baseline][key], strict=True)]
-            for key, column in values[name].items()
-        }
-        for name in others
+    pairs = {name: list(zip(rows[name], rows[baseline], strict=True)) for name in others}
+    differences = {
+        name: {key: Estimate.of([a.summary[key] - b.summary[key] for a, b in seeds]) for key in first.summary}
+        for name, seeds in pairs.items()
     }
-    scores, differences = (
-        {name: {key: Estimate.of(column) for key, column in row.items()} for name, row in table.items()}
-        for table in (values, changes)
-    )
     return Comparison(baseline, len(rows[baseline]), first.protocol, scores, differences)
 
 
