@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ class Regime:
     tested: int = 500
     norm: str = "batch"
     pretrained: bool = False
+    half: int | None = None  # of the classes: the first, 0, or the second, 1
+    begins_with: str | None = None  # a regime, of whose plain training with TrivialAugment all but the head is taken
 
 
 def _cifar(images: int, epochs: int) -> Regime:
@@ -69,6 +72,11 @@ def _cifar(images: int, epochs: int) -> Regime:
 def _tuned(data: str, epochs: int, images: int | None = None) -> Regime:
     fine = {"size": 96, "optimizer": "adamw", "learning_rate": 3e-4, "weight_decay": 0.01, "tested": 335}
     return Regime(data, epochs, images, pretrained=True, **fine)
+
+
+def _other_classes(epochs: int, norm: str = "batch") -> Regime:
+    features = "cifar, first classes" if norm == "batch" else f"cifar, first classes, {norm} norm"
+    return Regime("cifar", epochs, 500, width=24, norm=norm, half=1, begins_with=features)
 
 
 REGIMES = {
@@ -86,8 +94,12 @@ REGIMES = {
     "pets-12": _tuned("pets", 12),
     "pets-40": _tuned("pets", 40),
     "cifar-1000, pretrained": _tuned("cifar", 12, 1000),
+    "cifar, first classes": Regime("cifar", 60, width=24, half=0),
+    "cifar, first classes, group norm": Regime("cifar", 60, width=24, norm="group", half=0),
+    "cifar-500, other classes, 30": _other_classes(30),
+    "cifar-500, other classes, 90": _other_classes(90),
+    "cifar-500, other classes, 30, group norm": _other_classes(30, "group"),
 }
-
 
 SUITES = ("c", "c-bar")
 
@@ -113,6 +125,8 @@ class Task:
         self.regime, self.options = regime, options
         load = {"digits": digits, "cifar": folder, "pets": folder}[regime.data]
         self.train, self.test = load(regime, options)
+        if regime.half is not None:
+            self.train, self.test = (half(part, regime.half) for part in (self.train, self.test))
         if options.explore and regime.data != "digits":  # on images that the evidence does not use
             self.train, self.test = split(self.train, round(0.65 * len(self.train.labels)), seed=99)
         self.classes = int(self.train.labels.max()) + 1
@@ -133,9 +147,19 @@ class Task:
     def build(self, seed: int) -> nn.Module:
         """Return the model that training begins with."""
         torch.manual_seed(seed)
-        if not self.regime.pretrained:
-            return small_cnn(self.classes, self.regime.width, self.regime.norm)
-        return pretrained(self.options.weights, self.classes)
+        if self.regime.pretrained:
+            return pretrained(self.options.weights, self.classes)
+        model = small_cnn(self.classes, self.regime.width, self.regime.norm)
+        if self.regime.begins_with is not None:
+            model[:-1].load_state_dict(self.features)
+        return model
+
+    @cached_property
+    def features(self) -> dict[str, Tensor]:
+        """The weights that training begins with, but for the head."""
+        name = self.regime.begins_with
+        model, _ = trained(Task(REGIMES[name], self.options), "vanilla", name, "trivialaugment", 0, self.options)
+        return model[:-1].state_dict()
 
     def floats(self, images: Tensor) -> Tensor:
         """Return pixels as the model takes them."""
@@ -178,6 +202,13 @@ def folder(regime: Regime, options: argparse.Namespace) -> tuple[Part, Part]:
     stored = round(regime.size * 8 / 7) if regime.pretrained else regime.size
     train, test = (in_memory(part, stored) for part in (data.train, data.eval))
     return Part(train.images, train.labels), Part(test.images, test.labels)
+
+
+def half(part: Part, second: int) -> Part:
+    """Return the images of the first or the second half of the classes, numbered from 0."""
+    number = (int(part.labels.max()) + 1) // 2
+    found = part[part.labels // number == second]
+    return Part(found.images, found.labels % number)
 
 
 def split(part: Part, number: int, seed: int) -> tuple[Part, Part]:
