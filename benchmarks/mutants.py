@@ -112,7 +112,12 @@ MUTANTS = [
     ("trainer", LOOP, "module.training = False", "pass"),
     ("trainer", LOOP, "position.best[metric] = found[metric]", "pass"),
     ("trainer", LOOP, "values, finite, batches = state.meter.read", "values, batches, finite = state.meter.read"),
-    ("trainer", "trainer/data_loader.py", "seed_of(self.seed, self.epoch, index)", "seed_of(self.seed, index)"),
+    (
+        "trainer",
+        "trainer/data_loader.py",
+        "seed_of(self.seed, self.epoch, index, *number)",
+        "seed_of(self.seed, index, *number)",
+    ),
     ("trainer", "trainer/data_loader.py", "batch_sampler=batches[start:]", "batch_sampler=batches"),
     (
         "trainer",
@@ -120,7 +125,7 @@ MUTANTS = [
         "batches[self.process : even : self.processes]",
         "batches[self.process :: self.processes]",
     ),
-    ("trainer", "trainer/data_loader.py", "generator=torch.Generator(),", ""),
+    ("trainer", "trainer/data_loader.py", "generator=torch.Generator().manual_seed(", "generator=(lambda _: None)("),
     ("trainer", STATE, 'self.meter.load_state_dict(own["meter"], device)', "pass"),
     ("trainer", STATE, "load_lagged_state(self.model, lagged)", "pass"),
     ("trainer", STATE, 'self.average.n_averaged.fill_(shared["averaged"])', "pass"),
