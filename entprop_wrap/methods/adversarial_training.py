@@ -17,8 +17,6 @@ from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.options import check_choice, check_number
 
-__all__ = ["AdversarialTraining"]
-
 
 @dataclass(frozen=True)
 class AdversarialTraining(Method):

@@ -19,8 +19,6 @@ from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.options import check_choice, check_flag, check_number
 from entprop_wrap.utils.tensors import to_device
 
-__all__ = ["AdvProp"]
-
 
 @dataclass(frozen=True)
 class AdvProp(Method):

@@ -9,8 +9,6 @@ from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.options import check_name, store_as_python
 
-__all__ = ["Method", "check_method"]
-
 
 class Method(ABC):
     """A training method: a frozen dataclass of options with one :meth:`step`.

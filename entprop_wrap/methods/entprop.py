@@ -29,8 +29,6 @@ from entprop_wrap.utils.options import (
 )
 from entprop_wrap.utils.tensors import index_rows
 
-__all__ = ["EntProp"]
-
 
 @dataclass(frozen=True)
 class EntProp(Method):

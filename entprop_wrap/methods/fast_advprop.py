@@ -18,8 +18,6 @@ from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.options import check_flag, check_number
 
-__all__ = ["FastAdvProp"]
-
 
 @dataclass(frozen=True)
 class FastAdvProp(Method):

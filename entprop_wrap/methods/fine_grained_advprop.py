@@ -17,8 +17,6 @@ from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.methods.views import Augmentation, augmented
 from entprop_wrap.utils.options import as_python, check_flag, check_name, check_number, shown
 
-__all__ = ["FineGrainedAdvProp"]
-
 
 @dataclass(frozen=True)
 class FineGrainedAdvProp(Method):

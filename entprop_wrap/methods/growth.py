@@ -23,8 +23,6 @@ from entprop_wrap.utils.modules import check_module, plain_model, refuse_sharded
 from entprop_wrap.utils.options import check_integer, shown
 from entprop_wrap.utils.tensors import refuse_inference_mode
 
-__all__ = ["grow"]
-
 
 def grow(
     model: nn.Module,

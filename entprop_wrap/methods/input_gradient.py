@@ -22,8 +22,6 @@ from entprop_wrap.utils.graphs import uses_of
 from entprop_wrap.utils.modules import plain_model, walk
 from entprop_wrap.utils.tensors import index_rows
 
-__all__ = ["ImageGradient", "gradient_of", "input_gradient", "watching"]
-
 #: The convolution that each model begins with, by what images are like: some models pad those of other sizes, or change
 #: their layout. None where autograd is to take the gradient.
 _stems: weakref.WeakKeyDictionary[nn.Module, dict[Any, weakref.ref[nn.Conv2d] | None]] = weakref.WeakKeyDictionary()

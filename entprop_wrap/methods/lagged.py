@@ -23,8 +23,6 @@ from entprop_wrap.functional.targets import Target
 from entprop_wrap.utils.modules import plain_model, walk
 from entprop_wrap.wrapping.registry import ATTRIBUTE
 
-__all__ = ["Waiting", "lagged_state", "load_lagged_state", "put", "waiting_for"]
-
 
 @dataclass(frozen=True)
 class Waiting:

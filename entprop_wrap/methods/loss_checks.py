@@ -17,8 +17,6 @@ from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.utils.graphs import leaves_of
 from entprop_wrap.utils.model_output import raw_logits
 
-__all__ = ["check_scalar", "is_mean", "refuse_idle_heads"]
-
 
 def is_mean(loss: Loss, logits: Tensor, labels: Tensor, value: Tensor, more: Mapping[str, Any] | None = None) -> bool:
     """Return whether ``loss`` averages over rows, rather than adds them up; True where that cannot be told.

@@ -22,8 +22,6 @@ from entprop_wrap.utils.features import features_of
 from entprop_wrap.utils.modules import evaluating
 from entprop_wrap.utils.options import check_integer, check_number, shown, store_as_python
 
-__all__ = ["MEADA", "EntropyAscent", "check_ascent"]
-
 
 @dataclass(frozen=True)
 class EntropyAscent:

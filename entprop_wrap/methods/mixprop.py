@@ -13,8 +13,6 @@ from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.options import check_number
 
-__all__ = ["MixProp"]
-
 
 @dataclass(frozen=True)
 class MixProp(Method):

@@ -32,8 +32,6 @@ from entprop_wrap.wrapping.registry import find_registry
 from entprop_wrap.wrapping.rows import prove_rows, rows_split
 from entprop_wrap.wrapping.switched_norm import AuxiliaryNorm, SwitchedNorm
 
-__all__ = ["Step"]
-
 
 class Step:
     """One batch on its way through a method: model, data, and the few operations every method is made of.

@@ -16,8 +16,6 @@ from entprop_wrap.errors import ConfigurationError, EntPropError
 from entprop_wrap.functional.losses import Loss, Pass, takes_any_targets
 from entprop_wrap.methods.loss_checks import check_scalar, is_mean
 
-__all__ = ["StepLoss", "asked"]
-
 
 class StepLoss:
     """``(logits, labels) -> scalar``: the given loss, with whatever else it asks for of the pass of these logits.

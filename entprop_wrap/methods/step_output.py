@@ -12,8 +12,6 @@ from entprop_wrap.data import validation
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.uncertainty import entropy
 
-__all__ = ["StepOutput"]
-
 
 @dataclass(frozen=True)
 class StepOutput:

@@ -11,8 +11,6 @@ from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 
-__all__ = ["Vanilla"]
-
 
 @dataclass(frozen=True)
 class Vanilla(Method):

@@ -17,8 +17,6 @@ from entprop_wrap.utils.options import shown
 if TYPE_CHECKING:
     from entprop_wrap.methods.step import Step
 
-__all__ = ["Augmentation", "EachImage", "augmented", "find_augmentation"]
-
 #: Floating-point pixels ``(N, C, H, W)`` in [0, 1] to as many of the same shape.
 Augmentation = Callable[[Tensor], Tensor]
 

@@ -19,8 +19,6 @@ from entprop_wrap.errors import ConfigurationError, UnsupportedModelError
 from entprop_wrap.trainer.config import TrainerConfig
 from entprop_wrap.trainer.run_identity import describe
 
-__all__ = ["Prepared", "make_accelerator", "trackers"]
-
 
 def make_accelerator(config: TrainerConfig) -> Accelerator:
     """Return an Accelerator for ``config``: this process alone, or one of those that ``accelerate launch`` started.

@@ -28,8 +28,6 @@ from entprop_wrap.utils.files import explaining_failed_writes, flush, flush_fold
 if TYPE_CHECKING:
     from entprop_wrap.trainer.run_state import RunState
 
-__all__ = ["CheckpointFolder", "better", "damage_of", "read_state"]
-
 _NAME = re.compile(r"step-\d{8,}")
 _PARTIAL, _DAMAGED = ".partial", ".damaged"
 

@@ -22,8 +22,6 @@ from entprop_wrap.utils.options import (
     store_as_python,
 )
 
-__all__ = ["TrainerConfig"]
-
 
 @dataclass(frozen=True)
 class TrainerConfig:

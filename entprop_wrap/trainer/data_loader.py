@@ -16,8 +16,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from entprop_wrap.data.batches import images_and_labels, refuse_dataset, refuse_loader
 from entprop_wrap.errors import DataError, EntPropError
 
-__all__ = ["Batches", "seed_of"]
-
 
 class Batches:
     """The batches of one process, epoch by epoch.

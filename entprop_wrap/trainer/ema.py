@@ -6,8 +6,6 @@ from accelerate.utils import broadcast
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-__all__ = ["MovingAverage"]
-
 
 class MovingAverage(AveragedModel):
     """An average that begins with the weights after the first step.

@@ -21,8 +21,6 @@ from entprop_wrap.utils.files import together
 from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import evaluating, plain_model
 
-__all__ = ["evaluate"]
-
 
 def evaluate(
     model: nn.Module, batches: Batches, loss: Loss, space: PixelSpace, accelerator: Accelerator

@@ -11,8 +11,6 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["export_model", "save_weights"]
-
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors to a safetensors file, each key with its own bytes, so that they load with ``strict=True``."""

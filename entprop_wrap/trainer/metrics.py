@@ -14,8 +14,6 @@ from torch import Tensor
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.files import explaining_failed_writes, replacing
 
-__all__ = ["Meter", "MetricsFile"]
-
 
 class Meter:
     """Averages over the batches between two log lines. Adding waits for nothing; reading waits for the device."""

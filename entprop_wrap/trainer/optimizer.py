@@ -19,8 +19,6 @@ from entprop_wrap.training import check_trainable
 from entprop_wrap.wrapping.model import ensure_wrapped, is_wrapped, unwrap
 from entprop_wrap.wrapping.optimizer import check_optimizer, parameter_groups
 
-__all__ = ["wrap_with_optimizer"]
-
 
 def wrap_with_optimizer(
     model: nn.Module, method: Method, given: Optimizer | None, config: TrainerConfig, total_steps: int

@@ -16,8 +16,6 @@ from torch.optim import Optimizer
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.trainer.config import TrainerConfig
 
-__all__ = ["alike", "check_same_run", "describe", "describe_loss", "identity"]
-
 
 def describe(value: Any) -> str:
     """Return a description that is the same in every process: qualified names, and no addresses."""

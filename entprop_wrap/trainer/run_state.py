@@ -24,8 +24,6 @@ from entprop_wrap.trainer.export import save_weights
 from entprop_wrap.trainer.metrics import Meter
 from entprop_wrap.wrapping.state_dict import auxiliary_state_dict, main_state_dict
 
-__all__ = ["Position", "RunState", "to_python"]
-
 
 @dataclass
 class Position:

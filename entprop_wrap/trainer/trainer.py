@@ -45,8 +45,6 @@ from entprop_wrap.wrapping.switched_norm import AuxiliaryNorm
 if TYPE_CHECKING:
     from entprop_wrap.diagnostics import Monitor
 
-__all__ = ["Trainer"]
-
 logger = logging.getLogger(__name__)
 
 #: A map-style dataset of any library, or a DataLoader over one.

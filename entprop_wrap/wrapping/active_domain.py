@@ -12,8 +12,6 @@ import torch
 
 from entprop_wrap.errors import UnsupportedModelError
 
-__all__ = ["UNRECORDED", "ActiveDomain", "Key", "Rows", "domains_of", "key_of"]
-
 #: Ends the key of a domain whose running statistics are left alone.
 UNRECORDED = " unrecorded"
 

@@ -45,8 +45,6 @@ from entprop_wrap.wrapping.switched_norm import (
     remove,
 )
 
-__all__ = ["Summary", "auxiliary", "is_wrapped", "summary", "unwrap", "wrap"]
-
 Model = TypeVar("Model", bound=nn.Module)
 
 

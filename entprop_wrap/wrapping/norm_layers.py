@@ -17,8 +17,6 @@ from entprop_wrap.errors import ConfigurationError, NoNormLayersError, Unsupport
 from entprop_wrap.utils.options import check_truth, shown
 from entprop_wrap.wrapping.switched_norm import AuxiliaryNorm
 
-__all__ = ["Selector", "find_norms", "is_norm"]
-
 #: A class of modules, a glob over qualified names (``"blocks.*.norm1"``), or ``predicate(name, module) -> bool``.
 Selector = type[nn.Module] | str | Callable[[str, nn.Module], bool]
 

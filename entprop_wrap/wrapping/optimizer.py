@@ -17,8 +17,6 @@ from entprop_wrap.wrapping.norm_layers import is_norm
 from entprop_wrap.wrapping.registry import Registry, find_registry, living
 from entprop_wrap.wrapping.state_dict import auxiliary_names
 
-__all__ = ["check_optimizer", "parameter_groups"]
-
 
 def parameter_groups(
     model: nn.Module,

@@ -15,15 +15,6 @@ from entprop_wrap.wrapping.active_domain import ActiveDomain
 from entprop_wrap.wrapping.norm_layers import is_norm
 from entprop_wrap.wrapping.switched_norm import COPY_PREFIX, AuxiliaryNorm, SwitchedNorm
 
-__all__ = [
-    "Registry",
-    "find_registry",
-    "find_wrapped",
-    "idle_copies",
-    "refuse_idle_copies",
-    "refuse_inside_block",
-]
-
 #: What a wrapped root holds its registry as.
 ATTRIBUTE = "_entprop_registry"
 

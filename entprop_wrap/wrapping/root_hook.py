@@ -15,8 +15,6 @@ from entprop_wrap.wrapping.active_domain import ActiveDomain, Key, domains_of
 from entprop_wrap.wrapping.registry import ATTRIBUTE, Registry, registry_on
 from entprop_wrap.wrapping.switched_norm import COPY_PREFIX, block_fast_path
 
-__all__ = ["attach", "detach"]
-
 
 def attach(root: nn.Module, registry: Registry) -> None:
     """Put the registry and its hook on the root."""

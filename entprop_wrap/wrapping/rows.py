@@ -23,8 +23,6 @@ from entprop_wrap.utils.modules import plain_model, walk
 from entprop_wrap.wrapping.active_domain import Key, Rows
 from entprop_wrap.wrapping.registry import Registry, find_registry
 
-__all__ = ["prove_rows", "rows_split"]
-
 #: Registries whose model has been tried out, with the auxiliaries it was tried with.
 _proven: weakref.WeakKeyDictionary[Registry, set[str]] = weakref.WeakKeyDictionary()
 

@@ -14,15 +14,6 @@ from entprop_wrap.utils.modules import check_module, plain_model, walk
 from entprop_wrap.utils.options import shown
 from entprop_wrap.wrapping.switched_norm import COPY_PREFIX, AuxiliaryNorm, SwitchedNorm
 
-__all__ = [
-    "auxiliary_names",
-    "auxiliary_state_dict",
-    "load_auxiliary_state_dict",
-    "main_state_dict",
-    "strip_copies",
-    "without_copies",
-]
-
 #: What activation checkpointing of torch puts into the names of parameters, and takes out of those of a state dict.
 _CHECKPOINTED = "_checkpoint_wrapped_module."
 

@@ -21,20 +21,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.wrapping.active_domain import UNRECORDED, ActiveDomain, Rows
 
-__all__ = [
-    "COPY_PREFIX",
-    "AuxiliaryNorm",
-    "Copies",
-    "SwitchedNorm",
-    "View",
-    "block_fast_path",
-    "copy_of",
-    "drop_copies",
-    "free_fast_path",
-    "install",
-    "remove",
-]
-
 #: The copies live in a child of each norm named ``entprop_<auxiliary>``. Weight decay is decided by parameter name in
 #: many trainers, so the name contains neither "norm" nor "bias".
 COPY_PREFIX = "entprop_"

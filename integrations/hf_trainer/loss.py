@@ -22,8 +22,6 @@ from entprop_wrap.functional.losses import mean_by_construction
 from entprop_wrap.utils.graphs import leaves_of
 from entprop_wrap.utils.modules import plain_model, replaced
 
-__all__ = ["TrainerLoss"]
-
 _FIX = (
     "Pass the loss to the Trainer, as a function of logits: compute_loss_func=lambda outputs, labels, "
     "num_items_in_batch=None: torch.nn.functional.cross_entropy(outputs.logits, labels), for example."

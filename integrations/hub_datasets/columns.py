@@ -7,8 +7,6 @@ import datasets
 
 from entprop_wrap.errors import DataError
 
-__all__ = ["find_image_column", "find_label_column"]
-
 _IMAGE_NAMES = (
     "image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "pixel_values",
     "image_path", "image_file_path", "img_path", "file_path", "filepath", "file_name", "filename", "path",

@@ -15,8 +15,6 @@ from PIL import Image, ImageOps
 
 from entprop_wrap.errors import ImageError
 
-__all__ = ["BrokenImageError", "read_image", "to_rgb"]
-
 
 class BrokenImageError(ImageError):
     """An image is missing, is not an image, or is damaged or cut off."""

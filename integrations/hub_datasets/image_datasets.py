@@ -17,8 +17,6 @@ from entprop_wrap.errors import ImageError
 from entprop_wrap.integrations.hub_datasets.decoding import read_image, to_rgb
 from entprop_wrap.utils.options import check_integer
 
-__all__ = ["InMemoryImages", "LabelledImages", "hf_collate", "in_memory"]
-
 
 class LabelledImages(Dataset[tuple[Any, int]]):
     """Images with their class indices, decoded when asked for, in a fixed order; made by `load_images`.

@@ -11,8 +11,6 @@ import datasets
 
 from entprop_wrap.errors import DataError, LabelError
 
-__all__ = ["class_indices", "number_classes", "read_labels", "some"]
-
 LabelValue = str | int | None
 
 

@@ -20,8 +20,6 @@ from entprop_wrap.integrations.hub_datasets.sources import open_splits
 from entprop_wrap.integrations.hub_datasets.splits import split_names, stratified_sample, stratified_split
 from entprop_wrap.utils.options import check_choice, check_function, check_integer, check_number, check_seed
 
-__all__ = ["ImageData", "load_images"]
-
 logger = logging.getLogger(__name__)
 
 

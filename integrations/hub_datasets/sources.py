@@ -14,8 +14,6 @@ from entprop_wrap.errors import ConfigurationError, DataError
 from entprop_wrap.integrations.hub_datasets.labels import some
 from entprop_wrap.integrations.hub_datasets.splits import EVAL_NAMES, TRAIN_NAMES
 
-__all__ = ["open_splits", "read_class_folders"]
-
 _IMAGES = (*IMG_EXTENSIONS, ".gif", ".jfif")
 
 

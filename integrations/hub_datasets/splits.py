@@ -7,8 +7,6 @@ import numpy as np
 
 from entprop_wrap.errors import ConfigurationError, DataError
 
-__all__ = ["EVAL_NAMES", "TRAIN_NAMES", "split_names", "stratified_sample", "stratified_split"]
-
 TRAIN_NAMES = ("train", "training")
 # Validation before test: choosing among checkpoints on the test split would use it up.
 EVAL_NAMES = ("validation", "val", "valid", "dev", "eval", "test", "testing")

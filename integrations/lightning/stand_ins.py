@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from entprop_wrap.errors import UnsupportedModelError
 
-__all__ = ["KnownOutput", "ModelInContext", "NamedLogits", "already_done"]
-
 
 class ModelInContext(nn.Module):
     """The classifier as the step calls it: in the precision plugin's context, which is autocast or nothing."""
