@@ -138,8 +138,9 @@ def to_python(value: Any) -> Any:
 def _write_model(model: nn.Module, folder: Path, main: str, copies: str) -> None:
     weights, auxiliary = main_state_dict(model), auxiliary_state_dict(model)
     everything = {**weights, **auxiliary}
-    buffers = dict(model.named_buffers())  # which may be masks of -inf
-    bad = {key: value.isnan() if key in buffers else ~value.isfinite() for key, value in everything.items()}
+    statistics = ("running_mean", "running_var")
+    masks = {key for key, _ in model.named_buffers() if not key.endswith(statistics)}  # which may hold -inf
+    bad = {key: value.isnan() if key in masks else ~value.isfinite() for key, value in everything.items()}
     if broken := [key for key, found in bad.items() if found.any()]:
         raise DivergedError(
             f"Did not save: {len(broken)} of {len(everything)} weights are not finite, such as {broken[0]!r}. Training "

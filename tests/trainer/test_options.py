@@ -462,6 +462,13 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert run.checkpoints.all() == []
 
 
+def test_running_statistics_that_are_not_finite_are_not_saved(tmp_path):
+    run = trainer(tmp_path, make(BatchNormNet), epochs=1, batch_size=40, method=Vanilla())
+    run.model.bn.running_var.fill_(torch.inf)  # with which logits are finite: the norm gives its bias
+    with pytest.raises(DivergedError, match=r"Did not save: 1 of .* such as 'bn.running_var'"):
+        run.fit()
+
+
 def test_an_average_that_remembers_longer_than_the_run_is_warned_of(tmp_path):
     with pytest.warns(UserWarning, match="ema_decay=0.999 in 8 steps: more than half of the weights"):
         trainer(tmp_path, ema_decay=0.999)
