@@ -140,8 +140,8 @@ class PGD(PixelAttack, attacks.PGD):
         origin, draws = pixels, Draws(pixels, generator)
         if self.random_start:
             pixels = self._start(origin, draws)
-        for _ in range(self.steps):
-            gradient = _pixel_gradient(model, pixels, labels, space)
+        for step in range(self.steps):
+            gradient = _pixel_gradient(model, pixels, labels, space, first=step == 0)
             pixels = self.ascend(pixels, origin, gradient, _PIXELS)
         return pixels
 
@@ -165,7 +165,7 @@ class FGSM(PGD):
     random_start: bool = False
 
 
-def _pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace) -> Tensor:
+def _pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: PixelSpace, *, first: bool) -> Tensor:
     """Return the gradient of each image's cross-entropy with respect to its pixels, up to a positive factor per image.
 
     No parameter gets any gradient. Attacks use signs and directions only, so the factor is free, and it is needed: the
@@ -176,7 +176,8 @@ def _pixel_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, space: Pix
     with torch.enable_grad():
         pixels = pixels.detach().requires_grad_()
         found = logits(model, space.to_images(pixels))
-        check_labels_fit(labels, found.shape[1], "The model")
+        if first:  # as this waits for the device
+            check_labels_fit(labels, found.shape[1], "The model")
         check_finite(found, "The model under attack")
         if not found.requires_grad:
             raise UnsupportedModelError(
