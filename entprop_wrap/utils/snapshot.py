@@ -51,6 +51,9 @@ class Snapshot:
         """Give the model the buffers that it had."""
         with torch.no_grad():
             for buffers, copies in self._buffers:
+                for buffer, copy in zip(buffers, copies, strict=True):
+                    if buffer.shape != copy.shape:  # observers of torch.ao.quantization grow theirs in a first pass
+                        buffer.resize_(copy.shape)
                 torch._foreach_copy_(buffers, copies)
         for owner, name, buffer in self._owners:
             owner[name] = buffer

@@ -135,6 +135,25 @@ def test_buffers_that_are_replaced_are_put_back():
     assert model.seen == 0
 
 
+class Growing(BatchNormNet):
+    """As observers of torch.ao.quantization, whose buffers get their size in the first pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.empty(0))
+
+    def forward(self, images):
+        self.seen.resize_(3).fill_(1)
+        return super().forward(images)
+
+
+def test_buffers_that_grow_are_put_back():
+    model = make(Growing).train()
+    with pytest.raises(ZeroDivisionError):
+        entprop.training_step(model, IMAGES, LABELS, method=Vanilla(), backward=lambda loss: 1 / 0)
+    assert model.seen.shape == (0,)
+
+
 def test_a_method_that_ends_twice_is_refused_where_backward_asks_for_the_last():
     class Twice:
         auxiliaries = ()
