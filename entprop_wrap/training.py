@@ -175,9 +175,9 @@ def _run(
         output = method.step(step)
         if not (step.ended and isinstance(output, StepOutput)):
             raise ConfigurationError(
-                f"{type(method).__name__}.step() must run a backward outside of step.only_local(), as "
+                f"{type(method).__name__}.step() must call step.backward(loss) outside of step.only_local(), as "
                 f"step.auxiliary_pass() does, and return step.output(...); found {shown(output)} and "
-                f"{'one' if step.ended else 'no'} such backward."
+                f"{'one' if step.ended else 'no'} such call."
             )
     except BaseException:
         before.restore()

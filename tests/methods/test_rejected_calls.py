@@ -188,7 +188,7 @@ class Silent(Method):
 def test_a_method_that_trains_nothing_or_returns_nothing_is_refused(last, returns):
     model = ready(Vanilla())
     before = state(model)
-    with pytest.raises(ConfigurationError, match=r"Silent.step\(\) must run a backward .* and return step.output"):
+    with pytest.raises(ConfigurationError, match=r"Silent.step\(\) must call step.backward.* and return step.output"):
         entprop.training_step(model, IMAGES, LABELS, method=Silent(last, returns))
     assert same(model, before)
 
