@@ -174,7 +174,10 @@ def channel_dimension(module: nn.Module, output: Tensor) -> int:
         ModelOutputError: It cannot be told.
     """
     last, shape = output.ndim - 1, output.shape
-    if isinstance(module, (_NormBase, nn.GroupNorm)) or "running_mean" in module._buffers or last == 1:
+    if isinstance(module, (_NormBase, nn.GroupNorm)) or last == 1:
+        return 1
+    mean = module._buffers.get("running_mean")
+    if mean is not None and shape[1] == mean.numel():
         return 1
     weight = next((parameter for parameter in module.parameters(recurse=False)), None)
     fits = [] if weight is None else [place for place in (1, last) if shape[place] == weight.numel()]

@@ -112,6 +112,7 @@ def test_where_channels_are():
     recording = Odd(4)
     recording.register_buffer("running_mean", torch.zeros(4))
     assert channel_dimension(recording, square) == 1
+    assert channel_dimension(recording, torch.rand(2, 3, 3, 4)) == 3
 
 
 def test_hooks_are_gone_after_the_step_and_after_an_error():
