@@ -147,7 +147,7 @@ class Watch:
         # A loop may have dropped the batch: only gradients that are there can do harm, and where one loss was bad, only
         # those of its pass. On an accelerator, which looks at them in every step, the outermost two stand for all.
         looked_at = gradients if finite.device.type == "cpu" else [gradients[0], gradients[-1]]
-        sums = torch.stack([_plain(gradient).sum().float().to(finite.device) for gradient in looked_at])
+        sums = torch.stack([_plain(gradient).sum(dtype=torch.float32).to(finite.device) for gradient in looked_at])
         bad = ~finite & ~sums.isfinite().all()
         skips = getattr(optimizer, "found_inf", None)  # from a scaler, by which a fused optimizer skips its step
         return bad if skips is None else bad & (skips.to(bad.device) == 0).all()

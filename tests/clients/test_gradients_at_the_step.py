@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, DivergedError, UnsupportedModelError
 from entprop_wrap.methods import AdvProp, FastAdvProp, Vanilla
+from entprop_wrap.utils.optimizer_steps import Watch
 from tests.helpers.trainer_toys import BatchNormNet, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
@@ -213,6 +214,14 @@ def test_a_loss_that_is_nan_raises_before_anything_changes():
         step(model, loss=not_finite)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_large_gradients_of_half_precision_are_finite():
+    weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    weight.grad = torch.full_like(weight, 60_000)  # their sum is more than float16 holds
+    watch = Watch()
+    watch._finite = torch.tensor(False)
+    assert not watch._not_finite(torch.optim.SGD([weight]), [weight])
 
 
 def test_a_loss_that_is_nan_behind_a_backward_raises_before_the_weights_move():
