@@ -62,7 +62,7 @@ def _check_owner(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _check_steps(model: nn.Module, optimizer: Optimizer) -> None:
-    """Raise where an optimizer wants more of a loop than to step after the backwards of a step."""
+    """Raise where an optimizer needs more than to step once after the backwards of a training step."""
     kind = type(optimizer).__name__
     arguments = inspect.signature(optimizer.step).parameters.values()
     if any(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in arguments):
@@ -92,7 +92,7 @@ def build_optimizer(model: nn.Module, config: TrainerConfig) -> Optimizer:
     if isinstance(config.optimizer, str):
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         return kind(groups, lr=config.learning_rate)
-    if decay is None:  # what groups say, an optimizer takes before its own argument
+    if decay is None:  # that of a group would override the function's own
         groups = [{key: group[key] for key in group if key == "params" or not group[key]} for group in groups]
     optimizer = config.optimizer(groups)
     if not isinstance(optimizer, Optimizer):
