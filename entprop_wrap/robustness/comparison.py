@@ -64,7 +64,7 @@ class Comparison(Result):
         tables = [_table("method", self.scores, "{:.2f}")]
         if self.differences:
             tables.append(_table(f"minus {escaped(self.baseline)}", self.differences, "{:+.2f}"))
-        return "\n\n".join([*tables, f"{note} RA: {self.protocol}."])
+        return "\n\n".join([*tables, f"Scores are in percent. {note} RA: {self.protocol}."])
 
 
 def compare(results: Mapping[str, RobustnessResult | Sequence[RobustnessResult]]) -> Comparison:

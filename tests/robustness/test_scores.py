@@ -189,7 +189,7 @@ def test_comparison_of_one_seed_claims_no_interval():
     found = compare({"a": [result([0.5] * 4)], "b": [result([0.6] * 4)]})
     assert found.differences["b"]["RA"] == Estimate(pytest.approx(0.1), None)
     assert "±" not in found.to_markdown()
-    assert "may be chance" in found.to_markdown()
+    assert "Scores are in percent. One seed: " in found.to_markdown()
     assert found == compare({"a": result([0.5] * 4), "b": result([0.6] * 4)})  # as evaluate_robustness returns them
     assert found == compare({"a": result([0.5] * 4), "b": (result([0.6] * 4),)})
 
