@@ -104,7 +104,7 @@ class TrainingStep:
     Raises:
         AuxiliaryNameError: The model is wrapped, without an auxiliary that the method needs.
         ConfigurationError: The model holds other copies than the method asks for, or ``options`` do not apply.
-        TypeError: An argument is of another type.
+        TypeError: The model, the method or a function is of another type.
     """
 
     def __init__(
