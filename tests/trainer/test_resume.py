@@ -13,6 +13,7 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.methods import Vanilla
 from entprop_wrap.methods.lagged import lagged_state
+from entprop_wrap.trainer.run_identity import describe_loss
 from tests.faults.accidents import equal, lines
 from tests.trainer import programs
 
@@ -376,6 +377,12 @@ def test_what_cannot_be_read_back_stops_the_run_at_its_first_checkpoint(tmp_path
         trainer.fit()
     assert trainer.position.step == 2
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_the_state_of_a_loss_is_described_in_short():
+    one, other = (describe_loss(torch.nn.CrossEntropyLoss(torch.full((1000,), weight))) for weight in (1.0, 2.0))
+    assert one != other
+    assert len(one) < 200
 
 
 def test_a_run_interrupted_in_its_first_step_does_not_begin_again_with_what_that_left(tmp_path):
