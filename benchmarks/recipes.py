@@ -492,8 +492,9 @@ def table(title: str, rows: dict[str, dict[int, dict[str, Any]]], versus: str) -
     lines = [
         f"**{title}**",
         "",
-        f"| row | seeds | SA | RA | RA on C-bar | Hscore | SA - {versus} | RA | C-bar | Hscore | on C-bar | time |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| row | seeds | SA | RA | RA on C-bar | Hscore | SA - {versus} | RA | C-bar | Hscore | on C-bar | time "
+        "| loading |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     base = rows.get(versus, {})
     for name in [name for name in ROWS if name in rows]:
@@ -505,6 +506,7 @@ def table(title: str, rows: dict[str, dict[int, dict[str, Any]]], versus: str) -
             cells.append(difference([100 * (found[seed][score] - base[seed][score]) for seed in both]))
         ratios = [found[seed]["seconds"] / base[seed]["seconds"] for seed in paired]
         cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
+        cells.append(f"{statistics.median(run['loading_seconds'] / run['seconds'] for run in found.values()):.0%}")
         if name == versus:
             cells[6:11] = [""] * 5
         lines.append(f"| {' | '.join(cells)} |")

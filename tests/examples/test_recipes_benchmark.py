@@ -51,7 +51,7 @@ def test_runs_are_done_once_and_evaluated_again_from_their_weights(benchmark, mo
 
 def test_differences_are_paired_by_seed(benchmark):
     def run(score):
-        return {"sa": score, "ra": score, "hscore": score, "seconds": 10 * score}
+        return {"sa": score, "ra": score, "hscore": score, "seconds": 10 * score, "loading_seconds": score}
 
     rows = {
         "vanilla": {0: run(0.5), 1: run(0.7), 2: run(0.6)},
@@ -61,6 +61,7 @@ def test_differences_are_paired_by_seed(benchmark):
     # Two pairs: 1 and 3 points, t(0.975, 1) = 12.706.
     assert line.count("+2.0 ± 12.7") == 3
     assert "| 3 |" in line
+    assert line.endswith("| 10% |")
 
 
 def test_the_page_says_what_the_runs_say_and_the_readme_what_the_page_says(benchmark):
