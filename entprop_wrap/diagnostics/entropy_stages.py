@@ -126,7 +126,7 @@ def entropy_stages(
         batches=len(found["clean"]),
     )
     for stage, note in result.notes.items():
-        if stage != "perturbed":  # a long step climbs the loss past the highest entropy, which is no fault
+        if stage != "perturbed":  # a long step climbs the loss past the highest entropy, which is not a fault
             warnings.warn(note, stacklevel=2)
     names = list(result.stages)
     before, after = result.stages[names[names.index("selected") - 1]], result.stages.get("perturbed")

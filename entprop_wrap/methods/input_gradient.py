@@ -147,7 +147,7 @@ def _convolutions(model: nn.Module, root: nn.Module) -> list[nn.Conv2d]:
 
 
 def gradient_of(value: Tensor, images: Tensor, *weights: Tensor, retain_graph: bool = False) -> Tensor:
-    """Return the gradient of ``value``, by ``weights`` if it is no scalar, with respect to ``images`` alone.
+    """Return the gradient of ``value``, by ``weights`` unless it is a scalar, with respect to ``images`` alone.
 
     Raises:
         ModelOutputError: There is none: the model cut its output off its input.
