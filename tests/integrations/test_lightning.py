@@ -1,6 +1,7 @@
 """The Lightning callback: gradients against a hand-written loop and against entprop.training_step, bit for bit."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,6 @@ from torch import nn
 import entprop_wrap as entprop
 from entprop_wrap import EntProp
 from entprop_wrap.integrations.lightning import EntPropLightningCallback
-from entprop_wrap.integrations.lightning.stand_ins import NamedLogits
 from entprop_wrap.methods import FastAdvProp, Vanilla
 from entprop_wrap.methods.lagged import lagged_state
 from entprop_wrap.wrapping.model import is_wrapped
@@ -207,7 +207,7 @@ class Named(nn.Module):
         self.inner = inner
 
     def forward(self, pixel_values):
-        return NamedLogits(logits=self.inner(pixel_values))
+        return SimpleNamespace(logits=self.inner(pixel_values))
 
 
 def test_a_model_that_is_made_late_and_names_its_logits():

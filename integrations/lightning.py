@@ -1,4 +1,7 @@
-"""The callback, and what a LightningModule does otherwise while it is fitted.
+"""EntProp, or any other method of this library, in Lightning.
+
+    trainer = L.Trainer(callbacks=[EntPropLightningCallback(EntProp(fraction=0.2), pixel_space=space)])
+    trainer.fit(module, loader)
 
 Lightning calls ``training_step``, then zeroes gradients, then runs one backward, which under DDP must come after the
 forward of the container. A method has several backwards. So they all run in ``training_step``, where DDP does not
@@ -7,7 +10,7 @@ reduce yet, after gradients were zeroed there; and the loss that Lightning is gi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +26,6 @@ from entprop_wrap.data.batches import images_and_labels
 from entprop_wrap.data.pixel_space import PixelSpace, space_of
 from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, Pass
-from entprop_wrap.integrations.lightning.stand_ins import KnownOutput, ModelInContext, already_done
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, check_method
 from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
@@ -82,7 +84,7 @@ class EntPropLightningCallback(Callback):
     ) -> None:
         self.method: Method = EntProp() if method is None else check_method(method)
         self.pixel_space, self.model, self.loss = space_of(pixel_space), model, loss
-        self._fit: _Fit | None = None
+        self._fit: Any = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Prepare the module, whose model is wrapped as soon as it is complete."""
@@ -97,7 +99,7 @@ class EntPropLightningCallback(Callback):
             raise UnsupportedModelError("LBFGS needs one fixed loss; a step here draws another each time. Use AdamW.")
         if self.method.auxiliaries:
             check_optimizer(pl_module, trainer.optimizers[0])
-        if self._fit is not None and (waiting := self._fit.waiting) is not None:
+        if (waiting := self._fit.waiting) is not None:
             same = len(waiting) == trainer.world_size  # other processes have other batches
             load_lagged_state(self._fit.classifier, waiting[trainer.global_rank] if same else {})
 
@@ -161,7 +163,7 @@ class _Fit:
         callback = self.callback
         self.name, self.classifier = _find_classifier(self.module, callback.model)
         self.ours = ensure_wrapped(self.classifier, callback.method)
-        self.model = ModelInContext(self.classifier, self.trainer.precision_plugin.forward_context)
+        self.model = _ModelInContext(self.classifier, self.trainer.precision_plugin.forward_context)
         own = getattr(self.module, "criterion", None) or getattr(self.module, "loss_fn", None)
         self.loss: Loss = callback.loss or (own if callable(own) else F.cross_entropy)
         if callback.loss is None and (more := asked(self.loss, Pass.__dataclass_fields__, 2)):
@@ -193,7 +195,7 @@ class _Fit:
         result = self._own_step(own, batch, batch_idx, output, check=look and self.callback.loss is None)
         values = {name: value for name, value in output.scalars().items() if name != "loss"}
         self.module.log_dict(values, batch_size=len(output.logits))
-        loss = already_done(output.loss, self._reduced())
+        loss = self._already_done(output.loss)
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 
     def _backward(self, loss: Tensor) -> None:
@@ -208,7 +210,7 @@ class _Fit:
         """Run the module's own step on the logits of the main pass, and ``check`` that its loss is the one trained."""
         batch = _first_rows(batch, len(output.logits))
         images, labels = _read_batch(batch)
-        known = KnownOutput(type(plain_model(self.classifier)).__name__, images, self.model.in_its_form(output.logits))
+        known = _KnownOutput(type(plain_model(self.classifier)).__name__, images, self.model.in_its_form(output.logits))
         index = [batch_idx] if is_param_in_hook_signature(own.training_step, "batch_idx", min_args=2) else []
         # A compiled model would be compiled anew in each step.
         with (
@@ -242,13 +244,84 @@ class _Fit:
             )
         return result
 
-    def _reduced(self) -> list[nn.Parameter]:
-        """Return the parameters whose gradients DDP has to reduce, on all processes the same ones."""
-        if not isinstance(self.trainer.strategy, DDPStrategy):
-            return []
-        copies = auxiliary_names(self.module)
-        trained = [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
-        return [parameter for name, parameter in trained if parameter.grad is not None or name in copies]
+    def _already_done(self, loss: Tensor) -> Tensor:
+        """Return a loss whose backward adds nothing, but reaches what DDP has to reduce, the same on all processes."""
+        reached = [loss.new_zeros(()).requires_grad_()]  # something has to be differentiable, with one process too
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            copies = auxiliary_names(self.module)
+            for name, parameter in self.module.named_parameters():
+                if parameter.requires_grad and (parameter.grad is not None or name in copies):
+                    reached.append(parameter)
+        result: Tensor = _AlreadyDone.apply(loss, *reached)
+        return result
+
+
+class _AlreadyDone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *reached: Tensor) -> Tensor:
+        ctx.number = 1 + len(reached)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        return (None,) * int(ctx.number)
+
+
+class _ModelInContext(nn.Module):
+    """The classifier as the step calls it: in the precision plugin's context, which is autocast or nothing."""
+
+    def __init__(self, model: nn.Module, context: Callable[[], Any]) -> None:
+        super().__init__()
+        self._orig_mod = model  # the name that compiled modules use: whatever looks for the plain model finds it
+        self.context = context
+        self.form: type = Tensor
+
+    def forward(self, images: Tensor) -> Any:
+        with self.context():
+            output = self._orig_mod(images)
+        self.form = type(output)
+        return output
+
+    def in_its_form(self, logits: Tensor) -> Any:
+        """Return ``logits`` as the model returned its last output."""
+        if issubclass(self.form, Tensor):
+            return logits
+        return (logits,) if issubclass(self.form, tuple) else _NamedLogits(logits=logits)
+
+
+class _NamedLogits(dict[str, Tensor]):
+    """Logits as models return them that name their outputs: ``.logits``, ``["logits"]`` or ``[0]``."""
+
+    @property
+    def logits(self) -> Tensor:
+        return self["logits"]
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return super().__getitem__("logits" if key == 0 else key)
+
+
+class _KnownOutput:
+    """A ``forward`` of a model whose ``output`` on ``images`` is known; it counts its ``calls``."""
+
+    def __init__(self, name: str, images: Tensor, output: Any) -> None:
+        self.name, self.images, self.output = name, images, output
+        self.calls = 0
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        self.calls += 1
+        if inputs.get("labels") is not None:
+            raise UnsupportedModelError(
+                f"training_step lets {self.name} compute the loss, which is impossible for mixed or selected images. "
+                "Write torch.nn.functional.cross_entropy(self.model(images).logits, labels)."
+            )
+        given, known = args[0] if args else next(iter(inputs.values()), None), self.images
+        same = isinstance(given, Tensor) and given.dtype == known.dtype and torch.equal(given, known)
+        if given is not known and not same:
+            raise UnsupportedModelError(
+                f"training_step gives {self.name} other images than the batch holds. Change them before, in the "
+                "dataset or in the module's on_after_batch_transfer."
+            )
+        return self.output
 
 
 def _class_during_fit(former: type, fit: _Fit) -> type:
@@ -292,20 +365,21 @@ def _refuse(trainer: Any, module: Any, callback: Any) -> None:
         raise ConfigurationError("The Trainer has two EntPropLightningCallbacks. Expected one, with one method.")
     strategy, kind = trainer.strategy, type(trainer.strategy)
     static_graph = getattr(strategy, "_ddp_kwargs", {}).get("static_graph")
-    graph = " with a static graph" if static_graph else ""
     averaging = {"StochasticWeightAveraging", "WeightAveraging"}
     averages = [type(c).__name__ for c in trainer.callbacks if averaging & {b.__name__ for b in type(c).__mro__}]
-    reads = is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
-    compiled, synchronised = getattr(module, "_compiler_ctx", None), getattr(strategy, "_layer_sync", None)
     for found, what, instead in (
         (not module.automatic_optimization, "manual optimization", "entprop.training_step(self.model, images, labels, "
          "backward=self.manual_backward) in training_step, and leave the callback out"),
-        (static_graph or kind not in (SingleDeviceStrategy, DDPStrategy), f"{kind.__name__}{graph}",
+        (static_graph, f"{kind.__name__} with a static graph", "strategy='ddp'"),
+        (kind not in (SingleDeviceStrategy, DDPStrategy), kind.__name__,
          "strategy='ddp'; entprop.Trainer also trains under FSDP2"),
-        (synchronised, "sync_batchnorm=True", "nn.SyncBatchNorm.convert_sync_batchnorm(model) where the model is made"),
-        (compiled, "a compiled LightningModule", "self.model = torch.compile(entprop.wrap(model)) in it"),
+        (getattr(strategy, "_layer_sync", None), "sync_batchnorm=True",
+         "nn.SyncBatchNorm.convert_sync_batchnorm(model) where the model is made"),
+        (getattr(module, "_compiler_ctx", None), "a compiled LightningModule",
+         "self.model = torch.compile(entprop.wrap(model)) in it"),
         (averages, ", ".join(averages), "entprop.TrainerConfig(ema_decay=...): entprop.Trainer averages weights"),
-        (reads, "dataloader_iter", "training_step(batch, batch_idx)"),
+        (is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True), "dataloader_iter",
+         "training_step(batch, batch_idx)"),
     ):  # fmt: skip
         if found:
             raise UnsupportedModelError(f"EntPropLightningCallback does not work with {what}. Write {instead}.")
@@ -333,9 +407,7 @@ def _read_batch(batch: Any) -> tuple[Tensor, Tensor]:
     """Return images and labels, which must be the only tensors."""
     images, labels = images_and_labels(batch, "training_step")
     values = batch.values() if isinstance(batch, Mapping) else ()
-    if any(
-        isinstance(value, Tensor) and value.ndim and value is not images and value is not labels for value in values
-    ):
+    if sum(isinstance(value, Tensor) and value.ndim > 0 for value in values) > 2:
         raise DataError(
             f"training_step: found a dict with {', '.join(map(repr, batch))}. Images are mixed and selected: leave out "
             "tensors that cannot follow, in the dataset or in on_after_batch_transfer."
