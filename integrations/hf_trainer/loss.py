@@ -36,7 +36,8 @@ class TrainerLoss:
         own_step: Its training step, as it would be without us: ``(model, inputs, num_items_in_batch) -> loss``.
     """
 
-    factor: Tensor  # by which the Trainer multiplies the mean loss of this micro-batch, from its first call of mean()
+    #: By which the Trainer multiplies the mean loss of this micro-batch: a tensor, from the first call of :meth:`mean`.
+    factor: Any = None
 
     def __init__(self, trainer: Any, own_step: Callable[..., Tensor]) -> None:
         self.trainer, self.own_step = trainer, own_step
@@ -52,15 +53,15 @@ class TrainerLoss:
     def begin(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> tuple[nn.Module, Tensor, Tensor]:
         """Take a micro-batch; return the model to train on it, images in and output out, the images and the labels."""
         images, self.labels, constants = _split(inputs, self.images_name, self.labels_name)
-        self.inputs, self.items, self.weighed = inputs, items, False
+        self.inputs, self.items, self.factor = inputs, items, None
         self.model = _ModelOnImages(model, self, constants)
         return self.model.train(), images, self.labels
 
     @mean_by_construction  # and may keep count of its calls
     def mean(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the Trainer's loss as a mean over the given rows."""
-        if not self.weighed:
-            self._weigh(logits.shape[1])
+        if self.factor is None:
+            self.factor = self._weigh(logits.shape[1])
         return self._mean(logits, labels)[0]
 
     def backward(self, loss: Tensor) -> None:
@@ -86,8 +87,8 @@ class TrainerLoss:
         hidden = images.new_zeros(()).expand(len(labels), *images.shape[1:]).as_subclass(_ForTheModelOnly)
         return {**self.inputs, self.images_name: hidden, self.labels_name: labels}
 
-    def _weigh(self, classes: int) -> None:
-        """Find the factor of this micro-batch; in the first one, check the loss."""
+    def _weigh(self, classes: int) -> Tensor:
+        """Return the factor of this micro-batch; in the first one, check the loss."""
         # It is the same for all logits. Equal ones serve: their loss is far from zero and nothing is lost in dividing.
         logits = torch.zeros(len(self.labels), classes, device=self.labels.device)
         if not self.checked:
@@ -102,8 +103,7 @@ class TrainerLoss:
                 raise UnsupportedModelError(
                     f"The Trainer's training step called accelerator.backward {len(given)} times; expected once."
                 )
-            self.factor = given[0] / self._mean(logits, self.labels)[0]
-        self.weighed = True
+            return given[0] / self._mean(logits, self.labels)[0]
 
     def _check(self, logits: Tensor) -> None:
         """Raise unless the Trainer's loss is a function of ``logits`` and labels that this step can use."""
@@ -215,39 +215,27 @@ class _ModelOnImages(nn.Module):
         return own.run(self._orig_mod, inputs, len(images), self.labels) if own else self._orig_mod(**inputs)
 
 
-#: What a loss may ask a model for that every module has.
-_OF_THE_MODEL = frozenset(
-    f"{named}{what}" for named in ("", "named_") for what in ("parameters", "buffers", "modules", "children")
-) | {"state_dict", "get_parameter", "get_submodule"}
-
-
-class _Logits(nn.Module):
+class _Logits:
     """Stands in for the model while the Trainer computes a loss: it returns ``logits``, whatever goes in.
 
-    It has the model's attributes, parameters and parts, and counts its ``calls``.
+    It counts its ``calls``; all else, as its parameters and parts, is the model's.
     """
 
     def __init__(self, model: nn.Module, logits: Tensor, labels_name: str, by_items: bool) -> None:
-        super().__init__()
-        self.__dict__["stands_for"] = model
-        self.logits, self.labels_name, self.by_items, self.calls = logits, labels_name, by_items, 0
+        self.stands_for, self.logits, self.labels_name, self.by_items = model, logits, labels_name, by_items
+        self.calls = 0
+        self._modules: dict[str, nn.Module] = {}  # in which accelerate looks for what is compiled
         self.own_loss: Tensor | None = None  # that the model would have computed itself, given labels
 
-    def __getattribute__(self, name: str) -> Any:
-        return super().__getattribute__(name) if name not in _OF_THE_MODEL else getattr(self.stands_for, name)
-
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["stands_for"], name)
+        return getattr(self.__dict__["stands_for"], name)
 
     def train(self, mode: bool = True) -> _Logits:
         """Leave the model in the mode that the step has put it in."""
         return self
 
     def _get_name(self) -> str:
-        return type(plain_model(self.__dict__["stands_for"])).__name__
+        return type(plain_model(self.stands_for)).__name__
 
     def forward(self, *args: Any, **inputs: Any) -> ImageClassifierOutput:
         """Return the logits, and the model's own kind of loss if there are labels."""
@@ -258,6 +246,8 @@ class _Logits(nn.Module):
             if self.by_items and items is not None:
                 self.own_loss = self.own_loss * (len(self.logits) / items)
         return ImageClassifierOutput(loss=self.own_loss, logits=self.logits)
+
+    __call__ = forward
 
 
 class _ForTheModelOnly(Tensor):

@@ -117,9 +117,10 @@ def test_torch_compile(tmp_path):
         torch_compile=True,
         torch_compile_backend="eager",
         gradient_accumulation_steps=2,
+        label_smoothing_factor=0.1,
         max_steps=1,
     )
-    expected, _, _ = by_hand("ResNet", build("ResNet"), batches[:2], 2)
+    expected, _, _ = by_hand("ResNet", build("ResNet"), batches[:2], 2, smoothing=0.1, loss_kind="smoothed")
     assert type(trainer.model_wrapped).__name__ == "OptimizedModule"
     assert worst(found, expected) < 5e-4
     os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
