@@ -51,15 +51,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     with suppress(Exception):  # damaged EXIF data, common on the web, says nothing about the pixels
         image = ImageOps.exif_transpose(image)
-    mode = image.mode
-    wide = np.asarray(image).astype(np.int64) if mode.startswith("I") else np.zeros(1)  # older PIL opens 16 bits as "I"
-    if mode in ("F", "LAB") or wide.min() < 0 or wide.max() > 65_535:
+    if image.mode.startswith("I"):  # 16 bits, which older PIL opens as 32
+        values = np.asarray(image).astype(np.int64)
+        if values.min() >= 0 and values.max() <= 65_535:
+            image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    if image.mode in ("F", "LAB") or image.mode.startswith("I"):
         raise ImageError(
-            f"Expected an 8-bit or 16-bit image, found mode {mode!r}, whose values have no defined range, or leave it: "
+            f"Expected an 8-bit or 16-bit image, found mode {image.mode!r}, whose values have no defined range: "
             "convert these files to 8-bit RGB first, for example with dataset.map(...)."
         )
-    if mode.startswith("I"):
-        image = Image.fromarray(np.rint(wide / 257).astype(np.uint8))
-    if mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -15,7 +15,6 @@ from torch.utils.data import Dataset, default_collate
 
 from entprop_wrap.errors import ImageError
 from entprop_wrap.integrations.hub_datasets.decoding import read_image, to_rgb
-from entprop_wrap.utils.options import check_integer
 
 
 class LabelledImages(Dataset[tuple[Any, int]]):
@@ -96,7 +95,6 @@ def in_memory(dataset: LabelledImages, size: int, transform: Callable[[Tensor], 
     Takes ``3 * size**2`` bytes an image (128 px: 49 kB). For random crops choose ``size`` somewhat above the size of
     the crops. The dataset's own transform is not applied.
     """
-    check_integer("size", size, 1)
     images = torch.empty((len(dataset), 3, size, size), dtype=torch.uint8)
     for index in range(len(dataset)):
         square = ImageOps.fit(dataset.read(index), (size, size), Resampling.BILINEAR)

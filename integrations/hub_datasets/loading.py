@@ -18,7 +18,7 @@ from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages
 from entprop_wrap.integrations.hub_datasets.labels import class_indices, number_classes, read_labels, some
 from entprop_wrap.integrations.hub_datasets.sources import open_splits
 from entprop_wrap.integrations.hub_datasets.splits import split_names, stratified_sample, stratified_split
-from entprop_wrap.utils.options import check_choice, check_function, check_integer, check_number, check_seed
+from entprop_wrap.utils.options import check_choice, check_integer, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +104,9 @@ def load_images(
     """
     check_choice("on_broken", on_broken, ("skip", "raise"))
     check_number("eval_fraction", eval_fraction, lambda share: 0 < share < 1, "between 0 and 1")
-    check_seed(seed)
     for name, limit in (("max_train", max_train), ("max_eval", max_eval)):
         if limit is not None:
             check_integer(name, limit, 1)
-    for name, transform in (("train_transform", train_transform), ("eval_transform", eval_transform)):
-        if transform is not None:
-            check_function(name, transform, "from a PIL image to a tensor", f"{name}={name}(224)")
 
     notes: list[str] = []
     splits = open_splits(path_or_name, load_options, notes)

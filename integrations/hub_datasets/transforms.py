@@ -5,9 +5,6 @@ from torchvision.transforms import v2
 
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.utils.options import check_number
-
-__all__ = ["eval_transform", "train_transform"]
 
 
 def train_transform(
@@ -32,13 +29,11 @@ def train_transform(
         ``(3, height, width)`` in [0, 1], or normalised.
 
     Raises:
-        ConfigurationError: An argument is out of its range.
+        ConfigurationError: ``scale`` is out of its range, which torchvision would take.
     """
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ConfigurationError(f"scale must be (smallest, largest) area in (0, 1], found {scale}.")
-    check_number("flip", flip, lambda chance: 0 <= chance <= 1, "from 0 to 1")
-    crop = v2.RandomResizedCrop(_sides("size", size), scale, antialias=True)
-    return _compose(normalize, crop, v2.RandomHorizontalFlip(flip))
+    return _compose(normalize, v2.RandomResizedCrop(size, scale, antialias=True), v2.RandomHorizontalFlip(flip))
 
 
 def eval_transform(
@@ -52,25 +47,12 @@ def eval_transform(
             ``size / 0.875`` (256 for 224), the usual choice on ImageNet.
         normalize: As for `train_transform`, which says what comes out.
     """
-    sides = _sides("size", size)
-    shorter = round(min(sides) / 0.875) if resize is None else resize
-    _sides("resize", shorter)
-    return _compose(normalize, v2.Resize(shorter, antialias=True), v2.CenterCrop(sides))
+    if resize is None:
+        resize = round((size if isinstance(size, int) else min(size)) / 0.875)
+    return _compose(normalize, v2.Resize(resize, antialias=True), v2.CenterCrop(size))
 
 
 def _compose(space: PixelSpace | None, *steps: torch.nn.Module) -> v2.Compose:
-    chain = [v2.ToImage(), *steps, v2.ToDtype(torch.float32, scale=True)]
-    if space is not None:
-        if not isinstance(space, PixelSpace) or space.channels not in (None, 3):
-            raise ConfigurationError(f"normalize expects a PixelSpace of 3 channels (images are RGB), found {space!r}.")
-        chain.append(v2.Normalize(list(space.mean), list(space.std)))
+    normalize = [] if space is None else [v2.Normalize(list(space.mean), list(space.std))]
     # A plain tensor: a tv_tensors.Image would carry its subclass, and its overhead, into the model.
-    return v2.Compose([*chain, v2.ToPureTensor()])
-
-
-def _sides(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return height and width, or raise."""
-    sides = size if isinstance(size, tuple) else (size, size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ConfigurationError(f"{name} must be a number of pixels or (height, width), found {size!r}.")
-    return sides
+    return v2.Compose([v2.ToImage(), *steps, v2.ToDtype(torch.float32, scale=True), *normalize, v2.ToPureTensor()])

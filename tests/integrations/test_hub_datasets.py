@@ -137,7 +137,6 @@ ROWS = table(LABELS, NAMES)
         (ROWS, {"on_broken": "ignore"}, ConfigurationError, "on_broken must be 'skip' or 'raise'"),
         (ROWS, {"eval_fraction": 1.0}, ConfigurationError, "eval_fraction must be .* between 0 and 1"),
         (ROWS, {"max_train": 0}, ConfigurationError, "max_train"),
-        (ROWS, {"train_transform": 224}, ConfigurationError, r"train_transform\(224\)"),
     ],
 )
 def test_wrong_sources_and_options(source, options, error, message):
