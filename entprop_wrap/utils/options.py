@@ -51,7 +51,7 @@ def is_integer(value: Any) -> bool:
 def check_number(name: str, value: Any, good: Callable[[float], bool], range_: str) -> float:
     """Return a finite number that is ``good``, which ``range_`` says in words."""
     if not is_number(value) or not good(as_python(value)):
-        _refuse(name, f"a number {range_}", value, _hint(name, value))
+        _refuse(name, f"a number {range_}", value)
     found: float = as_python(value)
     return found
 
@@ -60,7 +60,7 @@ def check_integer(name: str, value: Any, least: int, most: int = _MOST) -> int:
     """Return an integer from ``least`` to ``most``."""
     if not is_integer(value) or not least <= _item(value) <= most:
         limit = f" and at most {most}" if is_integer(value) and _item(value) > most else ""
-        _refuse(name, f"an integer of at least {least}{limit}", value, _hint(name, value))
+        _refuse(name, f"an integer of at least {least}{limit}", value)
     return int(value)
 
 
@@ -96,14 +96,6 @@ def check_text(name: str, value: Any) -> str:
     if not isinstance(value := as_python(value), str) or not value.strip() or re.search("[\ud800-\udfff]", value):
         _refuse(name, "text", value)
     return str(value)
-
-
-def check_truth(name: str, value: Any) -> bool:
-    """Return whether what the function ``name`` returned is true."""
-    try:
-        return bool(value)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"{name} must return True or False, found {shown(value)}.") from error
 
 
 def check_mapping(name: str, value: Any, what: str, example: str) -> dict[str, Any]:
@@ -158,15 +150,3 @@ def _item(value: Any) -> Any:
 
 def _refuse(name: str, expected: str, value: Any, hint: str = "") -> NoReturn:
     raise ConfigurationError(f"{name} must be {expected}, found {shown(value)}.{hint}")
-
-
-def _hint(name: str, value: Any) -> str:
-    if isinstance(value := _item(value), bool):
-        return f" Write {name}={int(value)} if that is meant."
-    if not isinstance(value, str):
-        return ""
-    try:
-        float(value)
-    except ValueError:
-        return ""
-    return f" Write {name}={value.strip()}, without quotes."

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 from torch.nn.utils import parametrize
 
 from entprop_wrap.errors import ConfigurationError, NoNormLayersError, UnsupportedModelError
-from entprop_wrap.utils.options import check_truth, shown
+from entprop_wrap.utils.options import shown
 from entprop_wrap.wrapping.switched_norm import AuxiliaryNorm
 
 #: A class of modules, a glob over qualified names (``"blocks.*.norm1"``), or ``predicate(name, module) -> bool``.
@@ -126,11 +126,7 @@ def _matches(modules: dict[str, nn.Module], selectors: list[Selector], argument:
         elif isinstance(selector, type):
             hits = {name for name, module in modules.items() if isinstance(module, selector)}
         else:
-            hits = {
-                name
-                for name, module in modules.items()
-                if check_truth(f"A predicate of {argument}=", selector(name, module))
-            }
+            hits = {name for name, module in modules.items() if selector(name, module)}
         if not hits:
             near = difflib.get_close_matches(str(selector), modules, n=3) if isinstance(selector, str) else []
             hint = f" Close names: {', '.join(near)}." if near else ""

@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from entprop_wrap.errors import OptimizerMismatchError, UnsupportedModelError
 from entprop_wrap.utils.modules import check_module, plain_model
-from entprop_wrap.utils.options import check_function, check_number, check_truth
+from entprop_wrap.utils.options import check_function, check_number
 from entprop_wrap.wrapping.norm_layers import is_norm
 from entprop_wrap.wrapping.registry import Registry, find_registry, living
 from entprop_wrap.wrapping.state_dict import auxiliary_names
@@ -58,7 +58,7 @@ def parameter_groups(
     for name, parameter in parameters.items():
         if parameter.requires_grad:
             original = originals.get(name, name)
-            exempt = check_truth("no_decay", no_decay(original, parameters.get(original, parameter)))
+            exempt = no_decay(original, parameters.get(original, parameter))
             (undecayed if exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -62,11 +62,9 @@ def required(kind):
 
 @pytest.mark.parametrize(("kind", "name"), pairs(NUMBERS))
 def test_numbers(kind, name):
-    for value in (True, float("nan"), float("inf"), [0.2], torch.ones(2)):
+    for value in (True, float("nan"), float("inf"), [0.2], torch.ones(2), "0.2"):
         with pytest.raises(ConfigurationError, match=rf"^{name} must be a number .*found "):
             kind(**{name: value})
-    with pytest.raises(ConfigurationError, match=rf"^{name} must be .*found .*Write {name}=0\.2, without quotes\."):
-        kind(**{name: "0.2"})
 
 
 @pytest.mark.parametrize(("kind", "name"), pairs(INTEGERS))
