@@ -5,8 +5,14 @@ loader = DataLoader(data.train, batch_size=64, shuffle=True, num_workers=4)
 model = AutoModelForImageClassification.from_pretrained(name, id2label=data.id2label, label2id=data.label2id)
 """
 
-from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError, to_rgb
-from entprop_wrap.integrations.hub_datasets.image_datasets import InMemoryImages, LabelledImages, hf_collate, in_memory
+from entprop_wrap.integrations.hub_datasets.images import (
+    BrokenImageError,
+    InMemoryImages,
+    LabelledImages,
+    hf_collate,
+    in_memory,
+    to_rgb,
+)
 from entprop_wrap.integrations.hub_datasets.loading import ImageData, load_images
 from entprop_wrap.integrations.hub_datasets.transforms import eval_transform, train_transform
 

@@ -12,10 +12,15 @@ import datasets
 import numpy as np
 
 from entprop_wrap.errors import DataError
-from entprop_wrap.integrations.hub_datasets.columns import find_image_column, find_label_column
-from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError
-from entprop_wrap.integrations.hub_datasets.image_datasets import LabelledImages
-from entprop_wrap.integrations.hub_datasets.labels import class_indices, number_classes, read_labels, some
+from entprop_wrap.integrations.hub_datasets.columns import (
+    class_indices,
+    find_image_column,
+    find_label_column,
+    number_classes,
+    read_labels,
+    some,
+)
+from entprop_wrap.integrations.hub_datasets.images import BrokenImageError, LabelledImages
 from entprop_wrap.integrations.hub_datasets.sources import open_splits
 from entprop_wrap.integrations.hub_datasets.splits import split_names, stratified_sample, stratified_split
 from entprop_wrap.utils.options import check_choice, check_integer, check_number

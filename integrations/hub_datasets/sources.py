@@ -11,7 +11,7 @@ from pyarrow import parquet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from entprop_wrap.errors import ConfigurationError, DataError
-from entprop_wrap.integrations.hub_datasets.labels import some
+from entprop_wrap.integrations.hub_datasets.columns import some
 from entprop_wrap.integrations.hub_datasets.splits import EVAL_NAMES, TRAIN_NAMES
 
 _IMAGES = (*IMG_EXTENSIONS, ".gif", ".jfif")

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from entprop_wrap.errors import ImageError
-from entprop_wrap.integrations.hub_datasets.decoding import BrokenImageError, read_image, to_rgb
+from entprop_wrap.integrations.hub_datasets.images import BrokenImageError, read_image, to_rgb
 from tests.helpers.image_samples import encoded, picture, truncated
 
 
@@ -74,7 +74,7 @@ def test_damaged_exif_leaves_the_pixels(monkeypatch):
     def fail(image):
         raise SyntaxError("not a TIFF header")
 
-    monkeypatch.setattr("entprop_wrap.integrations.hub_datasets.decoding.ImageOps.exif_transpose", fail)
+    monkeypatch.setattr("entprop_wrap.integrations.hub_datasets.images.ImageOps.exif_transpose", fail)
     assert to_rgb(picture(7)).getpixel((0, 0)) == (7, 0, 100)
 
 
