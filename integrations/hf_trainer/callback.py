@@ -121,11 +121,6 @@ class EntPropCallback(TrainerCallback):
         self.loss = TrainerLoss(trainer, super(EntPropMixin, trainer).training_step)  # type: ignore[misc]
         self.steps, self.checker = [], None
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the Trainer its training step back; the next run begins without what waits for a lagged step."""
-        self.loss = None
-        load_lagged_state(self.trainer.model, {})
-
     def add(self, output: StepOutput) -> None:
         """Keep what the next log shows of a step, on the device."""
         self.steps.append({name: value for name, value in output.scalars().items() if name != "loss"})
@@ -149,9 +144,13 @@ class EntPropMixin(PlainCheckpoints):
     entprop: EntPropCallback
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; a run that was interrupted leaves nothing that waits for a lagged step of this one."""
+        """Train; what waits for a lagged step is of this run alone."""
         load_lagged_state(self.model, {})
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.entprop.loss = None
+            load_lagged_state(self.model, {})
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a new model, wrapped."""
@@ -186,12 +185,11 @@ class EntPropMixin(PlainCheckpoints):
                 )
         return loader
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """Run the passes of the method on a micro-batch, each with the Trainer's own loss and backward."""
         loss = self.entprop.loss
         if loss is None:  # the callback was removed
-            own: Tensor = super().training_step(model, inputs, num_items_in_batch)
-            return own
+            return super().training_step(model, inputs, num_items_in_batch)
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         model, images, labels = loss.begin(model, self._prepare_inputs(inputs), num_items_in_batch)
@@ -205,8 +203,7 @@ class EntPropMixin(PlainCheckpoints):
             backward=loss.backward,
         )
         self.entprop.add(output)
-        minimised: Tensor = output.loss * loss.factor
-        return minimised
+        return output.loss * loss.factor
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log both losses and entropies beside the training loss."""
@@ -218,8 +215,8 @@ class EntPropMixin(PlainCheckpoints):
 def _trainer_being_built(callback: EntPropCallback) -> Any:
     """Return the Trainer that calls ``callback``.
 
-    An event is given the model, the optimizer and the loaders, but neither the Trainer nor anything that leads to it
-    (transformers hands its own ``JITCheckpointCallback`` the Trainer by ``set_trainer``). The caller's frame has it.
+    An event is given the model, the optimizer and the loaders, but nothing that leads to the Trainer (transformers
+    hands it to its own ``JITCheckpointCallback`` by ``set_trainer``). The caller's frame has it.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -233,16 +230,16 @@ def _trainer_being_built(callback: EntPropCallback) -> Any:
 def _refuse(trainer: Any) -> None:
     """Raise :class:`UnsupportedModelError` for models without images, and for what cannot be right."""
     check_takes_images(trainer.model)
-    found = {
-        "DeepSpeed": trainer.is_deepspeed_enabled,
-        "FSDP": trainer.is_fsdp_enabled,
-        "DataParallel over several GPUs": trainer.args.n_gpu > 1,
-    }
-    if present := [name for name, there in found.items() if there]:
-        raise UnsupportedModelError(
-            f"EntPropCallback does not work with {present[0]}. Expected one process per GPU (torchrun, DDP); "
-            "entprop.Trainer also trains under FSDP2."
-        )
+    for name, found in (
+        ("DeepSpeed", trainer.is_deepspeed_enabled),
+        ("FSDP", trainer.is_fsdp_enabled),
+        ("DataParallel over several GPUs", trainer.args.n_gpu > 1),
+    ):
+        if found:
+            raise UnsupportedModelError(
+                f"EntPropCallback does not work with {name}. Expected one process per GPU (torchrun, DDP); "
+                "entprop.Trainer also trains under FSDP2."
+            )
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if "layerwise" in optim or "lomo" in optim:
         raise UnsupportedModelError(
