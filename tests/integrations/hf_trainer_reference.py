@@ -6,9 +6,17 @@ import functools
 import itertools
 
 import torch
+import torch.nn.functional as F
 import transformers
+from safetensors import safe_open
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from tests.integrations.by_hand import CLASSES, SPACE, RecordingMixer, pixels, train_by_hand
 
@@ -43,6 +51,44 @@ def build(name: str) -> nn.Module:
 def samples(number: int = 22) -> list[dict]:
     """Images in SPACE with labels."""
     return [{"pixel_values": x, "labels": int(y)} for x, y in zip(*pixels(number), strict=True)]
+
+
+def with_compute_loss(compute) -> type[Trainer]:
+    """A Trainer whose ``compute_loss`` is ``compute(trainer, model, inputs) -> loss, outputs``."""
+
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = compute(self, model, inputs)
+            return (loss, outputs) if return_outputs else loss
+
+    return Own
+
+
+def averaged(outputs, labels, num_items_in_batch=None):
+    """A ``compute_loss_func`` of soft labels and class indices, whatever the accumulation."""
+    return F.cross_entropy(outputs.logits, labels)
+
+
+def counted(outputs, labels, num_items_in_batch=None):
+    """One that divides by the images of the step."""
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+def keys_in(file) -> set:
+    with safe_open(file, "pt") as opened:
+        return set(opened.keys())
+
+
+def assert_same(found: dict, expected: dict):
+    assert set(found) == set(expected)
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def assert_plain(folder):
+    """A folder holds a model that transformers loads by itself."""
+    _, report = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
 
 
 class RecordGradients(TrainerCallback):

@@ -14,7 +14,16 @@ from entprop_wrap import EntProp
 from entprop_wrap.errors import ConfigurationError, EntPropError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.methods import Vanilla
-from tests.integrations.hf_trainer_reference import CLASSES, SPACE, build, make_trainer, train, worst
+from tests.integrations.hf_trainer_reference import (
+    CLASSES,
+    SPACE,
+    averaged,
+    build,
+    make_trainer,
+    train,
+    with_compute_loss,
+    worst,
+)
 
 METHOD = EntProp(fraction=0.5, mix=None)
 
@@ -42,38 +51,32 @@ def test_nothing_on_the_device_is_float64(added, tmp_path):
         train(build("ViT"), added, tmp_path, max_steps=2)
 
 
-class Distilling(Trainer):
+def distilling(trainer, model, inputs):
     """Learns from a teacher on the same images."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        assert inputs["pixel_values"].shape[1:] == (3, 16, 16)
-        with torch.no_grad():
-            teacher = build("ResNet")(pixel_values=inputs["pixel_values"]).logits
-        outputs = model(**inputs)
-        loss = outputs.loss + F.kl_div(outputs.logits.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
-        return (loss, outputs) if return_outputs else loss
+    assert inputs["pixel_values"].shape[1:] == (3, 16, 16)
+    with torch.no_grad():
+        teacher = build("ResNet")(pixel_values=inputs["pixel_values"]).logits
+    outputs = model(**inputs)
+    return outputs.loss + F.kl_div(outputs.logits.log_softmax(-1), teacher.softmax(-1)), outputs
 
 
-class Shapes(Trainer):
+def counting(trainer, model, inputs):
     """Reads no more of the images than their number."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.pop("labels")
-        assert len(inputs["pixel_values"]) == inputs["pixel_values"].shape[0] == len(labels)
-        outputs = model(pixel_values=inputs["pixel_values"].to(labels.device))
-        loss = F.cross_entropy(outputs.logits, labels, reduction="sum") / inputs["pixel_values"].size(0)
-        return (loss, outputs) if return_outputs else loss
+    labels, images = inputs.pop("labels"), inputs["pixel_values"]
+    assert len(images) == images.shape[0] == len(labels)
+    outputs = model(pixel_values=images.to(labels.device))
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / images.size(0), outputs
 
 
 def test_a_loss_that_reads_the_images_is_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match=r"reads the images itself \(conv2d\), as a teacher's loss does"):
-        train(build("ViT"), callback(), tmp_path, trainer_class=Distilling, max_steps=1)
+        train(build("ViT"), callback(), tmp_path, trainer_class=with_compute_loss(distilling), max_steps=1)
 
 
 def test_a_loss_may_count_the_images(tmp_path):
     steps = [
         train(build("ViT"), callback(), tmp_path, trainer_class=trainer_class, max_steps=2)[2]
-        for trainer_class in (Shapes, Trainer)
+        for trainer_class in (with_compute_loss(counting), Trainer)
     ]
     assert worst(*steps) < 1e-5
 
@@ -114,9 +117,7 @@ class TwoHeads(nn.Module):
 
 @pytest.mark.parametrize("own_loss", [True, False])
 def test_a_second_head_does_not_stop_training_unnoticed(own_loss, tmp_path):
-    options = {"max_steps": 1, "per_device_train_batch_size": 8}
-    if not own_loss:
-        options["compute_loss_func"] = lambda out, labels, num_items_in_batch=None: F.cross_entropy(out.logits, labels)
+    options = {"max_steps": 1, "per_device_train_batch_size": 8, "compute_loss_func": None if own_loss else averaged}
     message = r"'auxiliary_logits'.*Switch the heads off.*a loop of your own"
     with pytest.raises(EntPropError, match=message):
         train(TwoHeads(own_loss), callback(), tmp_path, **options)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from entprop_wrap import EntProp, auxiliary_state_dict
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
@@ -11,20 +10,13 @@ from tests.integrations.hf_trainer_reference import (
     CONFIGURATIONS,
     SPACE,
     RecordingMixer,
+    averaged,
     build,
     by_hand,
+    counted,
     train,
     worst,
 )
-
-
-def counted(outputs, labels, num_items_in_batch=None):
-    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
-
-
-def averaged(outputs, labels, num_items_in_batch=None):
-    return F.cross_entropy(outputs["logits"], labels)
-
 
 CASES = [
     *((name, {"gradient_accumulation_steps": 4}, "model", 0) for name in CONFIGURATIONS),
@@ -38,12 +30,7 @@ CASES = [
     ("ViT", {"gradient_accumulation_steps": 2, "compute_loss_func": averaged}, "mean", 1),
     ("ConvNext", {"gradient_accumulation_steps": 2, "compute_loss_func": averaged}, "mean", 0),
     ("ViT", {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}, "model", 1),
-    (
-        "ViT",
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        "model",
-        1,
-    ),
+    ("ViT", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "model", 1),
 ]
 
 

@@ -5,7 +5,6 @@ import os
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from entprop_wrap import EntProp
 from entprop_wrap.errors import UnsupportedModelError
@@ -17,16 +16,13 @@ from tests.integrations.hf_trainer_reference import (
     RecordingMixer,
     build,
     by_hand,
+    counted,
     samples,
     train,
     worst,
 )
 
 METHOD = EntProp(fraction=0.5, mix=None)
-
-
-def counted(outputs, labels, num_items_in_batch=None):
-    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
 CLIPPED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}

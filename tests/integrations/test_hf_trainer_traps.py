@@ -8,26 +8,23 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, ViTImageProcessor
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from entprop_wrap import EntProp, PixelSpace, training_step, unwrap, wrap
-from entprop_wrap.errors import (
-    ConfigurationError,
-    LabelError,
-    OptimizerMismatchError,
-    UnsupportedModelError,
-)
+from entprop_wrap import EntProp, training_step, unwrap, wrap
+from entprop_wrap.errors import ConfigurationError, LabelError, OptimizerMismatchError, UnsupportedModelError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.methods import Vanilla
-from tests.helpers.every_method import METHODS, check_none_is_missing, named
+from tests.helpers.every_method import METHODS, named
 from tests.integrations.hf_trainer_reference import (
     SPACE,
     RecordBatches,
     RecordGradients,
     RecordingMixer,
+    averaged,
     build,
     by_hand,
     make_trainer,
     samples,
     train,
+    with_compute_loss,
     worst,
 )
 
@@ -121,64 +118,42 @@ def test_logs_carry_both_losses_and_entropies(tmp_path):
         assert log["loss"] == pytest.approx(log["main_loss"] + 0.5 * log["aux_loss"], abs=2e-4)
 
 
-class Weighted(Trainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        loss = F.cross_entropy(outputs.logits, labels, weight=torch.arange(1.0, model.config.num_labels + 1))
-        return (loss, outputs) if return_outputs else loss
-
-
-class Features(Trainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return model(**inputs, output_hidden_states=True).hidden_states[-1].mean()
-
-
-class Elsewhere(Trainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return self.model(**inputs).loss
+def weighted(trainer, model, inputs):
+    labels = inputs.pop("labels")
+    outputs = model(**inputs)
+    return F.cross_entropy(outputs.logits, labels, weight=torch.arange(1.0, model.config.num_labels + 1)), outputs
 
 
 def test_an_own_compute_loss_on_logits_works(tmp_path):
     weights = torch.arange(1.0, 6.0)
-    _, batches, found = train(build("ViT"), callback(), tmp_path, trainer_class=Weighted, max_steps=1)
+    options = {"trainer_class": with_compute_loss(weighted), "max_steps": 1}
+    _, (batch, *_), found = train(build("ViT"), callback(), tmp_path, **options)
     model = wrap(build("ViT"))
-    batch = batches[0]
     F.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"], weight=weights).backward()
     main = model.classifier.weight.grad
-    _, _, expected = train(
-        build("ViT"), callback(Vanilla()), tmp_path, trainer_class=Weighted, max_steps=1, seed=42
-    )  # what the Trainer itself does with that loss
-    torch.testing.assert_close(expected[0]["classifier.weight"], main)
+    _, _, vanilla = train(build("ViT"), callback(Vanilla()), tmp_path, **options)
+    torch.testing.assert_close(vanilla[0]["classifier.weight"], main)
     assert not torch.allclose(found[0]["classifier.weight"], main)
 
 
-def penalised(reach):
-    class Penalised(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            labels = inputs.pop("labels")
-            outputs = model(**inputs)
-            loss = F.cross_entropy(outputs.logits, labels) + sum(p.square().sum() for p in reach(self, model))
-            return (loss, outputs) if return_outputs else loss
+REACHES = {
+    "parameters": lambda trainer, model: model.parameters(),
+    "named_parameters": lambda trainer, model: [p for _, p in model.named_parameters()],
+    "modules": lambda trainer, model: [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)],
+    "state_dict": lambda trainer, model: [model.state_dict(keep_vars=True)["classifier.weight"]],
+    "unwrap_model": lambda trainer, model: trainer.accelerator.unwrap_model(model).parameters(),
+    "its model": lambda trainer, model: trainer.model.parameters(),
+}
 
-    return Penalised
 
-
-@pytest.mark.parametrize(
-    "reach",
-    [
-        lambda trainer, model: model.parameters(),
-        lambda trainer, model: [p for _, p in model.named_parameters()],
-        lambda trainer, model: [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)],
-        lambda trainer, model: [model.state_dict(keep_vars=True)["classifier.weight"]],
-        lambda trainer, model: trainer.accelerator.unwrap_model(model).parameters(),
-        lambda trainer, model: trainer.model.parameters(),
-    ],
-    ids=["parameters", "named_parameters", "modules", "state_dict", "unwrap_model", "its model"],
-)
+@pytest.mark.parametrize("reach", REACHES)
 def test_a_penalty_on_weights_is_refused(reach, tmp_path):
+    def penalised(trainer, model, inputs):
+        outputs = model(**inputs)
+        return outputs.loss + sum(p.square().sum() for p in REACHES[reach](trainer, model)), outputs
+
     with pytest.raises(UnsupportedModelError, match="adds a term of the model's weights"):
-        make(tmp_path, penalised(reach), callbacks=[callback()]).train()
+        make(tmp_path, with_compute_loss(penalised), callbacks=[callback()]).train()
 
 
 def test_a_model_unwrapped_after_training_needs_a_new_trainer(tmp_path):
@@ -201,10 +176,17 @@ def test_a_run_after_one_that_was_interrupted_begins_without_its_images(tmp_path
         assert "aux_loss" not in trainer.entprop.steps[-1]  # nothing waited for the first step
 
 
-@pytest.mark.parametrize("trainer_class", [Features, Elsewhere])
-def test_a_compute_loss_of_anything_else_is_refused(trainer_class, tmp_path):
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda trainer, model, inputs: (model(**inputs, output_hidden_states=True).hidden_states[-1].mean(), None),
+        lambda trainer, model, inputs: (trainer.model(**inputs).loss, None),
+    ],
+    ids=["features", "another model"],
+)
+def test_a_compute_loss_of_anything_else_is_refused(compute, tmp_path):
     with pytest.raises(UnsupportedModelError, match="compute_loss"):
-        make(tmp_path, trainer_class, callbacks=[callback()]).train()
+        make(tmp_path, with_compute_loss(compute), callbacks=[callback()]).train()
 
 
 OTHER_LOSSES = {
@@ -218,26 +200,23 @@ OTHER_LOSSES = {
 def with_loss(name, loss, items=False):
     """A model that computes a loss of its own, with or without num_items_in_batch."""
     model = build(name)
-    forward = type(model).forward
+
+    def output(self, pixel_values, labels, **kwargs):
+        logits = super(Own, self).forward(pixel_values).logits
+        return ImageClassifierOutput(None if labels is None else loss(logits, labels, **kwargs), logits)
 
     class Own(type(model)):
         if items:
 
             def forward(self, pixel_values, labels=None, **kwargs):
-                logits = forward(self, pixel_values).logits
-                return ImageClassifierOutput(None if labels is None else loss(logits, labels, **kwargs), logits)
+                return output(self, pixel_values, labels, **kwargs)
         else:
 
             def forward(self, pixel_values, labels=None):
-                logits = forward(self, pixel_values).logits
-                return ImageClassifierOutput(None if labels is None else loss(logits, labels), logits)
+                return output(self, pixel_values, labels)
 
     model.__class__ = Own
     return model
-
-
-def on_logits(outputs, labels, num_items_in_batch=None):
-    return F.cross_entropy(outputs.logits, labels)
 
 
 @pytest.mark.parametrize("name", OTHER_LOSSES)
@@ -246,7 +225,7 @@ def test_a_model_with_another_loss_is_refused(name, tmp_path):
     with pytest.raises(UnsupportedModelError, match=r"another loss cannot be computed.*compute_loss_func"):
         make(tmp_path, model=with_loss("ResNet", loss), callbacks=[callback()]).train()
     if name == "smoothed":
-        make(tmp_path, model=with_loss("ResNet", loss), callbacks=[callback()], compute_loss_func=on_logits).train()
+        make(tmp_path, model=with_loss("ResNet", loss), callbacks=[callback()], compute_loss_func=averaged).train()
 
 
 def by_items(logits, labels, num_items_in_batch=None, **_):
@@ -300,7 +279,7 @@ def test_soft_labels_need_a_loss_for_them(tmp_path):
     soft = [{**s, "labels": torch.full((5,), 0.2)} for s in samples()]
     with pytest.raises(LabelError, match="compute_loss_func"):
         make(tmp_path, data=soft, callbacks=[callback()]).train()
-    make(tmp_path, data=soft, callbacks=[callback()], compute_loss_func=on_logits).train()
+    make(tmp_path, data=soft, callbacks=[callback()], compute_loss_func=averaged).train()
 
 
 def test_labels_of_a_wrong_type_are_named(tmp_path):
@@ -309,27 +288,16 @@ def test_labels_of_a_wrong_type_are_named(tmp_path):
         make(tmp_path, data=narrow, callbacks=[callback()]).train()
 
 
-def test_no_method_is_missing():
-    check_none_is_missing()
-
-
 @pytest.mark.parametrize(("name", "accumulate"), [("ResNet", 1), ("ConvNext", 2)])
 @pytest.mark.parametrize("method", [*METHODS, EntProp(fraction=0.5, lagged=True)], ids=named)
 def test_every_method_trains_as_in_a_loop_of_its_own(method, name, accumulate, tmp_path):
     """One step, where the Trainer's loss is the mean of plain cross-entropy over the batches of the step."""
     torch.manual_seed(5)
     draws = torch.get_rng_state()
-    collator = RecordBatches()
-    gradients = RecordGradients()
-    trainer = make(
-        tmp_path,
-        model=name,
-        max_steps=1,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=accumulate,
-        data_collator=collator,
-        callbacks=[callback(method), gradients],
-    )
+    collator, gradients = RecordBatches(), RecordGradients()
+    options = {"max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": accumulate}
+    callbacks = [callback(method), gradients]
+    trainer = make(tmp_path, model=name, data_collator=collator, callbacks=callbacks, **options)
     seen = []
     original = trainer._prepare_inputs
 
@@ -360,15 +328,14 @@ def test_the_loss_of_a_model_without_opinions_is_looked_at_in_lagged_passes_too(
     assert trainer.state.log_history[1]["aux_loss"] > 0
 
 
-def test_reentrant_checkpointing_with_more_attack_steps_is_refused(tmp_path):
-    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+def test_more_attack_steps_under_checkpointing(tmp_path):
+    def trainer(reentrant):
+        options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        return make(tmp_path, callbacks=[callback(EntProp(fraction=0.5, attack_steps=2))], **options)
+
+    trainer(False).train()
     with pytest.raises(UnsupportedModelError, match="use_reentrant=False"):
-        make(tmp_path, callbacks=[callback(EntProp(fraction=0.5, attack_steps=2))], **options).train()
-
-
-def test_more_attack_steps_under_checkpointing_and_accumulation(tmp_path):
-    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    make(tmp_path, callbacks=[callback(EntProp(fraction=0.5, attack_steps=2))], **options).train()
+        trainer(True).train()
 
 
 @pytest.mark.parametrize("clip", [1e9, 0.05])
@@ -393,22 +360,18 @@ def test_a_gradient_scaler_leaves_no_trace(clip, tmp_path):
     assert worst(gradients.steps, expected) < 5e-4
 
 
-@pytest.mark.parametrize(
-    ("launched", "found"),
-    [
-        ({"is_deepspeed_enabled": True}, "DeepSpeed"),
-        ({"is_fsdp_enabled": True}, "FSDP"),
-        ({}, "DataParallel over several GPUs"),
-    ],
-)
-def test_what_cannot_be_right_is_refused_before_the_model_is_wrapped(launched, found, tmp_path):
+@pytest.mark.parametrize("found", ["DeepSpeed", "FSDP", "DataParallel over several GPUs"])
+def test_what_cannot_be_right_is_refused_before_the_model_is_wrapped(found, tmp_path):
+    attribute = {"DeepSpeed": "is_deepspeed_enabled", "FSDP": "is_fsdp_enabled"}.get(found)
+
     class Launched(Trainer):
         """As it is where its processes, or several GPUs, are there."""
 
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
-            vars(self).update(launched)
-            self.args._n_gpu = 1 if launched else 2
+            if attribute:
+                setattr(self, attribute, True)
+            self.args._n_gpu = 1 if attribute else 2
 
     model = build("ViT")
     with pytest.raises(UnsupportedModelError, match=rf"does not work with {found}\. Expected .*DDP"):
@@ -416,11 +379,11 @@ def test_what_cannot_be_right_is_refused_before_the_model_is_wrapped(launched, f
     wrap(model)  # it was left alone
 
 
-def test_a_method_class_is_refused():
+def test_arguments_of_the_wrong_kind_are_refused_at_once():
     with pytest.raises(TypeError, match="EntProp"):
         EntPropCallback(EntProp)
-    with pytest.raises(ConfigurationError):
-        EntPropCallback(EntProp(fraction=2.0), pixel_space=PixelSpace())
+    with pytest.raises(ConfigurationError, match="pixel_space must be a PixelSpace or None, found 'imagenet'"):
+        EntPropCallback(pixel_space="imagenet")
 
 
 def test_one_callback_for_one_trainer(tmp_path):
@@ -431,8 +394,3 @@ def test_one_callback_for_one_trainer(tmp_path):
     with pytest.raises(ConfigurationError, match="another Trainer"):
         first.train()
     second.train()
-
-
-def test_what_is_no_pixel_space_is_refused_at_once():
-    with pytest.raises(ConfigurationError, match="pixel_space must be a PixelSpace or None, found 'imagenet'"):
-        EntPropCallback(pixel_space="imagenet")
