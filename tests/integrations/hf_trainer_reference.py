@@ -205,3 +205,31 @@ def worst(found: list[dict], expected: list[dict]) -> float:
         size = torch.cat([v.flatten() for v in b.values()]).norm()
         result = max(result, *(float((a[n] - b[n]).norm() / (b[n].norm() + 1e-3 * size)) for n in b))
     return result
+
+
+def record_states(trainer) -> list[dict]:
+    """The state of the model at each checkpoint, in a list that fills while ``trainer`` trains."""
+    states, save = [], trainer._save_checkpoint
+
+    def recording(*args, **kwargs):
+        states.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+        return save(*args, **kwargs)
+
+    trainer._save_checkpoint = recording
+    return states
+
+
+def best_of(scores: list[float]) -> dict:
+    """Options of a Trainer whose best model is that of the lowest of ``scores``, one a step."""
+    found = iter(scores)
+    return {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_dataset": samples(4),
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "made_up",
+        "greater_is_better": False,
+        "compute_metrics": lambda prediction: {"made_up": next(found)},
+    }

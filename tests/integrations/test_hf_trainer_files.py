@@ -16,9 +16,11 @@ from tests.integrations.hf_trainer_reference import (
     SPACE,
     assert_plain,
     assert_same,
+    best_of,
     build,
     keys_in,
     make_trainer,
+    record_states,
     samples,
     train,
 )
@@ -51,24 +53,9 @@ def test_checkpoints_are_plain_and_resume_is_bit_for_bit(name, method, tmp_path)
 
 
 def test_the_best_model_comes_back_with_its_copies(tmp_path):
-    options = {**OPTIONS, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
-    scores = iter([3.0, 1.0, 2.0, 4.0, 5.0])
-    trainer = make_trainer(
-        tmp_path,
-        model="ResNet",
-        metric_for_best_model="made_up",
-        greater_is_better=False,
-        eval_dataset=samples(4),
-        compute_metrics=lambda prediction: {"made_up": next(scores)},
-        callbacks=[callback()],
-        **options,
-    )
-    states = []
-    original = trainer._save_checkpoint
-    trainer._save_checkpoint = lambda *a, **k: (
-        states.append({n: v.clone() for n, v in trainer.model.state_dict().items()}),
-        original(*a, **k),
-    )[1]
+    options = {**OPTIONS, **best_of([3.0, 1.0, 2.0, 4.0, 5.0])}
+    trainer = make_trainer(tmp_path, model="ResNet", callbacks=[callback()], **options)
+    states = record_states(trainer)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     assert_same(trainer.model.state_dict(), states[1])

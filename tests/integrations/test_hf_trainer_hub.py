@@ -18,9 +18,9 @@ from tests.integrations.hf_trainer_reference import (
     SPACE,
     assert_plain,
     assert_same,
+    best_of,
     keys_in,
     make_trainer,
-    samples,
 )
 
 FILE = "entprop_auxiliary.safetensors"
@@ -67,9 +67,7 @@ def hub(tmp_path, monkeypatch):
 def make(folder, name="ResNet", **options):
     pushing = {"push_to_hub": True, "hub_model_id": "someone/something", "hub_token": "none"}
     added = EntPropCallback(EntProp(fraction=0.5), pixel_space=SPACE)
-    return make_trainer(
-        folder, model=name, eval_dataset=samples(4), callbacks=[added], **{**OPTIONS, **pushing, **options}
-    )
+    return make_trainer(folder, model=name, callbacks=[added], **{**OPTIONS, **pushing, **options})
 
 
 def assert_copies_of(trainer, file):
@@ -126,10 +124,7 @@ def test_a_push_that_is_skipped_moves_nothing(hub, tmp_path):
 
 def test_weights_alone_are_saved_pushed_and_continued_from(hub, tmp_path):
     options = {"hub_strategy": "checkpoint", "hub_always_push": True, "save_only_model": True}
-    best = {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "made_up"}
-    trainer = make(tmp_path / "a", greater_is_better=True, eval_steps=1, **options, **best)
-    scores = iter([2.0, 1.0])
-    trainer.compute_metrics = lambda prediction: {"made_up": next(scores)}
+    trainer = make(tmp_path / "a", **options, **best_of([1.0, 2.0]))
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
     checkpoint = tmp_path / "a" / "checkpoint-1"

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 import transformers
 from torch.func import functional_call
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import EntPropError, UnsupportedModelError
@@ -17,7 +16,7 @@ from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from tests.helpers.hub_models import BROKEN, CLASSES, EXCEPTIONS, GONE, KINDS, NEEDS, REFUSED, build_tiny, image_size
 from tests.helpers.keys import is_auxiliary_key, original_name
 from tests.helpers.oracle import auxiliary_tensors, perturb
-from tests.integrations.hf_trainer_reference import OLD, RecordGradients, arguments, worst
+from tests.integrations.hf_trainer_reference import OLD, RecordGradients, averaged, make_trainer, worst
 
 NAMES = sorted(set(KINDS) - set(NEEDS) - set(REFUSED) - BROKEN)
 #: Their forward takes no labels, or ignores them: in the Trainer they need ``compute_loss_func``.
@@ -69,19 +68,18 @@ def assert_close(found, expected, what):
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5 * max(size, 1e-3), msg=f"{what} {name}")
 
 
-def by_outputs(outputs, labels, num_items_in_batch=None):
-    return F.cross_entropy(outputs.logits, labels)
-
-
 def trainer_of(name, folder, model, **options):
     images, labels = batch(name)
     recorded = RecordGradients()
-    trainer = Trainer(
+    trainer = make_trainer(
+        folder,
         model=model,
-        args=arguments(folder, max_steps=1, per_device_train_batch_size=BATCH, data_seed=0, **options),
-        train_dataset=[{"pixel_values": x, "labels": int(y)} for x, y in zip(images, labels, strict=True)],
+        data=[{"pixel_values": x, "labels": int(y)} for x, y in zip(images, labels, strict=True)],
         callbacks=[EntPropCallback(METHOD, pixel_space=entprop.PixelSpace()), recorded],
-        compute_loss_func=by_outputs if name in NO_LOSS else None,
+        compute_loss_func=averaged if name in NO_LOSS else None,
+        max_steps=1,
+        per_device_train_batch_size=BATCH,
+        **options,
     )
     trainer._get_train_sampler = lambda *args: SequentialSampler(images)
     return trainer, recorded

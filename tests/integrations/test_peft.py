@@ -6,9 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch.func import functional_call
-from transformers import Trainer
 
 import entprop_wrap as entprop
 from entprop_wrap import EntProp
@@ -17,7 +15,18 @@ from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.wrapping.state_dict import without_copies
 from tests.helpers.keys import is_auxiliary_key, original_name
 from tests.helpers.oracle import auxiliary_tensors, perturb
-from tests.integrations.hf_trainer_reference import SPACE, RecordBatches, RecordGradients, arguments, build, samples
+from tests.integrations.hf_trainer_reference import (
+    SPACE,
+    RecordBatches,
+    RecordGradients,
+    assert_same,
+    best_of,
+    build,
+    keys_in,
+    make_trainer,
+    record_states,
+    samples,
+)
 from tests.integrations.hf_trainer_reference import worst as difference
 
 peft = pytest.importorskip("peft")
@@ -74,8 +83,7 @@ def batch():
 
 
 def adapter_keys(folder):
-    with safe_open(folder / "adapter_model.safetensors", "pt") as opened:
-        return set(opened.keys())
+    return keys_in(folder / "adapter_model.safetensors")
 
 
 def plain_adapter_keys(name, norms, folder):
@@ -156,10 +164,8 @@ def test_copies_frozen_at_what_they_copy_are_refused(tmp_path):
     for model in (entprop.wrap(adapted(build("ViT"), lora("ViT"))), adapted(entprop.wrap(build("ViT")), lora("ViT"))):
         with pytest.raises(ConfigurationError, match="frozen and equal"):
             entprop.training_step(model.train(), images, labels, method=METHOD, pixel_space=SPACE)
-    callback = EntPropCallback(METHOD, pixel_space=SPACE)
-    trainer = make_trainer(adapted(build("ViT"), lora("ViT")), tmp_path, callback)
     with pytest.raises(ConfigurationError, match="frozen and equal"):
-        trainer.train()
+        make(adapted(build("ViT"), lora("ViT")), tmp_path).train()
 
 
 def test_norms_saved_after_wrapping_are_refused():
@@ -178,23 +184,16 @@ def test_merging_before_unwrapping_says_what_to_unwrap():
     assert set(merged.state_dict()) == set(build("ViT").state_dict())
 
 
-def make_trainer(model, folder, callback=None, collator=None, recorded=None, **options):
-    callback = EntPropCallback(METHOD, pixel_space=SPACE) if callback is None else callback
-    return Trainer(
-        model=model,
-        args=arguments(folder, **{"max_steps": 2, "label_names": ["labels"], **options}),
-        train_dataset=samples(),
-        eval_dataset=samples(4),
-        data_collator=collator,
-        callbacks=[callback, *([recorded] if recorded else [])],
-    )
+def make(model, folder, *callbacks, **options):
+    callbacks = [EntPropCallback(METHOD, pixel_space=SPACE), *callbacks]
+    return make_trainer(folder, model=model, callbacks=callbacks, label_names=["labels"], **{"max_steps": 2, **options})
 
 
 @pytest.mark.parametrize(("way", "name"), [("peft first", "ViT"), ("wrapped first", "ResNet"), ("norms saved", "ViT")])
 def test_the_trainer_saves_plain_adapters_and_resumes_bit_for_bit(way, name, tmp_path):
-    options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1}
     collator, recorded = RecordBatches(), RecordGradients()
-    whole = make_trainer(WAYS[way](name), tmp_path / "a", None, collator, recorded, **options)
+    whole = make(WAYS[way](name), tmp_path / "a", recorded, data_collator=collator, **options)
     whole.train()
     model = WAYS[way](name).train()
     (first,) = collator.batches[:1]
@@ -205,7 +204,7 @@ def test_the_trainer_saves_plain_adapters_and_resumes_bit_for_bit(way, name, tmp
     expected = plain_adapter_keys(name, way == "norms saved", tmp_path / "plain")
     for number in (1, 2):
         assert adapter_keys(tmp_path / "a" / f"checkpoint-{number}") == expected
-    again = make_trainer(WAYS[way](name), tmp_path / "b", **options)
+    again = make(WAYS[way](name), tmp_path / "b", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
     state = again.model.state_dict()
     different = [key for key, value in whole.model.state_dict().items() if not torch.equal(value, state[key])]
@@ -218,24 +217,8 @@ def test_the_trainer_saves_plain_adapters_and_resumes_bit_for_bit(way, name, tmp
 
 @pytest.mark.parametrize("way", ["wrapped first", "norms saved"])
 def test_the_best_adapter_comes_back_with_its_copies(way, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    trainer = make_trainer(
-        WAYS[way]("ViT"),
-        tmp_path,
-        load_best_model_at_end=True,
-        metric_for_best_model="made_up",
-        greater_is_better=False,
-        max_steps=3,
-        **options,
-    )
-    scores = iter([3.0, 1.0, 2.0, 4.0])
-    trainer.compute_metrics = lambda prediction: {"made_up": next(scores)}
-    states, save = [], trainer._save_checkpoint
-    trainer._save_checkpoint = lambda *a, **k: (
-        states.append({n: v.clone() for n, v in trainer.model.state_dict().items()}),
-        save(*a, **k),
-    )[1]
+    trainer = make(WAYS[way]("ViT"), tmp_path, max_steps=3, **best_of([3.0, 1.0, 2.0, 4.0]))
+    states = record_states(trainer)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
-    state = trainer.model.state_dict()
-    assert [key for key, value in states[1].items() if not torch.equal(value, state[key])] == []
+    assert_same(trainer.model.state_dict(), states[1])

@@ -4,14 +4,14 @@ import pytest
 import timm
 import torch
 import transformers
-from transformers import Trainer
+from torchvision.transforms.v2.functional import to_pil_image
 
 import entprop_wrap as entprop
 from entprop_wrap import EntProp, PixelSpace
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from tests.helpers.keys import is_auxiliary_key
-from tests.integrations.hf_trainer_reference import RecordBatches, RecordGradients, arguments, worst
+from tests.integrations.hf_trainer_reference import RecordBatches, RecordGradients, assert_plain, make_trainer, worst
 
 CLASSES, SIZE = 5, 64
 METHOD = EntProp(fraction=0.5, mix=None)
@@ -56,14 +56,8 @@ def test_the_space_is_the_same_from_everywhere(name):
     assert PixelSpace.from_processor(processor) == space
     for value, bound in zip((0, 255), space.bounds(torch.zeros(1)), strict=True):
         image = torch.full((3, 80, 80), value, dtype=torch.uint8)
-        pixels = processor(transforms_image(image))["pixel_values"]
+        pixels = processor(to_pil_image(image))["pixel_values"]
         torch.testing.assert_close(pixels, bound.expand_as(pixels), rtol=1e-4, atol=1e-4)
-
-
-def transforms_image(image):
-    from torchvision.transforms.v2.functional import to_pil_image
-
-    return to_pil_image(image)
 
 
 def test_a_space_is_not_guessed():
@@ -78,27 +72,28 @@ def test_the_trainer_steps_a_wrapped_timm_model_as_a_plain_loop_does(name, tmp_p
     processor = processor_of(name)
     space = PixelSpace.from_processor(processor)
     batches, gradients = RecordBatches(), RecordGradients()
-    trainer = Trainer(
+    trainer = make_trainer(
+        tmp_path,
         model=wrapper(name),
-        args=arguments(tmp_path, max_steps=1, per_device_train_batch_size=8, save_strategy="steps", save_steps=1),
-        train_dataset=samples(space),
+        data=samples(space),
         data_collator=batches,
         processing_class=processor,
         callbacks=[EntPropCallback(METHOD), gradients],
+        max_steps=1,
+        per_device_train_batch_size=8,
+        save_strategy="steps",
+        save_steps=1,
     )
     trainer.train()
     model = entprop.wrap(native(name))
-    (batch,) = batches.batches[:1]
+    batch = batches.batches[0]
     entprop.training_step(model, batch["pixel_values"], batch["labels"], method=METHOD, pixel_space=space)
     expected = {f"timm_model.{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert any(map(is_auxiliary_key, expected))
     assert worst(gradients.steps, [expected]) < 5e-4
 
     trained = {name: value.clone() for name, value in entprop.main_state_dict(trainer.model.timm_model).items()}
-    loaded, report = transformers.TimmWrapperForImageClassification.from_pretrained(
-        tmp_path / "checkpoint-1", output_loading_info=True
-    )
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
+    assert_plain(tmp_path / "checkpoint-1")
+    loaded = transformers.TimmWrapperForImageClassification.from_pretrained(tmp_path / "checkpoint-1")
     assert all(torch.equal(value, trained[name]) for name, value in loaded.timm_model.state_dict().items())
     native(name).load_state_dict(trained)  # and it is timm's own model, with nothing left over
