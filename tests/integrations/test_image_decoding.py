@@ -33,9 +33,6 @@ def test_transparency_shows_the_background_not_what_lies_under_it():
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
     image.putpixel((1, 0), (10, 20, 30, 255))
     assert rgb_of(encoded(image)).tolist() == [[[255, 255, 255], [10, 20, 30]]]
-
-
-def test_transparent_palette_entry_shows_the_background():
     image = Image.new("P", (2, 1), 0)
     image.putpalette([0, 0, 0, 200, 100, 50])
     image.putpixel((1, 0), 1)
