@@ -32,10 +32,9 @@ def callback(**options):
 
 
 def test_weight_averaging_callbacks_are_refused():
-    others = [StochasticWeightAveraging(0.01)]
-    if hasattr(L.pytorch.callbacks, "WeightAveraging"):  # 2.6
-        others += [L.pytorch.callbacks.WeightAveraging(), L.pytorch.callbacks.EMAWeightAveraging()]
-    for other in others:
+    since_2_6 = ("WeightAveraging", "EMAWeightAveraging")
+    others = [getattr(L.pytorch.callbacks, name)() for name in since_2_6 if hasattr(L.pytorch.callbacks, name)]
+    for other in (StochasticWeightAveraging(0.01), *others):
         with pytest.raises(UnsupportedModelError, match=r"Averaging. Write .*entprop.Trainer averages weights"):
             trainer(callback(), other).fit(Classifier(), loader())
 
