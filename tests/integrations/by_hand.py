@@ -106,3 +106,13 @@ def train_by_hand(
             for p in trained:
                 p -= lr * p.grad
     return gradients, other
+
+
+def worst(found: list[dict], expected: list[dict]) -> float:
+    """The largest relative difference of the gradients of any step; 0 is equal bit for bit."""
+    assert [set(step) for step in found] == [set(step) for step in expected]
+    result = 0.0
+    for a, b in zip(found, expected, strict=True):
+        size = torch.cat([v.flatten() for v in b.values()]).norm()
+        result = max(result, *(float((a[n] - b[n]).norm() / (b[n].norm() + 1e-3 * size)) for n in b))
+    return result

@@ -18,9 +18,9 @@ from transformers import (
     default_data_collator,
 )
 
-from tests.integrations.by_hand import CLASSES, SPACE, RecordingMixer, pixels, train_by_hand
+from tests.integrations.by_hand import CLASSES, SPACE, RecordingMixer, pixels, train_by_hand, worst
 
-__all__ = ["CLASSES", "SPACE", "RecordingMixer"]
+__all__ = ["CLASSES", "SPACE", "RecordingMixer", "worst"]
 OLD = int(transformers.__version__.split(".")[0]) < 5
 _VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 16}
 _CONVNEXT = {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "drop_path_rate": 0.0}
@@ -195,16 +195,6 @@ def by_hand(name, model, batches, accumulate, *, loss_kind="model", bf16=False, 
         model, steps, lambda net, x: net(pixel_values=x).logits, precision=precision, **options
     )
     return gradients, model, other
-
-
-def worst(found: list[dict], expected: list[dict]) -> float:
-    """The largest relative difference of the gradients of any step."""
-    assert [set(step) for step in found] == [set(step) for step in expected]
-    result = 0.0
-    for a, b in zip(found, expected, strict=True):
-        size = torch.cat([v.flatten() for v in b.values()]).norm()
-        result = max(result, *(float((a[n] - b[n]).norm() / (b[n].norm() + 1e-3 * size)) for n in b))
-    return result
 
 
 def record_states(trainer) -> list[dict]:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.integrations.by_hand import CLASSES, SPACE, RecordingMixer, pixels, train_by_hand
+from tests.integrations.by_hand import CLASSES, SPACE, RecordingMixer, pixels, train_by_hand, worst
 
-__all__ = ["CLASSES", "SPACE", "RecordingMixer"]
+__all__ = ["CLASSES", "SPACE", "RecordingMixer", "worst"]
 
 images = pixels
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -124,14 +124,3 @@ def by_hand(model, batches, *, accumulate=1, amp=None, prefix="model.", epochs=1
     if amp:
         options["precision"] = functools.partial(torch.autocast, "cpu", amp)
     return train_by_hand(model, steps, lambda net, x: net(x), prefix=prefix, **options)
-
-
-def worst(found: list[dict], expected: list[dict]) -> float:
-    """The largest relative difference of the gradients of any step; 0 is equal bit for bit."""
-    assert [set(step) for step in found] == [set(step) for step in expected]
-    differences = [
-        float((a[n] - b[n]).norm() / b[n].norm()) if not torch.equal(a[n], b[n]) else 0.0
-        for a, b in zip(found, expected, strict=True)
-        for n in b
-    ]
-    return max(differences)

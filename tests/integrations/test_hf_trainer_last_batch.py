@@ -44,9 +44,8 @@ def test_only_the_train_batch_of_one_is_left_out(accumulate, tmp_path):
     options = {"num_train_epochs": 2, "gradient_accumulation_steps": accumulate, "lr_scheduler_type": "linear"}
     options["per_device_eval_batch_size"] = 4  # a last evaluation batch of one, too
     trainer = make(tmp_path, 13, **options)
-    with pytest.warns(
-        UserWarning, match="13 training images in batches of 4 leave a last batch of 1.* has 3 batches"
-    ) as w:
+    message = "13 training images in batches of 4 leave a last batch of 1.* has 3 batches"
+    with pytest.warns(UserWarning, match=message) as w:
         trainer.train()
     assert len([x for x in w if LEFT_OUT in str(x.message)]) == 1
     assert [len(b["labels"]) for b in trainer.data_collator.batches] == [4] * 6
@@ -99,14 +98,14 @@ def test_other_rests_are_trained_on_without_a_word(number, method, options, size
     assert [len(b["labels"]) for b in trainer.data_collator.batches] == sizes
 
 
-def test_the_option_of_the_trainer_would_drop_evaluation_images_too(tmp_path):
-    trainer = make(tmp_path, 13, dataloader_drop_last=True, per_device_eval_batch_size=4)
-    assert trainer.evaluate()["eval_images"] == 8  # of 9
-
-
-def test_fast_advprop_needs_four(tmp_path):
-    trainer = make(tmp_path, 11, FastAdvProp(fraction=0.5))
-    with pytest.warns(UserWarning, match="a last batch of 3, too small for FastAdvProp"):
+@pytest.mark.parametrize(
+    ("number", "method", "rest"),
+    [(11, FastAdvProp(fraction=0.5), 3), (9, Vanilla(), 1)],
+    ids=["FastAdvProp", "Vanilla"],
+)
+def test_what_is_left_out_depends_on_the_method(number, method, rest, tmp_path):
+    trainer = make(tmp_path, number, method)
+    with pytest.warns(UserWarning, match=f"a last batch of {rest}, too small for {type(method).__name__}"):
         trainer.train()
     assert [len(b["labels"]) for b in trainer.data_collator.batches] == [4, 4]
 
@@ -126,10 +125,4 @@ def test_what_is_left_to_the_user_says_what_the_option_costs(data, options, tmp_
     with pytest.raises(
         ImageError, match=r"TrainingArguments\(dataloader_drop_last=True\), which leaves out evaluation"
     ):
-        trainer.train()
-
-
-def test_vanilla_training_leaves_out_the_same(tmp_path):
-    trainer = make(tmp_path, 9, Vanilla())
-    with pytest.warns(UserWarning, match="too small for Vanilla"):
         trainer.train()

@@ -267,25 +267,27 @@ def test_the_way_a_model_divides_is_looked_for_until_it_shows(tmp_path):
     assert worst(*results) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["ViT", "ResNet"])
-def test_labels_from_1_are_told_as_in_any_loop(name, tmp_path):
-    shifted = [{**sample, "labels": sample["labels"] + 1} for sample in samples()]
-    trainer = make(tmp_path, model=name, data=shifted, callbacks=[callback()], per_device_train_batch_size=8)
-    with pytest.raises(LabelError, match=r"in \[0, 4\] .* found \[\d, 5\].*start at 0"):
-        trainer.train()
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        *(
+            (name, lambda y: y + 1, LabelError, r"in \[0, 4\] .* found \[\d, 5\].*start at 0")
+            for name in ("ViT", "ResNet")
+        ),
+        ("ViT", lambda y: torch.full((5,), 0.2), LabelError, "compute_loss_func"),
+        ("ViT", lambda y: torch.tensor(y, dtype=torch.int32), UnsupportedModelError, r"int32 labels .*to be int64"),
+    ],
+    ids=["from 1, ViT", "from 1, ResNet", "soft", "int32"],
+)
+def test_labels_that_cannot_serve_are_told_as_in_any_loop(name, change, error, message, tmp_path):
+    data = [{**sample, "labels": change(sample["labels"])} for sample in samples()]
+    with pytest.raises(error, match=message):
+        make(tmp_path, model=name, data=data, callbacks=[callback()], per_device_train_batch_size=8).train()
 
 
-def test_soft_labels_need_a_loss_for_them(tmp_path):
-    soft = [{**s, "labels": torch.full((5,), 0.2)} for s in samples()]
-    with pytest.raises(LabelError, match="compute_loss_func"):
-        make(tmp_path, data=soft, callbacks=[callback()]).train()
+def test_soft_labels_train_with_a_loss_for_them(tmp_path):
+    soft = [{**sample, "labels": torch.full((5,), 0.2)} for sample in samples()]
     make(tmp_path, data=soft, callbacks=[callback()], compute_loss_func=averaged).train()
-
-
-def test_labels_of_a_wrong_type_are_named(tmp_path):
-    narrow = [{**s, "labels": torch.tensor(s["labels"], dtype=torch.int32)} for s in samples()]
-    with pytest.raises(UnsupportedModelError, match=r"torch\.int32 labels .*class indices to be int64"):
-        make(tmp_path, data=narrow, callbacks=[callback()]).train()
 
 
 @pytest.mark.parametrize(("name", "accumulate"), [("ResNet", 1), ("ConvNext", 2)])

@@ -10,7 +10,7 @@ pytest.importorskip("lightning", reason="lightning is not installed")
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -102,7 +102,7 @@ class Prefixed(Classifier):
 
 def test_parts_of_any_name_are_in_the_checkpoint(tmp_path):
     module = Prefixed()
-    fitted = trainer(callback(model="entprop_backbone"), ModelCheckpoint(tmp_path), folder=tmp_path)
+    fitted = trainer(callback(model="entprop_backbone"), folder=tmp_path)
     fitted.fit(module, loader(8))
     written = torch.load(fitted.checkpoint_callback.best_model_path, weights_only=True)
     assert set(written["state_dict"]) == set(Prefixed().state_dict())

@@ -74,43 +74,38 @@ def pool():
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-HEADS = {
-    "linear": (lambda: Head(nn.Sequential(pool(), nn.Linear(6, CLASSES))), "head.1", 6),
-    "convolution and pool": (lambda: Head(nn.Sequential(nn.Conv2d(6, CLASSES, 1), pool())), "head", 6),
-    "convolution, then a pool outside": (lambda: Head(nn.Conv2d(6, CLASSES, 1), lambda z: z.mean((2, 3))), "head", 6),
-    "an activation in place": (
-        lambda: Head(nn.Sequential(pool(), nn.Linear(6, CLASSES), nn.ReLU(inplace=True))),
-        "head.1",
-        6,
-    ),
-    "pool and convolution": (
-        lambda: Head(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, CLASSES, 1), nn.Flatten())),
-        "head.1",
-        6,
-    ),
-    "logits are cast": (lambda: Head(nn.Sequential(pool(), nn.Linear(6, CLASSES)), lambda z: z.double()), "head.1", 6),
-    "adapter": (lambda: Head(nn.Sequential(pool(), Adapted())), "head.1", 6),
-    "adapter and cast": (lambda: Head(nn.Sequential(pool(), Adapted()), lambda z: z.double()), "head.1", 6),
-    "module of one's own": (lambda: Head(nn.Sequential(pool(), Cosine())), "head.1", 6),
-    "as many features as classes": (
-        lambda: Head(nn.Sequential(pool(), nn.Linear(6, CLASSES), nn.Linear(CLASSES, CLASSES))),
-        "head.2",
-        CLASSES,
-    ),
-    "dictionary": (lambda: Head(nn.Sequential(pool(), nn.Linear(6, CLASSES)), lambda z: {"logits": z}), "head.1", 6),
-    "mean over tokens": (
-        lambda: Head(nn.Sequential(nn.Flatten(2), Tokens(), nn.Linear(6, CLASSES)), lambda z: z.mean(1)),
-        "head.2",
-        6,
-    ),
-}
-
-
 class Tokens(nn.Module):
     """(N, C, T) to (N, T, C)."""
 
     def forward(self, given):
         return given.mT
+
+
+def linear(after=lambda logits: logits):
+    return Head(nn.Sequential(pool(), nn.Linear(6, CLASSES)), after)
+
+
+def mean_of_tokens():
+    return Head(nn.Sequential(nn.Flatten(2), Tokens(), nn.Linear(6, CLASSES)), lambda z: z.mean(1))
+
+
+#: The model, the layer whose input are the features, their number.
+HEADS = {
+    "linear": (linear, "head.1", 6),
+    "convolution and pool": (lambda: Head(nn.Sequential(nn.Conv2d(6, CLASSES, 1), pool())), "head", 6),
+    "convolution, then a pool outside": (lambda: Head(nn.Conv2d(6, CLASSES, 1), lambda z: z.mean((2, 3))), "head", 6),
+    "an activation in place": (lambda: Head(nn.Sequential(*linear().head, nn.ReLU(inplace=True))), "head.1", 6),
+    "pool and convolution": (lambda: Head(nn.Sequential(pool()[0], nn.Conv2d(6, CLASSES, 1), pool()[1])), "head.1", 6),
+    "logits are cast": (lambda: linear(lambda z: z.double()), "head.1", 6),
+    "adapter": (lambda: Head(nn.Sequential(pool(), Adapted())), "head.1", 6),
+    "adapter and cast": (lambda: Head(nn.Sequential(pool(), Adapted()), lambda z: z.double()), "head.1", 6),
+    "module of one's own": (lambda: Head(nn.Sequential(pool(), Cosine())), "head.1", 6),
+    "as many features as classes": (
+        lambda: Head(nn.Sequential(*linear().head, nn.Linear(CLASSES, CLASSES))), "head.2", CLASSES
+    ),
+    "dictionary": (lambda: linear(lambda z: {"logits": z}), "head.1", 6),
+    "mean over tokens": (mean_of_tokens, "head.2", 6),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -149,7 +144,7 @@ def test_a_compiled_model_runs_eagerly():
 
 
 def test_a_checkpointed_block_that_runs_again_changes_nothing():
-    model = Head(nn.Sequential(pool(), nn.Linear(6, CLASSES)))
+    model = linear()
     inner = model.head.forward
     model.head.forward = lambda z: torch.utils.checkpoint.checkpoint(inner, z, use_reentrant=False)
     with features_of(model) as features:
@@ -177,8 +172,7 @@ class Functional(nn.Module):
 
 
 def test_a_model_without_a_head_says_so():
-    model = Functional()
-    with pytest.raises(ModelOutputError, match="layer='name'"), features_of(model):
+    with pytest.raises(ModelOutputError, match="layer='name'"), features_of(model := Functional()):
         model(images(3, dtype=torch.float32))
 
 

@@ -83,10 +83,7 @@ def test_flags_and_names():
         for name in (3, "", ("aux",)):
             with pytest.raises(ConfigurationError, match=r"^auxiliary must be the name of an auxiliary domain such as"):
                 kind(auxiliary=name)
-
-
-def test_only_entprop_can_share_the_main_norms():
-    assert EntProp(auxiliary=None).auxiliaries == ()
+    assert EntProp(auxiliary=None).auxiliaries == ()  # it alone can share the main norms
     with pytest.raises(ConfigurationError, match="auxiliary must be the name"):
         AdvProp(auxiliary=None)
 
