@@ -112,23 +112,19 @@ def refuse_sharded(caller: str, model: nn.Module) -> None:
 def refuse_wrapping(model: nn.Module) -> None:
     """Raise :class:`UnsupportedModelError` if ``model`` is compiled, scripted, distributed, or holds such a part."""
     for name, module in model.named_modules():
-        where = f"the part {name!r} of the model" if name else "the model"
         kind = type(module).__name__
         if isinstance(module, nn.DataParallel):
-            fix = "it copies the model without its copies; use `accelerate launch` or torchrun, one process per GPU"
-        elif isinstance(module, nn.parallel.DistributedDataParallel):
-            fix = f"write {kind}(entprop.wrap(model)), wrapping before distributing"
-        elif kind in _NO_STEP:
-            fix = "a step in it would be refused; call entprop.wrap(model) first, then use DDP or FSDP2"
-        elif _is_fsdp2(module):
-            fix = "call entprop.wrap(model) first, then shard it"
-        elif "_orig_mod" in module._modules or module._compiled_call_impl is not None:
-            fix = "write torch.compile(entprop.wrap(model)), wrapping before compiling"
+            fix = "It copies the model without its copies: use `accelerate launch` or torchrun, one process per GPU."
         elif isinstance(module, torch.jit.ScriptModule):
-            fix = "wrap the Python model; TorchScript can be made from it after entprop.unwrap(model)"
+            fix = "Wrap the Python model; TorchScript can be made from it after entprop.unwrap(model)."
+        elif isinstance(module, nn.parallel.DistributedDataParallel) or kind in _NO_STEP or _is_fsdp2(module):
+            fix = "Call entprop.wrap(model) first, then use DDP or FSDP2."
+        elif "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            fix = "Write torch.compile(entprop.wrap(model)): wrap, then compile."
         else:
             continue
-        raise UnsupportedModelError(f"wrap() expected a plain module; {where} is a {kind}: {fix}.")
+        where = f"the part {name!r} of the model" if name else "the model"
+        raise UnsupportedModelError(f"wrap() expected a plain module; {where} is a {kind}. {fix}")
 
 
 def _is_fsdp2(module: nn.Module) -> bool:

@@ -201,7 +201,7 @@ def _compiled_part():
     [
         (lambda: torch.compile(toy(), backend="eager"), r"torch\.compile\(entprop\.wrap\(model\)\)"),
         (_compiled_part, r"the part 'blocks.0' .*torch\.compile\(entprop\.wrap\(model\)\)"),
-        (_compiled_in_place, "before compiling"),
+        (_compiled_in_place, "wrap, then compile"),
         (lambda: nn.DataParallel(toy()), "accelerate launch"),
         (lambda: torch.jit.trace(toy(), rows()), "after entprop.unwrap"),
     ],
@@ -256,7 +256,7 @@ class DeepSpeedEngine(nn.Module):
 
 def test_deepspeed_is_refused():
     plain, model = _conv_net(), entprop.wrap(_conv_net())
-    with pytest.raises(UnsupportedModelError, match=r"is a DeepSpeedEngine: .* use DDP or FSDP2"):
+    with pytest.raises(UnsupportedModelError, match=r"is a DeepSpeedEngine\. .* use DDP or FSDP2"):
         entprop.wrap(DeepSpeedEngine(plain))
     assert _is_untouched(plain)
     images, labels = torch.rand(8, 3, 8, 8), torch.arange(8) % 5
