@@ -18,9 +18,12 @@ from transformers import (
     default_data_collator,
 )
 
+from entprop_wrap import EntProp
+from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from tests.integrations.by_hand import CLASSES, SPACE, RecordingMixer, pixels, train_by_hand, worst
 
 __all__ = ["CLASSES", "SPACE", "RecordingMixer", "worst"]
+METHOD = EntProp(fraction=0.5, mix=None)
 OLD = int(transformers.__version__.split(".")[0]) < 5
 _VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 16}
 _CONVNEXT = {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "drop_path_rate": 0.0}
@@ -51,6 +54,10 @@ def build(name: str) -> nn.Module:
 def samples(number: int = 22) -> list[dict]:
     """Images in SPACE with labels."""
     return [{"pixel_values": x, "labels": int(y)} for x, y in zip(*pixels(number), strict=True)]
+
+
+def callback(method=METHOD) -> EntPropCallback:
+    return EntPropCallback(method, pixel_space=SPACE)
 
 
 def with_compute_loss(compute) -> type[Trainer]:

@@ -12,9 +12,12 @@ import torch
 
 from entprop_wrap import EntProp
 from entprop_wrap.errors import CheckpointError
-from entprop_wrap.integrations.hf_trainer import EntPropCallback, last_complete_checkpoint
+from entprop_wrap.integrations.hf_trainer import last_complete_checkpoint
 from tests.helpers.processes import context
-from tests.integrations.hf_trainer_reference import SPACE, make_trainer
+from tests.integrations.hf_trainer_reference import (
+    callback,
+    make_trainer,
+)
 
 FILE = "entprop_auxiliary.safetensors"
 STEPS = 4
@@ -22,7 +25,7 @@ STEPS = 4
 
 def make(folder, **options):
     saving = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1, "max_steps": STEPS}
-    added = EntPropCallback(EntProp(fraction=0.5), pixel_space=SPACE)
+    added = callback(EntProp(fraction=0.5))
     return make_trainer(folder, model="ResNet", callbacks=[added], **{**saving, **options})
 
 

@@ -9,15 +9,14 @@ import torch.nn.functional as F
 from entprop_wrap import EntProp, auxiliary_state_dict, main_state_dict, unwrap
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.functional.attacks import PGD
-from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.methods import AdvProp, FineGrainedAdvProp, Vanilla
 from entprop_wrap.methods.lagged import lagged_state
 from tests.integrations.hf_trainer_reference import (
-    SPACE,
     assert_plain,
     assert_same,
     best_of,
     build,
+    callback,
     keys_in,
     make_trainer,
     record_states,
@@ -26,15 +25,11 @@ from tests.integrations.hf_trainer_reference import (
 )
 
 FILE = "entprop_auxiliary.safetensors"
-LAGGED = EntProp(fraction=0.5, lagged=True)
+METHOD, LAGGED = EntProp(fraction=0.5), EntProp(fraction=0.5, lagged=True)
 OPTIONS = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
 
-def callback(method=None):
-    return EntPropCallback(method or EntProp(fraction=0.5), pixel_space=SPACE)
-
-
-@pytest.mark.parametrize(("name", "method"), [("ResNet", None), ("ViT", None), ("ResNet", LAGGED)])
+@pytest.mark.parametrize(("name", "method"), [("ResNet", METHOD), ("ViT", METHOD), ("ResNet", LAGGED)])
 def test_checkpoints_are_plain_and_resume_is_bit_for_bit(name, method, tmp_path):
     whole, _, _ = train(build(name), callback(method), tmp_path / "whole", **OPTIONS)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
@@ -54,7 +49,7 @@ def test_checkpoints_are_plain_and_resume_is_bit_for_bit(name, method, tmp_path)
 
 def test_the_best_model_comes_back_with_its_copies(tmp_path):
     options = {**OPTIONS, **best_of([3.0, 1.0, 2.0, 4.0, 5.0])}
-    trainer = make_trainer(tmp_path, model="ResNet", callbacks=[callback()], **options)
+    trainer = make_trainer(tmp_path, model="ResNet", callbacks=[callback(METHOD)], **options)
     states = record_states(trainer)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
@@ -63,7 +58,7 @@ def test_the_best_model_comes_back_with_its_copies(tmp_path):
 
 def test_what_the_trainer_evaluates_is_the_plain_model(tmp_path):
     data = samples(6)
-    trainer, _, _ = train(build("ResNet"), callback(), tmp_path, eval_dataset=data, max_steps=2)
+    trainer, _, _ = train(build("ResNet"), callback(METHOD), tmp_path, eval_dataset=data, max_steps=2)
     found = trainer.evaluate()["eval_loss"]
     plain = unwrap(trainer.model).eval()
     images, labels = torch.stack([s["pixel_values"] for s in data]), torch.tensor([s["labels"] for s in data])
@@ -72,7 +67,7 @@ def test_what_the_trainer_evaluates_is_the_plain_model(tmp_path):
 
 
 def test_a_second_train_continues(tmp_path):
-    trainer, _, gradients = train(build("ResNet"), callback(), tmp_path, max_steps=2)
+    trainer, _, gradients = train(build("ResNet"), callback(METHOD), tmp_path, max_steps=2)
     before = {n: v.clone() for n, v in auxiliary_state_dict(trainer.model).items()}
     assert "training_step" not in vars(trainer)
     trainer.train()
@@ -87,13 +82,13 @@ def test_a_second_train_continues(tmp_path):
 
 def test_a_checkpoint_without_copies_is_refused(tmp_path):
     train(build("ViT"), None, tmp_path, **OPTIONS)
-    trainer = make_trainer(tmp_path, callbacks=[callback()], **OPTIONS)
+    trainer = make_trainer(tmp_path, callbacks=[callback(METHOD)], **OPTIONS)
     with pytest.raises(CheckpointError, match=FILE):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_another_method_does_not_resume_unnoticed(tmp_path):
-    train(build("ResNet"), callback(), tmp_path, **{**OPTIONS, "max_steps": 2})
+    train(build("ResNet"), callback(METHOD), tmp_path, **{**OPTIONS, "max_steps": 2})
     checkpoint = tmp_path / "checkpoint-2"
 
     def resume(method):

@@ -16,20 +16,14 @@ from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.methods import Vanilla
 from tests.integrations.hf_trainer_reference import (
     CLASSES,
-    SPACE,
     averaged,
     build,
+    callback,
     make_trainer,
     train,
     with_compute_loss,
     worst,
 )
-
-METHOD = EntProp(fraction=0.5, mix=None)
-
-
-def callback(method=METHOD):
-    return EntPropCallback(method, pixel_space=SPACE)
 
 
 class NoFloat64(TorchDispatchMode):

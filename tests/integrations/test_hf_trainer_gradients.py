@@ -4,15 +4,14 @@ import pytest
 import torch
 
 from entprop_wrap import EntProp, auxiliary_state_dict
-from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.methods import Vanilla
 from tests.integrations.hf_trainer_reference import (
     CONFIGURATIONS,
-    SPACE,
     RecordingMixer,
     averaged,
     build,
     by_hand,
+    callback,
     counted,
     train,
     worst,
@@ -41,8 +40,8 @@ def name_of(value):
 @pytest.mark.parametrize(("name", "options", "loss_kind", "mixing"), CASES, ids=name_of)
 def test_gradients_equal_a_loop_by_hand(name, options, loss_kind, mixing, tmp_path):
     mixer = RecordingMixer() if mixing else None
-    method = EntProp(fraction=0.5, mix=mixer)
-    trainer, batches, found = train(build(name), EntPropCallback(method, pixel_space=SPACE), tmp_path, **options)
+    added = callback(EntProp(fraction=0.5, mix=mixer))
+    trainer, batches, found = train(build(name), added, tmp_path, **options)
     expected, model, other = by_hand(
         name,
         build(name),
@@ -73,7 +72,7 @@ PLAIN = [
 @pytest.mark.parametrize(("name", "options"), PLAIN, ids=name_of)
 def test_vanilla_training_is_what_the_trainer_does_alone(name, options, tmp_path):
     alone, _, expected = train(build(name), None, tmp_path, **options)
-    trainer, _, found = train(build(name), EntPropCallback(Vanilla(), pixel_space=SPACE), tmp_path, **options)
+    trainer, _, found = train(build(name), callback(Vanilla()), tmp_path, **options)
     assert worst(found, expected) < 1e-5
     torch.testing.assert_close(trainer.model.state_dict(), alone.model.state_dict(), rtol=1e-5, atol=1e-6)
     losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (alone, trainer)]

@@ -13,12 +13,11 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from entprop_wrap import EntProp, auxiliary_state_dict
-from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from tests.integrations.hf_trainer_reference import (
-    SPACE,
     assert_plain,
     assert_same,
     best_of,
+    callback,
     keys_in,
     make_trainer,
 )
@@ -66,7 +65,7 @@ def hub(tmp_path, monkeypatch):
 
 def make(folder, name="ResNet", **options):
     pushing = {"push_to_hub": True, "hub_model_id": "someone/something", "hub_token": "none"}
-    added = EntPropCallback(EntProp(fraction=0.5), pixel_space=SPACE)
+    added = callback(EntProp(fraction=0.5))
     return make_trainer(folder, model=name, callbacks=[added], **{**OPTIONS, **pushing, **options})
 
 

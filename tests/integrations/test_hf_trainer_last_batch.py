@@ -8,21 +8,20 @@ from torch.utils.data import IterableDataset
 
 from entprop_wrap import EntProp
 from entprop_wrap.errors import ImageError
-from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.methods import FastAdvProp, Vanilla
 from tests.integrations.hf_trainer_reference import (
+    METHOD,
     OLD,
-    SPACE,
     RecordBatches,
     build,
     by_hand,
+    callback,
     make_trainer,
     samples,
     train,
     worst,
 )
 
-METHOD = EntProp(fraction=0.5, mix=None)
 LEFT_OUT = "leave a last batch of"
 
 
@@ -33,7 +32,7 @@ def make(folder, number, method=METHOD, data=None, **options):
         data=samples(number) if data is None else data,
         eval_dataset=samples(9),
         data_collator=RecordBatches(),
-        callbacks=[EntPropCallback(method, pixel_space=SPACE)],
+        callbacks=[callback(method)],
         compute_metrics=lambda prediction: {"images": len(prediction.label_ids)},
         **options,
     )
@@ -56,10 +55,9 @@ def test_only_the_train_batch_of_one_is_left_out(accumulate, tmp_path):
 
 
 def test_the_gradients_are_those_of_the_batches_that_are_left(tmp_path):
-    callback = EntPropCallback(METHOD, pixel_space=SPACE)
     with pytest.warns(UserWarning, match=LEFT_OUT):
         _, batches, found = train(
-            build("ViT"), callback, tmp_path, data=samples(13), gradient_accumulation_steps=2, num_train_epochs=2
+            build("ViT"), callback(), tmp_path, data=samples(13), gradient_accumulation_steps=2, num_train_epochs=2
         )
     expected, _, _ = by_hand("ViT", build("ViT"), batches[:3], 2)
     assert len(batches) == 6

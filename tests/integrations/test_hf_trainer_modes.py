@@ -8,22 +8,18 @@ import torch
 
 from entprop_wrap import EntProp
 from entprop_wrap.errors import UnsupportedModelError
-from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.wrapping.active_domain import ActiveDomain
 from tests.helpers.processes import run_processes
 from tests.integrations.hf_trainer_reference import (
-    SPACE,
     RecordingMixer,
     build,
     by_hand,
+    callback,
     counted,
     samples,
     train,
     worst,
 )
-
-METHOD = EntProp(fraction=0.5, mix=None)
-
 
 CLIPPED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
 RUNS = [  # model, options, kind of loss, mixing and several steps
@@ -42,7 +38,7 @@ def train_rank(rank, folder):
         mixer = RecordingMixer() if mixing else None
         trainer, batches, gradients = train(
             build(name),
-            EntPropCallback(EntProp(fraction=0.5, mix=mixer), pixel_space=SPACE),
+            callback(EntProp(fraction=0.5, mix=mixer)),
             folder,
             data=samples(32),
             ddp_backend="gloo",
@@ -87,7 +83,7 @@ def test_bf16(name, tmp_path):
     try:
         _, batches, found = train(
             build(name),
-            EntPropCallback(METHOD, pixel_space=SPACE),
+            callback(),
             tmp_path,
             bf16=True,
             max_steps=1,
@@ -108,7 +104,7 @@ def test_bf16(name, tmp_path):
 def test_torch_compile(tmp_path):
     trainer, batches, found = train(
         build("ResNet"),
-        EntPropCallback(METHOD, pixel_space=SPACE),
+        callback(),
         tmp_path,
         torch_compile=True,
         torch_compile_backend="eager",

@@ -14,6 +14,7 @@ from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.methods import Vanilla
 from tests.helpers.every_method import METHODS, named
 from tests.integrations.hf_trainer_reference import (
+    METHOD,
     SPACE,
     RecordBatches,
     RecordGradients,
@@ -21,19 +22,13 @@ from tests.integrations.hf_trainer_reference import (
     averaged,
     build,
     by_hand,
+    callback,
     make_trainer,
     samples,
     train,
     with_compute_loss,
     worst,
 )
-
-METHOD = EntProp(fraction=0.5, mix=None)
-
-
-def callback(method=METHOD):
-    return EntPropCallback(method, pixel_space=SPACE)
-
 
 make = functools.partial(make_trainer, max_steps=2)
 

@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 import entprop_wrap as entprop
-from entprop_wrap import EntProp
 from entprop_wrap.errors import ConfigurationError, NotWrappedError, UnsupportedModelError
-from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.wrapping.state_dict import without_copies
 from tests.helpers.keys import is_auxiliary_key, original_name
 from tests.helpers.oracle import auxiliary_tensors, perturb
 from tests.integrations.hf_trainer_reference import (
+    METHOD,
     SPACE,
     RecordBatches,
     RecordGradients,
     assert_same,
     best_of,
     build,
+    callback,
     keys_in,
     make_trainer,
     record_states,
@@ -31,7 +31,6 @@ from tests.integrations.hf_trainer_reference import worst as difference
 
 peft = pytest.importorskip("peft")
 
-METHOD = EntProp(fraction=0.5, mix=None)
 TARGETS = {"ViT": r".*(query|value|q_proj|v_proj)", "ResNet": r".*\.convolution"}
 NORMS = {"ViT": ["layernorm_before", "layernorm_after"], "ResNet": ["normalization"]}
 NAMES = sorted(TARGETS)
@@ -185,7 +184,7 @@ def test_merging_before_unwrapping_says_what_to_unwrap():
 
 
 def make(model, folder, *callbacks, **options):
-    callbacks = [EntPropCallback(METHOD, pixel_space=SPACE), *callbacks]
+    callbacks = [callback(), *callbacks]
     return make_trainer(folder, model=model, callbacks=callbacks, label_names=["labels"], **{"max_steps": 2, **options})
 
 
