@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,12 +38,8 @@ class Features:
         layer: Name of the layer in ``named_modules()`` of the plain model; None before the first pass.
     """
 
-    def __init__(self, layer: str | None) -> None:
-        self.layer: str | None = None
-        self._wanted = layer
-        self._calls: deque[_Call] = deque(maxlen=_LAST)
-        self._running = False
-        self._last: Tensor | None = None
+    layer: str | None = None
+    _last: Tensor | None = None
 
     @property
     def last(self) -> Tensor:
@@ -54,26 +51,6 @@ class Features:
         if self._last is None:
             raise ConfigurationError("No pass was recorded. Call the model inside the with-block.")
         return self._last
-
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        self._calls.clear()
-        self._last, self._running = None, True
-
-    def _note(self, name: str, module: nn.Module, given: Any, output: Any) -> None:
-        if self._running:  # and not in a backward, where checkpointing runs layers again
-            self._calls.append(_Call(name, module, given, output))
-
-    def _end(self, root: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        calls, self._running = list(self._calls), False
-        self._calls.clear()
-        given = _first_tensor((*args, *kwargs.values()))
-        if given is None:
-            raise ModelOutputError("The model was called without a tensor: expected model(images).")
-        batch = len(given)
-        if self._wanted is not None and len(calls) != 1:
-            raise ModelOutputError(f"Expected {self._wanted!r} to run once in a pass, found {len(calls)} times.")
-        call = calls[0] if self._wanted is not None else _head(calls, output, batch)
-        self.layer, self._last = call.name, _pooled(call, batch)
 
 
 @contextmanager
@@ -103,19 +80,37 @@ def features_of(model: nn.Module, *, layer: str | None = None) -> Iterator[Featu
         raise ConfigurationError(
             f"{type(root).__name__} has no layer {shown(layer)}. Write a name from model.named_modules()."
         )
-    features = Features(layer)
-    handles = [root.register_forward_pre_hook(features._begin)]
+    features, calls, running = Features(), deque[_Call](maxlen=_LAST), False
+
+    def begin(module: nn.Module, args: Any) -> None:
+        nonlocal running
+        calls.clear()
+        features._last, running = None, True
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any, name: str) -> None:
+        if running:  # and not in a backward, where checkpointing runs layers again
+            calls.append(_Call(name, module, _first_tensor(args, kwargs), output))
+
+    def end(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal running
+        found, running = list(calls), False
+        calls.clear()
+        given = _first_tensor(args, kwargs)
+        if given is None:
+            raise ModelOutputError("The model was called without a tensor: expected model(images).")
+        if layer is not None and len(found) != 1:
+            raise ModelOutputError(f"Expected {layer!r} to run once in a pass, found {len(found)} times.")
+        call = found[0] if layer is not None else _head(found, output, len(given))
+        features.layer, features._last = call.name, _pooled(call, len(given))
+
+    handles = [root.register_forward_pre_hook(begin)]
     for name, module in modules.items():
         # A layer without parameters (an activation, a pool) makes no logits, it passes them on.
         wanted = name == layer if layer is not None else module is not root and any(True for _ in module.parameters())
         if wanted:
-
-            def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any, name: str = name) -> None:
-                features._note(name, module, _first_tensor((*args, *kwargs.values())), output)
-
-            handles.append(module.register_forward_hook(note, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(partial(note, name=name), with_kwargs=True, prepend=True))
     # Before other hooks of the root, which may replace the logits by another tensor.
-    handles.append(root.register_forward_hook(features._end, with_kwargs=True, prepend=True))
+    handles.append(root.register_forward_hook(end, with_kwargs=True, prepend=True))
     compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in walk(model))
     try:
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
@@ -123,8 +118,7 @@ def features_of(model: nn.Module, *, layer: str | None = None) -> Iterator[Featu
     finally:
         for handle in handles:
             handle.remove()
-        features._calls.clear()
-        features._running = False
+        calls.clear()
 
 
 def _head(calls: list[_Call], output: Any, batch: int) -> _Call:
@@ -180,5 +174,5 @@ def _same(output: Any, logits: Tensor) -> bool:
     return output.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
 
 
-def _first_tensor(values: tuple[Any, ...]) -> Tensor | None:
-    return next((value for value in values if isinstance(value, Tensor)), None)
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
