@@ -43,11 +43,6 @@ def is_number(value: Any) -> bool:
     return real and bool(abs(value) <= sys.float_info.max)
 
 
-def is_integer(value: Any) -> bool:
-    """Return whether ``value`` is an integer, of Python or NumPy; True and False are not."""
-    return isinstance(value := _item(value), numbers.Integral) and not isinstance(value, bool)
-
-
 def check_number(name: str, value: Any, good: Callable[[float], bool], range_: str) -> float:
     """Return a finite number that is ``good``, which ``range_`` says in words."""
     if not is_number(value) or not good(as_python(value)):
@@ -57,16 +52,18 @@ def check_number(name: str, value: Any, good: Callable[[float], bool], range_: s
 
 
 def check_integer(name: str, value: Any, least: int, most: int = _MOST) -> int:
-    """Return an integer from ``least`` to ``most``."""
-    if not is_integer(value) or not least <= _item(value) <= most:
-        limit = f" and at most {most}" if is_integer(value) and _item(value) > most else ""
+    """Return an integer, of Python or NumPy, from ``least`` to ``most``; True and False are not."""
+    found = _item(value)
+    whole = isinstance(found, numbers.Integral) and not isinstance(found, bool)
+    if not whole or not least <= found <= most:
+        limit = f" and at most {most}" if whole and found > most else ""
         _refuse(name, f"an integer of at least {least}{limit}", value)
-    return int(value)
+    return int(found)
 
 
-def check_seed(value: Any, name: str = "seed") -> int:
+def check_seed(value: Any) -> int:
     """Return a seed: an integer from 0 to 2**63 - 1."""
-    return check_integer(name, value, 0)
+    return check_integer("seed", value, 0)
 
 
 def check_flag(name: str, value: Any) -> bool:

@@ -68,8 +68,6 @@ def _damage(checkpoint: Path) -> str | None:
                 with zipfile.ZipFile(file) as opened:  # what torch.save writes; its list of contents stands at the end
                     if (bad := opened.testzip()) is not None:
                         return f"{file.name!r} is damaged at {bad!r}"
-        except FileNotFoundError:
-            return f"{file.name!r} is missing"
         except Exception as error:
             return f"{file.name!r} cannot be read ({error})"
     return None
