@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 import entprop_wrap as entprop
@@ -380,6 +381,20 @@ Nameless = steps(lambda self, x, y: F.cross_entropy(self.net(x), y), net=net, mo
 Manual = steps(None, automatic_optimization=lambda: False)
 
 
+class AnotherStrategy(DDPStrategy):
+    """As DeepSpeed's and FSDP's are: derived from another, and not to be taken for it."""
+
+
+class WithIterator(Classifier):
+    def training_step(self, dataloader_iter):
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
+class AsksForImages(Classifier):
+    def criterion(self, logits, labels, images):
+        return F.cross_entropy(logits, labels)
+
+
 UNSUPPORTED, CONFIGURATION = entprop.errors.UnsupportedModelError, entprop.errors.ConfigurationError
 TRAPS = [  # the module, options of the callback and of the Trainer
     (Smoothed, {}, {}, "cross_entropy is .*loss=", UNSUPPORTED),
@@ -391,7 +406,12 @@ TRAPS = [  # the module, options of the callback and of the Trainer
     (Nameless, {}, {}, "its parts are .*'net'", CONFIGURATION),
     (Classifier, {"model": "nut"}, {}, "no 'nut'", CONFIGURATION),
     (lambda: Classifier(optimizer=torch.optim.LBFGS), {}, {}, "LBFGS", UNSUPPORTED),
-    (Classifier, {}, {"strategy": "fsdp", "accelerator": "cpu"}, ".*", Exception),
+    (lambda: torch.compile(Classifier(), backend="eager"), {}, {}, r"self\.model = torch\.compile", UNSUPPORTED),
+    (Classifier, {}, {"strategy": AnotherStrategy()}, "does not work with AnotherStrategy", UNSUPPORTED),
+    (Classifier, {}, {"strategy": DDPStrategy(static_graph=True)}, "DDPStrategy with a static graph", UNSUPPORTED),
+    (Classifier, {}, {"strategy": "ddp", "sync_batchnorm": True}, "convert_sync_batchnorm", UNSUPPORTED),
+    (WithIterator, {}, {}, r"dataloader_iter\. Write training_step\(batch, batch_idx\)", UNSUPPORTED),
+    (AsksForImages, {}, {}, r"asks for images beside logits and labels.*loss=", CONFIGURATION),
 ]
 
 
