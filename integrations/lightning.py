@@ -11,6 +11,7 @@ reduce yet, after gradients were zeroed there; and the loss that Lightning is gi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -284,18 +285,10 @@ class _ModelInContext(nn.Module):
         """Return ``logits`` as the model returned its last output."""
         if issubclass(self.form, Tensor):
             return logits
-        return (logits,) if issubclass(self.form, tuple) else _NamedLogits(logits=logits)
-
-
-class _NamedLogits(dict[str, Tensor]):
-    """Logits as models return them that name their outputs: ``.logits``, ``["logits"]`` or ``[0]``."""
-
-    @property
-    def logits(self) -> Tensor:
-        return self["logits"]
-
-    def __getitem__(self, key: Any) -> Tensor:
-        return super().__getitem__("logits" if key == 0 else key)
+        if issubclass(self.form, tuple):
+            return (logits,)
+        # Outputs of transformers are dicts, too: .logits, ["logits"] and [0] work on them.
+        return self.form(logits=logits) if issubclass(self.form, dict) else SimpleNamespace(logits=logits)
 
 
 class _KnownOutput:

@@ -23,7 +23,7 @@ from entprop_wrap.integrations.hub_datasets.columns import (
 from entprop_wrap.integrations.hub_datasets.images import BrokenImageError, LabelledImages
 from entprop_wrap.integrations.hub_datasets.sources import open_splits
 from entprop_wrap.integrations.hub_datasets.splits import split_names, stratified_sample, stratified_split
-from entprop_wrap.utils.options import check_choice, check_integer, check_number
+from entprop_wrap.utils.options import check_choice, check_integer, check_number, check_seed
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ def load_images(
     """
     check_choice("on_broken", on_broken, ("skip", "raise"))
     check_number("eval_fraction", eval_fraction, lambda share: 0 < share < 1, "between 0 and 1")
+    check_seed(seed)  # NumPy would take None, and hold out other images in each run
     for name, limit in (("max_train", max_train), ("max_eval", max_eval)):
         if limit is not None:
             check_integer(name, limit, 1)
