@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -23,14 +22,11 @@ from entprop_wrap.trainer.run_identity import describe
 def make_accelerator(config: TrainerConfig) -> Accelerator:
     """Return an Accelerator for ``config``: this process alone, or one of those that ``accelerate launch`` started.
 
-    Accelerate keeps one precision per Python process. Several Trainers in a process may differ nevertheless: each has
-    its own Accelerator, whose shared part is made anew where the precision changes.
+    Accelerate keeps one precision per Python process. Trainers may differ: the shared part is made anew for each.
     """
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16", "fp16"):
-        raise ConfigurationError(
-            f"mixed_precision must be 'no', 'bf16' or 'fp16'; accelerate launch says {precision!r}."
-        )
+        raise ConfigurationError(f"accelerate launch says mixed_precision={precision!r}. Write 'no', 'bf16' or 'fp16'.")
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
     if accumulation not in ("auto", "1", str(config.gradient_accumulation_steps)):
         raise ConfigurationError(
@@ -49,24 +45,20 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
     )
     if (started := os.environ.get("WORLD_SIZE", "1")) not in ("1", str(accelerator.num_processes)):
         raise ConfigurationError(
-            f"{started} processes were started (WORLD_SIZE), and Accelerate sees {accelerator.num_processes}: each "
-            "would train alone, in one folder. On the CPU set ACCELERATE_USE_CPU=true, or write `accelerate launch "
-            "--cpu`."
+            f"{started} processes were started (WORLD_SIZE), and Accelerate sees {accelerator.num_processes}. On the "
+            "CPU set ACCELERATE_USE_CPU=true, or write `accelerate launch --cpu`."
         )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigurationError("mixed_precision='fp16' needs an accelerator. On the CPU write 'bf16' or 'no'.")
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UnsupportedModelError(
-            f"{kind.value} steps inside backward, so the two backwards of a step would be two steps. Choose DDP or "
-            "FSDP2 with `accelerate config`."
-        )
-    if kind == DistributedType.FSDP and not getattr(accelerator, "is_fsdp2", False):
+        raise UnsupportedModelError(f"{kind.value} steps inside backward. Choose DDP or FSDP2: `accelerate config`.")
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UnsupportedModelError("FSDP1 flattens parameters. Choose fsdp_version: 2 with `accelerate config`.")
     if kind == DistributedType.FSDP and (config.save_every is not None or config.ema_decay is not None):
         raise UnsupportedModelError(
-            "Checkpoints and moving averages of sharded models are not supported yet. Write "
-            "TrainerConfig(save_every=None, ema_decay=None); the model is exported at the end of fit()."
+            "Checkpoints and moving averages of sharded models are not supported. Write TrainerConfig(save_every=None, "
+            "ema_decay=None); the model is exported at the end of fit()."
         )
     return accelerator
 
@@ -75,7 +67,7 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
 def trackers(accelerator: Accelerator, config: TrainerConfig, **more: Any) -> Iterator[None]:
     """Have the trackers of ``config`` run inside the with-block, told all options and ``more``."""
     if config.log_with is not None:
-        options = {**more, **{field.name: getattr(config, field.name) for field in fields(config)}}
+        options = {**more, **vars(config)}
         simple = {name: v if isinstance(v, (int, float, str)) else describe(v) for name, v in options.items()}
         accelerator.init_trackers(config.project, config=simple)
     try:
@@ -106,14 +98,12 @@ class Prepared:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Have Accelerate's attributes on the model inside the with-block."""
-        if not self._attributes.keys().isdisjoint(self._plain.__dict__):  # nested
-            yield
-            return
-        self._plain.__dict__.update(self._attributes)
+        missing = self._attributes.keys() - self._plain.__dict__.keys()  # none, where nested
+        self._plain.__dict__.update({name: self._attributes[name] for name in missing})
         try:
             yield
         finally:
-            for name in self._attributes:
+            for name in missing:
                 self._plain.__dict__.pop(name, None)
 
     def autocast(self) -> Any:

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ class CheckpointFolder:
 
     def all(self) -> list[Path]:
         """Return the complete checkpoints, oldest first. Renaming is atomic, so what bears the name is complete."""
-        return sorted((path for path in _files(self.path) if _NAME.fullmatch(path.name)), key=_step)
+        return sorted((path for path in self.path.glob("step-*") if _NAME.fullmatch(path.name)), key=_step)
 
     def latest(self) -> Path | None:
         """Return the latest checkpoint."""
@@ -146,9 +147,8 @@ class CheckpointFolder:
 
     def clean(self, step: int) -> None:
         """Remove what an interrupted save has left; put aside checkpoints of later than ``step``, which are damaged."""
-        for path in _files(self.path):
-            if _NAME.fullmatch(path.name.removesuffix(_PARTIAL)) and path.name.endswith(_PARTIAL):
-                shutil.rmtree(path)
+        for path in self.path.glob(f"step-*{_PARTIAL}"):
+            shutil.rmtree(path)
         for path in self.all():
             if _step(path) > step:
                 aside = path.with_name(path.name + _DAMAGED)
@@ -172,7 +172,7 @@ class CheckpointFolder:
 
     @staticmethod
     def _write_state(folder: Path, state: RunState, files: dict[str, str]) -> None:
-        content = {**state.description(), "files": files}
+        content = {**asdict(state.position), "run": state.identity, "files": files}
         content["sha256"] = _digest(content)
         with replacing(folder / "state.json") as partial:
             partial.write_text(_text(content), encoding="utf-8")
@@ -212,10 +212,6 @@ def damage_of(checkpoint: Path) -> CheckpointError | None:
     except CheckpointError as error:
         return error
     return None
-
-
-def _files(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _step(checkpoint: Path) -> int:

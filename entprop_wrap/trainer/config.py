@@ -119,18 +119,12 @@ class TrainerConfig:
         object.__setattr__(self, "output_dir", type(self.output_dir)(os.path.expanduser(self.output_dir)))
 
 
-_OPTIMIZERS, _SCHEDULES = ("adamw", "adam", "sgd"), ("cosine", "linear", "step", "constant")
-
-
 def _check_named(name: str, value: Any, allowed: Sequence[str], signature: str) -> None:
     """Raise unless ``value`` is one of some names, or a function."""
     try:
         callable(value) or check_choice(name, value, allowed)
     except ConfigurationError as error:
-        hint = f"Or write a function {signature}."
-        if isinstance(value, Optimizer):
-            hint = "Give a ready optimizer to the Trainer: Trainer(..., optimizer=optimizer)."
-        raise ConfigurationError(f"{error} {hint}") from None
+        raise ConfigurationError(f"{error} Or write {signature}.") from None
 
 
 def _check_path(name: str, value: Any) -> None:
@@ -150,8 +144,16 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "warmup": partial(check_number, good=lambda value: 0 <= value < 1, range_="in [0, 1), a share of all steps"),
     "max_grad_norm": partial(check_number, good=lambda value: value > 0, range_="above 0, or None"),
     "ema_decay": partial(check_number, good=lambda value: 0 < value < 1, range_="in (0, 1), or None"),
-    "optimizer": partial(_check_named, allowed=_OPTIMIZERS, signature="(parameter groups) -> Optimizer"),
-    "schedule": partial(_check_named, allowed=_SCHEDULES, signature="(optimizer, steps) -> LRScheduler"),
+    "optimizer": partial(
+        _check_named,
+        allowed=("adamw", "adam", "sgd"),
+        signature="a function (parameter groups) -> Optimizer, or Trainer(..., optimizer=optimizer) with a ready one",
+    ),
+    "schedule": partial(
+        _check_named,
+        allowed=("cosine", "linear", "step", "constant"),
+        signature="a function (optimizer, steps) -> LRScheduler",
+    ),
     "mixed_precision": partial(check_choice, allowed=("no", "bf16", "fp16")),
     "keep_best": partial(check_choice, allowed=("accuracy", "mean_class_accuracy", "loss")),
     **dict.fromkeys(("channels_last", "compile", "progress"), check_flag),

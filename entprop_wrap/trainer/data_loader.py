@@ -16,6 +16,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from entprop_wrap.data.batches import images_and_labels, refuse_dataset, refuse_loader
 from entprop_wrap.errors import DataError, EntPropError
 
+#: What a DataLoader says of how to load.
+_LOADING = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
+
 
 class Batches:
     """The batches of one process, epoch by epoch.
@@ -34,9 +37,8 @@ class Batches:
 
     Attributes:
         number: Batches of this process, not counting repetitions.
-        samples: Samples of the dataset.
-        size: Samples of the first batch.
-        fingerprint: Labels and mean pixels of a few samples, to tell the data from other data of the same size.
+        identity: What tells the data from other data: its numbers of samples and batches, the size of the first batch,
+            and labels and mean pixels of a few samples.
     """
 
     def __init__(
@@ -62,25 +64,24 @@ class Batches:
         if isinstance(data, DataLoader):
             refuse_loader(data, name)
             self.dataset, self.sampler, self.collate = data.dataset, data.batch_sampler, data.collate_fn
-            self.options = {
-                "num_workers": data.num_workers,
-                "pin_memory": data.pin_memory,
-                "timeout": data.timeout,
-                "worker_init_fn": data.worker_init_fn,
-                "multiprocessing_context": data.multiprocessing_context,
-                "prefetch_factor": data.prefetch_factor,
-            }
+            self.options = {option: getattr(data, option) for option in _LOADING}
         else:
             refuse_dataset(data, name)
             order = RandomSampler(data) if training else SequentialSampler(data)
             self.dataset, self.collate = data, default_collate
             self.sampler = BatchSampler(order, batch_size, drop_last=training)
             self.options = {"num_workers": workers, "pin_memory": self.device.type == "cuda"}
-        self.samples = len(self.dataset)
-        everything = self._share_out()
-        self.size = len(everything[0])
-        chosen = [index for batch in everything for index in batch]
-        self.fingerprint = self._fingerprint(chosen[:: -(-len(chosen) // 8)])
+        plan = self._plan(0)
+        chosen = [index for batch in plan for index in batch]
+        self._check(plan, chosen)
+        own, self.number = self._share(plan)
+        self._length = len(own)
+        self.identity = {
+            "samples": len(self.dataset),
+            "batches": len(own),
+            "batch_size": len(plan[0]),
+            "data": self._fingerprint(chosen[:: -(-len(chosen) // 8)]),
+        }
 
     def __len__(self) -> int:
         """Return the number of batches that :meth:`epoch` yields, the same on every process."""
@@ -134,37 +135,25 @@ class Batches:
         longest = -(-len(batches) // self.processes)
         return own + batches[:1] * (longest - len(own)), len(own)
 
-    def _share_out(self) -> list[list[Hashable]]:
-        """Set the numbers of batches, after checks, and return the first epoch's plan."""
-        # Asked before the plan is made: torch needs 16 bytes for each image of a batch, however few images there are.
-        if type(self.sampler) is BatchSampler and hasattr(self.sampler.sampler, "__len__"):
-            self._check_number(len(self.sampler))
-        everything = self._plan(0)
-        self._check_number(len(everything))
-        if self.training:
-            if (smallest := min(map(len, everything))) < 2:
-                raise DataError(
-                    f"{self.name} has a batch of {smallest}. Expected at least 2 images: write "
-                    "DataLoader(..., drop_last=True)."
-                )
-        elif not self.samples == len(chosen := [i for batch in everything for i in batch]) == len(set(chosen)):
+    def _check(self, plan: list[list[Hashable]], chosen: list[Hashable]) -> None:
+        """Raise :class:`DataError` unless the first epoch's batches, with the ``chosen`` samples, can be shared out."""
+        samples = len(self.dataset)
+        if self.training and len(plan) < self.processes:
             raise DataError(
-                f"{self.name}: the DataLoader leaves out some of the {self.samples} samples, or repeats some. Expected "
-                "each one once: leave out drop_last and sampler. To evaluate on a part, pass "
+                f"{self.name} has {samples} samples and makes {len(plan)} complete batches; expected at least one for "
+                f"each process ({self.processes}). Choose a smaller batch_size."
+            )
+        if self.training and (smallest := min(map(len, plan))) < 2:
+            raise DataError(
+                f"{self.name} has a batch of {smallest}. Expected at least 2 images: write "
+                "DataLoader(..., drop_last=True)."
+            )
+        if not self.training and not samples == len(chosen) == len(set(chosen)):
+            raise DataError(
+                f"{self.name}: the DataLoader leaves out some of the {samples} samples, or repeats some. Expected each "
+                "one once: leave out drop_last and sampler. To evaluate on a part, pass "
                 "torch.utils.data.Subset(data, indices)."
             )
-        share, self.number = self._share(everything)
-        self._length = len(share)
-        return everything
-
-    def _check_number(self, batches: int) -> None:
-        if self.training and batches < self.processes:
-            raise DataError(
-                f"{self.name} has {self.samples} samples and makes {batches} complete batches; expected at least "
-                f"one for each process ({self.processes}). Choose a smaller batch_size."
-            )
-        if not batches:
-            raise DataError(f"{self.name} makes no batch. Expected at least one: write DataLoader(drop_last=False).")
 
     def _fingerprint(self, indices: Sequence[Hashable]) -> dict[str, Any]:
         loader = ReproducibleBatches(self.dataset, self.collate, self.seed, 0, self.name)
@@ -200,8 +189,8 @@ def _numbered(batches: list[list[Hashable]]) -> list[list[tuple[Hashable, ...]]]
 def _ending_at_once(loader: DataLoader[Any]) -> Iterator[Any]:
     """Yield the batches of a loader, whose workers end when one of them fails.
 
-    The traceback that torch gives the error refers to itself and to the workers. They would wait for the garbage
-    collection, and it for them, five seconds each. Where a worker failed is in the error's text.
+    The traceback that torch gives the error refers to the workers, and garbage collection would wait five seconds for
+    each. Where a worker failed is in the error's text.
     """
     try:
         yield from loader
@@ -221,9 +210,6 @@ class ReproducibleBatches(Dataset[Any]):
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, epoch: int, name: str) -> None:
         self.dataset, self.collate, self.seed, self.epoch, self.name = dataset, collate, seed, epoch, name
-
-    def __getitem__(self, index: tuple[Hashable, ...]) -> Any:
-        return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[tuple[Hashable, ...]]) -> Any:
         samples = []

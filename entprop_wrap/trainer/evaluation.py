@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -35,30 +34,26 @@ def evaluate(
         multi-hot, of one of the most probable; "mean_class_accuracy", over classes that occur. Both in [0, 1].
     """
     checker, images_checker = checker_of(plain_model(model)), Checker()
-    loaded = enumerate(batches.epoch(0))
+    any_targets = takes_any_targets(loss)
+    loaded = batches.epoch(0)
     losses: list[Tensor] = []
     counts: Tensor | None = None
 
-    def load() -> tuple[int, Tensor, Tensor] | None:
-        number, (images, labels) = next(loaded, (0, (None, None)))
-        if images is None:
-            checker.raise_pending()
-            images_checker.raise_pending()
-            return None
+    def load() -> tuple[Tensor, Tensor]:
+        images, labels = next(loaded)
         check_images(images, space)
         images_checker.images(images, space)
-        return number, images, check_labels(labels, images)
+        return images, check_labels(labels, images)
 
-    def count(number: int, images: Tensor, labels: Tensor) -> None:
+    def count(images: Tensor, labels: Tensor, repeated: bool) -> None:
         nonlocal counts
         output = model(images)
-        any_targets = takes_any_targets(loss)
         logits = logits_of(output, len(images), differentiable=False, least=1 if any_targets else 2)
         scores, labels_of_classes = two_classes(logits, labels)
         if counts is None:
             counts = torch.zeros(2, scores.shape[1], dtype=torch.int64, device=logits.device)
-        if number >= batches.number:
-            return  # a repetition, which keeps processes in step where forward passes communicate
+        if repeated:  # to keep processes in step where forward passes communicate
+            return
         checker.labels(labels, logits.shape[1], probabilities=not any_targets)
         if counts.shape[1] != scores.shape[1]:
             raise ModelOutputError(
@@ -76,15 +71,13 @@ def evaluate(
         counts[0].index_add_(0, classes, right.long())
         counts[1].index_add_(0, classes, torch.ones_like(classes))
 
-    def following(*batch: Any) -> tuple[int, Tensor, Tensor] | None:
-        count(*batch)
-        return load()
-
     with evaluating(model), torch.no_grad():
         # Processes meet between batches: one that fails before a forward pass must not leave others waiting in theirs.
-        batch = together(load)
-        while batch is not None:
-            batch = together(partial(following, *batch))
+        for number in range(len(batches)):
+            images, labels = together(load)
+            together(partial(count, images, labels, number >= batches.number))
+    together(checker.raise_pending)
+    together(images_checker.raise_pending)
     assert counts is not None
     # Summed in Python's double precision, which not every device has.
     total = sum(gather_object([sum(torch.stack(losses).tolist()) if losses else 0.0]))

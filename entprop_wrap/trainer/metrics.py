@@ -21,18 +21,16 @@ class Meter:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}  # of each value over the batches that have it, and their number
         self.batches = 0
-        self.images = 0
         self.passes = 0.0
         self.last: StepOutput | None = None
 
-    def add(self, output: StepOutput, images: int) -> None:
+    def add(self, output: StepOutput) -> None:
         """Add one batch. A loss that is not finite is counted, and left out of the sums."""
         finite = torch.isfinite(output.loss)
         for name, value in output.scalars().items():
             pair = torch.stack([torch.where(finite, value.float(), 0.0), finite.float()])
             self.sums[name] = pair if name not in self.sums else self.sums[name] + pair
         self.batches += 1
-        self.images += images
         self.passes += output.passes
         self.last = output
 
@@ -54,16 +52,13 @@ class Meter:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` takes, so that a resumed run logs the same averages."""
-        return {
-            "sums": {name: value.cpu() for name, value in self.sums.items()},
-            "counts": (self.batches, self.images, self.passes),
-        }
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        return {"sums": sums, "batches": self.batches, "passes": self.passes}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue from a saved state."""
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.batches, self.images, self.passes = state["counts"]
-        self.last = None
+        self.batches, self.passes, self.last = state["batches"], state["passes"], None
 
 
 class MetricsFile:

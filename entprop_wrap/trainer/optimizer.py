@@ -27,13 +27,14 @@ def wrap_with_optimizer(
 
     After an error the model is as it was.
     """
-    if given is not None and not isinstance(given, Optimizer):
-        raise TypeError(
-            f"optimizer expects a torch.optim.Optimizer, found {given!r}. By name: TrainerConfig(optimizer='sgd')."
-        )
     wrapped_here = ensure_wrapped(model, method)
     try:
-        optimizer = given or build_optimizer(model, config)
+        optimizer = build_optimizer(model, config) if given is None else given
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer expects a torch.optim.Optimizer, found {optimizer!r}. By name: "
+                "TrainerConfig(optimizer='sgd')."
+            )
         if is_wrapped(model):
             check_optimizer(model, optimizer)
         _check_owner(model, optimizer)
@@ -55,9 +56,8 @@ def _check_owner(model: nn.Module, optimizer: Optimizer) -> None:
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     if others := len(set(held) - mine):
         raise OptimizerMismatchError(
-            f"{others} of the optimizer's {len(held)} parameters are not the model's. Expected those of the very model "
-            "that is trained, not of a copy or of one that was converted since: write entprop.parameter_groups(model, "
-            "weight_decay). A loss that has parameters belongs in the model."
+            f"{others} of the optimizer's {len(held)} parameters are not the model's. Write "
+            "entprop.parameter_groups(model, weight_decay); a loss that has parameters belongs in the model."
         )
 
 
@@ -66,19 +66,16 @@ def _check_steps(model: nn.Module, optimizer: Optimizer) -> None:
     kind = type(optimizer).__name__
     arguments = inspect.signature(optimizer.step).parameters.values()
     if any(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in arguments):
-        raise UnsupportedModelError(
-            f"{kind} steps with a closure, and trains several times in it. Choose AdamW or SGD."
-        )
+        raise UnsupportedModelError(f"{kind} steps with a closure. Choose an optimizer without, such as AdamW.")
     if hasattr(getattr(optimizer, "optimizer", optimizer), "eval"):  # Accelerate's own holds another
         raise UnsupportedModelError(
-            f"{kind} has weights for training and others for evaluation, as schedule-free optimizers do. Choose "
-            "another, with ema_decay=0.999 for averaged weights; or write a loop with entprop.TrainingStep."
+            f"{kind} has weights for training and others for evaluation. Choose another optimizer, with "
+            "ema_decay=0.999 for averaged weights; or write a loop with entprop.TrainingStep."
         )
     if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in model.parameters()):
         raise UnsupportedModelError(
-            f"Parameters have hooks that run within backward, as layerwise optimizers such as GaLore's and APOLLO's do "
-            f"(found with {kind}). A step has several backwards: choose an optimizer that steps "
-            "after them."
+            f"Parameters have hooks that run within backward (found with {kind}), as in layerwise GaLore and APOLLO. A "
+            "step has several backwards: choose an optimizer that steps after them."
         )
 
 
@@ -94,12 +91,7 @@ def build_optimizer(model: nn.Module, config: TrainerConfig) -> Optimizer:
         return kind(groups, lr=config.learning_rate)
     if decay is None:  # that of a group would override the function's own
         groups = [{key: group[key] for key in group if key == "params" or not group[key]} for group in groups]
-    optimizer = config.optimizer(groups)
-    if not isinstance(optimizer, Optimizer):
-        raise ConfigurationError(
-            f"The function given as optimizer returned {type(optimizer).__name__}. Expected a torch.optim.Optimizer."
-        )
-    return optimizer
+    return config.optimizer(groups)
 
 
 def build_schedule(optimizer: Optimizer, config: TrainerConfig, total_steps: int) -> LRScheduler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import operator
 import re
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
@@ -34,7 +36,13 @@ def describe_loss(loss: Any) -> str:
 
 
 def identity(
-    config: TrainerConfig, model: nn.Module, optimizer: Optimizer, total_steps: int, **more: Any
+    config: TrainerConfig,
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss: Any,
+    accelerator: Accelerator,
+    total_steps: int,
+    **more: Any,
 ) -> dict[str, Any]:
     """Return what a resumed run must share with the run it continues, as JSON; all other options may change.
 
@@ -42,13 +50,17 @@ def identity(
     """
     options = ("gradient_accumulation_steps", "max_grad_norm", "ema_decay", "seed", "channels_last")
     noted = ("initial_lr", "momentum", "weight_decay", "betas", "eps", "alpha", "dampening", "nesterov")
+    groups = [{key: group[key] for key in noted if key in group} for group in optimizer.param_groups]
     return {
         "model": type(model).__name__,
         "modules": hashlib.sha256(describe(model).encode()).hexdigest()[:16],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "optimizer": type(optimizer).__name__,
-        "groups": [{key: _number(group[key]) for key in noted if key in group} for group in optimizer.param_groups],
+        "loss": describe_loss(loss),
+        "precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+        "groups": json.loads(json.dumps(groups, default=float)),  # as state.json has it
         "schedule": describe(config.schedule),
         "warmup": config.warmup,
         # A constant rate does not know how long the run is, which may then be made longer.
@@ -67,15 +79,9 @@ def check_same_run(checkpoint: Path, saved: Mapping[str, Any], current: Mapping[
     ]
     if differences:
         raise CheckpointError(
-            f"{checkpoint} belongs to another run ({'; '.join(differences)}). Expected the same options to resume. To "
-            "train on with others, load its model.safetensors into the model and start in a new output_dir."
+            f"{checkpoint} belongs to another run ({'; '.join(differences)}). Resume with the same options, or load "
+            "its model.safetensors into the model and start in a new output_dir."
         )
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(map(_number, value))  # as JSON has it
-    return value.item() if hasattr(value, "item") else value  # a Tensor's or NumPy's
 
 
 def alike(first: Any, second: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,6 @@ class RunState:
     position: Position = field(default_factory=Position)
     learning_rate: float = 0.0  # of the first parameter group, in the last step
 
-    def description(self) -> dict[str, Any]:
-        """Return where the run stands and what it is, as JSON."""
-        return {**asdict(self.position), "run": self.identity}
-
     def write(self, folder: Path) -> None:
         """Write this process's part of a checkpoint; the main process writes what all share."""
         own = {"random": _random_states(self.generator, self.accelerator.device), "meter": self.meter.state_dict()}
@@ -97,11 +93,8 @@ class RunState:
     def apply(self, read: dict[str, Any]) -> None:
         """Go back to where a checkpoint was written, or raise before the model changes."""
         device, shared, own = self.accelerator.device, read["shared"], read["own"]
-        try:
-            self.prepared.optimizer.load_state_dict(shared["optimizer"])
-            self.schedule.load_state_dict(shared["schedule"])
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"The checkpoint's optimizer does not fit the one given ({error}).") from error
+        self.prepared.optimizer.load_state_dict(shared["optimizer"])
+        self.schedule.load_state_dict(shared["schedule"])
         if self.accelerator.scaler is not None and shared["scaler"]:
             self.accelerator.scaler.load_state_dict(shared["scaler"])
         for (model, _), weights in zip(self._models(), read["weights"], strict=True):
@@ -181,7 +174,7 @@ def _random_states(generator: torch.Generator, device: torch.device) -> dict[str
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "step": generator.get_state(),
@@ -190,8 +183,7 @@ def _random_states(generator: torch.Generator, device: torch.device) -> dict[str
 
 def _set_random_states(states: dict[str, Any], generator: torch.Generator, device: torch.device) -> None:
     random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    np.random.set_state(states["numpy"])  # noqa: NPY002
     torch.set_rng_state(states["torch"])
     cuda: Tensor | None = states["cuda"]
     if cuda is not None and device.type == "cuda":

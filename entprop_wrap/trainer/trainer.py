@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from entprop_wrap.data.pixel_space import PixelSpace, space_of
-from entprop_wrap.errors import CheckpointError, ConfigurationError, DataError, DivergedError, UnsupportedModelError
+from entprop_wrap.errors import CheckpointError, DataError, DivergedError, UnsupportedModelError
 from entprop_wrap.functional.losses import Loss, cross_entropy
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, check_method
@@ -34,7 +34,7 @@ from entprop_wrap.trainer.evaluation import evaluate
 from entprop_wrap.trainer.export import export_model
 from entprop_wrap.trainer.metrics import Meter, MetricsFile
 from entprop_wrap.trainer.optimizer import wrap_with_optimizer
-from entprop_wrap.trainer.run_identity import alike, check_same_run, describe_loss, identity
+from entprop_wrap.trainer.run_identity import alike, check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import check_loss, training_step
 from entprop_wrap.utils.files import check_writable, explaining_failed_writes, locked, on_main, together
@@ -60,10 +60,9 @@ class Trainer:
     The model is trained in place and stays wrapped, so that training can continue; ``entprop.unwrap(trainer.model)``
     gives the plain model back.
 
-    Parts that are in evaluation mode when the Trainer is built or ``fit`` begins, within a model in training mode, stay
-    so, and a warning says how many. To have norm layers keep their statistics, write ``model.train()`` and then
-    ``norm.eval()`` for each of them. A model that is in evaluation mode itself, as from ``from_pretrained``, is put
-    into training mode as a whole.
+    Parts in evaluation mode within a model in training mode stay so, with a warning: to have norm layers keep their
+    statistics, write ``model.train()`` and then ``norm.eval()``. A model that is in evaluation mode itself, as from
+    ``from_pretrained``, is put into training mode as a whole.
 
     Args:
         model: The model on any device, wrapped or plain. It is wrapped here if the method has auxiliaries.
@@ -108,20 +107,15 @@ class Trainer:
         check_module("Trainer()", model)
         if plain_model(model) is not model:
             raise UnsupportedModelError(
-                f"Trainer expects a plain model, found a {type(model).__name__}: it distributes and compiles the model "
-                "itself. Pass the module inside, and compile=True in the configuration for torch.compile."
+                f"Trainer expects a plain model, found a {type(model).__name__}. Pass the module inside, and "
+                "compile=True in the configuration for torch.compile."
             )
         if extra := [key for key, value in model.state_dict().items() if not isinstance(value, Tensor)]:
-            raise UnsupportedModelError(
-                f"{extra[0]!r} in the model's state dict is not a tensor: neither checkpoints nor exported models can "
-                "hold it. Have get_extra_state() return a tensor."
-            )
+            raise UnsupportedModelError(f"Checkpoints hold tensors, found {extra[0]!r} in the model's state dict.")
         self.pixel_space = space_of(pixel_space)
         check_loss(loss)
         if config is not None and not isinstance(config, TrainerConfig):
             raise TypeError(f"config expects a TrainerConfig, found {config!r}: write TrainerConfig(epochs=10), say.")
-        if monitor is not None and not (hasattr(monitor, "update") and hasattr(monitor, "evaluated")):
-            raise TypeError(f"monitor expects Monitor(), found {monitor!r}.")
         self.model, self.method = model, method
         self._evaluating = _evaluating_parts(model)
         self.config = TrainerConfig() if config is None else config
@@ -145,33 +139,13 @@ class Trainer:
         average = None if decay is None else MovingAverage(model, decay)
         if decay is not None and decay**total_steps > 0.5 and self.accelerator.is_main_process:
             warnings.warn(
-                f"ema_decay={decay} in {total_steps} steps: more than half of the weights to be evaluated and exported "
-                "will be those after the first step. Choose a smaller ema_decay, or more epochs.",
+                f"ema_decay={decay} in {total_steps} steps: more than half of the averaged weights will be those after "
+                "the first step. Choose a smaller ema_decay, or more epochs.",
                 stacklevel=2,
             )
-        self._state = RunState(
-            self.accelerator,
-            model,
-            prepared,
-            schedule,
-            average,
-            identity(
-                self.config,
-                model,
-                optimizer,
-                total_steps,
-                method=self.method,
-                pixel_space=self.pixel_space,
-                loss=describe_loss(self.loss),
-                precision=self.accelerator.mixed_precision,
-                samples=self.train_batches.samples,
-                data=self.train_batches.fingerprint,
-                batches=len(self.train_batches),
-                batch_size=self.train_batches.size,
-                processes=self.accelerator.num_processes,
-            ),
-            total_steps,
-        )
+        given = {"method": self.method, "pixel_space": self.pixel_space, **self.train_batches.identity}
+        run = identity(self.config, model, optimizer, self.loss, self.accelerator, total_steps, **given)
+        self._state = RunState(self.accelerator, model, prepared, schedule, average, run, total_steps)
         self._metrics = MetricsFile(output / "metrics.jsonl")
 
     @property
@@ -198,8 +172,6 @@ class Trainer:
                 ``output_dir``, or it holds a run already and ``resume`` is False; or the disk is full.
             DivergedError: The loss is not finite.
         """
-        if not isinstance(resume, (bool, str, Path)):
-            raise ConfigurationError(f"resume must be True, False or the path of a checkpoint, found {resume!r}.")
         with ExitStack() as stack:
             on_main(self.accelerator, lambda: stack.enter_context(locked(Path(self.config.output_dir))) and None)
             self._fit(on_main(self.accelerator, lambda: self._to_resume(resume)), bool(resume))
@@ -212,8 +184,7 @@ class Trainer:
         if self._evaluating and self.accelerator.is_main_process:
             warnings.warn(
                 f"{len(self._evaluating)} modules are in evaluation mode and stay so while training, such as a "
-                f"{type(self._evaluating[0]).__name__}. If that is not meant, write model.train() before "
-                "Trainer(model, ...).",
+                f"{type(self._evaluating[0]).__name__}. Or write model.train() before Trainer(model, ...).",
                 stacklevel=3,
             )
         with state.prepared.running():
@@ -295,11 +266,11 @@ class Trainer:
                 channels_last=self.config.channels_last,
             )
         )
-        seen = gather_object([batches.fingerprint])
+        seen = gather_object([batches.identity])
         if not all(alike(seen[0], other) for other in seen):
             raise DataError(
-                f"{name}: the {len(seen)} processes have different samples. Expected the same data, split and seed on "
-                "each, which the Trainer shares out: pass a DataLoader without a sampler for several processes."
+                f"{name}: the {len(seen)} processes have different samples. Expected the same data on each, which the "
+                "Trainer shares out: write a seed where it is split, and no sampler for several processes."
             )
         return batches
 
@@ -309,13 +280,12 @@ class Trainer:
         elsewhere = checkpoint is None or checkpoint.resolve().parent != self.checkpoints.path.resolve()
         if elsewhere and resume is not True and self._metrics.path.exists():
             raise CheckpointError(
-                f"{self._metrics.path} holds the metrics of another run. Choose a new output_dir, or remove that one; "
-                "fit(resume=True) begins again there."
+                f"{self._metrics.path} holds the metrics of another run. Choose a new output_dir, or fit(resume=True) "
+                "to begin again there."
             )
         if checkpoint is None and (self.position.step or self._state.meter.batches):
             raise CheckpointError(
-                "This Trainer has trained already, and kept no checkpoint to resume from. Make a new Trainer: the "
-                "model keeps its weights."
+                "This Trainer has trained already, and kept no checkpoint. Make a new one: the model keeps its weights."
             )
         if checkpoint is not None:
             check_same_run(checkpoint, read_state(checkpoint)["run"], self._state.identity)
@@ -328,7 +298,7 @@ class Trainer:
         with tqdm(total=state.total_steps, initial=position.step, disable=not visible, unit="step") as self._bar:
             state.prepared.model.zero_grad()
             self._since = time.perf_counter()
-            self._images_before = state.meter.images  # of a log line's steps that were taken before the run was resumed
+            self._images = 0
             if position.epoch and not position.batch and position.evaluation is None:
                 self._evaluate_if_due()  # which was interrupted
             while position.epoch < self.config.epochs:
@@ -363,7 +333,8 @@ class Trainer:
         for number, (images, labels) in enumerate(batches, start=1):
             with nullcontext() if number == size else accelerator.no_sync(state.prepared.model):
                 output = self._train(images, labels, size)
-            state.meter.add(output, len(images))
+            state.meter.add(output)
+            self._images += len(images)
             if self.monitor is not None:
                 self.monitor.update(output)
         if self.config.max_grad_norm is not None:
@@ -398,25 +369,24 @@ class Trainer:
             if "find_unused_parameters" not in str(error):
                 raise
             raise UnsupportedModelError(
-                "The loss does not depend on all parameters, and processes wait for the gradients of each. Freeze "
-                "those that are not used, such as a second head, before Trainer(...): parameter.requires_grad_(False). "
-                "The environment variable TORCH_DISTRIBUTED_DEBUG=DETAIL has torch name them."
+                "The loss does not depend on all parameters, which several processes need. Freeze those that are not "
+                "used, before Trainer(...): parameter.requires_grad_(False). TORCH_DISTRIBUTED_DEBUG=DETAIL names them."
             ) from error
 
     def _log(self) -> None:
         """Write the averages since the last log line. Everything that waits for the device is here."""
         state, position = self._state, self.position
         values, finite, batches = state.meter.read()
-        images, state.meter, self._images_before = state.meter.images - self._images_before, Meter(), 0
         now = time.perf_counter()
-        seconds, self._since = max(now - self._since, 1e-9), now
+        speed = self._images * self.accelerator.num_processes / max(now - self._since, 1e-9)
+        state.meter, self._images, self._since = Meter(), 0, now
         # Under fp16 single overflows are part of the method; nothing but overflows is not.
         if finite < batches and not (state.prepared.precision == "fp16" and finite > 0):
             raise self._diverged(
                 f"The loss was not finite in {batches - finite} of the {batches} batches up to step {position.step}"
             )
         values["learning_rate"] = state.learning_rate
-        values["images_per_second"] = images * self.accelerator.num_processes / seconds
+        values["images_per_second"] = speed
         self._write("train", values)
         self._bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
 

@@ -470,7 +470,7 @@ def test_running_statistics_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_an_average_that_remembers_longer_than_the_run_is_warned_of(tmp_path):
-    with pytest.warns(UserWarning, match="ema_decay=0.999 in 8 steps: more than half of the weights"):
+    with pytest.warns(UserWarning, match="ema_decay=0.999 in 8 steps: more than half of the averaged weights"):
         trainer(tmp_path, ema_decay=0.999)
 
 
@@ -534,11 +534,9 @@ def test_models_that_do_not_fit(tmp_path):
     refused(ConfigurationError, "nothing to train", tmp_path, frozen)
     counting = make(BatchNormNet)
     counting.fc.__class__ = type("Counting", (torch.nn.Linear,), {"get_extra_state": lambda self: {"calls": 0}})
-    refused(UnsupportedModelError, "'fc._extra_state' in the model's state dict is not a tensor", tmp_path, counting)
+    refused(UnsupportedModelError, "found 'fc._extra_state' in the model's state dict", tmp_path, counting)
     for nothing in (3, "resnet18", BatchNormNet):
         refused(UnsupportedModelError, "expected a torch.nn.Module", tmp_path, nothing)
-    with pytest.raises(ConfigurationError, match="resume must be True, False or the path"):
-        trainer(tmp_path).fit(resume=3)
     with pytest.raises(TypeError, match=r"method=EntProp\(\)"):
         trainer(tmp_path, method=EntProp)
     with pytest.raises(TypeError, match=r"TrainerConfig\(optimizer='sgd'\)"):
@@ -556,7 +554,7 @@ def test_images_of_another_form_are_refused_in_any_layout(tmp_path):
 def test_functions_that_return_something_else(tmp_path):
     model = make(BatchNormNet)
     keys = list(model.state_dict())
-    refused(ConfigurationError, "returned dict", tmp_path, model, optimizer=lambda groups: {})
+    refused(TypeError, "expects a torch.optim.Optimizer, found {}", tmp_path, model, optimizer=lambda groups: {})
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
     schedule = lambda optimizer, steps: plateau(optimizer)  # noqa: E731
     refused(ConfigurationError, "without a metric", tmp_path, model, schedule=schedule)
