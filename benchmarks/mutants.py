@@ -129,13 +129,13 @@ MUTANTS = [
     ("trainer", STATE, 'self.meter.load_state_dict(own["meter"], device)', "pass"),
     ("trainer", STATE, "load_lagged_state(self.model, lagged)", "pass"),
     ("trainer", STATE, 'self.average.n_averaged.fill_(shared["averaged"])', "pass"),
-    ("trainer", STATE, 'generator.set_state(states["step"])', "pass"),
+    ("trainer", STATE, 'self.generator.set_state(own["step"])', "pass"),
     ("trainer", STATE, 'self.schedule.load_state_dict(shared["schedule"])', "pass"),
     ("trainer", "trainer/checkpoint.py", "if sha256(checkpoint / name) != digest:", "if False:"),
     ("trainer", "trainer/checkpoint.py", 'value < than if metric == "loss" else value > than', "value > than"),
     ("trainer", "trainer/ema.py", "mean.copy_(buffer)", "pass"),
     ("trainer", "trainer/run_identity.py", '(alike if key == "data" else operator.eq)', "(lambda *a: True)"),
-    ("trainer", "trainer/evaluation.py", "if number >= batches.number:", "if False:"),
+    ("trainer", "trainer/evaluation.py", "number >= batches.number", "False"),
 ]
 
 

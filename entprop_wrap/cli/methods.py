@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from entprop_wrap.cli.options import DIGITS, number
 from entprop_wrap.errors import ConfigurationError
@@ -97,7 +97,7 @@ def _assigned(assignment: str, methods: Mapping[str, Any]) -> dict[str, tuple[st
         known = {name: settable(name, methods[name]) for name in chosen}
         there = "; ".join(f"{name}: {', '.join(names) or 'nothing'}" for name, names in known.items())
         raise ConfigurationError(f"--set {assignment}: there is no {field!r} to set in {there}.")
-    return {name: (taken, read(taken, text, methods[name])) for name, taken in takers.items()}
+    return {name: (taken, read(taken, text)) for name, taken in takers.items()}
 
 
 def settable(name: str, method: Any) -> list[str]:
@@ -139,7 +139,7 @@ def changed(value: Any, changes: Mapping[str, Any]) -> Any:
     return replace(value, **made)
 
 
-def read(field: str, text: str, method: Any) -> Any:
+def read(field: str, text: str) -> Any:
     """Return what a value means: true, false, none, a number such as 4/255, a mixer, or the text.
 
     Whether it fits is for the method to say.
@@ -148,15 +148,10 @@ def read(field: str, text: str, method: Any) -> Any:
         return find_mixer(text)
     if text.lower() in WORDS:
         return WORDS[text.lower()]
-    *outer, last = field.split(".")
-    for name in outer:
-        method = getattr(method, name, PGD())
-    hint = get_type_hints(type(method))[last]
-    if str in (hint, *get_args(hint)):  # such as the name of a layer, which may look like a number
+    if field in ("layers", "ascent.layer"):  # names, which may look like numbers
         return text
-    for kind in (int, number):
-        try:
-            return kind(text)
-        except Exception:
-            continue
-    return text
+    try:
+        value = number(text)
+    except ArgumentTypeError:
+        return text
+    return int(value) if value.is_integer() else value

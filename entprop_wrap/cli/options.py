@@ -16,8 +16,6 @@ METHODS = (
     *("random_selection", "shared_norms", "mixprop", "advprop", "fine_grained_advprop", "fast_advprop", "me_ada"),
     *("me_ada_growth", "pgd_at", "trades", "entropic_retraining"),
 )
-#: Methods that continue from trained weights, which --weights names.
-TRAINED = ("entropic_retraining",)
 #: Defaults that depend on the data: digits are trained from scratch, everything else fine-tuned.
 BY_DATA = {
     "epochs": (60, 10),
@@ -42,15 +40,14 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> Namespace
 
 def run_folder(options: Namespace, method: str, seed: int) -> Path:
     """Return where a run writes."""
-    folder: Path = options.output / f"{method}-seed{seed}"
-    return folder
+    return Path(options.output, f"{method}-seed{seed}")
 
 
 def number(text: str) -> float:
     """Read 4/255 as well as 0.0157."""
     try:
         return float(Fraction(text.replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         raise argparse.ArgumentTypeError(f"expected a number such as 4/255 or 0.016, found {text!r}") from None
 
 
@@ -76,7 +73,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--model", default=SMALL, help="%(default)s (default), a torchvision or timm name, a Hub id or a local folder")
     add("--pretrained", action="store_true", help="start from pretrained weights")
     add(
-        "--weights", type=Path, help="start each run from trained weights: a safetensors file, or a run's folder model/"
+        "--weights",
+        type=lambda text: Path(text).resolve(),
+        help="start each run from trained weights: a safetensors file, or a run's folder model/",
     )
     add("--linear-probe", action="store_true", help="fit the head of pretrained weights before all weights are trained")
     add(
@@ -144,11 +143,8 @@ def _problem(options: Namespace) -> str | None:
     """Return the first thing that is wrong with options that are each in range, or None."""
     if options.equal_cost and "fast_advprop" not in options.methods:
         return "--equal-cost is for fast_advprop: name it in --methods, or leave --equal-cost out"
-    if options.weights is None and (found := [name for name in TRAINED if name in options.methods]):
-        return (
-            f"{found[0]} continues from a trained model: train one, and name its weights, such as --weights "
-            "outputs/train/vanilla-seed0/model"
-        )
+    if options.weights is None and "entropic_retraining" in options.methods:
+        return "entropic_retraining continues from a trained model: add --weights outputs/train/vanilla-seed0/model"
     if options.pretrained and options.model == SMALL:
         return f"--pretrained: {SMALL} has no pretrained weights. Name a model, such as --model resnet18"
     if options.linear_probe and not options.pretrained and options.weights is None:

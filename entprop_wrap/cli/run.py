@@ -29,8 +29,9 @@ from entprop_wrap.utils.files import explaining_failed_writes, replacing
 from entprop_wrap.utils.modules import evaluating
 from entprop_wrap.wrapping.model import ensure_wrapped, unwrap
 
-#: In the folder of a run, what it started from.
-START = "start.json"
+#: Options that say which weights a run starts from, and the file in its folder that keeps them.
+START = ("model", "pretrained", "weights", "linear_probe")
+START_FILE = "start.json"
 
 
 def run(options: Namespace) -> None:
@@ -118,9 +119,9 @@ def train(
         own = replace(settings, epochs=epochs, output_dir=output if last else output / f"phase{number}")
         trainer = Trainer(model, images, data.test, method=method, pixel_space=data.space, config=own)
         if number == 1 and accelerate.PartialState().is_main_process:  # the Trainer has found the folder writable
-            with explaining_failed_writes(output / START):
+            with explaining_failed_writes(output / START_FILE):
                 output.mkdir(parents=True, exist_ok=True)
-                with replacing(output / START) as partial:
+                with replacing(output / START_FILE) as partial:
                     partial.write_text(json.dumps(start_of(options)) + "\n")
         trainer.fit(resume=options.resume)
         if not last:
@@ -144,34 +145,24 @@ def check_size(model: nn.Module, data: Data, blueprint: model_parts.Blueprint, o
         with evaluating(model), torch.no_grad():
             model(image)
     except (AssertionError, RuntimeError, ValueError) as error:
-        size, said = image.shape[-1], str(error).strip().splitlines() or [type(error).__name__]
-        other = "Choose another --model" if blueprint.size == size else f"Write --image-size {blueprint.size}"
+        advice = "Leave --image-size out" if options.image_size else f"Write --image-size {blueprint.size}"
         raise ConfigurationError(
-            f"--model {options.model} does not take images of {size} px: {said[0].rstrip('.')}. "
-            f"{'Leave --image-size out' if options.image_size else other}."
+            f"--model {options.model} does not take images of {image.shape[-1]} px: {error}. {advice}, or choose "
+            "another --model."
         ) from error
 
 
-def start_of(options: Namespace) -> dict[str, Any]:
+def start_of(options: Namespace) -> dict[str, str]:
     """Return which weights a run starts from, as JSON."""
-    weights = None if options.weights is None else str(options.weights.resolve())
-    return {
-        "model": options.model,
-        "pretrained": options.pretrained,
-        "weights": weights,
-        "linear-probe": options.linear_probe,
-    }
+    return {name: str(getattr(options, name)) for name in START}
 
 
 def check_start(folder: Path, options: Namespace) -> None:
     """Raise :class:`CheckpointError` if the run in ``folder`` is to be resumed from another start than its own."""
-    file = folder / START
-    if not options.resume or not file.exists():
-        return
-    began, now = json.loads(file.read_text()), start_of(options)
-    if differing := [f"--{key}: {began.get(key)} there, {now[key]} here" for key in now if began.get(key) != now[key]]:
+    file, now = folder / START_FILE, start_of(options)
+    if options.resume and file.exists() and (began := json.loads(file.read_text())) != now:
         raise CheckpointError(
-            f"{folder} began from other weights ({'; '.join(differing)}). Expected the same options to resume, or "
+            f"{folder} began from other weights: {began} there, {now} here. Expected the same options to resume, or "
             "another --output."
         )
 

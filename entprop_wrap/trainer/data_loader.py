@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -237,13 +237,25 @@ def seed_everything(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
+def random_states() -> dict[str, Any]:
+    """Return where the random numbers of Python, NumPy and torch (CPU) stand, in what a checkpoint can hold."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    numpy = (kind, np.asarray(keys).tolist(), *rest)
+    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Go back to what :func:`random_states` has returned."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+
+
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Leave the random states of Python, NumPy and torch (CPU) as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    """Leave random states as they were."""
+    states = random_states()
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+        set_random_states(states)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from entprop_wrap.data.pixel_space import PixelSpace
 from entprop_wrap.data.validation import Checker, check_images, check_labels, checker_of
-from entprop_wrap.errors import ModelOutputError
 from entprop_wrap.functional.losses import Loss, takes_any_targets
 from entprop_wrap.functional.uncertainty import two_classes
 from entprop_wrap.methods.step_loss import StepLoss
@@ -55,10 +54,6 @@ def evaluate(
         if repeated:  # to keep processes in step where forward passes communicate
             return
         checker.labels(labels, logits.shape[1], probabilities=not any_targets)
-        if counts.shape[1] != scores.shape[1]:
-            raise ModelOutputError(
-                f"Expected as many logits for every batch, found {counts.shape[1]} and then {scores.shape[1]}."
-            )
         mean = StepLoss(loss, checker, len(images))
         mean.passed(logits, output, images)
         losses.append(mean(logits, labels) * len(logits))

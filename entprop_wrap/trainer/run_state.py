@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from entprop_wrap.errors import CheckpointError, DivergedError
 from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
 from entprop_wrap.trainer.accelerator import Prepared
 from entprop_wrap.trainer.checkpoint import read_state
+from entprop_wrap.trainer.data_loader import random_states, set_random_states
 from entprop_wrap.trainer.ema import MovingAverage
 from entprop_wrap.trainer.export import save_weights
 from entprop_wrap.trainer.metrics import Meter
@@ -62,8 +62,14 @@ class RunState:
 
     def write(self, folder: Path) -> None:
         """Write this process's part of a checkpoint; the main process writes what all share."""
-        own = {"random": _random_states(self.generator, self.accelerator.device), "meter": self.meter.state_dict()}
-        torch.save(to_python(own), self._own(folder, "process", "pt"))
+        device = self.accelerator.device
+        own = {
+            **random_states(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "step": self.generator.get_state(),
+            "meter": self.meter.state_dict(),
+        }
+        torch.save(own, self._own(folder, "process", "pt"))
         if waiting := lagged_state(self.model):
             save_weights(waiting, self._own(folder, "lagged", "safetensors"))
         if not self.accelerator.is_main_process:
@@ -107,7 +113,10 @@ class RunState:
         load_lagged_state(self.model, lagged)
         self.meter.load_state_dict(own["meter"], device)
         self.position = read["position"]
-        _set_random_states(own["random"], self.generator, device)
+        set_random_states(own)
+        if own["cuda"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda"], device)
+        self.generator.set_state(own["step"])
 
     def _own(self, folder: Path, name: str, suffix: str) -> Path:
         """Return the file of this process."""
@@ -168,24 +177,3 @@ def _read(path: Path) -> Any:
             f"{path} cannot be read ({reason}). A checkpoint can hold tensors, numbers, text, and lists and dicts of "
             "these; if optimizer and schedule keep nothing else, the file is incomplete or damaged."
         ) from error
-
-
-def _random_states(generator: torch.Generator, device: torch.device) -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, np.asarray(keys).tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "step": generator.get_state(),
-    }
-
-
-def _set_random_states(states: dict[str, Any], generator: torch.Generator, device: torch.device) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    cuda: Tensor | None = states["cuda"]
-    if cuda is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(cuda, device)
-    generator.set_state(states["step"])
