@@ -132,9 +132,9 @@ def _check_path(name: str, value: Any) -> None:
         check_text(name, value)
 
 
-_AT_LEAST_1 = ("epochs", "eval_batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every")
+_COUNTS = ("epochs", "eval_batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every", "save_every")
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys((*_AT_LEAST_1, "save_every", "save_every_steps", "keep_last"), partial(check_integer, least=1)),
+    **dict.fromkeys((*_COUNTS, "save_every_steps", "keep_last"), partial(check_integer, least=1)),
     "batch_size": partial(check_integer, least=2),
     "workers": partial(check_integer, least=0),
     "seed": partial(check_integer, least=0, most=2**31),  # NumPy's end at 2^32, and each process adds its index

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, default_collate
 
 from entprop_wrap.data.batches import images_and_labels, refuse_dataset, refuse_loader
 from entprop_wrap.errors import DataError, EntPropError
+from entprop_wrap.trainer.config import TrainerConfig
 
 #: What a DataLoader says of how to load.
 _LOADING = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
@@ -32,8 +34,8 @@ class Batches:
     Training data is shuffled, incomplete batches are left out, and all processes have the same number of them.
     Evaluation data keeps its order, and processes short of a batch get the first one again.
 
-    ``data`` is a map-style dataset, to which ``batch_size`` and ``workers`` apply, or a DataLoader over one, of which
-    everything is used but its seed. ``name`` is what messages call it.
+    ``data`` is a map-style dataset, to which ``batch_size`` and ``workers`` of the configuration apply, or a DataLoader
+    over one, of which everything is used but its seed.
 
     Attributes:
         number: Batches of this process, not counting repetitions.
@@ -41,36 +43,24 @@ class Batches:
             and labels and mean pixels of a few samples.
     """
 
-    def __init__(
-        self,
-        data: Any,
-        *,
-        batch_size: int,
-        workers: int,
-        training: bool,
-        name: str,
-        seed: int,
-        process: int = 0,
-        processes: int = 1,
-        device: torch.device | str = "cpu",
-        channels_last: bool = False,
-    ) -> None:
-        self.training, self.name, self.seed = training, name, seed
-        self.process, self.processes, self.device = process, processes, torch.device(device)
-        self.channels_last = channels_last
+    def __init__(self, data: Any, config: TrainerConfig, accelerator: Accelerator, *, training: bool) -> None:
+        self.training, self.name = training, "train_data" if training else "eval_data"
+        self.seed, self.channels_last, self.device = config.seed, config.channels_last, accelerator.device
+        self.process, self.processes = accelerator.process_index, accelerator.num_processes
         self.dataset: Any
         self.sampler: Any
         self.options: dict[str, Any]
         if isinstance(data, DataLoader):
-            refuse_loader(data, name)
+            refuse_loader(data, self.name)
             self.dataset, self.sampler, self.collate = data.dataset, data.batch_sampler, data.collate_fn
             self.options = {option: getattr(data, option) for option in _LOADING}
         else:
-            refuse_dataset(data, name)
+            refuse_dataset(data, self.name)
             order = RandomSampler(data) if training else SequentialSampler(data)
             self.dataset, self.collate = data, default_collate
-            self.sampler = BatchSampler(order, batch_size, drop_last=training)
-            self.options = {"num_workers": workers, "pin_memory": self.device.type == "cuda"}
+            size = config.batch_size if training else config.eval_batch_size or config.batch_size
+            self.sampler = BatchSampler(order, size, drop_last=training)
+            self.options = {"num_workers": config.workers, "pin_memory": self.device.type == "cuda"}
         plan = self._plan(0)
         chosen = [index for batch in plan for index in batch]
         self._check(plan, chosen)

@@ -250,27 +250,12 @@ class Trainer:
         self._say(f"Exported the {'last' if average is None else 'averaged'} weights to {folder}.")
 
     def _batches(self, data: Data, *, training: bool) -> Batches:
-        size = self.config.batch_size
-        name = "train_data" if training else "eval_data"
-        batches = together(
-            lambda: Batches(
-                data,
-                batch_size=size if training else self.config.eval_batch_size or size,
-                workers=self.config.workers,
-                training=training,
-                name=name,
-                seed=self.config.seed,
-                process=self.accelerator.process_index,
-                processes=self.accelerator.num_processes,
-                device=self.accelerator.device,
-                channels_last=self.config.channels_last,
-            )
-        )
+        batches = together(lambda: Batches(data, self.config, self.accelerator, training=training))
         seen = gather_object([batches.identity])
         if not all(alike(seen[0], other) for other in seen):
             raise DataError(
-                f"{name}: the {len(seen)} processes have different samples. Expected the same data on each, which the "
-                "Trainer shares out: write a seed where it is split, and no sampler for several processes."
+                f"{batches.name}: the {len(seen)} processes have different samples. Expected the same on each, which "
+                "the Trainer shares out: write a seed where data is split, and no sampler for several processes."
             )
         return batches
 

@@ -1,20 +1,22 @@
 """Batches depend on seed, epoch and data; data of another form is refused with what to write instead."""
 
 import multiprocessing
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, WeightedRandomSampler
 
+from entprop_wrap import TrainerConfig
 from entprop_wrap.errors import DataError
 from entprop_wrap.trainer.data_loader import Batches
 from tests.helpers.trainer_toys import Images
 
 
-def batches(data, *, training=True, batch_size=8, workers=0, **options):
-    return Batches(
-        data, batch_size=batch_size, workers=workers, training=training, name="train_data", seed=3, **options
-    )
+def batches(data, *, training=True, batch_size=8, workers=0, process=0, processes=1):
+    config = TrainerConfig(batch_size=batch_size, workers=workers, seed=3)
+    place = SimpleNamespace(process_index=process, num_processes=processes, device=torch.device("cpu"))
+    return Batches(data, config, place, training=training)
 
 
 def content(found):
