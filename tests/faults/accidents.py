@@ -18,25 +18,17 @@ from safetensors.torch import load_file
 import entprop_wrap as entprop
 from entprop_wrap.errors import CheckpointError
 from tests.helpers.processes import context
-from tests.helpers.trainer_toys import BatchNormNet, Images, make
+from tests.helpers.trainer_toys import Images
+from tests.helpers.trainers import trainer
 
 torch.set_num_threads(1)
 
 
 def run(folder, epochs=3):
     """Return a Trainer of 2 steps an epoch with all that is random or has memory, saved after every step."""
-    config = entprop.TrainerConfig(
-        epochs=epochs,
-        batch_size=20,
-        ema_decay=0.8,
-        output_dir=folder,
-        log_every=3,
-        save_every_steps=1,
-        keep_last=3,
-        progress=False,
-    )
     method = entprop.EntProp(fraction=0.4, lagged=True)  # whose images wait between steps
-    return entprop.Trainer(make(BatchNormNet), Images(augment=True), Images(seed=1), method=method, config=config)
+    options = {"epochs": epochs, "batch_size": 20, "ema_decay": 0.8, "log_every": 3, "save_every_steps": 1}
+    return trainer(folder, data=Images(augment=True), method=method, keep_last=3, **options)
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
@@ -132,26 +124,36 @@ def _wait(process: Any) -> None:
     assert process.exitcode == 0
 
 
+def contents(checkpoint: Path) -> dict[str, Any]:
+    """Return what is in each file of a checkpoint."""
+    read = {
+        ".safetensors": load_file,
+        ".pt": lambda path: torch.load(path, weights_only=True),
+        ".json": lambda path: json.loads(path.read_text()),
+    }
+    found = {path.name: read[path.suffix](path) for path in checkpoint.iterdir()}
+    for key in ("files", "sha256"):  # of pickles, whose bytes may differ
+        del found["state.json"][key]
+    return found
+
+
 def differences(folder: Path, other: Path) -> list[str]:
-    """Return the files in which two runs that came to their end differ: checkpoints, metrics and exported models."""
+    """Return in what two runs that came to their end differ: checkpoints, metrics and exported models."""
     found = []
-    names = sorted(str(path.relative_to(folder)) for path in folder.glob("checkpoints/step-????????/*"))
-    for name in [*names, "model/model.safetensors"]:
-        read = load_file if name.endswith(".safetensors") else _read
-        if not (other / name).exists() or not equal(read(folder / name), read(other / name)):
-            found.append(name)
+    for checkpoint in sorted(folder.glob("checkpoints/step-????????")):
+        same = other / "checkpoints" / checkpoint.name
+        if not same.exists() or not equal(contents(checkpoint), contents(same)):
+            found.append(checkpoint.name)
+    models = [load_file(run / "model/model.safetensors") for run in (folder, other)]
+    found += [] if equal(*models) else ["model.safetensors"]
     return found + ([] if lines(folder) == lines(other) else ["metrics.jsonl"])
 
 
-def _read(path: Path) -> Any:
-    if path.suffix == ".pt":
-        return torch.load(path, weights_only=True)
-    return {key: value for key, value in json.loads(path.read_text()).items() if key not in ("files", "sha256")}
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+def lines(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl, or those of a ``kind``, without what depends on the clock."""
+    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    kept = [line for line in found if kind in (None, line["kind"])]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in kept]
 
 
 def equal(first: Any, second: Any) -> bool:

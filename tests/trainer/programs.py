@@ -11,6 +11,7 @@ import entprop_wrap as entprop
 from entprop_wrap.methods import EntropyAscent, Vanilla, grow
 from entprop_wrap.methods.lagged import lagged_state
 from tests.helpers.trainer_toys import BatchNormNet, GroupNormNet, Images, make
+from tests.helpers.trainers import trainer
 
 torch.set_num_threads(1)
 
@@ -29,27 +30,9 @@ def resumable(folder, *, workers=0, stop_after=None):
         return torch.nn.functional.cross_entropy(logits, labels)
 
     loss.__qualname__, loss.__module__ = "loss", "tests"
-    config = entprop.TrainerConfig(
-        epochs=2,
-        batch_size=8,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        ema_decay=0.8,
-        workers=workers,
-        output_dir=folder,
-        log_every=3,
-        save_every_steps=2,
-        keep_last=None,
-        progress=False,
-    )
-    return entprop.Trainer(
-        make(BatchNormNet),
-        Images(augment=True),
-        Images(seed=1),
-        method=entprop.EntProp(fraction=0.25),
-        loss=loss,
-        config=config,
-    )
+    options = {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "ema_decay": 0.8, "workers": workers}
+    options |= {"batch_size": 8, "log_every": 3, "save_every_steps": 2, "keep_last": None}
+    return trainer(folder, data=Images(augment=True), method=entprop.EntProp(fraction=0.25), loss=loss, **options)
 
 
 LAGGED = {
@@ -60,11 +43,9 @@ LAGGED = {
 
 def lagged(folder, kind):
     """A run of 2 epochs of 5 batches, saved after every step; images wait between all of them."""
-    config = entprop.TrainerConfig(
-        epochs=2, batch_size=8, output_dir=folder, save_every_steps=1, keep_last=None, progress=False, **LAGGED[kind]
-    )
+    options = {"batch_size": 8, "save_every_steps": 1, "keep_last": None, **LAGGED[kind]}
     method = entprop.EntProp(fraction=0.25, lagged=True)
-    return entprop.Trainer(make(BatchNormNet), Images(augment=True), Images(seed=1), method=method, config=config)
+    return trainer(folder, data=Images(augment=True), method=method, **options)
 
 
 def phased(folder, *, resume=False, stop_after=None):
@@ -81,10 +62,8 @@ def phased(folder, *, resume=False, stop_after=None):
     loss.__qualname__, loss.__module__ = "loss", "tests"
     model, data = make(BatchNormNet), Images(20, augment=True)
     for phase in (1, 2):
-        config = entprop.TrainerConfig(
-            epochs=2, batch_size=4, output_dir=f"{folder}/phase{phase}", keep_last=None, progress=False
-        )
-        entprop.Trainer(model, data, Images(8), method=Vanilla(), loss=loss, config=config).fit(resume=resume)
+        options = {"method": Vanilla(), "loss": loss, "batch_size": 4, "keep_last": None}
+        trainer(f"{folder}/phase{phase}", model, data, Images(8), **options).fit(resume=resume)
         if phase == 1:
             data = grow(model, data, ascent=ASCENT, augment=lambda image: image * torch.rand(1), progress=False)
     return model, data
@@ -107,11 +86,11 @@ def grow_together(folder):
     )
 
 
-def short(folder, optimizer="sgd", **options):
-    config = entprop.TrainerConfig(
-        epochs=3, batch_size=20, optimizer=optimizer, output_dir=folder, progress=False, keep_last=None, **options
-    )
-    return entprop.Trainer(make(GroupNormNet), Images(), Images(), method=entprop.EntProp(mix=None), config=config)
+def short(folder, optimizer="sgd", model=GroupNormNet, images=None, **options):
+    """A run of 3 epochs of 2 steps."""
+    images = Images() if images is None else images
+    options = {"epochs": 3, "batch_size": 20, "optimizer": optimizer, "keep_last": None, **options}
+    return trainer(folder, model, images, images, method=entprop.EntProp(mix=None), **options)
 
 
 def sgd(groups):
@@ -128,22 +107,12 @@ def distributed(folder, accumulation=1):
     for name, (method, options) in runs.items():
         options = {"gradient_accumulation_steps": 1, **options}
         options["gradient_accumulation_steps"] *= accumulation
-        config = entprop.TrainerConfig(
-            epochs=2,
-            batch_size=4,
-            eval_batch_size=5,
-            optimizer="sgd",
-            learning_rate=0.1,
-            output_dir=f"{folder}/{name}",
-            log_every=1,
-            progress=False,
-            **options,
-        )
+        options |= {"batch_size": 4, "eval_batch_size": 5, "optimizer": "sgd", "learning_rate": 0.1, "log_every": 1}
         # 9 evaluation batches, the last of 3: an odd number for two processes, and uneven.
-        trainer = entprop.Trainer(make(GroupNormNet), Images(32), Images(43), method=method, config=config)
-        trainer.fit()
+        run = trainer(f"{folder}/{name}", GroupNormNet, Images(32), Images(43), method=method, **options)
+        run.fit()
         if name == "vanilla":
-            trainer.evaluate(Images(3))  # fewer batches than processes
+            run.evaluate(Images(3))  # fewer batches than processes
 
 
 def together(rank, folder):
@@ -170,31 +139,31 @@ def failing_alone(folder, rank):
             return super().__getitem__(index)
 
     def loss(logits, labels):
-        if rank == 1 and trainer.position.step and not torch.is_grad_enabled():
+        if rank == 1 and run.position.step and not torch.is_grad_enabled():
             raise Unsendable("no such loss")
         return torch.nn.functional.cross_entropy(logits, labels)
 
-    config = entprop.TrainerConfig(epochs=1, batch_size=4, output_dir=folder, progress=False)
-    trainer = entprop.Trainer(make(BatchNormNet), Images(32), Images(32), method=Vanilla(), loss=loss, config=config)
     found = []
-    for data, run in ((Broken(32), trainer.evaluate), (None, lambda data: trainer.fit())):
+
+    def note(function, *args):
         try:
-            run(data)
+            function(*args)
         except Exception as error:
             found.append(f"{type(error).__name__}: {error}")
-    found.append(str(trainer.checkpoints.latest().name))
-    trainer.loss = torch.nn.functional.cross_entropy
-    found.append(f"{trainer.evaluate()['accuracy'] * 32:g} of 32")
-    trainer = short(f"{folder}/full")
+
+    run = trainer(folder, data=Images(32), eval_data=Images(32), method=Vanilla(), loss=loss, epochs=1, batch_size=4)
+    note(run.evaluate, Broken(32))
+    note(run.fit)
+    found.append(str(run.checkpoints.latest().name))
+    run.loss = torch.nn.functional.cross_entropy
+    found.append(f"{run.evaluate()['accuracy'] * 32:g} of 32")
+    run = short(f"{folder}/full")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100 if rank == 1 else before[0], before[1]))
-    try:
-        trainer.fit()
-    except Exception as error:
-        found.append(f"{type(error).__name__}: {error}")
+    note(run.fit)
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     Path(folder, f"found-{rank}").write_text("\n".join(found))
-    trainer.accelerator.wait_for_everyone()
+    run.accelerator.wait_for_everyone()
 
 
 def differing(folder, rank):
@@ -207,21 +176,20 @@ def differing(folder, rank):
         except Exception as error:
             found.append(f"{type(error).__name__}: {error}")
 
-    def run(name, data, loss=None, method=Vanilla(), model=None, **options):  # noqa: B008
-        config = entprop.TrainerConfig(batch_size=4, output_dir=f"{folder}/{name}", progress=False, **options)
-        model = make(GroupNormNet) if model is None else model
-        return entprop.Trainer(model, data, None, method=method, loss=loss, config=config)
+    def run(name, data, model=GroupNormNet, **options):
+        options = {"method": Vanilla(), "batch_size": 4, **options}
+        return trainer(f"{folder}/{name}", model, data, Images(32), **options)
 
     note(lambda: run("share", DataLoader(Images(32), 4, sampler=range(16 * rank, 16 * rank + 16))))
     note(lambda: run("data", Images(32, seed=rank)))
 
     def loss(logits, labels):
-        bad = rank == 1 and trainer.position.step == 2
+        bad = rank == 1 and diverging.position.step == 2
         return torch.nn.functional.cross_entropy(logits, labels) / (0 if bad else 1)
 
-    trainer = run("diverged", Images(32), loss)
-    note(lambda: trainer)
-    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    diverging = run("diverged", Images(32), loss=loss)
+    note(lambda: diverging)
+    assert all(parameter.isfinite().all() for parameter in diverging.model.parameters())
 
     def resized(samples):
         images, labels = default_collate(samples)
@@ -241,28 +209,13 @@ def resume_together(folder, method):
     """Processes with dropout, MixUp and statistics of their own resume in the middle of an epoch, bit for bit."""
     ends = []
     for name, resume in (("whole", False), ("resumed", f"{folder}/whole/checkpoints/step-00000003")):
-        config = entprop.TrainerConfig(
-            epochs=2,
-            batch_size=8,
-            mixed_precision="bf16",
-            ema_decay=0.5,
-            output_dir=f"{folder}/{name}",
-            save_every_steps=1,
-            keep_last=None,
-            progress=False,
-        )
+        options = {"batch_size": 8, "mixed_precision": "bf16", "ema_decay": 0.5, "save_every_steps": 1}
         images = Images(64, augment=True)
-        trainer = entprop.Trainer(make(BatchNormNet), images, Images(), method=method, config=config)
+        run = trainer(f"{folder}/{name}", data=images, method=method, keep_last=None, **options)
         torch.rand(len(name))  # where random numbers stand must not matter
-        trainer.fit(resume=resume)
-        average = trainer._state.average.module
-        ends.append(
-            [
-                (trainer.position, trainer.evaluate()),
-                *trainer.model.state_dict().values(),
-                average.bn.running_var,
-                *lagged_state(trainer.model).values(),
-            ]
-        )
+        run.fit(resume=resume)
+        average = run._state.average.module.bn.running_var
+        tensors = [*run.model.state_dict().values(), average, *lagged_state(run.model).values()]
+        ends.append([(run.position, run.evaluate()), *tensors])
     assert ends[0][0] == ends[1][0]
     assert all(map(torch.equal, ends[0][1:], ends[1][1:]))

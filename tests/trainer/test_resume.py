@@ -1,6 +1,5 @@
 """A run that is interrupted, in whatever way, ends as if it had not been."""
 
-import json
 import shutil
 
 import numpy as np
@@ -9,27 +8,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-import entprop_wrap as entprop
 from entprop_wrap.errors import CheckpointError
 from entprop_wrap.methods import Vanilla
 from entprop_wrap.methods.lagged import lagged_state
 from entprop_wrap.trainer.run_identity import describe_loss
-from tests.faults.accidents import equal, lines
+from tests.faults.accidents import contents, differences, equal, lines
+from tests.helpers.trainers import trainer
 from tests.trainer import programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
 
 
-def contents(checkpoint):
-    read = {
-        ".safetensors": load_file,
-        ".pt": lambda path: torch.load(path, weights_only=True),
-        ".json": lambda path: json.loads(path.read_text()),
-    }
-    found = {path.name: read[path.suffix](path) for path in checkpoint.iterdir()}
-    for key in ("files", "sha256"):  # of pickles, whose bytes may differ
-        del found["state.json"][key]
-    return found
+def same(first, second, step=6):
+    """Return whether two runs saved the same after a step."""
+    name = f"checkpoints/step-{step:08d}"
+    return equal(contents(first / name), contents(second / name))
 
 
 @pytest.fixture(scope="module")
@@ -40,48 +33,30 @@ def whole(tmp_path_factory):
 
 
 def test_a_resumed_run_is_bitwise_the_same(whole, tmp_path):
-    folders = [tmp_path / "plain", tmp_path / "workers"]
-    for folder in folders:
+    for workers in (0, 1):
+        folder = tmp_path / str(workers)
         with pytest.raises(KeyboardInterrupt):
             # In the second of the two batches of step 4.
-            programs.resumable(folder, workers=int(folder.name == "workers"), stop_after=6).fit()
+            programs.resumable(folder, workers=workers, stop_after=6).fit()
         names = sorted(path.name for path in (folder / "checkpoints").iterdir())
         assert names == ["step-00000002", "step-00000003"]
         # Step 3 ends an epoch: resume in the middle of it, as if the crash had come earlier.
         shutil.rmtree(folder / "checkpoints/step-00000003")
         assert max(line["step"] for line in lines(folder)) == 3
-    for folder in folders:
-        programs.resumable(folder, workers=int(folder.name == "workers")).fit(resume=True)
-        for step in (4, 6):
-            name = f"checkpoints/step-{step:08d}"
-            first, second = contents(whole / name), contents(folder / name)
-            assert set(first) == {
-                "model.safetensors",
-                "auxiliary.safetensors",
-                "ema.safetensors",
-                "ema_auxiliary.safetensors",
-                "optimizer.pt",
-                "process-00000.pt",
-                "state.json",
-            }
-            for file in first:
-                assert equal(first[file], second[file]), f"{folder.name} {name}/{file}"
-        assert lines(folder) == lines(whole)
-        exported = load_file(folder / "model/model.safetensors")
-        assert equal(exported, load_file(whole / "model/model.safetensors"))
+        programs.resumable(folder, workers=workers).fit(resume=True)
+        assert differences(whole, folder) == []
 
 
 def test_images_that_wait_between_lagged_steps_are_resumed_bit_for_bit(tmp_path):
     for kind in programs.LAGGED:
         programs.lagged(tmp_path / "whole" / kind, kind).fit()
     for kind, last in (("plain", 10), ("accumulated", 6)):
-        second = programs.lagged(tmp_path / "resumed" / kind, kind)
-        second.fit(resume=tmp_path / "whole" / kind / "checkpoints/step-00000002")  # in the middle of an epoch
         whole, resumed = (tmp_path / name / kind for name in ("whole", "resumed"))
-        for step in (3, last):
-            first, second = (contents(folder / f"checkpoints/step-{step:08d}") for folder in (whole, resumed))
-            assert set(first["lagged-00000.safetensors"]) == {"images", "labels", "partners", "share"}
-            assert equal(first, second), f"{kind}, step {step}"
+        programs.lagged(resumed, kind).fit(resume=whole / "checkpoints/step-00000002")  # in the middle of an epoch
+        waiting = load_file(whole / f"checkpoints/step-{last:08d}/lagged-00000.safetensors")
+        assert set(waiting) == {"images", "labels", "partners", "share"}
+        assert same(whole, resumed, 3)
+        assert same(whole, resumed, last)
         model = "model/model.safetensors"
         assert equal(load_file(whole / model), load_file(resumed / model))
 
@@ -90,14 +65,15 @@ def test_a_run_begins_without_what_waits_for_the_model(tmp_path):
     first = programs.lagged(tmp_path / "first", "plain")
     first.fit()
     assert lagged_state(first.model)
-    config = entprop.TrainerConfig(epochs=1, batch_size=20, output_dir=tmp_path / "second", progress=False)
-    entprop.Trainer(first.model, programs.Images(), method=Vanilla(), config=config).fit()
+    trainer(tmp_path / "second", first.model, method=Vanilla(), epochs=1).fit()
     assert not lagged_state(first.model)
     assert not list(tmp_path.glob("second/checkpoints/*/lagged-*"))
 
 
 def test_checkpoint_files_are_split(whole):
     files = contents(whole / "checkpoints/step-00000006")
+    names = ("auxiliary.safetensors", "ema.safetensors", "ema_auxiliary.safetensors", "model.safetensors")
+    assert sorted(files) == [*names, "optimizer.pt", "process-00000.pt", "state.json"]
     plain = programs.make(programs.BatchNormNet).state_dict()
     assert files["model.safetensors"].keys() == plain.keys()
     assert files["ema.safetensors"].keys() == plain.keys()
@@ -124,23 +100,20 @@ def test_killed_while_saving(tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # a line cut short
 
-    trainer = programs.short(folder, programs.sgd)
-    assert trainer.checkpoints.latest() == folder / "checkpoints/step-00000002"
-    trainer.fit(resume=True)
+    resumed = programs.short(folder, programs.sgd)
+    assert resumed.checkpoints.latest() == folder / "checkpoints/step-00000002"
+    resumed.fit(resume=True)
     assert not list((folder / "checkpoints").glob("*.partial"))
-
     programs.short(tmp_path / "whole", programs.sgd).fit()
-    last = "checkpoints/step-00000006"
-    assert equal(contents(folder / last), contents(tmp_path / "whole" / last))
-    assert lines(folder) == lines(tmp_path / "whole")
+    assert differences(tmp_path / "whole", folder) == []
 
 
 def test_resume_without_checkpoint_begins(tmp_path, caplog):
-    trainer = programs.short(tmp_path)
+    run = programs.short(tmp_path)
     with caplog.at_level("INFO"):
-        trainer.fit(resume=True)
+        run.fit(resume=True)
     assert "No checkpoint" in caplog.text
-    assert trainer.position.step == 6
+    assert run.position.step == 6
 
 
 def test_a_finished_run_has_nothing_left(tmp_path):
@@ -155,22 +128,15 @@ def test_a_finished_run_has_nothing_left(tmp_path):
 def test_a_constant_rate_can_be_prolonged(tmp_path):
     constant = {"schedule": "constant", "warmup": 0.0}
     programs.short(tmp_path / "a", **constant).fit()
-    config = entprop.TrainerConfig(
-        epochs=5, batch_size=20, optimizer="sgd", output_dir=tmp_path / "a", progress=False, keep_last=None, **constant
-    )
-    model = programs.make(programs.GroupNormNet)
-    method = entprop.EntProp(mix=None)
-    longer = entprop.Trainer(model, programs.Images(), programs.Images(), method=method, config=config)
+    longer = programs.short(tmp_path / "a", epochs=5, **constant)
     longer.fit(resume=True)
     assert longer.position.epoch == 5
 
 
 def test_resume_from_a_path_into_another_folder(tmp_path):
     programs.short(tmp_path / "a").fit()
-    trainer = programs.short(tmp_path / "b")
-    trainer.fit(resume=tmp_path / "a/checkpoints/step-00000002")
-    last = "checkpoints/step-00000006"
-    assert equal(contents(tmp_path / "a" / last), contents(tmp_path / "b" / last))
+    programs.short(tmp_path / "b").fit(resume=tmp_path / "a/checkpoints/step-00000002")
+    assert same(tmp_path / "a", tmp_path / "b")
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -208,35 +174,32 @@ def test_a_damaged_latest_checkpoint_is_passed_over(tmp_path):
         programs.short(folder).fit(resume=folder / "checkpoints/step-00000002")
     with pytest.warns(UserWarning, match=r"Passing over.*optimizer\.pt"):
         programs.short(folder).fit(resume=True)
-    assert equal(contents(latest), contents(tmp_path / "whole/checkpoints/step-00000006"))
     assert latest.with_name("step-00000006.damaged").exists()
-    assert lines(folder) == lines(tmp_path / "whole")
+    assert differences(tmp_path / "whole", folder) == []
 
     for checkpoint in (latest, before):
         (checkpoint / "model.safetensors").write_bytes(b"")
-    trainer = programs.short(folder)
-    trainer.fit(resume=folder / "checkpoints/step-00000002")  # all later ones are damaged
-    assert equal(contents(latest), contents(tmp_path / "whole/checkpoints/step-00000006"))
-    for checkpoint in trainer.checkpoints.all():
+    resumed = programs.short(folder)
+    resumed.fit(resume=folder / "checkpoints/step-00000002")  # all later ones are damaged
+    assert same(folder, tmp_path / "whole")
+    for checkpoint in resumed.checkpoints.all():
         (checkpoint / "state.json").write_text("{}")
     with pytest.warns(UserWarning, match="Passing"), pytest.raises(CheckpointError, match="All 3 checkpoints"):
         programs.short(folder).fit(resume=True)
 
 
 def test_a_damaged_old_checkpoint_does_not_stop_a_run(tmp_path):
-    trainer = programs.short(tmp_path)
-    evaluate = trainer.evaluate
+    run = programs.short(tmp_path, keep_last=1)
+    evaluate = run.evaluate
 
     def damaging():
-        for path in trainer.checkpoints.all()[:-1]:
+        for path in run.checkpoints.all()[:-1]:
             (path / "state.json").write_bytes(b"\0\0")
         return evaluate()
 
-    trainer.evaluate = damaging
-    trainer.checkpoints.keep_last = 1
-    trainer.fit()
-    assert trainer.position.step == 6
-    assert trainer.checkpoints.latest().name == "step-00000006"
+    run.evaluate = damaging
+    run.fit()
+    assert run.checkpoints.latest().name == "step-00000006"
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
@@ -255,10 +218,7 @@ def test_an_evaluation_that_fails_does_not_lose_the_epoch(tmp_path, epoch):
         trainer.fit()
     assert trainer.checkpoints.latest().name == f"step-{2 * epoch:08d}"
     programs.short(tmp_path / "run").fit(resume=True)
-    for step in (2, 4, 6):
-        name = f"checkpoints/step-{step:08d}"
-        assert equal(contents(tmp_path / "run" / name), contents(tmp_path / "whole" / name))
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 
 class Other(programs.GroupNormNet):
@@ -272,19 +232,11 @@ class Other(programs.GroupNormNet):
 Other.__name__ = "GroupNormNet"
 
 
-@pytest.mark.parametrize(
-    ("model", "data", "message"),
-    [(Other, {}, "modules: "), (programs.GroupNormNet, {"seed": 5}, "data: .*pixels")],
-)
-def test_another_architecture_and_other_images_are_refused(tmp_path, model, data, message):
+def test_another_architecture_and_other_images_are_refused(tmp_path):
     programs.short(tmp_path).fit()
-    config = entprop.TrainerConfig(
-        epochs=3, batch_size=20, optimizer="sgd", output_dir=tmp_path, progress=False, keep_last=None
-    )
-    images, method = programs.Images(**data), entprop.EntProp(mix=None)
-    other = entprop.Trainer(programs.make(model), images, images, method=method, config=config)
-    with pytest.raises(CheckpointError, match=message):
-        other.fit(resume=True)
+    for change, message in (({"model": Other}, "modules: "), ({"images": programs.Images(seed=5)}, "data: .*pixels")):
+        with pytest.raises(CheckpointError, match=message):
+            programs.short(tmp_path, **change).fit(resume=True)
 
 
 def test_other_options_of_loader_loss_and_optimizer_and_other_frozen_parameters_are_refused(tmp_path):
@@ -293,13 +245,8 @@ def test_other_options_of_loader_loss_and_optimizer_and_other_frozen_parameters_
         model.fc.bias.requires_grad_(not frozen)
         loader = DataLoader(programs.Images(), batch_size, drop_last=True)
         loss = torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
-        config = entprop.TrainerConfig(
-            epochs=1,
-            optimizer=lambda groups: torch.optim.AdamW(groups, betas=betas),
-            output_dir=tmp_path,
-            progress=False,
-        )
-        return entprop.Trainer(model, loader, method=Vanilla(), loss=loss, config=config)
+        adam = lambda groups: torch.optim.AdamW(groups, betas=betas)  # noqa: E731
+        return trainer(tmp_path, model, loader, method=Vanilla(), loss=loss, epochs=1, optimizer=adam)
 
     run().fit()
     for change, message in (
@@ -315,18 +262,18 @@ def test_other_options_of_loader_loss_and_optimizer_and_other_frozen_parameters_
 
 def test_a_refused_resume_changes_nothing(tmp_path):
     programs.short(tmp_path).fit()
-    trainer = programs.short(tmp_path)
-    path = trainer.checkpoints.latest()
+    run = programs.short(tmp_path)
+    path = run.checkpoints.latest()
     wrong = load_file(path / "auxiliary.safetensors")
     save_file({key: value[:1] for key, value in wrong.items()}, path / "auxiliary.safetensors")
-    trainer.checkpoints._write_state(path, trainer._state, {})  # as if this had been written
-    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    run.checkpoints._write_state(path, run._state, {})  # as if this had been written
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
     files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     with pytest.raises(CheckpointError, match=r"does not fit GroupNormNet: 2 weights differ, such as .*\(1,\) there"):
-        trainer.fit(resume=path)
-    assert equal(before, trainer.model.state_dict())
-    assert trainer.position.step == 0
-    assert not trainer._state.prepared.optimizer.state_dict()["state"]
+        run.fit(resume=path)
+    assert equal(before, run.model.state_dict())
+    assert run.position.step == 0
+    assert not run._state.prepared.optimizer.state_dict()["state"]
     assert files == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
@@ -359,12 +306,9 @@ def milestones(optimizer, steps):
 )
 def test_scalars_of_numpy_and_torch_resume(tmp_path, optimizer, schedule):
     programs.short(tmp_path, optimizer, schedule=schedule).fit()
-    last = tmp_path / "checkpoints/step-00000006"
-    whole = contents(last)
-    for name in ("step-00000004", "step-00000006"):
-        shutil.rmtree(tmp_path / "checkpoints" / name)
-    programs.short(tmp_path, optimizer, schedule=schedule).fit(resume=True)
-    assert equal(contents(last), whole)
+    first = tmp_path / "checkpoints/step-00000002"
+    programs.short(tmp_path / "resumed", optimizer, schedule=schedule).fit(resume=first)
+    assert same(tmp_path, tmp_path / "resumed")
 
 
 def test_what_cannot_be_read_back_stops_the_run_at_its_first_checkpoint(tmp_path):
@@ -372,10 +316,10 @@ def test_what_cannot_be_read_back_stops_the_run_at_its_first_checkpoint(tmp_path
         def state_dict(self):
             return {**super().state_dict(), "rates": np.ones(2)}
 
-    trainer = programs.short(tmp_path, lambda groups: Arrays(groups, lr=0.05))
+    run = programs.short(tmp_path, lambda groups: Arrays(groups, lr=0.05))
     with pytest.raises(CheckpointError, match=r"optimizer\.pt cannot be read \(Unsupported global: GLOBAL numpy.*\)"):
-        trainer.fit()
-    assert trainer.position.step == 2
+        run.fit()
+    assert run.position.step == 2
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
@@ -386,12 +330,12 @@ def test_the_state_of_a_loss_is_described_in_short():
 
 
 def test_a_run_interrupted_in_its_first_step_does_not_begin_again_with_what_that_left(tmp_path):
-    trainer = programs.resumable(tmp_path, stop_after=1)  # in the second of two batches, with statistics of the first
+    run = programs.resumable(tmp_path, stop_after=1)  # in the second of two batches, with statistics of the first
     with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-    assert trainer.position.step == 0
+        run.fit()
+    assert run.position.step == 0
     with pytest.raises(CheckpointError, match="has trained already"):
-        trainer.fit(resume=True)
+        run.fit(resume=True)
 
 
 def test_no_checkpoint_there(tmp_path):
