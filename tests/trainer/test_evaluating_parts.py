@@ -9,13 +9,13 @@ from torch import nn
 import entprop_wrap as entprop
 from entprop_wrap.methods import Vanilla
 from tests.helpers.trainer_toys import BatchNormNet, Images, make
+from tests.helpers.trainers import trainer
 
 MESSAGE = "1 modules are in evaluation mode and stay so while training, such as a BatchNorm2d"
 
 
 def trainer_of(model, folder, method=None, **options):
-    config = entprop.TrainerConfig(epochs=2, batch_size=10, output_dir=folder, progress=False, **options)
-    return entprop.Trainer(model, Images(20), Images(8), method=method or entprop.EntProp(fraction=0.8), config=config)
+    return trainer(folder, model, Images(20), Images(8), method=method or entprop.EntProp(fraction=0.8), **options)
 
 
 def frozen():

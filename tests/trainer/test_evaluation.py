@@ -1,20 +1,13 @@
 """Evaluation calls a loss as a step does, and takes the labels and logits that it does."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
-import entprop_wrap as entprop
-from entprop_wrap import Trainer, TrainerConfig
 from entprop_wrap.errors import ConfigurationError
+from tests.faults.accidents import lines
 from tests.helpers.trainer_toys import GroupNormNet, Images, make
-
-
-def trainer(folder, loss):
-    config = entprop.TrainerConfig(epochs=1, batch_size=16, output_dir=folder, progress=False)
-    return entprop.Trainer(make(GroupNormNet), Images(), Images(20), loss=loss, config=config)
+from tests.helpers.trainers import trainer
 
 
 def test_a_loss_is_given_what_it_asks_for(tmp_path):
@@ -25,14 +18,17 @@ def test_a_loss_is_given_what_it_asks_for(tmp_path):
             seen.append((outputs is logits, tuple(images.shape), rows.tolist()))
         return torch.nn.functional.cross_entropy(logits, labels)
 
-    found = trainer(tmp_path / "asking", loss).fit()
-    assert found == trainer(tmp_path / "plain", None).fit()
+    found, plain = (
+        trainer(tmp_path / name, GroupNormNet, eval_data=Images(20), loss=given, epochs=1, batch_size=16).fit()
+        for name, given in (("asking", loss), ("plain", None))
+    )
+    assert found == plain
     assert seen[-2:] == [(True, (16, 3, 8, 8), [*range(16)]), (True, (4, 3, 8, 8), [*range(4)])]
 
 
 def test_a_sum_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="mean over the images"):
-        trainer(tmp_path, torch.nn.CrossEntropyLoss(reduction="sum")).evaluate()
+        trainer(tmp_path, loss=torch.nn.CrossEntropyLoss(reduction="sum")).evaluate()
 
 
 class OneLogit(nn.Module):
@@ -56,18 +52,13 @@ def test_binary_losses_train_and_evaluate(tmp_path, form):
     loss = bce if targets.is_floating_point() else lambda logits, labels: bce(logits[:, 0], labels.float())
     samples = [(image, target) for image, target in zip(data.images, targets, strict=True)]
     model = make(OneLogit, outputs=3 if form == "multi-hot" else 1)
-    config = TrainerConfig(epochs=1, batch_size=12, output_dir=tmp_path, progress=False, log_every=1)
-    trainer = Trainer(model, samples, samples, loss=loss, config=config)
-    trainer.fit()
-    found = trainer.evaluate()
+    found = trainer(tmp_path, model, samples, samples, loss=loss, epochs=1, batch_size=12, log_every=1).fit()
     with torch.no_grad():
-        logits = trainer.model.eval()(data.images)
+        logits = model.eval()(data.images)
     assert found["loss"] == pytest.approx(float(loss(logits, targets)), rel=1e-5)
     if form == "multi-hot":  # the highest logit is one of the labels
         right = targets[torch.arange(24), logits.argmax(1)] == 1
     else:
         right = (logits[:, 0] > 0) == (first > 0)
     assert found["accuracy"] == pytest.approx(float(right.float().mean()))
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    entropies = [line["aux_entropy"] for line in lines if line["kind"] == "train"]
-    assert all(entropy > 0 for entropy in entropies)
+    assert all(line["aux_entropy"] > 0 for line in lines(tmp_path, "train"))

@@ -10,7 +10,9 @@ from torch import nn
 
 import entprop_wrap as entprop
 from entprop_wrap.trainer.export import save_weights
-from tests.helpers.trainer_toys import BatchNormNet, Images, make, tiny_vit
+from tests.faults.accidents import equal
+from tests.helpers.trainer_toys import BatchNormNet, make, tiny_vit
+from tests.helpers.trainers import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
 
@@ -25,8 +27,7 @@ def test_exports_load_as_the_plain_model(tmp_path):
     load_hub = transformers.AutoModelForImageClassification.from_pretrained
     for name, model, load in (("plain", make(BatchNormNet), load_plain), ("vit", tiny_vit(), load_hub)):
         keys = list(model.state_dict())
-        config = entprop.TrainerConfig(epochs=1, batch_size=20, output_dir=tmp_path / name, progress=False)
-        entprop.Trainer(model, Images(), config=config).fit()
+        trainer(tmp_path / name, model, epochs=1).fit()
         assert any("entprop" in key for key in model.state_dict())  # it stays wrapped
         assert entprop.unwrap(model) is model
         assert list(model.state_dict()) == keys
@@ -40,27 +41,23 @@ def test_exports_load_as_the_plain_model(tmp_path):
 
 
 def test_the_average_is_exported(tmp_path):
-    config = entprop.TrainerConfig(epochs=1, batch_size=20, ema_decay=0.5, output_dir=tmp_path, progress=False)
-    trainer = entprop.Trainer(make(BatchNormNet), Images(), config=config)
-    trainer.fit()
-    exported = load_file(tmp_path / "model/model.safetensors")
-    average = load_file(trainer.checkpoints.latest() / "ema.safetensors")
-    assert exported.keys() == average.keys()
-    assert all(torch.equal(exported[key], average[key]) for key in exported)
+    run = trainer(tmp_path, epochs=1, ema_decay=0.5)
+    run.fit()
+    average = load_file(run.checkpoints.latest() / "ema.safetensors")
+    assert equal(load_file(tmp_path / "model/model.safetensors"), average)
 
 
 def test_exporting_again_keeps_other_files(tmp_path):
-    config = entprop.TrainerConfig(epochs=1, batch_size=20, output_dir=tmp_path / "run", progress=False)
-    trainer = entprop.Trainer(make(BatchNormNet), Images(), config=config)
+    run = trainer(tmp_path / "run", epochs=1)
     target = tmp_path / "mine"
     target.mkdir()
     (target / "notes.txt").write_text("mine")
-    trainer.export(target)
-    trainer.fit()
-    trainer.export(target)
+    run.export(target)
+    run.fit()
+    run.export(target)
     assert sorted(path.name for path in target.iterdir()) == ["model.safetensors", "notes.txt"]
     exported = load_file(target / "model.safetensors")
-    assert torch.equal(exported["fc.weight"], trainer.model.fc.weight)
+    assert torch.equal(exported["fc.weight"], run.model.fc.weight)
 
 
 def test_tied_and_transposed_weights_load_strictly(tmp_path):

@@ -27,17 +27,15 @@ from entprop_wrap.errors import (
     UnsupportedModelError,
 )
 from entprop_wrap.methods import Vanilla
+from tests.faults.accidents import lines
+from tests.helpers import trainers
 from tests.helpers.trainer_toys import CLASSES, BatchNormNet, GroupNormNet, Images, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only . images a step")  # batches are small here
 
 
-def trainer(folder, model=None, data=None, eval_data=None, *, method=None, loss=None, ready=None, **options):
-    options = {"epochs": 2, "batch_size": 10, "learning_rate": 1e-2, "log_every": 1, "progress": False, **options}
-    model = make(BatchNormNet) if model is None else model
-    data, eval_data = Images() if data is None else data, Images(seed=1) if eval_data is None else eval_data
-    config = TrainerConfig(output_dir=folder, **options)
-    return Trainer(model, data, eval_data, method=method, loss=loss, config=config, optimizer=ready)
+def trainer(folder, *args, **options):
+    return trainers.trainer(folder, *args, **{"learning_rate": 1e-2, "log_every": 1, **options})
 
 
 def recording(types):
@@ -45,11 +43,6 @@ def recording(types):
         types.append(output.dtype)
 
     return hook
-
-
-def lines(folder, kind):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
 
 
 def test_a_run_learns_and_writes_everything(tmp_path):
@@ -63,19 +56,8 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     train, evaluated = lines(tmp_path, "train"), lines(tmp_path, "eval")
     assert [line["step"] for line in train] == list(range(1, 25))
     assert [line["epoch"] for line in evaluated] == [1, 2, 3, 4, 5, 6]
-    assert train[0].keys() == {
-        "kind",
-        "step",
-        "epoch",
-        "loss",
-        "main_loss",
-        "aux_loss",
-        "main_entropy",
-        "aux_entropy",
-        "passes",
-        "learning_rate",
-        "images_per_second",
-    }
+    keys = "kind step epoch loss main_loss aux_loss main_entropy aux_entropy passes learning_rate images_per_second"
+    assert json.loads((tmp_path / "metrics.jsonl").open().readline()).keys() == set(keys.split())
     assert all(line["passes"] == pytest.approx(1.8) for line in train)
     assert train[0]["loss"] == pytest.approx(train[0]["main_loss"] + 0.4 * train[0]["aux_loss"], rel=1e-5)
     assert evaluated[0].keys() == {"kind", "step", "epoch", "loss", "accuracy", "mean_class_accuracy", "weights"}
@@ -137,18 +119,6 @@ def test_the_last_group_of_batches_counts_by_its_size(tmp_path, norm):
     for found, expected in zip(run.model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(found, expected)
     assert [line["learning_rate"] for line in lines(tmp_path, "train")] == pytest.approx([0.15, 0.3, 0.15])
-
-
-def test_copies_are_decayed_like_what_they_copy(tmp_path):
-    run = trainer(tmp_path, optimizer="adamw", weight_decay=0.3)
-    groups = run._state.prepared.optimizer.param_groups
-    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
-    assert [names[id(parameter)] for parameter in groups[0]["params"]] == ["conv.weight", "fc.weight"]
-    undecayed = [names[id(parameter)] for parameter in groups[1]["params"]]
-    assert len(undecayed) == 6
-    assert {"bn.weight", "bn.bias", "conv.bias", "fc.bias"} < set(undecayed)
-    assert sum("entprop_aux" in name for name in undecayed) == 2
 
 
 @pytest.mark.parametrize(
@@ -262,13 +232,7 @@ def test_the_average_follows_its_formula(tmp_path):
     assert not torch.equal(average.bn.running_mean, model.bn.running_mean)
     assert lines(tmp_path, "eval")[0]["weights"] == "average"
 
-    plain = Trainer(
-        average.requires_grad_(True),
-        Images(),
-        Images(seed=1),
-        method=Vanilla(),
-        config=TrainerConfig(batch_size=10, output_dir=tmp_path / "b"),
-    )
+    plain = trainer(tmp_path / "b", average.requires_grad_(True), method=Vanilla())
     assert plain.evaluate() == pytest.approx(result)
 
 
@@ -332,15 +296,9 @@ def test_the_same_model_again(tmp_path):
 
 
 def test_keep_last_and_best(tmp_path):
-    # Accuracy by design: best after the second epoch.
-    values = iter([0.3, 0.8, 0.5, 0.8, 0.1])
-
-    class Scripted(Trainer):
-        def evaluate(self, data=None):
-            return {**super().evaluate(data), "accuracy": next(values)}
-
-    config = TrainerConfig(epochs=5, batch_size=20, output_dir=tmp_path, progress=False, keep_last=2)
-    run = Scripted(make(BatchNormNet), Images(), Images(), config=config)
+    run = trainer(tmp_path, epochs=5, batch_size=20, keep_last=2)
+    accuracies, evaluate = iter([0.3, 0.8, 0.5, 0.8, 0.1]), run.evaluate  # best after the second epoch
+    run.evaluate = lambda: {**evaluate(), "accuracy": next(accuracies)}
     run.fit()
     names = [path.name for path in run.checkpoints.all()]
     assert names == ["step-00000004", "step-00000008", "step-00000010"]
@@ -382,15 +340,10 @@ def test_evaluation_by_hand(tmp_path):
 
 
 def test_soft_labels(tmp_path):
-    class Soft(Images):
-        def __getitem__(self, index):
-            image, label = super().__getitem__(index)
-            return image, 0.9 * torch.eye(CLASSES)[label] + 0.1 / CLASSES
-
-    hard = trainer(tmp_path / "hard", epochs=1, data=Soft(), eval_data=Images(seed=1))
-    hard.fit()
-    soft = hard.evaluate(Soft(seed=1))
-    assert soft["accuracy"] == hard.evaluate()["accuracy"]
+    soft = [(image, 0.9 * torch.eye(CLASSES)[label] + 0.1 / CLASSES) for image, label in Images(seed=1)]
+    run = trainer(tmp_path, epochs=1, data=soft)
+    run.fit()
+    assert run.evaluate(soft)["accuracy"] == run.evaluate()["accuracy"]
 
 
 def test_a_loss_of_ones_own(tmp_path):
@@ -435,13 +388,6 @@ def test_trackers_get_what_the_file_gets_and_there_is_a_bar(tmp_path, capsys):
     assert tracker.logged[0][1]["train/loss"] == lines(tmp_path, "train")[0]["loss"]
     assert "eval/accuracy" in tracker.logged[-1][1]
     assert tracker.finished
-
-
-def test_workers(tmp_path):
-    trainer(tmp_path / "none", epochs=1, data=Images(augment=True)).fit()
-    trainer(tmp_path / "two", epochs=1, data=Images(augment=True), workers=2).fit()
-    first, second = (lines(tmp_path / name, "train") for name in ("none", "two"))
-    assert [line["loss"] for line in first] == [line["loss"] for line in second]
 
 
 def test_a_diverging_run_stops(tmp_path):
@@ -494,19 +440,16 @@ def refused(error, message, folder, *args, **options):
     assert not list(folder.iterdir())
 
 
-def test_bad_data_leaves_no_trace(tmp_path):
+def test_what_does_not_fit_leaves_no_trace(tmp_path):
     model = make(BatchNormNet)
-    keys = list(model.state_dict())
+    keys, optimizer = list(model.state_dict()), torch.optim.SGD(model.parameters(), lr=0.1)
+    plateau = lambda optimizer, steps: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)  # noqa: E731
     refused(DataError, "train_data is empty", tmp_path, model, Images(0))
     refused(DataError, "eval_data is empty", tmp_path, model, Images(), Images(0))
-    assert list(model.state_dict()) == keys
-
-
-def test_an_optimizer_from_before_the_wrap(tmp_path):
-    model = make(BatchNormNet)
-    keys = list(model.state_dict())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     refused(OptimizerMismatchError, "built before wrap", tmp_path, model, ready=optimizer)
+    refused(TypeError, r"torch.optim.Optimizer, found 'sgd'.*optimizer='sgd'", tmp_path, model, ready="sgd")
+    refused(TypeError, "torch.optim.Optimizer, found {}", tmp_path, model, optimizer=lambda groups: {})
+    refused(ConfigurationError, "without a metric", tmp_path, model, schedule=plateau)
     assert list(model.state_dict()) == keys
     entprop.wrap(model)
     refused(OptimizerMismatchError, "built before wrap", tmp_path, model, ready=optimizer)
@@ -535,12 +478,8 @@ def test_models_that_do_not_fit(tmp_path):
     counting = make(BatchNormNet)
     counting.fc.__class__ = type("Counting", (torch.nn.Linear,), {"get_extra_state": lambda self: {"calls": 0}})
     refused(UnsupportedModelError, "found 'fc._extra_state' in the model's state dict", tmp_path, counting)
-    for nothing in (3, "resnet18", BatchNormNet):
-        refused(UnsupportedModelError, "expected a torch.nn.Module", tmp_path, nothing)
-    with pytest.raises(TypeError, match=r"method=EntProp\(\)"):
-        trainer(tmp_path, method=EntProp)
-    with pytest.raises(TypeError, match=r"TrainerConfig\(optimizer='sgd'\)"):
-        trainer(tmp_path, ready="sgd")
+    refused(UnsupportedModelError, "expected a torch.nn.Module", tmp_path, "resnet18")
+    refused(TypeError, r"method=EntProp\(\)", tmp_path, method=EntProp)
 
 
 def test_images_of_another_form_are_refused_in_any_layout(tmp_path):
@@ -549,16 +488,6 @@ def test_images_of_another_form_are_refused_in_any_layout(tmp_path):
     for use in (run.fit, run.evaluate):
         with pytest.raises(ImageError, match=r"\(N, C, H, W\)"):
             use()
-
-
-def test_functions_that_return_something_else(tmp_path):
-    model = make(BatchNormNet)
-    keys = list(model.state_dict())
-    refused(TypeError, "expects a torch.optim.Optimizer, found {}", tmp_path, model, optimizer=lambda groups: {})
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
-    schedule = lambda optimizer, steps: plateau(optimizer)  # noqa: E731
-    refused(ConfigurationError, "without a metric", tmp_path, model, schedule=schedule)
-    assert list(model.state_dict()) == keys
 
 
 def test_launcher_and_configuration_must_agree(tmp_path, monkeypatch):
@@ -640,13 +569,9 @@ def test_nothing_but_overflows_under_fp16_stops_the_run(tmp_path, fp16):
 
 
 def test_errors_of_the_step_come_through(tmp_path):
-    class Bytes(Images):
-        def __getitem__(self, index):
-            image, label = super().__getitem__(index)
-            return 255 * image, label
-
+    bytes_ = [(255 * image, label) for image, label in Images()]
     with pytest.raises(PixelRangeError, match="divide by 255"):
-        trainer(tmp_path, data=Bytes()).fit()
+        trainer(tmp_path, data=bytes_).fit()
     wrong = Images()
     wrong.labels = wrong.labels + 1
     with pytest.raises(LabelError, match="Class indices"):
@@ -654,4 +579,4 @@ def test_errors_of_the_step_come_through(tmp_path):
     with pytest.raises(LabelError, match="Class indices"):
         trainer(tmp_path).evaluate(wrong)
     with pytest.raises(DataError, match="No data to evaluate on"):
-        Trainer(make(BatchNormNet), Images(), config=TrainerConfig(batch_size=10, output_dir=tmp_path)).evaluate()
+        Trainer(make(BatchNormNet), Images(), config=TrainerConfig(output_dir=tmp_path, batch_size=10)).evaluate()

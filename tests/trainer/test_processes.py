@@ -1,12 +1,11 @@
 """Two gloo processes equal one, in weights, metrics and evaluation, and fail together."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from entprop_wrap.methods import grow
+from tests.faults.accidents import lines
 from tests.helpers.processes import run_processes
 from tests.helpers.trainer_toys import BatchNormNet, Images, make
 from tests.trainer import programs
@@ -24,16 +23,21 @@ def folder(tmp_path_factory):
     return folder
 
 
+def differing(folder, rank):
+    return (folder / "differing" / f"found-{rank}").read_text().splitlines()
+
+
 def test_two_processes_equal_one(folder):
     programs.distributed(folder / "one", accumulation=2)
     for run in ("vanilla", "entprop", "accumulated"):
-        one, two = _last(folder / "one" / run), _last(folder / "two" / run)
+        step = {"vanilla": 8, "entprop": 8, "accumulated": 4}[run]
+        one, two = (folder / place / run / f"checkpoints/step-{step:08d}" for place in ("one", "two"))
         files = sorted(path.name for path in one.glob("*.safetensors"))
         assert files == sorted(path.name for path in two.glob("*.safetensors"))
         assert len(files) == {"vanilla": 1, "entprop": 4, "accumulated": 2}[run]
         for name in files:
             torch.testing.assert_close(load_file(one / name), load_file(two / name), rtol=1e-4, atol=1e-6)
-        for first, second in zip(_lines(folder / "one" / run), _lines(folder / "two" / run), strict=True):
+        for first, second in zip(lines(folder / "one" / run), lines(folder / "two" / run), strict=True):
             assert first.keys() == second.keys()
             for key, value in first.items():
                 same = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)
@@ -64,38 +68,26 @@ def test_a_failure_on_one_process_is_raised_on_all(folder):
     assert "step-00000001 cannot be written" in full
 
 
-def test_data_that_differs_between_processes_is_refused(folder):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_data_that_differs_between_processes_is_refused(folder, rank):
     """A share of the data would be shared out again; splits without a seed would be mixed."""
-    for rank in (0, 1):
-        found = (folder / "differing" / f"found-{rank}").read_text().splitlines()
-        for line in found[:2]:
-            assert line.startswith("DataError: train_data: the 2 processes have different samples.")
+    for line in differing(folder, rank)[:2]:
+        assert line.startswith("DataError: train_data: the 2 processes have different samples.")
 
 
-def test_a_loss_that_is_not_finite_on_one_process_reaches_no_weight(folder):
-    for rank in (0, 1):
-        found = (folder / "differing" / f"found-{rank}").read_text().splitlines()
-        assert found[2].startswith("DivergedError: The loss was not finite up to step 3.")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_that_is_not_finite_on_one_process_reaches_no_weight(folder, rank):
+    assert differing(folder, rank)[2].startswith("DivergedError: The loss was not finite up to step 3.")
 
 
-def test_parameters_that_get_no_gradient_are_refused_in_words(folder):
-    for rank in (0, 1):
-        found = (folder / "differing" / f"found-{rank}").read_text().splitlines()
-        assert found[3].startswith("UnsupportedModelError: The loss does not depend on all parameters")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_parameters_that_get_no_gradient_are_refused_in_words(folder, rank):
+    assert differing(folder, rank)[3].startswith("UnsupportedModelError: The loss does not depend on all parameters")
 
 
 def test_processes_whose_lagged_steps_differ_log_the_same_averages(folder):
-    assert all(len((folder / "differing" / f"found-{rank}").read_text().splitlines()) == 4 for rank in (0, 1))
-    each, four = (_lines(folder / "differing" / f"sizes{every}") for every in (1, 4))
+    assert len(differing(folder, 0)) == len(differing(folder, 1)) == 4
+    each, four = (lines(folder / "differing" / f"sizes{every}", "train") for every in (1, 4))
     assert [line["step"] for line in each] == [1, 2, 3, 4]
     for key in ("loss", "main_loss", "main_entropy", "passes"):
         assert four[0][key] == pytest.approx(sum(line[key] for line in each) / 4, rel=1e-5)
-
-
-def _last(folder):
-    return folder / "checkpoints" / f"step-{_lines(folder)[-1]['step']:08d}"
-
-
-def _lines(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
