@@ -1,5 +1,6 @@
 """``entprop-train`` on tiny data: every kind of data, of model and of method."""
 
+import copy
 import json
 import re
 import signal
@@ -28,7 +29,6 @@ from entprop_wrap.methods.entropic_retraining import EntropicRetraining
 from tests.helpers.image_samples import dark_and_light
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "data"
 QUICK = ["--epochs", "1", "--robustness-images", "4", "--severities", "3", "--batch-size", "8"]
 
 
@@ -78,6 +78,15 @@ def runs(output):
 @pytest.fixture
 def folder(tmp_path):
     return dark_and_light(tmp_path / "images")
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Return the folder of a small model as the Hub has it."""
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "hub")
+    transformers.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(tmp_path / "hub")
+    return tmp_path / "hub"
 
 
 def test_an_augmentation_is_for_training_images_only(train, tmp_path):
@@ -176,13 +185,20 @@ def test_published_weights_for_another_size_are_refused(monkeypatch):
             found.build(("cat", "dog"))
 
 
-def test_weights_stored_in_half_precision_are_trained_in_single(tmp_path):
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
-    transformers.ResNetForImageClassification(config).bfloat16().save_pretrained(tmp_path)
-    transformers.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(tmp_path)
+def test_weights_stored_in_half_precision_are_trained_in_single(hub):
+    transformers.AutoModelForImageClassification.from_pretrained(hub).bfloat16().save_pretrained(hub)
     for pretrained in (["--pretrained"], []):
-        model = models.find(parse("", ["--dataset", "any", "--model", str(tmp_path), *pretrained])).build(("a", "b"))
+        model = models.find(parse("", ["--dataset", "any", "--model", str(hub), *pretrained])).build(("a", "b"))
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_the_dropout_of_a_wrong_conversion_is_repaired_with_a_note(hub, capsys):
+    config = transformers.MobileNetV1Config(depth_multiplier=0.25, image_size=32, classifier_dropout_prob=0.999)
+    transformers.MobileNetV1ForImageClassification(config).save_pretrained(hub)
+    model = models.find(parse("", ["--dataset", "any", "--model", str(hub), "--pretrained"])).build(("a", "b"))
+    assert "note: " in (printed := capsys.readouterr().out)
+    assert "surely the share to keep" in printed
+    assert model.dropout.p == pytest.approx(0.001)
 
 
 @pytest.mark.usefixtures("untrained")
@@ -204,28 +220,18 @@ def test_curves_and_table_are_of_the_same_images(train, tmp_path, folder):
     assert [line["accuracy"] for line in lines if line["kind"] == "eval"] == [sa]
 
 
-def test_a_local_hub_model_and_resuming(train, tmp_path, folder, monkeypatch):
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
-    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "hub")
-    transformers.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(tmp_path / "hub")
+def test_a_local_hub_model_and_resuming(train, tmp_path, folder, hub, monkeypatch):
     output = tmp_path / "out"
-    arguments = ["--dataset", folder, "--model", tmp_path / "hub", "--pretrained", "--in-memory", *QUICK]
+    arguments = ["--dataset", folder, "--model", hub, "--pretrained", "--in-memory", *QUICK]
     arguments += ["--linear-probe", "--interpolate", 0.25]
     diagnosed = []
-    diagnose = results.diagnose
-    monkeypatch.setattr(
-        results,
-        "diagnose",
-        lambda name, method, model, *rest: (
-            diagnosed.append({key: value.clone() for key, value in model.state_dict().items()})
-            or diagnose(name, method, model, *rest)
-        ),
-    )
+    look = lambda name, method, model, *rest: diagnosed.append(copy.deepcopy(model.state_dict()))  # noqa: E731
+    monkeypatch.setattr(results, "diagnose", lambda *args: look(*args) or {})
     first = train(*arguments, output=output)
     assert first.code == 0, first.out
     assert first.out.count("note: the fitted head alone has an accuracy of") == 1
     file = "entprop-seed0/model/model.safetensors"
-    exported, began = load_file(output / file), load_file(tmp_path / "hub" / "model.safetensors")
+    exported, began = load_file(output / file), load_file(hub / "model.safetensors")
     (checkpoint,) = (output / "entprop-seed0" / "checkpoints").glob("step-*")
     trained = load_file(checkpoint / "model.safetensors")
     assert all(torch.equal(value, diagnosed[0][name]) for name, value in trained.items())  # not on the way back
@@ -478,25 +484,22 @@ def test_every_field_can_be_set():
         assert left <= {"auxiliary", "branches"}, name
 
 
-def test_the_preset_takes_what_is_not_its_own():
-    options = ["epsilon=4/255", "attack_steps=2", "step_size=1/255"]
-    made = built("--set", *options, names=["entprop_finetuning"])["entprop_finetuning"]
-    assert made == EntProp.finetuning(epsilon=4 / 255, attack_steps=2, step_size=1 / 255)
-    plain = built(names=["entprop_finetuning"])["entprop_finetuning"]
-    assert plain == EntProp.finetuning(epsilon=0.1)  # as every attack on the digits
-
-
-def test_the_preset_for_augmented_images_shares_affine_parameters():
-    made = built("--set", "fraction=0.3", names=["entprop_augmented"])["entprop_augmented"]
-    assert made == EntProp.augmented(fraction=0.3, epsilon=0.1)
-    assert (made.mix, made.copies) == (None, "statistics")
-    given = built("--set", "copies=all", "view=none", "attack_steps=1", names=["entprop_augmented"])[
-        "entprop_augmented"
-    ]
-    assert (given.copies, given.view, given.attack_steps) == ("all", None, 1)
-    assert (
-        built("--set", "view=randaugment", names=["entprop_augmented"])["entprop_augmented"].view.name == "randaugment"
-    )
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("entprop_finetuning", [], EntProp.finetuning(epsilon=0.1)),  # as every attack on the digits
+        (
+            "entprop_finetuning",
+            ["epsilon=4/255", "attack_steps=2"],
+            EntProp.finetuning(epsilon=4 / 255, attack_steps=2),
+        ),
+        ("entprop_augmented", ["fraction=0.3"], EntProp.augmented(fraction=0.3, epsilon=0.1)),
+        ("entprop_augmented", ["copies=all", "view=none"], EntProp.augmented(epsilon=0.1, copies="all", view=None)),
+        ("entprop_augmented", ["view=augmix"], EntProp.augmented(epsilon=0.1, view="augmix")),
+    ],
+)
+def test_presets_take_what_is_not_their_own(name, settings, expected):
+    assert built("--set", *settings, names=[name]) == {name: expected}
 
 
 @pytest.mark.usefixtures("untrained")
@@ -504,16 +507,3 @@ def test_growth_that_does_not_fit_is_found_before_anything_is_trained(train, tmp
     arguments = [*QUICK, "--epochs", 2, "--methods", "vanilla", "me_ada_growth"]
     done = train(*arguments, output=tmp_path / "out")
     assert "three phases, found 2 epochs" in done.code
-
-
-@pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the pets data and the pretrained MobileNetV1 are not beside the checkout"
-)
-def test_pets_with_the_pretrained_mobilenet(train, tmp_path):
-    output = tmp_path / "out"
-    model, pets = SHARED / "mobilenet_v1_0.75_224", SHARED / "pets"
-    sizes = ["--image-size", 64, "--max-train", 74, "--max-eval", 37]
-    done = train("--dataset", pets, "--model", model, "--pretrained", *sizes, *QUICK, output=output)
-    assert done.code == 0, done.out
-    assert "surely the share to keep" in done.out
-    assert set(runs(output)) == {"vanilla", "entprop"}

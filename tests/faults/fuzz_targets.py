@@ -121,10 +121,6 @@ def folder() -> Path:
     return Path(_keep[-1].name)
 
 
-def _config() -> entprop.TrainerConfig:
-    return entprop.TrainerConfig(batch_size=4, output_dir=str(folder() / "run"), progress=False)
-
-
 _keep: list[Any] = []
 
 #: Arguments that work, by parameter, or by function and parameter; called with the arguments made before.
@@ -242,7 +238,6 @@ GOOD |= {
     "metrics": lambda **_: {"loss": 1.0},
     "epsilon": lambda **_: 2 / 255,
     "checkpoint": lambda **_: {"model": model().state_dict()},
-    "space": lambda **_: None,
     "uncertainty": lambda **_: "entropy",
     "loss": lambda **_: torch.nn.functional.cross_entropy,
     "generator": lambda **_: None,
