@@ -487,12 +487,8 @@ def test_every_field_can_be_set():
 @pytest.mark.parametrize(
     ("name", "settings", "expected"),
     [
-        ("entprop_finetuning", [], EntProp.finetuning(epsilon=0.1)),  # as every attack on the digits
-        (
-            "entprop_finetuning",
-            ["epsilon=4/255", "attack_steps=2"],
-            EntProp.finetuning(epsilon=4 / 255, attack_steps=2),
-        ),
+        ("entprop_finetuning", ["lagged=true"], EntProp.finetuning(epsilon=0.1, lagged=True)),  # 0.1 on the digits
+        ("entprop_finetuning", ["epsilon=4/255"], EntProp.finetuning(epsilon=4 / 255)),
         ("entprop_augmented", ["fraction=0.3"], EntProp.augmented(fraction=0.3, epsilon=0.1)),
         ("entprop_augmented", ["copies=all", "view=none"], EntProp.augmented(epsilon=0.1, copies="all", view=None)),
         ("entprop_augmented", ["view=augmix"], EntProp.augmented(epsilon=0.1, view="augmix")),
