@@ -65,8 +65,6 @@ FIXED = {
     "pgd_at": ("kind",),
     "trades": ("kind",),
 }
-#: Fields whose values methods know by name.
-NAMED = ("mix", "uncertainty", "view")
 WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -102,7 +100,7 @@ def _assigned(assignment: str, methods: Mapping[str, Any]) -> dict[str, tuple[st
 
 def settable(name: str, method: Any) -> list[str]:
     """Return the fields of the method ``name`` that can be changed; of those in a field, ``outer.inner``."""
-    return [field for field in plain_fields(method) if field not in ("auxiliary", *FIXED.get(name, ()))]
+    return [field for field in field_names(method) if field not in ("auxiliary", *FIXED.get(name, ()))]
 
 
 def field_for(name: str, method: Any, field: str) -> str | None:
@@ -112,15 +110,14 @@ def field_for(name: str, method: Any, field: str) -> str | None:
     return next((one for one in names if one in known), None)
 
 
-def plain_fields(value: Any) -> list[str]:
-    """Return the names of all fields that can be written on a command line."""
+def field_names(value: Any) -> list[str]:
+    """Return the names of all fields of a dataclass, and of the dataclasses in them."""
     found = []
     for field in fields(value):
+        found.append(field.name)
         inner = getattr(value, field.name)
-        if is_dataclass(inner) and field.name != "view":
-            found += [f"{field.name}.{name}" for name in plain_fields(inner)]
-        if field.name in NAMED or inner is None or isinstance(inner, (bool, int, float, str)):
-            found.append(field.name)
+        if is_dataclass(inner):
+            found += [f"{field.name}.{name}" for name in field_names(inner)]
     return found
 
 

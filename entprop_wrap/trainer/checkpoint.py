@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,15 +51,13 @@ class CheckpointFolder:
 
     def best(self) -> Path | None:
         """Return the checkpoint of the best evaluation, the earlier of equals; None without one."""
-        best: tuple[Path, float] | None = None
+        best, highest = None, None
         for path in self.all() if self.keep_best is not None else []:
-            try:
+            with suppress(CheckpointError):
                 value = (read_state(path)["evaluation"] or {}).get(self.keep_best)
-            except CheckpointError:
-                continue
-            if value is not None and better(str(self.keep_best), value, best and best[1]):
-                best = path, value
-        return None if best is None else best[0]
+                if value is not None and better(str(self.keep_best), value, highest):
+                    best, highest = path, value
+        return best
 
     def to_resume(self, resume: bool | str | Path) -> Path | None:
         """Return the checkpoint to continue from, or None to begin; nothing on disk is lost by what follows.

@@ -127,11 +127,6 @@ def _check_named(name: str, value: Any, allowed: Sequence[str], signature: str) 
         raise ConfigurationError(f"{error} Or write {signature}.") from None
 
 
-def _check_path(name: str, value: Any) -> None:
-    if not isinstance(value, Path):
-        check_text(name, value)
-
-
 _COUNTS = ("epochs", "eval_batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every", "save_every")
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys((*_COUNTS, "save_every_steps", "keep_last"), partial(check_integer, least=1)),
@@ -157,7 +152,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "mixed_precision": partial(check_choice, allowed=("no", "bf16", "fp16")),
     "keep_best": partial(check_choice, allowed=("accuracy", "mean_class_accuracy", "loss")),
     **dict.fromkeys(("channels_last", "compile", "progress"), check_flag),
-    "output_dir": _check_path,
+    "output_dir": lambda name, value: check_text(name, str(value) if isinstance(value, Path) else value),
     "project": check_text,
 }
 #: Options that may be None.

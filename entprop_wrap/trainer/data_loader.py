@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -166,12 +167,12 @@ class Batches:
 
 def _numbered(batches: list[list[Hashable]]) -> list[list[tuple[Hashable, ...]]]:
     """Return each index with how often it came before, if it did."""
-    seen: dict[Hashable, int] = {}
+    seen: Counter[Hashable] = Counter()
 
     def numbered(index: Hashable) -> tuple[Hashable, ...]:
         name = index if type(index) is int else repr(index)  # tensors are not equal to their like
-        seen[name] = number = seen.get(name, 0) + 1
-        return (index,) if number == 1 else (index, number)
+        seen[name] += 1
+        return (index,) if seen[name] == 1 else (index, seen[name])
 
     return [list(map(numbered, batch)) for batch in batches]
 
