@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -38,11 +39,11 @@ def trainer(folder, *args, **options):
     return trainers.trainer(folder, *args, **{"learning_rate": 1e-2, "log_every": 1, **options})
 
 
-def recording(types):
-    def hook(module, args, output):
-        types.append(output.dtype)
-
-    return hook
+def types_of(layer):
+    """Return a list that the types of the layer's outputs are noted in."""
+    types = []
+    layer.register_forward_hook(lambda module, args, output: types.append(output.dtype))
+    return types
 
 
 def test_a_run_learns_and_writes_everything(tmp_path):
@@ -86,20 +87,9 @@ def test_the_last_group_of_batches_counts_by_its_size(tmp_path, norm):
     """Against a loop written out: 5 batches in groups of 2, 2 and 1; clipped; decayed where it should be."""
     model = make(GroupNormNet)
     reference = copy.deepcopy(model)
-    run = trainer(
-        tmp_path,
-        model,
-        Images(50),
-        method=Vanilla(),
-        epochs=1,
-        optimizer="sgd",
-        learning_rate=0.3,
-        weight_decay=0.1,
-        gradient_accumulation_steps=2,
-        max_grad_norm=norm,
-        schedule="linear",
-        warmup=0.34,
-    )
+    options = {"optimizer": "sgd", "learning_rate": 0.3, "weight_decay": 0.1, "schedule": "linear", "warmup": 0.34}
+    options |= {"gradient_accumulation_steps": 2, "max_grad_norm": norm}
+    run = trainer(tmp_path, model, Images(50), method=Vanilla(), epochs=1, **options)
     batches = list(run.train_batches.epoch(0))
     run.fit()
     decayed = [reference.conv.weight, reference.fc.weight]
@@ -189,16 +179,9 @@ def test_gradients_of_what_the_optimizer_does_not_hold_are_not_summed_up(tmp_pat
     """Against a loop written out: they count where gradients are clipped, those of the same step alone."""
     model = make(GroupNormNet)
     reference = copy.deepcopy(model)
-    run = trainer(
-        tmp_path,
-        model,
-        method=Vanilla(),
-        epochs=1,
-        schedule="constant",
-        warmup=0.0,
-        max_grad_norm=0.2,
-        ready=torch.optim.SGD(model.fc.parameters(), lr=0.1),
-    )
+    optimizer = torch.optim.SGD(model.fc.parameters(), lr=0.1)
+    options = {"schedule": "constant", "warmup": 0.0, "max_grad_norm": 0.2, "epochs": 1}
+    run = trainer(tmp_path, model, method=Vanilla(), ready=optimizer, **options)
     batches = list(run.train_batches.epoch(0))
     run.fit()
     optimizer = torch.optim.SGD(reference.fc.parameters(), lr=0.1)
@@ -237,60 +220,46 @@ def test_the_average_follows_its_formula(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"mixed_precision": "bf16"}, {"channels_last": True}, {"mixed_precision": "bf16", "ema_decay": 0.5}],
-    ids=["bf16", "channels_last", "bf16-ema"],
+    ("options", "tolerance"),
+    [
+        ({"mixed_precision": "bf16"}, 0.05),
+        ({"mixed_precision": "bf16", "ema_decay": 0.5}, 0.05),
+        ({"channels_last": True}, 0.05),
+        ({"compile": True}, 1e-4),
+    ],
+    ids=str,
 )
-def test_options_that_change_the_numbers_a_little(tmp_path, options):
-    losses = {}
-    for name, chosen in (("plain", {}), ("option", options)):
-        run = trainer(tmp_path / name, make(BatchNormNet, dropout=0.0), epochs=2, **chosen)
-        run.fit()
-        losses[name] = [line["loss"] for line in lines(tmp_path / name, "train")]
-        if name == "option" and "mixed_precision" in options:
-            types = []
-            run.model.fc.register_forward_hook(recording(types))
-            if run._state.average is not None:
-                run._state.average.module.fc.register_forward_hook(recording(types))
-            run.evaluate()
-            assert set(types) == {torch.bfloat16}
-        if name == "option" and "channels_last" in options:
-            assert run.model.conv.weight.is_contiguous(memory_format=torch.channels_last)
-    assert losses["option"] == pytest.approx(losses["plain"], rel=0.05)
-
-
-def test_compile(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", _eagerly(torch.compile))  # the backend is not what is tested
-    trainer(tmp_path / "eager", make(BatchNormNet, dropout=0.0), epochs=1).fit()
-    run = trainer(tmp_path / "compiled", make(BatchNormNet, dropout=0.0), epochs=1, compile=True)
-    assert hasattr(run._state.prepared.model, "_orig_mod")
+def test_options_that_change_the_numbers_a_little(tmp_path, options, tolerance, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the backend is not what is tested
+    trainer(tmp_path / "plain", make(BatchNormNet, dropout=0.0)).fit()
+    run = trainer(tmp_path / "option", make(BatchNormNet, dropout=0.0), **options)
     run.fit()
-    for first, second in zip(*(lines(tmp_path / name, "train") for name in ("eager", "compiled")), strict=True):
-        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
-
-
-def _eagerly(compile):
-    return lambda model: compile(model, backend="eager")
+    plain, found = ([line["loss"] for line in lines(tmp_path / name, "train")] for name in ("plain", "option"))
+    assert found == pytest.approx(plain, rel=tolerance)
+    assert run.model.conv.weight.is_contiguous(memory_format=torch.channels_last) == ("channels_last" in options)
+    assert hasattr(run._state.prepared.model, "_orig_mod") == ("compile" in options)
+    if "mixed_precision" in options:
+        average = run._state.average
+        types = types_of((run.model if average is None else average.module).fc)
+        run.evaluate()
+        assert set(types) == {torch.bfloat16}
 
 
 def test_trainers_of_different_precision_in_one_process(tmp_path):
-    first = trainer(tmp_path / "a", mixed_precision="bf16", epochs=1)
-    second = trainer(tmp_path / "b", mixed_precision="no", epochs=1)
-    third = trainer(tmp_path / "c", epochs=1)
-    kinds = {}
-    for run in (first, second, third):
-        run.model.fc.register_forward_hook(recording(kinds.setdefault(run, [])))
+    precisions = {"a": "bf16", "b": "no", "c": None}
+    made = [trainer(tmp_path / name, mixed_precision=kind, epochs=1) for name, kind in precisions.items()]
+    for run, kind in zip(made, (torch.bfloat16, torch.float32, torch.float32), strict=True):
+        types = types_of(run.model.fc)
         run.fit()
         run.evaluate()
-    assert [set(types) for types in kinds.values()] == [{torch.bfloat16}, {torch.float32}, {torch.float32}]
+        assert set(types) == {kind}
 
 
 def test_the_same_model_again(tmp_path):
     model = make(BatchNormNet)
     trainer(tmp_path / "vanilla", model, method=Vanilla(), epochs=1, mixed_precision="bf16").fit()
     run = trainer(tmp_path / "entprop", model, epochs=1)
-    types = []
-    model.fc.register_forward_hook(recording(types))
+    types = types_of(model.fc)
     run.fit()
     assert set(types) == {torch.float32}
 
@@ -400,9 +369,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     def loss(logits, labels):  # finite, with a gradient that is not
         return cross_entropy(logits, labels) + (0 * logits).sum().abs().sqrt()
 
-    run = trainer(
-        tmp_path, loss=loss, epochs=1, batch_size=40, method=Vanilla(), max_grad_norm=None, eval_data=Images()
-    )
+    run = trainer(tmp_path, loss=loss, epochs=1, batch_size=40, method=Vanilla(), max_grad_norm=None)
     with pytest.raises(DivergedError, match="Did not save"):
         run.fit()
     assert run.checkpoints.all() == []
@@ -421,12 +388,9 @@ def test_an_average_that_remembers_longer_than_the_run_is_warned_of(tmp_path):
 
 
 def test_a_mask_of_infinities_is_neither_averaged_nor_taken_for_divergence(tmp_path):
-    class Masked(GroupNormNet):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("mask", torch.full((CLASSES, CLASSES), -torch.inf).triu(1))
-
-    run = trainer(tmp_path, make(Masked), epochs=1, ema_decay=0.5)
+    model = make(GroupNormNet)
+    model.register_buffer("mask", torch.full((CLASSES, CLASSES), -torch.inf).triu(1))
+    run = trainer(tmp_path, model, epochs=1, ema_decay=0.5)
     run.fit()
     assert torch.equal(run._state.average.module.mask, run.model.mask)
 
@@ -538,8 +502,7 @@ def test_fp16_scales_and_is_close_to_float32(tmp_path, fp16):
     trainer(tmp_path / "full", make(BatchNormNet, dropout=0.0), **options).fit()
     fp16(2.0**10)
     run = trainer(tmp_path / "half", make(BatchNormNet, dropout=0.0), **options)
-    types = []
-    run.model.fc.register_forward_hook(recording(types))
+    types = types_of(run.model.fc)
     run.fit()
     assert set(types) == {torch.float16}
     assert run.accelerator.scaler.get_scale() == 2.0**10
