@@ -11,7 +11,7 @@ from typing import Any
 import accelerate
 import datasets
 import torch
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from entprop_wrap.cli.options import DIGITS
 from entprop_wrap.data.pixel_space import PixelSpace
@@ -29,10 +29,6 @@ class Data:
     test: Any  # that everything is measured on, while training and after
     space: PixelSpace
     unchanged: Any  # the training images, neither augmented nor cropped at random
-
-    def loader(self, batch_size: int, workers: int) -> DataLoader[Any]:
-        """Return the test images in a fixed order."""
-        return DataLoader(self.test, batch_size=batch_size, num_workers=workers)
 
 
 def load(options: Namespace, space: PixelSpace, size: int) -> Data:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from entprop_wrap import diagnostics
 from entprop_wrap.cli.data import Data
@@ -95,7 +96,7 @@ def diagnose(name: str, method: Any, model: nn.Module, data: Data, options: Name
     """Look at a trained model before its copies go: how far they are, and what the method does to test images."""
     found: dict[str, Any] = {f"{name}: auxiliary against main norms": diagnostics.domain_gap(model)}
     if isinstance(method, EntProp):
-        loader = data.loader(options.batch_size, options.workers)
+        loader = DataLoader(data.test, options.batch_size, num_workers=options.workers)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the page says what there is to say
             stages = diagnostics.entropy_stages(model, loader, method=method, pixel_space=data.space, progress=False)

@@ -36,7 +36,8 @@ START_FILE = "start.json"
 
 def run(options: Namespace) -> None:
     """Train, evaluate, and write down. What does not fit raises before anything is trained."""
-    attacks = {} if options.attack is None else {f"PGD-20 {in_255ths(options.attack)}": PGD(options.attack, steps=20)}
+    epsilon = options.attack
+    attacks = {} if epsilon is None else {f"PGD-20 {255 * epsilon:g}/255": PGD(epsilon, steps=20)}
     methods = method_parts.build(options)
     settings = config(options)
     for name, method in methods.items():
@@ -80,7 +81,7 @@ def run(options: Namespace) -> None:
             runs.append(one)
         scores = evaluate_robustness(
             trained,
-            data.loader(options.eval_batch_size, options.workers),
+            DataLoader(data.test, options.eval_batch_size, num_workers=options.workers),
             pixel_space=data.space,
             severities=tuple(options.severities),
             attacks=attacks,
@@ -180,8 +181,3 @@ def phases(name: str, method: Any, options: Namespace) -> tuple[int, ...]:
     if options.epochs <= 2 * every:
         raise ConfigurationError(f"{name} trains in three phases, found {options.epochs} epochs: choose more epochs.")
     return every, every, options.epochs - 2 * every
-
-
-def in_255ths(epsilon: float) -> str:
-    """Return an epsilon as people write it: 8/255, or 0.1."""
-    return f"{255 * epsilon:.0f}/255" if abs(255 * epsilon - round(255 * epsilon)) < 1e-9 else f"{epsilon:g}"
