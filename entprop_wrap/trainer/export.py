@@ -11,6 +11,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from entprop_wrap.utils.files import explaining_failed_writes
+
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors to a safetensors file, each key with its own bytes, so that they load with ``strict=True``."""
@@ -31,15 +33,16 @@ def export_model(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) 
     A Hugging Face model is written by its own ``save_pretrained``, others to ``model.safetensors`` by their own keys.
     Other files in ``folder`` stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save = getattr(model, "save_pretrained", None)
-    if save is not None and "state_dict" in inspect.signature(save).parameters:
-        save(partial, state_dict=dict(weights))
-    else:
-        save_weights(weights, partial / "model.safetensors")
-    for file in sorted(partial.iterdir()):
-        os.replace(file, folder / file.name)
-    partial.rmdir()
+    with explaining_failed_writes(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save = getattr(model, "save_pretrained", None)
+        if save is not None and "state_dict" in inspect.signature(save).parameters:
+            save(partial, state_dict=dict(weights))
+        else:
+            save_weights(weights, partial / "model.safetensors")
+        for file in sorted(partial.iterdir()):
+            os.replace(file, folder / file.name)
+        partial.rmdir()

@@ -119,7 +119,6 @@ class RunState:
         self.generator.set_state(own["step"])
 
     def _own(self, folder: Path, name: str, suffix: str) -> Path:
-        """Return the file of this process."""
         return folder / f"{name}-{self.accelerator.process_index:05d}.{suffix}"
 
     def _models(self) -> list[tuple[nn.Module, tuple[str, str]]]:

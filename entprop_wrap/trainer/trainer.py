@@ -37,7 +37,7 @@ from entprop_wrap.trainer.optimizer import wrap_with_optimizer
 from entprop_wrap.trainer.run_identity import alike, check_same_run, identity
 from entprop_wrap.trainer.run_state import Position, RunState
 from entprop_wrap.training import check_loss, training_step
-from entprop_wrap.utils.files import check_writable, explaining_failed_writes, locked, on_main, together
+from entprop_wrap.utils.files import check_writable, locked, on_main, together
 from entprop_wrap.utils.modules import check_module, plain_model, walk
 from entprop_wrap.wrapping.state_dict import main_state_dict
 from entprop_wrap.wrapping.switched_norm import AuxiliaryNorm
@@ -242,11 +242,7 @@ class Trainer:
         else:
             weights = main_state_dict(self.model if average is None else average.module)
 
-        def write() -> None:
-            with explaining_failed_writes(Path(folder)):
-                export_model(self.model, weights, Path(folder))
-
-        on_main(self.accelerator, write)
+        on_main(self.accelerator, lambda: export_model(self.model, weights, Path(folder)))
         self._say(f"Exported the {'last' if average is None else 'averaged'} weights to {folder}.")
 
     def _batches(self, data: Data, *, training: bool) -> Batches:
@@ -410,7 +406,6 @@ class Trainer:
         self._say(f"Saved {path}.")
 
     def _write(self, kind: str, values: dict[str, float], **more: Any) -> None:
-        """Write a line of metrics."""
         position = self.position
         epoch = position.epoch + position.batch / len(self.train_batches)
         line = {"kind": kind, "step": position.step, "epoch": round(epoch, 4), **values, **more}
