@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.utils.graphs import leaves_of
+from entprop_wrap.utils.modules import walk
 from entprop_wrap.wrapping.active_domain import ActiveDomain, Key, domains_of
+from entprop_wrap.wrapping.norm_layers import is_norm
 from entprop_wrap.wrapping.registry import ATTRIBUTE, Registry, registry_on
-from entprop_wrap.wrapping.switched_norm import COPY_PREFIX, block_fast_path
+from entprop_wrap.wrapping.switched_norm import COPY_PREFIX, SwitchedNorm, block_fast_path
 
 
 def attach(root: nn.Module, registry: Registry) -> None:
@@ -51,25 +53,28 @@ class _LeaveForward:
         else:
             key = switch.resolve()
             if switch.ran is not None or (self.registry.unchecked and domains_of(key) <= self.registry.unchecked):
-                self._check_reads(key, (args, kwargs), output)
+                self._check_reads(module, key, (args, kwargs), output)
             _each_tensor(output, lambda tensor: _pin(tensor, switch, key))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             idle = self.registry.idle(domains_of(key))
             return _each_tensor(output, lambda tensor: _keep_in_graph(tensor, idle)) if idle else None
         return None
 
-    def _check_reads(self, key: Key, inputs: Any, output: Any) -> None:
+    def _check_reads(self, root: nn.Module, key: Key, inputs: Any, output: Any) -> None:
         # In the first passes with gradients. Weights in the graph of a norm that has not run were read by the model
         # itself. In an auxiliary pass so were any that belong to the main domain alone: the norms ran on their copies.
         # Norms that a pass leaves out (auxiliary heads, stochastic depth) leave their weights out, too.
         registry, switch, running = self.registry, self.registry.switch, domains_of(key)
         ran = None if _has_compiled() else switch.ran  # norms in compiled code note nothing when they run
         own = None if None in running else {id(p) for name in running for p in registry.tensors(name)}
+        # A norm that stays shared may be tied to one that does not; it reads its own weight.
+        norms = [m for m in walk(root) if is_norm(m) and not isinstance(m, SwitchedNorm)]
+        shared = {id(p) for norm in norms for p in norm._parameters.values()}
         suspects: dict[str, set[int]] = {}
         for name, norm in registry.norms.items():
             idle = ran is not None and id(norm) not in ran
             found = [id(p) for p in norm._parameters.values() if p is not None and p.requires_grad]
-            suspects[name] = {p for p in found if idle or (own is not None and p not in own)}
+            suspects[name] = {p for p in found if idle or (own is not None and p not in own)} - shared
         used = leaves_of(output, inputs) if any(suspects.values()) else set()
         if read := [name for name, suspected in suspects.items() if not used.isdisjoint(suspected)]:
             raise UnsupportedModelError(

@@ -367,6 +367,21 @@ def test_norms_that_share_a_weight_go_on_sharing():
     assert_pass(model, plain, rows(), "two")
 
 
+def test_a_weight_tied_to_a_norm_that_stays_shared_is_read_there_in_every_domain():
+    model = toy()
+    model.blocks[0].outer.weight = model.last.weight
+    plain = copy.deepcopy(model)
+    entprop.wrap(model, exclude="last")
+    perturb(model)
+    with entprop.auxiliary(model):
+        found = model(rows())
+    shared = plain.last
+    plain.last = nn.LayerNorm(8)
+    plain.last.load_state_dict(shared.state_dict())  # its own from here on
+    plain.load_state_dict(auxiliary_tensors(model), strict=False)
+    torch.testing.assert_close(found, plain(rows()))
+
+
 def test_a_copied_part_can_be_unwrapped():
     part = copy.deepcopy(entprop.wrap(toy()).blocks[0])
     assert _is_untouched(entprop.unwrap(part))
