@@ -43,10 +43,10 @@ class Target:
         self.index, self.partner_index = index, partner_index
 
     @classmethod
-    def mixed(cls, labels: Tensor, mix: Mix, index: Tensor | None = None) -> Target:
-        """Return the two-label target of images that were mixed."""
-        partner = to_device(mix.partner, labels.device)
-        return cls(labels, index_rows(labels, partner), mix.share, index, partner if index is None else index[partner])
+    def mixed(cls, labels: Tensor, partner: Tensor, share: float, index: Tensor | None = None) -> Target:
+        """Return the two-label target of images that were mixed with their partners ``(n,)``."""
+        partner = to_device(partner, labels.device)
+        return cls(labels, index_rows(labels, partner), share, index, partner if index is None else index[partner])
 
     def rows(self, rows: Tensor) -> Target:
         """Return the target of the selected ``rows``."""
@@ -72,18 +72,19 @@ def mix_batch(
     """
     mix, version = mixer.draw(images.shape, generator), images._version
     mixed: Any = mix.apply(images)
+    share: Any = mix.share.item() if isinstance(mix.share, Tensor) and mix.share.ndim == 0 else mix.share
     if (
         not (isinstance(mixed, Tensor) and mixed.shape == images.shape and mixed.dtype == images.dtype)
         or images._version != version
         or not (isinstance(mix.partner, Tensor) and mix.partner.shape == images.shape[:1])
-        or not (is_number(mix.share) and 0 <= mix.share <= 1)
+        or not (is_number(share) and 0 <= share <= 1)
     ):
         raise ConfigurationError(
             f"{type(mixer).__name__}.draw() must return a mix of {len(images)} images: a partner for each, one share "
             "in [0, 1] as a number, and apply(), which returns as many images of the same type and changes none in "
-            f"place; found partner={shown(mix.partner)}, share={shown(mix.share)} and {shown(mixed)} from apply()."
+            f"place; found partner={shown(mix.partner)}, share={shown(share)} and {shown(mixed)} from apply()."
         )
-    return mix, mixed, Target.mixed(target.labels, mix, target.index)
+    return mix, mixed, Target.mixed(target.labels, mix.partner, share, target.index)
 
 
 def _at(loss: Loss, index: Tensor | None) -> Loss:

@@ -75,7 +75,7 @@ def test_two_label_targets_follow_their_rows(soft):
     labels = torch.tensor([0, 1, 2, 3, 0, 1])
     logits = torch.randn(6, 4, dtype=torch.float64)
     mix = MixUp().draw(images().shape, None)
-    target = Target.mixed(torch.nn.functional.one_hot(labels, 4).double() if soft else labels, mix)
+    target = Target.mixed(torch.nn.functional.one_hot(labels, 4).double() if soft else labels, mix.partner, mix.share)
     rows = torch.tensor([4, 1, 3])
     pairs = [(labels[i], labels[mix.partner[i]]) for i in rows]
     expected = sum(

@@ -188,6 +188,16 @@ def test_a_mixer_that_draws_something_else_is_refused(make_method, wrong):
         entprop.training_step(entprop.wrap(make(BatchNormNet)), IMAGES.clone(), LABELS, method=method)
 
 
+@pytest.mark.parametrize("make_method", [MixProp, EntProp])
+def test_a_share_may_be_a_tensor_of_one_number(make_method):
+    found = []
+    for share in (0.25, torch.tensor(0.25, dtype=torch.float64)):
+        drawn = SimpleNamespace(partner=torch.arange(12).roll(1), share=share, apply=lambda images: images / 2)
+        method = make_method(mix=SimpleNamespace(draw=lambda shape, generator, drawn=drawn: drawn))
+        found.append(entprop.training_step(entprop.wrap(make(BatchNormNet)), IMAGES, LABELS, method=method).loss)
+    assert torch.equal(*found)
+
+
 def test_ignored_labels_say_what_they_are():
     model = entprop.wrap(make(BatchNormNet)).train()
     with pytest.raises(LabelError, match=r"found \[-100, 3\]\. Images without a label \(ignore_index\)"):
