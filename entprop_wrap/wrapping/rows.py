@@ -64,11 +64,12 @@ def prove_rows(model: nn.Module, images: Tensor, auxiliary: str) -> None:
     torch.clear_autocast_cache()
     for call in parts[0]:
         if call not in joint or not _equal(joint[call], [part[call] for part in parts if call in part]):
-            name = call[0]
-            layer = f"the norm layer {name!r}" if name else "a layer after the last norm"
+            layer = f"the norm layer {call[0]!r}" if call[0] else "the logits"
             raise UnsupportedModelError(
-                f"lagged=True runs two domains in one pass, for which the rows of an image must lie together along "
-                f"dimension 0; in {type(root).__name__} they do not at {layer}. Write lagged=False."
+                "lagged=True runs two domains in one pass: the rows of an image must lie together along dimension 0, "
+                "and no shared norm layer may take statistics of the whole batch. "
+                f"In {type(root).__name__} that fails at {layer} or before. Write lagged=False, or where norm layers are "
+                "shared, wrap(model) without exclude= and copies=."
             )
     _proven[registry].add(auxiliary)
 

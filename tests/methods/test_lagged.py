@@ -154,6 +154,14 @@ def test_models_that_permute_the_batch_are_refused_by_layer(make):
     entprop.training_step(model, *random_batch(8), method=EntProp())
 
 
+def test_shared_norms_over_the_whole_batch_are_named_as_the_reason():
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), norm, nn.Flatten(), nn.Linear(144, 5)).double()
+    with pytest.raises(UnsupportedModelError, match=r"no shared norm layer may take statistics.*exclude=.*copies="):
+        entprop.training_step(entprop.wrap(plain, exclude="2"), *random_batch(8), method=EntProp(lagged=True))
+    entprop.training_step(entprop.wrap(entprop.unwrap(plain)), *random_batch(8), method=EntProp(lagged=True))
+
+
 #: Rows of windows, tokens, channels last or pixels: where a layout could keep an image's rows apart.
 LAYOUTS = (
     "torchvision/swin",
