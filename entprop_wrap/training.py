@@ -17,6 +17,7 @@ from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.modules import check_module, plain_model
 from entprop_wrap.utils.options import check_function, check_generator, shown
+from entprop_wrap.utils.optimizer_steps import has_gradient
 from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.utils.tensors import refuse_inference_mode
 from entprop_wrap.wrapping.model import check_wrapped, ensure_wrapped
@@ -169,7 +170,7 @@ def _run(
     if registry is not None:
         refuse_idle_copies(registry, method.auxiliaries)
     before = Snapshot(model, gradients=not step.checker.stepped)
-    idle = idle_copies(model, method.auxiliaries)
+    idle, without_gradients = idle_copies(model, method.auxiliaries), idle_copies(model, ())
     step.checker.watch.begin(before.has_gradients)
     try:
         output = method.step(step)
@@ -183,6 +184,9 @@ def _run(
         before.restore()
         step.checker.watch.failed(before.kept)
         raise
+    # No auxiliary pass here, as in a first lagged step, and by the gradients, which are means, in no other process.
+    if method.auxiliaries and output.aux_loss is None and not any(map(has_gradient, without_gradients)):
+        idle = without_gradients
     for parameter in idle:
         parameter.grad = None
     step.checker.watch.end(before.parameters)

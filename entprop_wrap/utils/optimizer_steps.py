@@ -68,7 +68,7 @@ class Watch:
         """Note which parameters a training step has given gradients."""
         self._given = {id(p): weakref.ref(p) for p in parameters if p.grad is not None}
         if self._nonzero is None:
-            self._nonzero = {id(p) for p in parameters if _nonzero(p)}
+            self._nonzero = {id(p) for p in parameters if has_gradient(p)}
 
     def failed(self, parameters: list[nn.Parameter]) -> None:
         """Note that a training step failed which cannot be undone in the gradients of ``parameters``."""
@@ -92,7 +92,7 @@ class Watch:
         gone = all(parameter.grad is None for parameter in trained)
         if not gone and self._nonzero:  # zero_grad(set_to_none=False): looked for once, as reading values waits
             once = [parameter for parameter in trained if id(parameter) in self._nonzero]
-            gone = bool(once) and not any(map(_nonzero, once))
+            gone = bool(once) and not any(map(has_gradient, once))
         if gone:
             raise ConfigurationError(
                 "The gradients of training_step() are gone: zero_grad() was called in between. training_step() runs "
@@ -120,7 +120,7 @@ class Watch:
     def _refuse_mixed(self, parameters: list[nn.Parameter] | None = None) -> None:
         pairs = [(parameter(), gradient()) for parameter, gradient in self._mixed]
         present = [p for p, gradient in pairs if p is not None and gradient is not None and p.grad is gradient]
-        if not any(map(_nonzero, present)):
+        if not any(map(has_gradient, present)):
             self._mixed = []
         elif parameters is None or not {id(p) for p in parameters}.isdisjoint(map(id, present)):
             raise ConfigurationError(
@@ -183,7 +183,8 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _nonzero(parameter: nn.Parameter) -> bool:
+def has_gradient(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter has a gradient that is not zero; this waits for the device."""
     return parameter.grad is not None and bool(_plain(parameter.grad).any())
 
 

@@ -312,6 +312,7 @@ COMPILED = {
 
 def distributed(rank, expected):
     few_images(rank)
+    first_lagged(rank)
     warnings.simplefilter("ignore")
     mesh, problems = init_device_mesh("cpu", (2,)), []
     for engine, (checkpointed, prepare) in DISTRIBUTED.items():
@@ -334,6 +335,21 @@ def distributed(rank, expected):
 def few_images(rank):
     with pytest.warns(UserWarning, match="Only 3 images a step"):  # not 6, of both processes
         take_step(DistributedDataParallel(make()), METHODS["two passes"], 0, rank)
+
+
+def first_lagged(rank):
+    """Nothing has run through the copies yet: zeros for gradients would let weight decay and momentum move them."""
+    parallel = DistributedDataParallel(make())
+    copies = [p for name, p in parallel.named_parameters() if is_auxiliary_key(name)]
+    take_step(parallel, METHODS["lagged"], 0, rank)
+    assert all(p.grad is None for p in copies)
+    take_step(parallel, METHODS["lagged"], 1, rank)
+    assert all(p.grad is not None for p in copies)
+    other = DistributedDataParallel(make())  # one process has images from the step before, and all have its gradients
+    if rank == 0:
+        load_lagged_state(other, resumed_state(rank))
+    take_step(other, METHODS["lagged"], 0, rank)
+    assert all(p.grad.any() for name, p in other.named_parameters() if name.endswith("last.entprop_aux.weight"))
 
 
 def refuse_other_sizes(model):
