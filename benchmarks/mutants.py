@@ -61,7 +61,7 @@ MUTANTS = [
     ("switch", "wrapping/rows.py", "calls[name] += 1", "calls[name] = 1"),
     ("switch", "wrapping/rows.py", "<= _TOLERANCE *", "<= 1e9 *"),
     ("switch", "wrapping/rows.py", "tensor.copy_(value)", "pass"),
-    ("switch", "wrapping/rows.py", "module.training = mode", "pass"),
+    ("switch", "utils/modules.py", "module.training = True", "pass"),
     ("switch", "wrapping/optimizer.py", "if id(row[1]) in trained", "if False"),
     ("switch", "wrapping/optimizer.py", "originals.get(name, name)", "name"),
     ("step", ENTPROP, "step.backward(main_loss)", "step.backward(main_loss * number / batch)"),
@@ -80,7 +80,7 @@ MUTANTS = [
     ("step", ENTPROP, "fresh = batch - back if self.equal_budget and 2 * back <= batch else batch", "fresh = batch"),
     ("step", ENTPROP, "fresh / batch * main_loss", "main_loss"),
     ("step", "methods/lagged.py", "waiting.fits(images, labels)", "True"),
-    ("step", "methods/step.py", "norm.training = False", "pass"),
+    ("step", "methods/step.py", "if frozen and _keeps_statistics(module)", "if False"),
     ("step", "methods/step.py", "lambda gradient: gradient * factor", "lambda gradient: gradient"),
     (
         "step",

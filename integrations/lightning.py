@@ -30,10 +30,10 @@ from entprop_wrap.functional.losses import Loss, Pass
 from entprop_wrap.methods import EntProp
 from entprop_wrap.methods.base import Method, check_method
 from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
-from entprop_wrap.methods.step_loss import asked
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.training import training_step
 from entprop_wrap.utils.modules import plain_model, replaced
+from entprop_wrap.utils.options import asked
 from entprop_wrap.wrapping.model import ensure_wrapped, is_wrapped, unwrap
 from entprop_wrap.wrapping.optimizer import check_optimizer
 from entprop_wrap.wrapping.state_dict import auxiliary_names, load_auxiliary_state_dict

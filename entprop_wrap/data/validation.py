@@ -104,13 +104,11 @@ def check_labels(labels: Any, images: Tensor) -> Tensor:
         return labels
     if labels.dtype == torch.bool or labels.is_complex():
         raise LabelError(f"Expected integer class indices or floating-point probabilities, found {labels.dtype}.")
-    if labels.ndim == 2 and shape[0] == batch and shape[1] > 1:
-        raise LabelError(
-            f"Expected {batch} class indices ({batch},), found shape {shape}. If labels are one-hot, write "
-            "labels.float() for probabilities, or labels.argmax(1) for indices."
-        )
     if shape != (batch,):
-        raise LabelError(f"Expected {batch} class indices ({batch},), one per image; found shape {shape}.")
+        raise LabelError(
+            f"Expected {batch} class indices ({batch},), one per image; found shape {shape}. If labels are one-hot, "
+            "write labels.float() for probabilities, or labels.argmax(1) for indices."
+        )
     return labels.long()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ __all__ = [
     "ascend",
     "check_attack",
     "check_magnitude",
+    "is_attack",
     "l2_norm",
     "normalize_l2",
     "uniform_start",
@@ -85,9 +86,8 @@ class PGD:
         check_choice("norm", self.norm, ("linf", "l2"))
         check_integer("steps", self.steps, 1)
         check_flag("random_start", self.random_start)
-        for name in ("epsilon", "step_size"):
-            value = getattr(self, name)
-            if name == "step_size" and value is None:
+        for name, value in {"epsilon": self.epsilon, "step_size": self.step_size}.items():
+            if value is None and name == "step_size":
                 continue
             if self.norm == "linf":
                 check_magnitude(name, value)
@@ -128,19 +128,20 @@ class PGD:
         return replace(self, epsilon=epsilon, step_size=size)
 
 
+def is_attack(attack: Any) -> TypeGuard[Attack]:
+    """Return whether ``attack`` looks like an :class:`Attack`."""
+    return not isinstance(attack, type) and hasattr(attack, "run") and hasattr(attack, "steps")
+
+
 def check_attack(attack: Any) -> None:
     """Raise :class:`ConfigurationError` unless ``attack`` looks like an :class:`Attack`."""
-    if isinstance(attack, type) or not (hasattr(attack, "run") and hasattr(attack, "steps")):
+    if not is_attack(attack):
         raise ConfigurationError(f"attack must be an attack such as PGD(epsilon=4/255), found {shown(attack)}.")
 
 
 def uniform_start(images: Tensor, epsilon: float, space: PixelSpace, generator: torch.Generator | None) -> Tensor:
     """Return a uniformly random point within ``epsilon`` of each image and within valid pixels."""
-    if generator is None:
-        noise = torch.rand_like(images)
-    else:  # drawn on the CPU, so that every device gives the same
-        noise = torch.rand(images.shape, generator=generator, dtype=images.dtype, device="cpu")
-        noise = to_device(noise, images.device)
+    noise = _draw(torch.rand, images, generator)
     lower, upper = space.bounds_around(images)
     moved: Tensor = (images + noise.mul_(2).sub_(1) * (epsilon * space.scale(images))).clamp_(lower, upper)
     return moved
@@ -148,19 +149,17 @@ def uniform_start(images: Tensor, epsilon: float, space: PixelSpace, generator: 
 
 def ball_start(images: Tensor, epsilon: float, space: PixelSpace, generator: torch.Generator | None) -> Tensor:
     """Return a uniformly random point within the L2 distance ``epsilon`` of each image, clamped to valid pixels."""
-    if generator is None:
-        normal, radius = torch.randn_like(images), torch.rand_like(images[:, :1, :1, :1])
-    else:
-        normal, radius = (
-            to_device(draw, images.device)
-            for draw in (
-                torch.randn(images.shape, generator=generator, dtype=images.dtype, device="cpu"),
-                torch.rand((len(images), 1, 1, 1), generator=generator, dtype=images.dtype, device="cpu"),
-            )
-        )
+    normal, radius = _draw(torch.randn, images, generator), _draw(torch.rand, images[:, :1, :1, :1], generator)
     # The volume within radius r grows as r^d, so that r is the d-th root of a uniform number.
     change = epsilon * radius ** (1 / images[0].numel()) * normalize_l2(normal)
     return (images + change * space.scale(images)).clamp_(*space.bounds_around(images))
+
+
+def _draw(function: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return random numbers in the form of ``like``: with a generator from the CPU, so that devices agree."""
+    if generator is None:
+        return {torch.rand: torch.rand_like, torch.randn: torch.randn_like}[function](like)
+    return to_device(function(like.shape, generator=generator, dtype=like.dtype, device="cpu"), like.device)
 
 
 def normalize_l2(gradient: Tensor) -> Tensor:

@@ -65,11 +65,7 @@ class Target:
 def mix_batch(
     mixer: Mixer, images: Tensor, target: Target, generator: torch.Generator | None
 ) -> tuple[Mix, Tensor, Target]:
-    """Draw a mix for ``images`` ``(N, C, H, W)`` with one label each; return it, the mixtures and their target.
-
-    Raises:
-        ConfigurationError: A mixer of one's own drew something else than a :class:`Mix` of N images.
-    """
+    """Draw a mix for ``images`` ``(N, C, H, W)`` with one label each; return it, the mixtures and their target."""
     mix, version = mixer.draw(images.shape, generator), images._version
     mixed: Any = mix.apply(images)
     share: Any = mix.share.item() if isinstance(mix.share, Tensor) and mix.share.ndim == 0 else mix.share

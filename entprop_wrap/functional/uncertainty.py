@@ -9,7 +9,6 @@ A score that draws takes a third argument named ``generator``, as :func:`random`
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.utils.options import shown
+from entprop_wrap.utils.options import asked, shown
 from entprop_wrap.utils.tensors import to_device
 
 __all__ = [
@@ -99,11 +98,7 @@ def two_classes(logits: Tensor, labels: Tensor | None = None) -> tuple[Tensor, A
 
 
 def find_uncertainty(uncertainty: Uncertainty | str) -> Uncertainty:
-    """Return the score that ``uncertainty`` is, or names, such as "entropy".
-
-    Raises:
-        ConfigurationError: There is none of that name, or it is not a function.
-    """
+    """Return the score that ``uncertainty`` is, or names, such as "entropy"."""
     named = {score.__name__: score for score in (entropy, least_confidence, logit_margin, cross_entropy, random)}
     found = named.get(uncertainty) if isinstance(uncertainty, str) else uncertainty
     if not callable(found) or isinstance(found, type):
@@ -117,12 +112,8 @@ def find_uncertainty(uncertainty: Uncertainty | str) -> Uncertainty:
 def compute_scores(
     uncertainty: Uncertainty, logits: Tensor, labels: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return ``uncertainty(logits, labels)``, with ``generator=generator`` if it takes an argument of that name.
-
-    Raises:
-        ConfigurationError: It does not return one number per row.
-    """
-    more: dict[str, Any] = {"generator": generator} if _draws(uncertainty) else {}
+    """Return ``uncertainty(logits, labels)``, with ``generator=generator`` if it takes an argument of that name."""
+    more: dict[str, Any] = {"generator": generator} if asked(uncertainty, ("generator",), 0) else {}
     found: Any = uncertainty(logits, labels, **more)
     if not isinstance(found, Tensor) or found.shape != logits.shape[:1] or found.dtype == torch.bool:
         what = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
@@ -144,13 +135,6 @@ def num_selected(batch: int, fraction: float) -> int:
 def top_k(values: Tensor, number: int) -> Tensor:
     """Return the indices of the ``number`` highest of ``values`` ``(N,)``, highest first, without a device sync."""
     return values.topk(number).indices
-
-
-def _draws(uncertainty: Uncertainty) -> bool:
-    try:
-        return "generator" in inspect.signature(uncertainty).parameters
-    except (TypeError, ValueError):  # of a callable that is written in C
-        return False
 
 
 def _float(logits: Tensor) -> Tensor:

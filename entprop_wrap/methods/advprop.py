@@ -46,7 +46,7 @@ class AdvProp(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_attack(self.attack)
-        check_statistics(self.attack_statistics)
+        check_choice("attack_statistics", self.attack_statistics, ("running", "batch"))
         check_flag("targeted", self.targeted)
         check_number("weight", self.weight, lambda value: value > 0, "above 0")
 
@@ -97,11 +97,6 @@ def attacked(
         target, sign = Target(wrong_labels(step.labels, classes, step.generator)), -1
     with step.auxiliary(auxiliary, record_statistics=False), step.norms_frozen(statistics == "running"):
         return step.attack(attack, lambda images: sign * step.pixel_gradient(images, target))
-
-
-def check_statistics(statistics: str) -> None:
-    """Raise :class:`ConfigurationError` unless batch norms can normalise with ``statistics`` during an attack."""
-    check_choice("attack_statistics", statistics, ("running", "batch"))
 
 
 def check_targets(step: Step, targeted: bool) -> None:

@@ -80,26 +80,18 @@ class FastAdvProp(Method):
             main_loss = Target(step.labels[:clean]).loss(step.loss, logits)
             step.backward((1 - weight) * main_loss)
 
-        origin, target = (
-            step.images[clean:],
-            Target(step.labels).rows(torch.arange(clean, batch, device=step.labels.device)),
-        )
+        origin, index = step.images[clean:], torch.arange(clean, batch, device=step.labels.device)
+        target = Target(step.labels[clean:], index=index)
         noisy = uniform_start(origin, self.epsilon, step.space, step.generator).requires_grad_()
         with step.auxiliary(self.auxiliary), step.norm_gradients_scaled(self.auxiliary, 1 / weight):
             with step.only_local():
                 noise_loss = target.loss(step.loss, step.forward(noisy))
                 step.backward(self.beta * weight * noise_loss)
-            images = ascend(
-                noisy.detach(),
-                origin,
-                input_gradient(noisy),
-                epsilon=self.epsilon,
-                step_size=self.epsilon,
-                space=step.space,
-            )
+            gradient, size = input_gradient(noisy), self.epsilon
+            images = ascend(noisy.detach(), origin, gradient, epsilon=size, step_size=size, space=step.space)
             if self.shuffle:
                 images, labels = shuffle_between_processes(images, target.labels, step.generator)
-                target = Target(labels, index=target.index)
+                target = Target(labels, index=index)
             aux_logits = step.forward(images)
             aux_loss = target.loss(step.loss, aux_logits)
             step.backward((1 - self.beta) * weight * aux_loss)
@@ -117,11 +109,7 @@ class FastAdvProp(Method):
 
 
 def count_adversarial(batch: int, fraction: float) -> int:
-    """Return how many of ``batch`` images are trained adversarially.
-
-    Raises:
-        ConfigurationError: The batch is too small for two parts.
-    """
+    """Return how many of ``batch`` images are trained adversarially; raise where it is too small for two parts."""
     if batch < 4:
         raise ConfigurationError(
             f"Expected a batch of at least 4 images, 2 clean and 2 adversarial ones, found {batch}. Choose another "
@@ -133,10 +121,7 @@ def count_adversarial(batch: int, fraction: float) -> int:
 def shuffle_between_processes(
     images: Tensor, labels: Tensor, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Permute images and labels over all processes; every process holds as many afterwards as before.
-
-    The permutation is the first process's draw.
-    """
+    """Permute images and labels over all processes, as the first one draws; each holds as many as before."""
     if processes() == 1:
         return images, labels
     rank, alike = torch.distributed.get_rank(), [1] * processes()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard, cast
+from typing import Literal, cast
 
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.functional.attacks import Attack
-from entprop_wrap.methods.advprop import attacked, check_statistics, check_targets, propagate
+from entprop_wrap.functional.attacks import Attack, is_attack
+from entprop_wrap.methods.advprop import attacked, check_targets, propagate
 from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.methods.views import Augmentation, augmented
-from entprop_wrap.utils.options import as_python, check_flag, check_name, check_number, shown
+from entprop_wrap.utils.options import as_python, check_choice, check_flag, check_name, check_number, shown
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class FineGrainedAdvProp(Method):
     ``generator``, torch's default CPU generator is seeded from it during the call, so that such draws follow it.
     Augmentations that change labels (MixUp, CutMix) are :class:`MixProp`'s.
 
-    The auxiliary fields of the output are those of all branches, one behind the other in their order; ``aux_loss`` is
-    the mean of their losses, by weight.
+    The auxiliary fields of the output hold all branches in their order; ``aux_loss`` is their mean, by weight.
 
     Cost: ``1 + sum(1 + n_i)`` passes, with n_i the steps of the attack of branch i, 0 for an augmentation.
 
@@ -65,12 +64,12 @@ class FineGrainedAdvProp(Method):
         check_flag("targeted", self.targeted)
         for name, branch in self.branches.items():
             check_name("A key of branches", name)
-            if isinstance(branch, type) or not (_is_attack(branch) or callable(branch)):
+            if not is_attack(branch) and (isinstance(branch, type) or not callable(branch)):
                 raise ConfigurationError(
                     f"The branch {name!r} must be an attack such as PGD(epsilon=4/255), or a function of pixels in "
                     f"[0, 1]; found {branch!r}."
                 )
-        if self.targeted and not any(map(_is_attack, self.branches.values())):
+        if self.targeted and not any(map(is_attack, self.branches.values())):
             raise ConfigurationError("targeted=True has no effect without an attack: leave it out.")
         if isinstance(self.weight, Mapping):
             object.__setattr__(self, "weight", {name: as_python(weight) for name, weight in self.weight.items()})
@@ -80,7 +79,7 @@ class FineGrainedAdvProp(Method):
                 )
         for weight in self._weights.values():
             check_number("weight", weight, lambda value: value > 0, "above 0")
-        check_statistics(self.attack_statistics)
+        check_choice("attack_statistics", self.attack_statistics, ("running", "batch"))
 
     @property
     def auxiliaries(self) -> tuple[str, ...]:
@@ -96,14 +95,10 @@ class FineGrainedAdvProp(Method):
         check_targets(step, self.targeted)
 
         def images(name: str, branch: Attack | Augmentation) -> Callable[[int], Tensor]:
-            if _is_attack(branch):
+            if is_attack(branch):
                 return lambda classes: attacked(step, branch, name, classes, self.targeted, self.attack_statistics)
             return lambda classes: augmented(step, step.images, cast(Augmentation, branch), f"of the branch {name!r}")
 
-        passes = 1.0 + sum(1 + (branch.steps if _is_attack(branch) else 0) for branch in self.branches.values())
+        passes = 1.0 + sum(1 + (branch.steps if is_attack(branch) else 0) for branch in self.branches.values())
         made = {name: images(name, branch) for name, branch in self.branches.items()}
         return propagate(step, made, self._weights, passes)
-
-
-def _is_attack(branch: Any) -> TypeGuard[Attack]:
-    return hasattr(branch, "run") and hasattr(branch, "steps")

@@ -20,7 +20,7 @@ from entprop_wrap.methods.me_ada import EntropyAscent, check_ascent
 from entprop_wrap.methods.step_loss import StepLoss
 from entprop_wrap.utils.model_output import logits_of
 from entprop_wrap.utils.modules import check_module, plain_model, refuse_sharded
-from entprop_wrap.utils.options import check_integer, shown
+from entprop_wrap.utils.options import check_function, check_integer
 from entprop_wrap.utils.tensors import refuse_inference_mode
 
 
@@ -72,7 +72,12 @@ def grow(
     """
     check_ascent(ascent)
     check_integer("batch_size", batch_size, 1)
-    space = _check(model, pixel_space, augment)
+    check_module("grow()", model)
+    refuse_inference_mode()
+    refuse_sharded("grow()", model)
+    if augment is not None:
+        check_function("augment", augment, "of one image", "augment=transform")
+    space = space_of(pixel_space)
     climbing = without_augmentation(dataset)
     form = form_of(climbing, space)
     inner = plain_model(model)  # a container would have processes wait for one another
@@ -111,13 +116,3 @@ def _climbed(
     device = next((parameter.device for parameter in model.parameters()), images.device)
     climbed = ascent.run(model, forward, images.to(device), labels.to(device), loss=mean, space=space)
     return to_bytes(climbed, space).cpu(), labels
-
-
-def _check(model: Any, space: Any, augment: Any) -> PixelSpace:
-    """Return the pixel space, after checks of all that is not data."""
-    check_module("grow()", model)
-    refuse_inference_mode()
-    refuse_sharded("grow()", model)
-    if augment is not None and not callable(augment):
-        raise TypeError(f"augment expects a function of one image, found {shown(augment)}.")
-    return space_of(space)

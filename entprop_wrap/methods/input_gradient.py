@@ -28,13 +28,7 @@ _stems: weakref.WeakKeyDictionary[nn.Module, dict[Any, weakref.ref[nn.Conv2d] | 
 
 
 class ImageGradient:
-    """Watches one pass for the gradient of its images.
-
-        gradient = ImageGradient(model, images)
-        batch = torch.cat([images, more])  # or images alone
-        with gradient.watch(batch):
-            loss(model(batch)).backward()
-        gradient.rows(selected)
+    """Watches one pass for the gradient of its images; :meth:`rows` gives it after the backward.
 
     Args:
         model: In any container.
@@ -82,11 +76,7 @@ class ImageGradient:
                 handle.remove()
 
     def rows(self, selected: Tensor) -> Tensor:
-        """Return the gradients ``(m, C, H, W)`` of the images ``selected`` ``(m,)``, after the backward; once.
-
-        Raises:
-            UnsupportedModelError: The model has changed since its first step: its images go elsewhere.
-        """
+        """Return the gradients ``(m, C, H, W)`` of the images ``selected`` ``(m,)``, after the backward; once."""
         if self.stem is None:
             whole = input_gradient(self.images)
             if self.candidates:
@@ -147,12 +137,7 @@ def _convolutions(model: nn.Module, root: nn.Module) -> list[nn.Conv2d]:
 
 
 def gradient_of(value: Tensor, images: Tensor, *weights: Tensor, retain_graph: bool = False) -> Tensor:
-    """Return the gradient of ``value``, by ``weights`` unless it is a scalar, with respect to ``images`` alone.
-
-    Raises:
-        ModelOutputError: There is none: the model cut its output off its input.
-        UnsupportedModelError: The model uses reentrant checkpointing, which torch cannot differentiate this way.
-    """
+    """Return the gradient of ``value``, by ``weights`` unless it is a scalar, with respect to ``images`` alone."""
     try:
         (gradient,) = torch.autograd.grad(value, images, weights or None, retain_graph, allow_unused=True)
     except RuntimeError as error:
@@ -167,11 +152,7 @@ def gradient_of(value: Tensor, images: Tensor, *weights: Tensor, retain_graph: b
 
 
 def input_gradient(images: Tensor) -> Tensor:
-    """Return the gradient that a backward left on ``images``.
-
-    Raises:
-        ModelOutputError: There is none: the model cut its output off its input.
-    """
+    """Return the gradient that a backward left on ``images``."""
     return _reached(images.grad)
 
 

@@ -53,17 +53,14 @@ def waiting_for(model: nn.Module, images: Tensor, labels: Tensor, space: PixelSp
     """Return what waits for ``model``; None where nothing does, or nothing that fits the batch.
 
     Images of another size, as progressive resizing brings them, cannot be trained together: those that wait are lost.
-    So are those of another pixel space, and of a model that was unwrapped and wrapped anew: of another training.
-
-    Raises:
-        UnsupportedModelError: They would be lost in this process, and others may still have theirs, where processes
-            communicate in every pass through a copy.
+    So are those of another pixel space, and of a model that was unwrapped and wrapped anew: of another training. Where
+    processes communicate in every pass through a copy, and others may still have theirs, losing them raises.
     """
     root = _root(model)
     waiting = _waiting.get(root)
     if waiting is None:
         return None
-    another = waiting.owner is not None and waiting.owner() is not _registry(root)
+    another = waiting.owner is not None and waiting.owner() is not root.__dict__.get(ATTRIBUTE)
     if another or waiting.space not in (None, space):
         return None
     if waiting.fits(images, labels):
@@ -95,12 +92,8 @@ def put(model: nn.Module, images: Tensor, target: Target, space: PixelSpace) -> 
     """Let hardened images wait for the next step of ``model``, instead of what waited before."""
     target = Target(target.labels, target.partners, target.share)  # the next step does not have the places in this one
     root = _root(model)
-    registry = _registry(root)
+    registry = root.__dict__.get(ATTRIBUTE)
     _waiting[root] = Waiting(images, target, space, None if registry is None else weakref.ref(registry))
-
-
-def _registry(root: nn.Module) -> Any:
-    return root.__dict__.get(ATTRIBUTE)
 
 
 def lagged_state(model: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.features import features_of
 from entprop_wrap.utils.modules import evaluating
-from entprop_wrap.utils.options import check_integer, check_number, shown, store_as_python
+from entprop_wrap.utils.options import check_integer, check_number, check_text, shown, store_as_python
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class EntropyAscent:
         check_number("gamma", self.gamma, lambda value: value >= 0, "at least 0")
         check_number("step_size", self.step_size, lambda value: value > 0, "above 0")
         check_integer("steps", self.steps, 1)
-        if self.layer is not None and not isinstance(self.layer, str):
-            raise ConfigurationError(f"layer must be the name of a layer, or None; found {shown(self.layer)}.")
+        if self.layer is not None:
+            check_text("layer", self.layer)
 
     def run(
         self,
@@ -79,15 +79,10 @@ class EntropyAscent:
         loss: Loss,
         space: PixelSpace,
     ) -> Tensor:
-        """Return what ``images`` become; no parameter gets a gradient, and no buffer changes.
+        """Return what ``images`` ``(N, C, H, W)`` in ``space`` become; no parameter gets a gradient, no buffer changes.
 
-        Args:
-            model: What ``forward`` calls, in a container or not; its training mode is restored.
-            forward: ``images -> logits (N, C)``.
-            images: ``(N, C, H, W)`` in ``space``; not modified.
-            labels: ``(N,)`` class indices or ``(N, C)`` probabilities.
-            loss: ``(logits, labels) -> scalar mean`` in which every image weighs the same.
-            space: Pixel space of the images.
+        ``forward`` gives logits ``(N, C)`` and calls ``model``, in a container or not, whose training mode is restored.
+        ``loss`` is a scalar mean in which every image weighs the same.
 
         Raises:
             ModelOutputError: No layer makes the logits, see ``features_of``.

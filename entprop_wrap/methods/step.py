@@ -20,11 +20,11 @@ from entprop_wrap.functional.targets import Target
 from entprop_wrap.functional.uncertainty import entropy
 from entprop_wrap.methods.input_gradient import ImageGradient, gradient_of
 from entprop_wrap.methods.loss_checks import check_scalar, refuse_idle_heads
-from entprop_wrap.methods.step_loss import StepLoss, asked
+from entprop_wrap.methods.step_loss import StepLoss
 from entprop_wrap.methods.step_output import StepOutput, finished
 from entprop_wrap.utils.model_output import logits_of
-from entprop_wrap.utils.modules import no_gradient_sync, plain_model, refuse_container, walk
-from entprop_wrap.utils.options import shown
+from entprop_wrap.utils.modules import all_evaluating, no_gradient_sync, plain_model, refuse_container, walk
+from entprop_wrap.utils.options import asked, shown
 from entprop_wrap.utils.snapshot import Snapshot
 from entprop_wrap.wrapping.model import auxiliary, is_wrapped
 from entprop_wrap.wrapping.norm_layers import is_norm
@@ -232,25 +232,13 @@ class Step:
         prove_rows(self.model, self.images, auxiliary)
         return rows_split(self.model, auxiliary, main, total) if main < total else nullcontext()
 
-    @contextmanager
-    def norms_frozen(self, frozen: bool = True) -> Iterator[None]:
+    def norms_frozen(self, frozen: bool = True) -> AbstractContextManager[None]:
         """Run norm layers on their running statistics, as in evaluation, and everything else in training mode."""
-        norms = [module for module in walk(self.model) if frozen and module.training and _keeps_statistics(module)]
-        for norm in norms:
-            norm.training = False
-        try:
-            yield
-        finally:
-            for norm in norms:
-                norm.training = True
+        return all_evaluating(module for module in walk(self.model) if frozen and _keeps_statistics(module))
 
     @contextmanager
     def norm_gradients_scaled(self, auxiliary: str | None, factor: float) -> Iterator[None]:
-        """Scale the gradients of a domain's norm parameters (None: the main domain) in backwards of the with-block.
-
-        Raises:
-            UnsupportedModelError: The parameters are sharded, where hooks on them see nothing.
-        """
+        """Scale the gradients of a domain's norm parameters (None: the main domain) in backwards of the with-block."""
         registry = find_registry(self.model)
         others = [domain for domain in (None, *registry.auxiliaries) if domain != auxiliary]
         # A parameter that domains share sees all images: it needs no balance.
@@ -296,11 +284,7 @@ class Step:
             return gradient_of(value * scale, images)
 
     def attack(self, attack: Attack, gradient: Gradient) -> Tensor:
-        """Return what ``attack`` makes of the images, which it may change in place: it is given a copy.
-
-        Raises:
-            ConfigurationError: It returned something else than images like those.
-        """
+        """Return what ``attack`` makes of the images, which it may change in place: it is given a copy."""
         images: Any = attack.run(self.images.clone(), gradient, self.space, self.generator)
         if not isinstance(images, Tensor) or images.shape != self.images.shape or images.dtype != self.images.dtype:
             raise ConfigurationError(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
-from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from entprop_wrap.data.validation import Checker
 from entprop_wrap.errors import ConfigurationError, EntPropError
 from entprop_wrap.functional.losses import Loss, Pass, takes_any_targets
 from entprop_wrap.methods.loss_checks import check_scalar, is_mean
+from entprop_wrap.utils.options import asked
 
 
 class StepLoss:
@@ -46,11 +45,7 @@ class StepLoss:
         return partial(self, rows=rows)
 
     def __call__(self, logits: Tensor, labels: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return the loss.
-
-        Raises:
-            ConfigurationError: It is not a mean over rows, or its logits are not those of a pass.
-        """
+        """Return the loss."""
         if (rows is not None or len(logits) < self.batch) and getattr(self.loss, "num_splits", 1) > 1:
             raise ConfigurationError(
                 f"{type(self.loss).__name__} takes whole images with their {self.loss.num_splits} splits; the method "  # type: ignore[attr-defined]
@@ -87,13 +82,3 @@ class StepLoss:
         rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
         given = Pass(outputs=found[1], images=found[2], rows=rows)
         return {name: getattr(given, name) for name in self.asked}
-
-
-def asked(function: Callable[..., Any], names: Collection[str], given: int) -> frozenset[str]:
-    """Return which of ``names`` are parameters of ``function`` beyond the first, ``given`` ones."""
-    called: Any = function.forward if isinstance(function, nn.Module) else function
-    try:
-        parameters = list(inspect.signature(called).parameters.values())[given:]
-    except (TypeError, ValueError):  # of a callable that is written in C
-        return frozenset()
-    return frozenset(p.name for p in parameters if p.name in names and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))

@@ -39,11 +39,7 @@ class EachImage:
 
 
 def find_augmentation(view: str | Augmentation) -> Augmentation:
-    """Return the augmentation that ``view`` is, or names.
-
-    Raises:
-        ConfigurationError: There is none of that name, or it is not a function.
-    """
+    """Return the augmentation that ``view`` is, or names."""
     if isinstance(view, str) and view in AUGMENTATIONS:
         return EachImage(view)
     if not callable(view) or isinstance(view, type):
@@ -55,11 +51,7 @@ def find_augmentation(view: str | Augmentation) -> Augmentation:
 
 
 def augmented(step: Step, images: Tensor, change: Augmentation, name: str) -> Tensor:
-    """Return ``images`` of the step, changed in pixel space; ``name`` says in messages whose augmentation it is.
-
-    Raises:
-        ImageError: The augmentation returned something else than images of the same shape, or (CPU) not finite ones.
-    """
+    """Return ``images`` of the step, changed in pixel space; ``name`` says in messages whose augmentation it is."""
     with torch.no_grad(), _default_generator_following(step.generator):
         pixels = change(step.space.to_pixels(images))
     if not isinstance(pixels, Tensor) or pixels.shape != images.shape or not pixels.is_floating_point():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -46,10 +46,15 @@ def plain_model(model: nn.Module) -> nn.Module:
             return model
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """Have all modules in evaluation mode inside the with-block, and as they were afterwards."""
-    training = [module for module in walk(model) if module.training]
+    return all_evaluating(walk(model))
+
+
+@contextmanager
+def all_evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have just these ``modules`` in evaluation mode inside the with-block, and as they were afterwards."""
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:

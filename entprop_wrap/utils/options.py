@@ -6,16 +6,17 @@ wherever Python's numbers, text and flags do.
 
 from __future__ import annotations
 
+import inspect
 import numbers
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from entprop_wrap.errors import ConfigurationError
 
@@ -126,6 +127,16 @@ def check_generator(value: Any) -> None:
         raise ConfigurationError(
             f"generator expects a CPU generator, found {found}. Write generator=torch.Generator().manual_seed(...)."
         )
+
+
+def asked(function: Callable[..., Any], names: Collection[str], given: int) -> frozenset[str]:
+    """Return which of ``names`` are parameters of ``function`` beyond the first, ``given`` ones."""
+    called: Any = function.forward if isinstance(function, nn.Module) else function
+    try:
+        parameters = list(inspect.signature(called).parameters.values())[given:]
+    except (TypeError, ValueError):  # of a callable that is written in C
+        return frozenset()
+    return frozenset(p.name for p in parameters if p.name in names and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
 
 
 def shown(value: Any) -> str:

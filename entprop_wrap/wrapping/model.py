@@ -31,7 +31,7 @@ from entprop_wrap.errors import (
 from entprop_wrap.utils.modules import check_module, refuse_wrapping, walk
 from entprop_wrap.utils.options import check_choice, check_flag, shown
 from entprop_wrap.wrapping.active_domain import key_of
-from entprop_wrap.wrapping.norm_layers import Selector, find_norms, is_norm
+from entprop_wrap.wrapping.norm_layers import Selector, find_norms, is_norm, refuse_untouchable
 from entprop_wrap.wrapping.registry import Registry, find_registry, find_wrapped, registry_on
 from entprop_wrap.wrapping.root_hook import attach, detach
 from entprop_wrap.wrapping.switched_norm import (
@@ -98,7 +98,7 @@ def wrap(
     refuse_wrapping(model)
     norms = find_norms(model, include, exclude)
     norms = _norms_to_switch(norms, copies)
-    _refuse_norms(norms, auxiliaries)
+    refuse_untouchable(norms, [COPY_PREFIX + auxiliary for auxiliary in auxiliaries])
     cloned: dict[str, dict[int, nn.Parameter]] = {auxiliary: {} for auxiliary in auxiliaries}
     made = {
         name: {auxiliary: copy_of(norm, cloned[auxiliary], copies) for auxiliary in auxiliaries}
@@ -228,11 +228,6 @@ def ensure_wrapped(model: nn.Module, method: Any, **options: Any) -> bool:
     """Wrap ``model`` as ``method`` needs it, unless it is wrapped; return whether it was wrapped here.
 
     ``options`` are those of :func:`wrap`; ``copies`` is the method's by default.
-
-    Raises:
-        AuxiliaryNameError: The model is wrapped, but with other auxiliaries.
-        ConfigurationError: The model is wrapped, but with copies of other tensors than the method asks for; or there
-            are ``options``, and nothing to wrap.
     """
     auxiliaries, wrapped = tuple(method.auxiliaries), is_wrapped(model)
     if options and (wrapped or not auxiliaries):
@@ -246,7 +241,7 @@ def ensure_wrapped(model: nn.Module, method: Any, **options: Any) -> bool:
     if wrapped:
         check_wrapped(model, method)
         return False
-    wrap(model, **{"auxiliaries": auxiliaries, "copies": _copies_for(method), **options})
+    wrap(model, **{"auxiliaries": auxiliaries, "copies": getattr(method, "copies", "all"), **options})
     try:
         check_wrapped(model, method)  # options may contradict the method
     except EntPropError:
@@ -257,7 +252,7 @@ def ensure_wrapped(model: nn.Module, method: Any, **options: Any) -> bool:
 
 def check_wrapped(model: nn.Module, method: Any) -> Registry:
     """Return the registry of a model that is wrapped as ``method`` needs it, or raise what to write instead."""
-    auxiliaries, copies = tuple(method.auxiliaries), _copies_for(method)
+    auxiliaries, copies = tuple(method.auxiliaries), getattr(method, "copies", "all")
     options = ("" if auxiliaries == ("aux",) else f", auxiliaries={auxiliaries}") + (
         "" if copies == "all" else f", copies={copies!r}"
     )
@@ -274,11 +269,6 @@ def check_wrapped(model: nn.Module, method: Any) -> Registry:
             f"{call}, pass a plain model to a trainer, or give the method copies='all'."
         )
     return registry
-
-
-def _copies_for(method: Any) -> Copies:
-    # "all", the default, takes a wrapped model as it is.
-    return getattr(method, "copies", "all")  # type: ignore[no-any-return]
 
 
 def _checked_names(auxiliaries: object) -> tuple[str, ...]:
@@ -313,16 +303,3 @@ def _norms_to_switch(norms: dict[str, nn.Module], copies: Copies) -> dict[str, n
 
 def _has_any(tensors: dict[str, Any]) -> bool:
     return any(tensor is not None for tensor in tensors.values())
-
-
-def _refuse_norms(norms: dict[str, nn.Module], auxiliaries: tuple[str, ...]) -> None:
-    problems = []
-    for name, norm in norms.items():
-        if "forward" in norm.__dict__:
-            problems.append(f"{name!r} has a forward() set on the instance (a patched kernel or device-map hook)")
-        elif any(hasattr(norm, COPY_PREFIX + auxiliary) for auxiliary in auxiliaries):
-            problems.append(f"{name!r} already has an attribute named after an auxiliary")
-    if problems:
-        raise UnsupportedModelError(
-            "Norm layers that cannot be switched: " + "; ".join(problems) + ". Wrap the model before patching it."
-        )

@@ -61,11 +61,6 @@ def find_norms(
     """Map qualified names to the norm layers of ``model``, in the order of ``named_modules()``.
 
     ``include`` selects modules in addition to those that :func:`is_norm` recognises; ``exclude`` wins over it.
-
-    Raises:
-        ConfigurationError: A selector matches no module, or ``include`` matches one without state of its own.
-        NoNormLayersError: Nothing is left to copy; the message says which of four causes it was.
-        UnsupportedModelError: A norm is parametrised or not yet initialised.
     """
     modules = dict(model.named_modules())
     included = _matches(modules, _selectors(include, "include"), "include")
@@ -80,7 +75,6 @@ def find_norms(
     chosen = {name: module for name, module in modules.items() if name in wanted}
     if not chosen:
         raise NoNormLayersError(_why_none(model, modules, recognised))
-    _refuse_untouchable(chosen)
     return chosen
 
 
@@ -156,7 +150,8 @@ def _why_none(model: nn.Module, modules: dict[str, nn.Module], recognised: list[
     )
 
 
-def _refuse_untouchable(norms: dict[str, nn.Module]) -> None:
+def refuse_untouchable(norms: dict[str, nn.Module], names: list[str]) -> None:
+    """Raise :class:`UnsupportedModelError` if norms cannot be switched, or have one of the ``names`` of copies."""
     problems = []
     for name, module in norms.items():
         if parametrize.is_parametrized(module):
@@ -168,6 +163,10 @@ def _refuse_untouchable(norms: dict[str, nn.Module]) -> None:
             )
         elif any(isinstance(tensor, (UninitializedBuffer, UninitializedParameter)) for tensor in _own_tensors(module)):
             problems.append(f"{name} is lazy and not initialised yet: run one forward pass first")
+        elif "forward" in module.__dict__:
+            problems.append(f"{name!r} has a forward() set on the instance (a patched kernel): wrap the model before")
+        elif any(hasattr(module, taken) for taken in names):
+            problems.append(f"{name!r} already has an attribute named after an auxiliary")
     if problems:
         raise UnsupportedModelError("Norm layers that cannot be copied: " + "; ".join(problems) + ".")
 

@@ -132,8 +132,7 @@ def idle_copies(model: nn.Module, auxiliaries: tuple[str, ...]) -> list[nn.Param
 
 def refuse_inside_block(model: nn.Module) -> None:
     """Raise :class:`UnsupportedModelError` inside an ``auxiliary()`` block of ``model``, plain or wrapped."""
-    registries = [module.__dict__[ATTRIBUTE] for module in walk(model) if ATTRIBUTE in module.__dict__]
-    if any(registry.switch.thread().block is not None for registry in registries):
+    if any(registry_on(root).switch.thread().block is not None for root in find_wrapped(model)[0]):
         raise UnsupportedModelError(
             "training_step() was called inside auxiliary(): its main pass would run through the copies. Leave the "
             "with-block first; the method enters the auxiliary domains itself."
@@ -214,16 +213,15 @@ def _audit(registry: Registry, norms: list[SwitchedNorm], root: nn.Module) -> No
         problems.append(
             f"{foreign} norm layers are copies taken out of a wrapped model: build the model first, then wrap() it"
         )
-    names = {id(norm): name for name, norm in registry.norms.items()}
-    names_of_copies = [COPY_PREFIX + auxiliary for auxiliary in registry.auxiliaries]
+    names = {id(norm): repr(name) for name, norm in registry.norms.items()}
+    children = [COPY_PREFIX + auxiliary for auxiliary in registry.auxiliaries]
     for norm in norms:
-        if not all(isinstance(norm._modules.get(name), AuxiliaryNorm) for name in names_of_copies):
-            problems.append(f"the copy in {names.get(id(norm), '?')!r} was replaced after wrap()")
+        name = names.get(id(norm), "a norm layer")
+        if not all(isinstance(norm._modules.get(child), AuxiliaryNorm) for child in children):
+            problems.append(f"the copy in {name} was replaced after wrap()")
         elif "forward" in norm.__dict__:
-            problems.append(f"{names.get(id(norm), '?')!r} was given a forward() of its own after wrap()")
+            problems.append(f"{name} was given a forward() of its own after wrap()")
         elif norm._parameters.keys() != norm._entprop_names:
-            problems.append(
-                f"{names.get(id(norm), '?')!r} was parametrised, pruned or given other parameters after wrap()"
-            )
+            problems.append(f"{name} was parametrised, pruned or given other parameters after wrap()")
     if problems:
         raise UnsupportedModelError("The switch cannot reach every norm layer: " + "; ".join(problems) + ".")

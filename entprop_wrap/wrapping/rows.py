@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from entprop_wrap.errors import UnsupportedModelError
 from entprop_wrap.utils.model_output import raw_logits
-from entprop_wrap.utils.modules import plain_model, walk
+from entprop_wrap.utils.modules import evaluating, plain_model, walk
 from entprop_wrap.wrapping.active_domain import Key, Rows
 from entprop_wrap.wrapping.registry import Registry, find_registry
 
@@ -43,9 +43,6 @@ def prove_rows(model: nn.Module, images: Tensor, auxiliary: str) -> None:
     What every call of a norm returns is compared, and the logits. Copies are moved away from the norms for the trial,
     so that a wrong domain shows, and put back. The passes run in evaluation mode, so that nothing is drawn and no
     statistic moves. Up to 5 of the images are used.
-
-    Raises:
-        UnsupportedModelError: The rows of some layer are not those of the images, in their order. Names the first.
     """
     registry = find_registry(model)
     if auxiliary in _proven.setdefault(registry, set()):
@@ -68,8 +65,8 @@ def prove_rows(model: nn.Module, images: Tensor, auxiliary: str) -> None:
             raise UnsupportedModelError(
                 "lagged=True runs two domains in one pass: the rows of an image must lie together along dimension 0, "
                 "and no shared norm layer may take statistics of the whole batch. "
-                f"In {type(root).__name__} that fails at {layer} or before. Write lagged=False, or where norm layers are "
-                "shared, wrap(model) without exclude= and copies=."
+                f"In {type(root).__name__} that fails at {layer} or before. Write lagged=False, or where norm layers "
+                "are shared, wrap(model) without exclude= and copies=."
             )
     _proven[registry].add(auxiliary)
 
@@ -110,12 +107,9 @@ def _trial(root: nn.Module, registry: Registry, auxiliary: str) -> Iterator[None
     parameters: list[Tensor] = [p for copy in copies for p in copy.parameters(recurse=False)]
     buffers = [b for copy in copies for b in copy.buffers(recurse=False) if b.is_floating_point()]
     before = [tensor.detach().clone() for tensor in (*parameters, *buffers)]
-    modes = [(module, module.training) for module in walk(root)]
     dice = random.Random(0)
     try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with evaluating(root), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for tensor in parameters:  # by numbers, which sharded tensors take too; also where a weight starts at 0
                 tensor.mul_(dice.uniform(0.5, 0.8)).add_(dice.uniform(0.1, 0.3))
             for tensor in buffers:  # variances stay positive
@@ -125,9 +119,7 @@ def _trial(root: nn.Module, registry: Registry, auxiliary: str) -> Iterator[None
         with torch.no_grad():
             for tensor, value in zip((*parameters, *buffers), before, strict=True):
                 tensor.copy_(value)
-        for module, _ in modes:
+        for module in walk(root):
             if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
                 # Else what the last pass gathered, moved copies, would serve the next.
                 module.reshard()  # type: ignore[operator]
-        for module, mode in modes:
-            module.training = mode

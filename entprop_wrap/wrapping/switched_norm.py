@@ -254,8 +254,7 @@ def install(norm: nn.Module, copies: dict[str, AuxiliaryNorm], switch: ActiveDom
 
 
 def remove(norm: SwitchedNorm) -> None:
-    """Undo :func:`install`, in place."""
-    drop_copies(norm)
+    """Undo :func:`install`, in place, but for the copies, which :func:`drop_copies` takes out."""
     del norm.__dict__["_entprop_switch"], norm.__dict__["_entprop_views"]
     norm.__class__ = norm._entprop_base  # type: ignore[assignment]
 

@@ -30,6 +30,8 @@ def test_space_of_a_timm_model():
     ("arguments", "message"),
     [
         ((0.5, 0.0), "above 0"),
+        (((0.5,) * 3, (0.5, -0.5, 0.5)), "std must be a number above 0"),
+        ((math.nan, 1.0), "mean must be"),
         ((0.5, math.nan), "std must be a number above 0, found nan"),
         (((123.7, 116.3, 103.5), (58.4, 57.1, 57.4)), "divide both by 255"),
         (((0.5, 0.5, 0.5), (0.5, 0.5)), "3 channels and std 2"),

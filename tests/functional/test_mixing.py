@@ -5,23 +5,11 @@ import torch
 
 from entprop_wrap import MixUp
 from entprop_wrap.functional import CutMix
-from entprop_wrap.functional.losses import cross_entropy
-from entprop_wrap.functional.targets import Target
 from entprop_wrap.utils.tensors import index_rows
 
 
 def images(count=6, height=10, width=14):
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def test_mixup_is_the_weighted_sum():
-    batch = images()
-    for seed in range(5):
-        mix = MixUp(alpha=0.4).draw(batch.shape, torch.Generator().manual_seed(seed))
-        pairs = enumerate(mix.partner)
-        expected = torch.stack([mix.share * batch[i] + (1 - mix.share) * batch[int(j)] for i, j in pairs])
-        assert torch.allclose(mix.apply(batch), expected, rtol=0, atol=1e-15)
-        assert sorted(mix.partner.tolist()) == list(range(6))
 
 
 def test_cutmix_pastes_a_box_and_counts_its_area():
@@ -68,18 +56,3 @@ def test_channels_last_is_kept_and_the_input_untouched(mixer):
     assert mixed.is_contiguous(memory_format=torch.channels_last)
     assert index_rows(batch, torch.tensor([2, 0])).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(batch, before)
-
-
-@pytest.mark.parametrize("soft", [False, True])
-def test_two_label_targets_follow_their_rows(soft):
-    labels = torch.tensor([0, 1, 2, 3, 0, 1])
-    logits = torch.randn(6, 4, dtype=torch.float64)
-    mix = MixUp().draw(images().shape, None)
-    target = Target.mixed(torch.nn.functional.one_hot(labels, 4).double() if soft else labels, mix.partner, mix.share)
-    rows = torch.tensor([4, 1, 3])
-    pairs = [(labels[i], labels[mix.partner[i]]) for i in rows]
-    expected = sum(
-        -mix.share * logits[i].log_softmax(0)[a] - (1 - mix.share) * logits[i].log_softmax(0)[b]
-        for i, (a, b) in zip(rows, pairs, strict=True)
-    )
-    assert torch.allclose(target.rows(rows).loss(cross_entropy, logits[rows]), expected / 3)

@@ -1,4 +1,4 @@
-"""Scores against their definitions, sample by sample; counts and top-k at their edges."""
+"""Entropy, counts and top-k at their edges; scores against their definitions are in test_entprop_parity.py."""
 
 import math
 
@@ -6,28 +6,6 @@ import pytest
 import torch
 
 from entprop_wrap.functional import uncertainty
-
-LOGITS = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
-LABELS = torch.randint(5, (9,), generator=torch.Generator().manual_seed(1))
-
-
-def by_definition(name, logits, label):
-    total = sum(math.exp(v) for v in logits)
-    p = [math.exp(v) / total for v in logits]
-    return {
-        "entropy": -sum(v * math.log(v) for v in p),
-        "least_confidence": 1 - max(p),
-        "logit_margin": max(v for i, v in enumerate(p) if i != label) - p[label],
-        "cross_entropy": -math.log(p[label]),
-    }[name]
-
-
-@pytest.mark.parametrize("name", ["entropy", "least_confidence", "logit_margin", "cross_entropy"])
-@pytest.mark.parametrize("soft", [False, True])
-def test_scores_are_their_definitions(name, soft):
-    labels = torch.nn.functional.one_hot(LABELS, 5).double() if soft else LABELS
-    expected = [by_definition(name, row.tolist(), int(label)) for row, label in zip(LOGITS, LABELS, strict=True)]
-    assert getattr(uncertainty, name)(LOGITS, labels).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_entropy_of_certainty_and_of_ignorance():

@@ -7,7 +7,6 @@ test_methods_distributed.py, what accumulation and precision do to them in test_
 import contextlib
 import functools
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,13 +14,11 @@ from accelerate.utils import compile_regions
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import entprop_wrap as entprop
 from entprop_wrap import EntProp
 from entprop_wrap.errors import UnsupportedModelError
-from entprop_wrap.methods import Vanilla
 from entprop_wrap.methods.lagged import lagged_state, load_lagged_state
 from tests.helpers.keys import is_auxiliary_key
 from tests.helpers.processes import run_processes
@@ -235,39 +232,6 @@ def test_accumulated_gradients_are_the_sum_of_the_steps(name):
             total[parameter] = total.get(parameter, 0) + gradient
         singles.zero_grad()
     assert not differences(gradients(model), total, name)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_an_average_follows_both_domains(name):
-    model = make()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    optimizer, wanted = sgd(model), None
-    for step in range(STEPS):
-        take_step(model, METHODS[name], step)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update_parameters(model)
-        now = {key: value.double() for key, value in model.state_dict().items() if value.is_floating_point()}
-        wanted = {key: v.clone() if wanted is None else 0.9 * wanted[key] + 0.1 * v for key, v in now.items()}
-    assert not differences(average.module.state_dict(), wanted, name)
-    assert any(is_auxiliary_key(key) for key in wanted)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_bfloat16_is_as_close_as_a_plain_step_is(name):
-    def distance(method):
-        models = [make().float(), make().float()]
-        for model, on in zip(models, (False, True), strict=True):
-            for step in (0, 1):
-                model.zero_grad()
-                images, labels = batch(step)
-                with torch.autocast("cpu", torch.bfloat16, enabled=on):
-                    entprop.training_step(model, images.float(), labels, method=method)
-        exact, rounded = map(gradients, models)
-        of = {key for key in exact if not is_auxiliary_key(key)}
-        return sum((exact[k] - rounded[k]).square().sum() for k in of) / sum(exact[k].square().sum() for k in of)
-
-    assert 0 < distance(replace(METHODS[name], mix=None)) < 4 * distance(Vanilla())
 
 
 # Two processes --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, ImageError
 from entprop_wrap.functional.attacks import PGD, uniform_start
-from entprop_wrap.methods import AdvProp, FineGrainedAdvProp
+from entprop_wrap.methods import FineGrainedAdvProp
 from entprop_wrap.methods.advprop import wrong_labels
 from entprop_wrap.robustness import PGD as MeasuringPGD
 from tests.methods.covering import covering, name_of
@@ -124,19 +124,6 @@ def test_a_step_equals_the_reference(case):
     rows.check()
 
 
-@pytest.mark.parametrize("kind", ["batch_norm", "layer_norm"])
-def test_one_branch_is_advprop(kind):
-    batch, outs, gradients = random_batch(BATCH), [], []
-    for method in (AdvProp(PGD(**STRONG), weight=0.4), FineGrainedAdvProp({"aux": PGD(**STRONG)}, 0.4)):
-        pair = Pair(kind)
-        outs.append(entprop.training_step(pair.model, *batch, method=method, generator=seeded()))
-        gradients.append({name: p.grad for name, p in pair.model.named_parameters()})
-    for name in ("loss", "aux_loss", "aux_logits", "aux_images", "passes"):
-        assert torch.equal(*(torch.as_tensor(getattr(out, name)) for out in outs)), name
-    for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
-
-
 # Augmentations --------------------------------------------------------------------------------------------------------
 
 
@@ -235,11 +222,6 @@ def test_augmentations_that_return_something_else_are_refused(broken):
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ConfigurationError, match=message):
         FineGrainedAdvProp(**options)
-
-
-def test_soft_labels_have_no_wrong_class():
-    with pytest.raises(ConfigurationError, match="targeted=False"):
-        step(FineGrainedAdvProp({"adv": PGD()}, targeted=True), random_batch(BATCH, soft=True))
 
 
 def test_it_is_a_value():

@@ -175,7 +175,7 @@ def test_data_that_cannot_grow_is_refused(data, message):
         ({"ascent": 3}, ConfigurationError),
         ({"ascent": EntropyAscent}, ConfigurationError),
         ({"batch_size": 0}, ConfigurationError),
-        ({"augment": "flip"}, TypeError),
+        ({"augment": "flip"}, ConfigurationError),
         ({"pixel_space": (0.5, 0.5)}, ConfigurationError),
     ],
     ids=str,

@@ -1,7 +1,5 @@
 """ME-ADA in a step against a naive float64 reference in which every image climbs alone."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
@@ -92,20 +90,6 @@ def test_an_image_climbs_alone_whatever_its_batch_and_its_normalisation():
         space=entprop.PixelSpace(0.5, 0.5),
     )
     torch.testing.assert_close(shifted * 0.5 + 0.5, together, rtol=0, atol=1e-12)
-
-
-def test_the_ascent_leaves_the_model_as_it_was():
-    model = build("batch_norm")
-    model.bn2.eval()  # somebody froze it
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    images, labels = random_batch(7)
-    given = images.clone()
-    ascend(model, images, labels)
-    assert torch.equal(images, given)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert [name for name, module in model.named_modules() if not module.training] == ["bn2"]
 
 
 def test_everything_is_restored_after_an_error():
@@ -200,8 +184,3 @@ def test_an_ascent_out_of_range_is_refused(options):
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ConfigurationError, match=next(iter(options))):
         MEADA(**options)
-
-
-def test_options_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        MEADA().weight = 2.0

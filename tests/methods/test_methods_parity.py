@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.functional import CutMix
 from entprop_wrap.functional.attacks import PGD, uniform_start
 from entprop_wrap.functional.losses import Regularised, log_probabilities, mean_entropy, smooth
 from entprop_wrap.methods import AdversarialTraining, AdvProp, FastAdvProp, MixProp, Vanilla
@@ -26,12 +25,10 @@ from tests.methods.parity import (
     FixedMixer,
     Pair,
     Rows,
-    as_blend,
     assert_matches,
     batch_in,
     run,
     seeded,
-    telling_draw,
 )
 from tests.reference import adversarial_training as adversarial_training_reference
 from tests.reference import advprop as advprop_reference
@@ -206,17 +203,6 @@ def test_mixprop(case):
     expected = mixprop_reference.step(
         pair.plain, pair.main, pair.auxiliary, images, labels, blend=blend, weight=case["weight"]
     )
-    assert_matches(pair, out, expected)
-
-
-@pytest.mark.parametrize("mixer", [entprop.MixUp(1.0), CutMix()], ids=str)
-def test_mixprop_draws_its_mix(mixer):
-    pair = Pair("batch_norm")
-    images, labels = random_batch(BATCH)
-    seed, drawn = telling_draw(mixer, images.shape)
-    out = entprop.training_step(pair.model, images, labels, method=MixProp(mix=mixer), generator=seeded(seed))
-    blend = as_blend(drawn, images.shape)
-    expected = mixprop_reference.step(pair.plain, pair.main, pair.auxiliary, images, labels, blend=blend)
     assert_matches(pair, out, expected)
 
 

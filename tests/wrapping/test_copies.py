@@ -89,10 +89,6 @@ def test_duplicated_inside_a_block_it_is_at_rest():
         _exact(each)
 
 
-def test_duplicates_of_duplicates():
-    _exact(copy.deepcopy(_pickled(copy.deepcopy(_wrapped()))))
-
-
 def test_a_pickle_opens_where_no_class_was_made_yet():
     model = _wrapped()
     pickled, wanted = pickle.dumps(model), model.eval()(rows())
@@ -117,14 +113,6 @@ def test_a_part_taken_out_is_at_rest_in_the_main_domain():
     assert part.inner.num_batches_tracked == 1
     with pytest.raises(NotWrappedError, match="copy of a part"), entprop.auxiliary(part):
         pass
-
-
-def test_a_duplicate_does_not_share_its_optimizer_guard():
-    model = _wrapped()
-    twin = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
-    loss_of(twin(rows()), rows()).backward()
-    optimizer.step()
 
 
 # Checkpoints
@@ -232,15 +220,6 @@ def _copy_key(model, name, auxiliary):
     return f"{owner}.entprop_{auxiliary}.{key}" if isinstance(model.get_submodule(owner), SwitchedNorm) else name
 
 
-def test_a_safetensors_file_round_trips(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    model, plain = _wrapped(), toy("batch", seed=5)
-    save_file(entprop.main_state_dict(model), tmp_path / "model.safetensors")
-    plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    assert torch.equal(plain.eval()(rows()), model.eval()(rows()))
-
-
 def test_parts_named_like_copies_are_the_models_own():
     plain = Named()
     model = entprop.wrap(copy.deepcopy(plain))
@@ -316,13 +295,6 @@ def test_a_wrapped_checkpoint_replaces_copies_that_were_loaded():
 # Moving and averaging
 
 
-def test_moving_takes_the_copies_along():
-    model = _wrapped().double()
-    assert {p.dtype for p in model.parameters()} == {torch.float64}
-    with entprop.auxiliary(model):
-        assert model(rows().double()).dtype == torch.float64
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
     model = _wrapped("layer").to(dtype)
@@ -340,19 +312,6 @@ def test_swa_and_its_update_of_statistics():
     _exact(averaged.module)
     assert not any(is_auxiliary_key(key) for key in entprop.unwrap(averaged.module).state_dict())
     assert any(is_auxiliary_key(key) for key in model.state_dict())
-
-
-def test_timm_ema():
-    ema = pytest.importorskip("timm.utils").ModelEmaV3(_wrapped(), decay=0.5)
-    model = _wrapped()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    before = snapshot(ema.module)
-    ema.update(model)
-    for name, parameter in ema.module.named_parameters():
-        torch.testing.assert_close(parameter, before[name] * 0.5)
-    _exact(ema.module.train())
 
 
 def test_peft_modules_to_save():

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
 import entprop_wrap as entprop
 from tests.helpers.architectures import ARCHITECTURES, logits_of
@@ -37,27 +36,6 @@ def test_torch_export(name):
 
 
 @needs_recent_torch
-def test_onnx(tmp_path):
-    pytest.importorskip("onnxscript")
-    onnx = pytest.importorskip("onnx")
-    model = entprop.wrap(toy("batch"))
-    entprop.unwrap(model).eval()
-    path = tmp_path / "model.onnx"
-    torch.onnx.export(model, (rows(),), str(path), dynamo=True, verbose=False)
-    graph = onnx.load(str(path)).graph
-    plain = toy("batch").eval()
-    torch.onnx.export(plain, (rows(),), str(tmp_path / "plain.onnx"), dynamo=True, verbose=False)
-    expected = onnx.load(str(tmp_path / "plain.onnx")).graph
-    assert [i.name for i in graph.initializer] == [i.name for i in expected.initializer]
-    assert [node.op_type for node in graph.node] == [node.op_type for node in expected.node]
-
-
-def test_torchscript():
-    model = entprop.unwrap(entprop.wrap(toy("batch").blocks[0])).eval()
-    torch.testing.assert_close(torch.jit.script(model)(rows()), model(rows()))
-
-
-@needs_recent_torch
 def test_the_main_path_of_a_wrapped_model_exports_too():
     model = entprop.wrap(toy("batch")).eval()
     perturb(model)
@@ -75,27 +53,6 @@ def test_the_auxiliary_path_exports_too():
         want = model(rows())
     torch.testing.assert_close(program.module()(rows()), want)
     assert not torch.equal(want, model(rows()))
-
-
-def test_symbolic_tracing_takes_norms_as_leaves():
-    model = entprop.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
-    traced = torch.fx.symbolic_trace(entprop.unwrap(model))
-    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1"]
-
-
-def test_feature_extraction():
-    extraction = pytest.importorskip("torchvision.models.feature_extraction")
-    architecture = ARCHITECTURES[0]
-    model = entprop.wrap(architecture.build()).eval()
-    features = extraction.create_feature_extractor(entprop.unwrap(model), ["layer1"])
-    assert set(features(architecture.images())) == {"layer1"}
-
-
-def test_fusing_after_unwrap():
-    model = entprop.unwrap(entprop.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))).eval()
-    images = torch.randn(2, 3, 8, 8)
-    fused = torch.nn.utils.fuse_conv_bn_eval(model[0], model[1])
-    torch.testing.assert_close(fused(images), model(images))
 
 
 def _calls(model, images):

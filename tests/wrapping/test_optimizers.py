@@ -115,34 +115,40 @@ def test_an_optimizer_from_after_wrap_moves_the_copies():
     assert changed(model, before) == set(before)
 
 
-def test_two_models_each_with_an_optimizer():
-    models = [entprop.wrap(toy(seed=seed)) for seed in range(3)]
-    stale = nn.LayerNorm(8)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
-    optimizers.append(torch.optim.SGD(stale.parameters(), lr=0.1))
+def _without_norms(model):
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.requires_grad_(False)
+    return [model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda model: [model.head.parameters()],
+        lambda model: [toy(seed=1).parameters(), nn.LayerNorm(8).parameters()],
+        _without_norms,
+    ],
+    ids=["the head", "other models", "frozen norms"],
+)
+def test_optimizers_from_before_wrap_that_train_no_norm_of_the_model(parts):
+    model = toy()
+    optimizers = [torch.optim.SGD(part, lr=0.1) for part in parts(model)]
+    entprop.wrap(model)
+    _backward(model)
+    for optimizer in optimizers * 2:
+        optimizer.step()
+        check_optimizer(model, optimizer)
+
+
+def test_optimizers_of_several_models_and_of_parts_of_one():
+    models = [entprop.wrap(toy(seed=seed)) for seed in range(2)]
+    optimizers = [torch.optim.SGD(model.blocks.parameters(), lr=0.1) for model in models]
+    optimizers += [torch.optim.SGD([*model.last.parameters(), *model.head.parameters()], lr=0.1) for model in models]
     for model in models:
         _backward(model)
-    for _ in range(2):
-        for optimizer in optimizers:
-            optimizer.step()
-
-
-def test_an_optimizer_of_another_model_is_left_alone():
-    other = toy(seed=1)
-    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-    model = entprop.wrap(toy())
-    loss_of(other(rows()), rows()).backward()
-    optimizer.step()
-    check_optimizer(model, optimizer)
-
-
-def test_two_optimizers_that_split_the_model():
-    model = entprop.wrap(toy())
-    body = torch.optim.SGD(model.blocks.parameters(), lr=0.1)
-    rest = torch.optim.SGD([*model.last.parameters(), *model.head.parameters()], lr=0.1)
-    _backward(model)
-    body.step()
-    rest.step()
+    for optimizer in optimizers * 2:
+        optimizer.step()
 
 
 def test_the_second_of_two_optimizers_is_checked_too():
@@ -154,25 +160,6 @@ def test_the_second_of_two_optimizers_is_checked_too():
     fresh.step()
     with pytest.raises(OptimizerMismatchError, match=r"'last\.weight'.*2 of 2"):
         stale.step()
-
-
-def test_an_optimizer_of_the_head_alone():
-    model = toy()
-    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
-    entprop.wrap(model)
-    _backward(model)
-    optimizer.step()
-
-
-def test_frozen_norms_need_no_optimizer():
-    model = toy()
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.requires_grad_(False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    entprop.wrap(model)
-    _backward(model)
-    optimizer.step()
 
 
 def test_after_unwrap_nothing_is_guarded():

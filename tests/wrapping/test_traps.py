@@ -411,15 +411,11 @@ def test_computing_with_an_auxiliary_copy_directly():
         ((), "at least one"),
         (("a", "a"), "twice"),
         (("a.b",), "cannot name"),
-        (("",), "cannot name"),
-        (("1st",), "cannot name"),
         (("my_norm",), "cannot name"),
         (("unBiased",), "cannot name"),
         ((3,), "cannot name"),
         ((["aux"],), "cannot name"),
         (5, "a tuple of names"),
-        (None, "a tuple of names"),
-        ({"aux": 1}, "a tuple of names"),
     ],
 )
 def test_bad_names(auxiliaries, message):
