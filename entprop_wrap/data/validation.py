@@ -120,14 +120,13 @@ class Checker:
     """
 
     def __init__(self) -> None:
-        self.first = True
+        self.first = True  # until images have fitted their space: what lies outside later is noise
         self.warned = False  # of too small auxiliary batches, on a model without copies
         self.classes: int | None = None  # known after the first pass
         self.loss: object = None  # of the last step
         self.loss_seen = False  # whether it is known to be a mean over images
         self.mixing_seen = False  # whether it was checked that labels are not those of mixed images
         self.stepped = False  # whether a training step has come to its end
-        self.space_seen = False  # whether images have fitted their space, so that what lies outside is noise
         self.space_told = False  # whether images that may be in another space were warned of
         self.whole: str | None = None  # a layer that needs whole batches; "" if there is none
         self.pending: dict[str, tuple[type[EntPropError], Tensor]] = {}
@@ -150,7 +149,7 @@ class Checker:
                 raise _image_problem(low, high, lower, upper)
             if not self.space_told:
                 _warn_of_space(float(low.min()), float(high.max()), float(lower.max()), float(upper.max()), space)
-            self.first, self.space_seen, self.space_told = False, True, True
+            self.first, self.space_told = False, True
         else:
             good = self._mostly_inside(images.detach(), lower, upper, slack)
             self._note("images outside the pixel space, or not finite", ~good, PixelRangeError)
@@ -159,7 +158,7 @@ class Checker:
         """Return whether what lies outside the pixel space is noise in some images, rather than another space."""
         inside = (images >= lower - slack) & (images <= upper + slack)
         few = bool((~inside).float().mean() <= 0.002) or bool(inside.flatten(1).all(dim=1).float().mean() >= 0.5)
-        return (self.space_seen or few) and bool(self._mostly_inside(images, lower, upper, slack))
+        return (not self.first or few) and bool(self._mostly_inside(images, lower, upper, slack))
 
     def _mostly_inside(self, images: Tensor, lower: Tensor, upper: Tensor, slack: Tensor) -> Tensor:
         inside = (images >= lower - slack) & (images <= upper + slack)

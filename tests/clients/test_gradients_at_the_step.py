@@ -10,11 +10,10 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, DivergedError, UnsupportedModelError
 from entprop_wrap.methods import AdvProp, FastAdvProp, Vanilla
 from entprop_wrap.utils.optimizer_steps import Watch
+from tests.helpers.traceless import IMAGES, LABELS, same, state
 from tests.helpers.trainer_toys import BatchNormNet, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
-
-IMAGES, LABELS = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
 
 
 def ready(learning_rate=0.1, **options):
@@ -184,11 +183,10 @@ def test_a_scaler_that_steps_steps_once_a_batch(name, way):
 
 def test_a_step_inside_a_backward_that_is_not_the_last_raises_and_leaves_no_trace():
     model, optimizer = ready()
-    scaler, before = NativeScaler(), {name: value.clone() for name, value in model.state_dict().items()}
+    scaler, before = NativeScaler(), state(model)
     with pytest.raises(ConfigurationError, match=r"backward=lambda loss, last: loss_scaler\("):
         step(model, backward=lambda loss: scaler(loss, optimizer))
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert same(model, before)
 
 
 def test_optimizers_that_step_in_hooks_of_the_backward_raise():
@@ -209,11 +207,10 @@ def not_finite(logits, labels):
 
 def test_a_loss_that_is_nan_raises_before_anything_changes():
     model, _ = ready()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = state(model)
     with pytest.raises(DivergedError, match="The loss is nan"):
         step(model, loss=not_finite)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert same(model, before)
 
 
 def test_large_gradients_of_half_precision_are_finite():

@@ -12,11 +12,11 @@ import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, LabelError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntropyAscent, FastAdvProp, MixProp, Vanilla
+from tests.helpers.traceless import IMAGES, LABELS, ready, same, state
 from tests.helpers.trainer_toys import BatchNormNet, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
 
-IMAGES, LABELS = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
 METHODS = {
     "vanilla": Vanilla(label_smoothing=0.1),
     "entprop": entprop.EntProp(fraction=0.5, attack_steps=2),
@@ -55,14 +55,6 @@ FORMS = {
 }
 
 
-def ready(net=BatchNormNet, **options):
-    return entprop.wrap(make(net, **options)).train()
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 def step(model, method=None, loss=None, labels=LABELS, images=IMAGES):
     return entprop.training_step(model, images, labels, method=method or METHODS["entprop"], loss=loss)
 
@@ -77,8 +69,7 @@ def test_a_head_that_the_loss_does_not_see_is_refused_by_name(form):
     before = state(model)
     with pytest.raises(ModelOutputError, match=message):
         step(model)
-    assert all(torch.equal(before[name], value) for name, value in state(model).items())
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert same(model, before)
 
 
 @pytest.mark.parametrize("form", ["tuple", "named"])
@@ -272,7 +263,7 @@ def test_timms_split_batch_norm_is_refused_where_images_are_selected(options):
     before = state(model)
     with pytest.raises(UnsupportedModelError, match="--split-bn"):
         step(model, entprop.EntProp(fraction=0.5, **options))
-    assert all(torch.equal(before[name], value) for name, value in state(model).items())
+    assert same(model, before)
 
 
 @pytest.mark.parametrize("batch", [12, 24])
@@ -284,8 +275,7 @@ def test_jsd_over_splits_is_refused_where_images_are_selected(batch):
     for given in (loss, lambda logits, labels: loss(logits, labels)):
         with pytest.raises(ConfigurationError, match=r"splits|failed on"):
             step(model, entprop.EntProp(fraction=0.5 if given is loss else 0.4), given, labels, images)
-        assert all(torch.equal(before[name], value) for name, value in state(model).items())
-        assert all(parameter.grad is None for parameter in model.parameters())
+        assert same(model, before)
     with pytest.raises(ConfigurationError, match="splits"):  # all of them, in another order
         step(model, entprop.EntProp(fraction=1, mix=None), loss, labels, images)
     step(model, METHODS["advprop"], loss, labels, images)

@@ -4,12 +4,26 @@ import functools
 import math
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import entprop_wrap as entprop
 from entprop_wrap.methods import Vanilla
 from tests.reference.models import build, random_batch
 
 FRACTION = 0.4
+
+
+class Checkpointed(nn.Module):
+    """A model as one checkpoint."""
+
+    def __init__(self, inner, reentrant):
+        super().__init__()
+        self.inner, self.reentrant = inner, reentrant
+
+    def forward(self, x):
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
 
 
 def entprop_method(**options):

@@ -29,7 +29,6 @@ from tests.methods.parity import (
     relative_error,
     run,
     seeded,
-    snapshot,
     telling_draw,
 )
 from tests.reference import entprop as reference
@@ -174,24 +173,6 @@ def test_torchs_own_generator_is_the_default():
     assert torch.equal(outs[0].loss, outs[1].loss)
 
 
-@pytest.mark.parametrize("kind", ["batch_norm", "mixed_norms"])
-def test_two_steps_add_their_gradients_and_move_statistics_twice(kind):
-    pair, total = Pair(kind), None
-    for seed in (0, 1):
-        pair.main, pair.auxiliary = map(snapshot, pair.state())
-        out, expected = unmixed(pair, *random_batch(BATCH, seed=seed), fraction=FRACTION, attack_steps=2)
-        if total is None:
-            total = expected
-            continue
-        for ours, theirs in (
-            (expected.main_gradients, total.main_gradients),
-            (expected.auxiliary_gradients, total.auxiliary_gradients),
-        ):
-            for name in ours:
-                ours[name] = ours[name] + theirs[name]
-        assert_matches(pair, out, expected)
-
-
 def test_frozen_parameters_stay_without_gradients():
     """A frozen stem still has to pass the gradient of the pixels on."""
     pair = Pair("batch_norm")
@@ -272,14 +253,6 @@ def test_random_scores_follow_the_generator_and_else_torchs_seed():
     assert 0 <= first.min() < 0.02
     assert 0.98 < first.max() < 1
     assert len(first.unique()) == 500
-
-
-def test_every_sample_is_as_likely_to_be_selected():
-    generator, counts = seeded(), torch.zeros(10)
-    for _ in range(2000):
-        scores = uncertainty.compute_scores(uncertainty.random, torch.zeros(10, 3), torch.zeros(10), generator)
-        counts[uncertainty.top_k(scores, 3)] += 1
-    assert (counts / 2000 - 0.3).abs().max() < 0.05
 
 
 class Noisy:

@@ -5,13 +5,12 @@ import inspect
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining, activation_entropy, channel_dimension
 from tests.methods.covering import covering, name_of
-from tests.methods.loops import wrapped
+from tests.methods.loops import Checkpointed, wrapped
 from tests.methods.parity import BATCH, Pair, assert_matches, run
 from tests.reference import entropic_retraining as reference
 from tests.reference.models import MODELS, build, random_batch
@@ -109,15 +108,6 @@ def test_hooks_are_gone_after_the_step_and_after_an_error():
 
 def _refuse(module, args):
     raise RuntimeError("no")
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, inner, reentrant):
-        super().__init__()
-        self.inner, self.reentrant = inner, reentrant
-
-    def forward(self, x):
-        return checkpoint(self.inner, x.requires_grad_(), use_reentrant=self.reentrant)
 
 
 @pytest.mark.parametrize("kind", ["batch_norm", "layer_norm"])

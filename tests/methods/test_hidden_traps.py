@@ -24,9 +24,8 @@ from entprop_wrap.methods import (
     grow,
 )
 from entprop_wrap.robustness import accuracy_against_epsilon
+from tests.helpers.traceless import IMAGES, LABELS, ready
 from tests.helpers.trainer_toys import BatchNormNet, make
-
-IMAGES, LABELS = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
 
 
 class VarianceNorm(nn.Module):
@@ -75,7 +74,7 @@ def test_pixel_spaces_first_used_in_inference_mode_serve_training():
     space = entprop.PixelSpace((0.41, 0.4, 0.4), (0.21, 0.2, 0.2))  # of no other test: constants are kept
     with torch.inference_mode():
         space.bounds(IMAGES)
-    model = entprop.wrap(make(BatchNormNet)).eval()
+    model = ready().eval()
     data = [((IMAGES - 0.4) / 0.2, LABELS)]
     assert len(accuracy_against_epsilon(model, data, (0, 0.1), pixel_space=space, progress=False)) == 2
     assert not any(constant.is_inference() for constant in (*space.bounds(IMAGES), space.scale(IMAGES)))
@@ -83,7 +82,7 @@ def test_pixel_spaces_first_used_in_inference_mode_serve_training():
 
 @pytest.mark.parametrize("method", [entprop.EntProp(), Vanilla()], ids=["entprop", "vanilla"])
 def test_a_model_frozen_as_a_whole_is_refused(method):
-    model = entprop.wrap(make(BatchNormNet)).train().requires_grad_(False)
+    model = ready().requires_grad_(False)
     recorded = model.bn.running_mean.clone()
     with pytest.raises(ConfigurationError, match="No parameter of BatchNormNet has requires_grad=True"):
         entprop.training_step(model, IMAGES, LABELS, method=method)
@@ -124,7 +123,7 @@ def test_a_model_that_detaches_its_images_is_refused(method):
 
 def test_images_that_something_else_trains_on_are_refused():
     before = nn.Conv2d(3, 3, 1)
-    model = entprop.wrap(make(BatchNormNet)).train()
+    model = ready()
     with pytest.raises(ImageError, match=r"Put it inside the model, or write images\.detach\(\)"):
         entprop.training_step(model, before(IMAGES).sigmoid(), LABELS)
     entprop.training_step(model, IMAGES.clone().requires_grad_(), LABELS)
@@ -135,7 +134,7 @@ def test_images_that_were_made_in_inference_mode_serve():
         images, labels = IMAGES.clone(), LABELS.clone()
     torch.manual_seed(0)
     outs = [
-        entprop.training_step(entprop.wrap(make(BatchNormNet)).train(), *batch, method=entprop.EntProp(mix=None))
+        entprop.training_step(ready(), *batch, method=entprop.EntProp(mix=None))
         for batch in ((images, labels), (IMAGES, LABELS))
     ]
     assert outs[0].loss == outs[1].loss
@@ -166,7 +165,7 @@ def test_an_attack_may_change_its_images_in_place(kind):
 @pytest.mark.parametrize("moved", [lambda images: None, lambda images: images[:4], lambda images: images.double()])
 def test_an_attack_that_returns_something_else_is_refused(moved):
     with pytest.raises(ConfigurationError, match=r"OneStep.run\(\) must return images like those"):
-        entprop.training_step(entprop.wrap(make(BatchNormNet)), IMAGES, LABELS, method=AdvProp(OneStep(moved)))
+        entprop.training_step(ready(), IMAGES, LABELS, method=AdvProp(OneStep(moved)))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +184,7 @@ def test_a_mixer_that_draws_something_else_is_refused(make_method, wrong):
     drawn = SimpleNamespace(**{"partner": torch.arange(12), "share": 0.5, "apply": lambda images: images / 2} | wrong)
     method = make_method(mix=SimpleNamespace(draw=lambda shape, generator: drawn))
     with pytest.raises(ConfigurationError, match="must return a mix of 12 images"):
-        entprop.training_step(entprop.wrap(make(BatchNormNet)), IMAGES.clone(), LABELS, method=method)
+        entprop.training_step(ready(), IMAGES.clone(), LABELS, method=method)
 
 
 @pytest.mark.parametrize("make_method", [MixProp, EntProp])
@@ -194,18 +193,18 @@ def test_a_share_may_be_a_tensor_of_one_number(make_method):
     for share in (0.25, torch.tensor(0.25, dtype=torch.float64)):
         drawn = SimpleNamespace(partner=torch.arange(12).roll(1), share=share, apply=lambda images: images / 2)
         method = make_method(mix=SimpleNamespace(draw=lambda shape, generator, drawn=drawn: drawn))
-        found.append(entprop.training_step(entprop.wrap(make(BatchNormNet)), IMAGES, LABELS, method=method).loss)
+        found.append(entprop.training_step(ready(), IMAGES, LABELS, method=method).loss)
     assert torch.equal(*found)
 
 
 def test_ignored_labels_say_what_they_are():
-    model = entprop.wrap(make(BatchNormNet)).train()
+    model = ready()
     with pytest.raises(LabelError, match=r"found \[-100, 3\]\. Images without a label \(ignore_index\)"):
         entprop.training_step(model, IMAGES, torch.where(LABELS == 0, -100, LABELS))
 
 
 def test_augmentations_that_are_not_finite_raise():
-    model = entprop.wrap(make(BatchNormNet)).train()
+    model = ready()
     method = FineGrainedAdvProp({"aux": lambda pixels: pixels / 0 - pixels / 0})
     with pytest.raises(ImageError, match="not finite"):
         entprop.training_step(model, IMAGES, LABELS, method=method)
@@ -223,7 +222,7 @@ def test_augmentations_that_are_not_finite_raise():
     ids=["more", "columns", "booleans", "numpy", "nothing"],
 )
 def test_scores_are_one_number_per_image(uncertainty):
-    model = entprop.wrap(make(BatchNormNet)).train()
+    model = ready()
     with pytest.raises(ConfigurationError, match=r"one score per image, a tensor of shape \(12,\); found "):
         entprop.training_step(model, IMAGES, LABELS, method=entprop.EntProp(fraction=0.7, uncertainty=uncertainty))
 

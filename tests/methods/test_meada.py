@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 import entprop_wrap as entprop
 from entprop_wrap.errors import ConfigurationError, ModelOutputError, UnsupportedModelError
 from entprop_wrap.methods import MEADA, EntropyAscent
 from tests.methods.covering import covering, name_of
-from tests.methods.loops import wrapped
+from tests.methods.loops import Checkpointed, wrapped
 from tests.methods.parity import SPACES, Pair, assert_matches, batch_in, run
 from tests.reference import meada as reference
 from tests.reference.models import HEADS, MODELS, build, random_batch
@@ -134,16 +133,6 @@ def test_without_a_classifiers_head():
 def _three_classes():
     images, labels = random_batch(8)
     return images, labels % 3
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, inner, reentrant):
-        super().__init__()
-        self.inner, self.reentrant = inner, reentrant
-
-    def forward(self, x):
-        x = x if x.requires_grad else x.detach().requires_grad_()
-        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
 
 
 def test_checkpointing():

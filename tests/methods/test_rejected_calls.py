@@ -15,27 +15,10 @@ from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import PGD
 from entprop_wrap.methods import AdvProp, FastAdvProp, Method, Vanilla
 from tests.helpers.every_method import METHODS, named
+from tests.helpers.traceless import IMAGES, LABELS, ready, same, state
 from tests.helpers.trainer_toys import BatchNormNet, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only [0-9]+ images a step")
-
-IMAGES, LABELS = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
-
-
-def ready(method):
-    return entprop.wrap(make(BatchNormNet), auxiliaries=method.auxiliaries or ("aux",)).train()
-
-
-def state(model):
-    gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters()}
-    return {name: None if x is None else x.clone() for name, x in (model.state_dict() | gradients).items()}
-
-
-def same(model, before):
-    return all(
-        (value is None) == (before[name] is None) and (value is None or torch.equal(value, before[name]))
-        for name, value in state(model).items()
-    )
 
 
 def failing(calls):
@@ -71,7 +54,7 @@ CASES += [
 
 @pytest.mark.parametrize(("method", "bad", "later"), CASES)
 def test_a_bad_loss_or_backward_leaves_no_trace(method, bad, later):
-    model = ready(method)
+    model = ready(auxiliaries=method.auxiliaries or ("aux",))
     if later:
         entprop.training_step(model, IMAGES, LABELS, method=method)
         model.zero_grad()
@@ -84,7 +67,7 @@ def test_a_bad_loss_or_backward_leaves_no_trace(method, bad, later):
 
 
 def test_a_first_step_that_fails_keeps_gradients_that_were_there():
-    model = ready(entprop.EntProp())
+    model = ready()
     model(IMAGES).sum().backward()
     before = state(model)
     with pytest.raises(ZeroDivisionError):
@@ -94,7 +77,7 @@ def test_a_first_step_that_fails_keeps_gradients_that_were_there():
 
 @pytest.mark.parametrize("then", ["step", "training_step"])
 def test_what_a_later_step_that_fails_added_to_earlier_gradients_is_not_stepped_on(then):
-    model = ready(entprop.EntProp())
+    model = ready()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(2):
         entprop.training_step(model, IMAGES, LABELS)
@@ -165,7 +148,7 @@ def test_a_method_that_ends_twice_is_refused_where_backward_asks_for_the_last():
                 step.backward(loss)
             return step.output(main_loss=loss, logits=logits, passes=2.0)
 
-    model = ready(Vanilla())
+    model = ready()
     entprop.training_step(model, IMAGES, LABELS, method=Twice())
     with pytest.raises(ConfigurationError, match=r"step.only_local\(\)"):
         entprop.training_step(model, IMAGES, LABELS, method=Twice(), backward=lambda loss, last: loss.backward())
@@ -186,7 +169,7 @@ class Silent(Method):
 
 @pytest.mark.parametrize(("last", "returns"), [(True, False), (False, True)])
 def test_a_method_that_trains_nothing_or_returns_nothing_is_refused(last, returns):
-    model = ready(Vanilla())
+    model = ready()
     before = state(model)
     with pytest.raises(ConfigurationError, match=r"Silent.step\(\) must call step.backward.* and return step.output"):
         entprop.training_step(model, IMAGES, LABELS, method=Silent(last, returns))
@@ -212,7 +195,7 @@ class NoFloat64(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", METHODS, ids=named)
 def test_the_output_is_detached_short_in_print_and_has_its_numbers_without_float64_on_the_device(method):
-    model, space = ready(method), entprop.PixelSpace()
+    model, space = ready(auxiliaries=method.auxiliaries or ("aux",)), entprop.PixelSpace()
     space.bounds(IMAGES)  # constants are made in float64 on the CPU, also for other devices
     with NoFloat64():
         out = entprop.training_step(model, IMAGES, LABELS, method=method, pixel_space=space)
@@ -234,7 +217,7 @@ def test_the_default_device_of_torch_is_nowhere_meant(method):
 
 
 def test_a_backward_after_the_step_says_that_it_is_done():
-    out = entprop.training_step(ready(entprop.EntProp()), IMAGES, LABELS)
+    out = entprop.training_step(ready(), IMAGES, LABELS)
     for loss in (out.loss, out.main_loss, out.aux_loss):
         with pytest.raises(ConfigurationError, match=r"has run the backward of this loss: leave out loss.backward\(\)"):
             loss.backward()

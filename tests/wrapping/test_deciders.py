@@ -33,6 +33,9 @@ NETS = {
 }
 
 
+NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+
+
 def _set_weight_decay(model):
     # torchvision's references/classification/utils.py: by the class of the owner, module by module.
     classes = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
@@ -55,7 +58,7 @@ def _split_normalization_params(model):
 
 
 def _every_norm_of_a_class(model):
-    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm))]
+    norms = [m for m in model.modules() if isinstance(m, NORMS)]
     mine = [parameter for norm in norms for parameter in norm.parameters()]
     return {"norm": mine, "other": [p for p in model.parameters() if id(p) not in set(map(id, mine))]}
 
@@ -95,19 +98,17 @@ def _lightning(model):
 
 def _freeze_batch_norm(model):
     for module in model.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
+        if isinstance(module, NORMS):
             module.weight.requires_grad = False
 
 
 def _freeze_the_first(model):
-    norm = next(m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)))
-    for parameter in norm.parameters():
+    for parameter in _first_norm(model).parameters():
         parameter.requires_grad = False
 
 
-def _freeze_the_layer(model):
-    norm = next(m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)))
-    norm.requires_grad_(False)
+def _first_norm(model):
+    return next(module for module in model.modules() if isinstance(module, NORMS))
 
 
 def _filtered(model):
@@ -127,7 +128,7 @@ DECIDERS = {
     "Lightning filter": _filtered,
     "freezing by class": _frozen(_freeze_batch_norm),
     "freezing one layer": _frozen(_freeze_the_first),
-    "freezing the layer": _frozen(_freeze_the_layer),
+    "freezing the layer": _frozen(lambda model: _first_norm(model).requires_grad_(False)),
     "freezing by module": _frozen(lambda model: next(iter(model.children())).requires_grad_(False)),
 }
 
@@ -162,7 +163,7 @@ def test_a_copy_is_treated_like_its_norm(decider, net):
 @pytest.mark.parametrize("net", NETS)
 def test_initialising_by_class_reaches_the_copies(net):
     def start(module):
-        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
+        if isinstance(module, NORMS):
             nn.init.constant_(module.weight, 0.5)
 
     model = entprop.wrap(copy.deepcopy(NETS[net]())).apply(start)

@@ -309,6 +309,17 @@ def test_stateless_and_frozen_norms_are_skipped():
     assert list(find_norms(nn.Sequential(*stateless, nn.LayerNorm(WIDTH)))) == [str(len(stateless))]
 
 
+class MyNorm(nn.Module):
+    """Its weight has the shape of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, 3, 1, 1))
+
+    def forward(self, x):
+        return x * self.scale
+
+
 def test_blocks_named_after_norms_are_no_norms():
     class ConvNorm(nn.Module):
         def __init__(self):
@@ -316,24 +327,11 @@ def test_blocks_named_after_norms_are_no_norms():
             self.gain = nn.Parameter(torch.ones(1))
             self.conv = nn.Conv2d(3, 3, 1)
 
-    class MyNorm(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(1, 3, 1, 1))
-
     assert not is_norm(ConvNorm())
     assert is_norm(MyNorm())
 
 
 def test_a_norm_with_image_shaped_weights_stays_a_norm_once_wrapped():
-    class MyNorm(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(1, 3, 1, 1))
-
-        def forward(self, x):
-            return x * self.scale
-
     model = nn.Sequential(nn.Conv2d(3, 3, 1), MyNorm())
     plain = [len(group["params"]) for group in entprop.parameter_groups(model, 0.1)]
     wrapped = [len(group["params"]) for group in entprop.parameter_groups(entprop.wrap(model), 0.1)]

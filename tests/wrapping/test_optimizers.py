@@ -60,17 +60,6 @@ def test_norms_that_are_thawed_without_their_copies_raise():
     optimizer.step()
 
 
-def test_an_optimizer_from_before_wrap_under_accelerate():
-    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
-    model = toy()
-    optimizer = torch.optim.AdamW(model.parameters())
-    entprop.wrap(model)
-    _, optimizer = accelerator.prepare(model, optimizer)
-    _backward(model)
-    with pytest.raises(OptimizerMismatchError):
-        optimizer.step()
-
-
 @pytest.mark.parametrize("auxiliary", [None, "aux"])
 def test_an_optimizer_that_steps_inside_the_backward(auxiliary):
     model = entprop.wrap(toy())
