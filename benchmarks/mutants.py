@@ -90,7 +90,7 @@ MUTANTS = [
     ),
     ("step", "methods/input_gradient.py", "<= tolerance * float", "<= 1e9 * float"),
     ("step", "methods/step_loss.py", "if not is_mean(", "if False and not is_mean("),
-    ("step", "methods/advprop.py", "losses.append(weight * loss)", "losses.append(loss)"),
+    ("step", "methods/advprop.py", "losses.append(weights[auxiliary] * loss)", "losses.append(loss)"),
     ("step", "methods/fast_advprop.py", "step.norm_gradients_scaled(None, batch / clean)", "nullcontext()"),
     ("step", "methods/fast_advprop.py", "step.backward((1 - self.beta) * weight", "step.backward(self.beta * weight"),
     ("step", "methods/adversarial_training.py", "loss - self.entropy_weight * mean_entropy(hard)", "loss"),

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from entprop_wrap.errors import ConfigurationError
-from entprop_wrap.functional.attacks import PGD, Attack, check_attack
+from entprop_wrap.functional.attacks import PGD, Attack, check_attack, is_attack
 from entprop_wrap.functional.targets import Target
 from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
+from entprop_wrap.methods.views import Augmentation, augmented
 from entprop_wrap.utils.options import check_choice, check_flag, check_number
 from entprop_wrap.utils.tensors import to_device
 
@@ -52,36 +53,43 @@ class AdvProp(Method):
 
     def step(self, step: Step) -> StepOutput:
         """Run the step (slide 15 of the authors' talk: equal weights)."""
-        check_targets(step, self.targeted)
-
-        def branch(classes: int) -> Tensor:
-            return attacked(step, self.attack, self.auxiliary, classes, self.targeted, self.attack_statistics)
-
-        return propagate(step, {self.auxiliary: branch}, {self.auxiliary: self.weight}, passes=2.0 + self.attack.steps)
+        branches, weights = {self.auxiliary: self.attack}, {self.auxiliary: self.weight}
+        return propagate(step, branches, weights, self.targeted, self.attack_statistics)
 
 
 def propagate(
-    step: Step, branches: Mapping[str, Callable[[int], Tensor]], weights: Mapping[str, float], passes: float
+    step: Step,
+    branches: Mapping[str, Attack | Augmentation],
+    weights: Mapping[str, float],
+    targeted: bool,
+    statistics: Literal["running", "batch"],
 ) -> StepOutput:
     """Train on clean images through the main norms, then on those of each branch through its auxiliary norms.
 
-    A branch maps the number of classes to its images, in the rows of the batch.
+    The images of a branch are attacked through its norms, ``targeted`` or not, or augmented.
     """
+    if targeted and step.labels.is_floating_point():
+        raise ConfigurationError("A targeted attack needs integer labels, found soft ones: write targeted=False.")
     logits, main_loss = step.main_pass(step.images, step.labels)
-    images, aux_logits, losses = [], [], []
+    images, aux_logits, losses, passes = [], [], [], 1.0
     for position, (auxiliary, branch) in enumerate(branches.items(), start=1):
-        images.append(branch(logits.shape[1]))
-        weight = weights[auxiliary]
+        if is_attack(branch):
+            target = Target(wrong_labels(step.labels, logits.shape[1], step.generator) if targeted else step.labels)
+            images.append(attacked(step, branch, auxiliary, target, -1 if targeted else 1, statistics))
+            passes += branch.steps
+        else:
+            change = cast(Augmentation, branch)
+            images.append(augmented(step, step.images, change, f"of the branch {auxiliary!r}"))
         with step.only_local() if position < len(branches) else nullcontext():
-            logits_of_branch, loss = step.auxiliary_pass(auxiliary, images[-1], step.labels, weight=weight)
+            logits_of_branch, loss = step.auxiliary_pass(auxiliary, images[-1], step.labels, weight=weights[auxiliary])
         aux_logits.append(logits_of_branch)
-        losses.append(weight * loss)
+        losses.append(weights[auxiliary] * loss)
     aux_loss = torch.stack(losses).sum()
     return step.output(
         loss=main_loss + aux_loss,
         main_loss=main_loss,
         logits=logits,
-        passes=passes,
+        passes=passes + len(branches),
         aux_loss=aux_loss / sum(weights.values()),
         aux_logits=torch.cat(aux_logits),
         aux_images=torch.cat(images),
@@ -89,20 +97,11 @@ def propagate(
 
 
 def attacked(
-    step: Step, attack: Attack, auxiliary: str, classes: int, targeted: bool, statistics: Literal["running", "batch"]
+    step: Step, attack: Attack, auxiliary: str, target: Target, sign: int, statistics: Literal["running", "batch"]
 ) -> Tensor:
-    """Return the step's images, attacked through ``auxiliary``; the other arguments are :class:`AdvProp`'s."""
-    target, sign = Target(step.labels), 1
-    if targeted:
-        target, sign = Target(wrong_labels(step.labels, classes, step.generator)), -1
+    """Return the step's images, attacked through ``auxiliary``: away from ``target``, or towards it for ``sign`` -1."""
     with step.auxiliary(auxiliary, record_statistics=False), step.norms_frozen(statistics == "running"):
         return step.attack(attack, lambda images: sign * step.pixel_gradient(images, target))
-
-
-def check_targets(step: Step, targeted: bool) -> None:
-    """Raise :class:`ConfigurationError` if a targeted attack is asked for where labels are soft."""
-    if targeted and step.labels.is_floating_point():
-        raise ConfigurationError("A targeted attack needs integer labels, found soft ones: write targeted=False.")
 
 
 def wrong_labels(labels: Tensor, classes: int, generator: torch.Generator | None) -> Tensor:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
-
-from torch import Tensor
+from typing import Literal
 
 from entprop_wrap.errors import ConfigurationError
 from entprop_wrap.functional.attacks import Attack, is_attack
-from entprop_wrap.methods.advprop import attacked, check_targets, propagate
+from entprop_wrap.methods.advprop import propagate
 from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
-from entprop_wrap.methods.views import Augmentation, augmented
+from entprop_wrap.methods.views import Augmentation
 from entprop_wrap.utils.options import as_python, check_choice, check_flag, check_name, check_number, shown
 
 
@@ -92,13 +90,4 @@ class FineGrainedAdvProp(Method):
 
     def step(self, step: Step) -> StepOutput:
         """Run the step."""
-        check_targets(step, self.targeted)
-
-        def images(name: str, branch: Attack | Augmentation) -> Callable[[int], Tensor]:
-            if is_attack(branch):
-                return lambda classes: attacked(step, branch, name, classes, self.targeted, self.attack_statistics)
-            return lambda classes: augmented(step, step.images, cast(Augmentation, branch), f"of the branch {name!r}")
-
-        passes = 1.0 + sum(1 + (branch.steps if is_attack(branch) else 0) for branch in self.branches.values())
-        made = {name: images(name, branch) for name, branch in self.branches.items()}
-        return propagate(step, made, self._weights, passes)
+        return propagate(step, self.branches, self._weights, self.targeted, self.attack_statistics)
