@@ -29,7 +29,6 @@ __all__ = [
     "ascend",
     "check_attack",
     "check_magnitude",
-    "is_attack",
     "l2_norm",
     "normalize_l2",
     "uniform_start",
