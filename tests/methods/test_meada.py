@@ -158,18 +158,20 @@ def test_checkpointing():
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"eta": -1.0}, {"eta": float("nan")}, {"gamma": -1}, {"steps": 0}, {"steps": 1.5}, {"step_size": 0}, {"eta": "1"}],
-    ids=str,
+    ("kind", "options"),
+    [
+        (EntropyAscent, {"eta": -1.0}),
+        (EntropyAscent, {"eta": float("nan")}),
+        (EntropyAscent, {"gamma": -1}),
+        (EntropyAscent, {"steps": 0}),
+        (EntropyAscent, {"step_size": 0}),
+        (EntropyAscent, {"layer": 3}),
+        (MEADA, {"fraction": 0.0}),
+        (MEADA, {"fraction": 1.1}),
+        (MEADA, {"weight": 0}),
+        (MEADA, {"ascent": EntropyAscent}),
+    ],
 )
-def test_an_ascent_out_of_range_is_refused(options):
+def test_options_out_of_range_are_refused(kind, options):
     with pytest.raises(ConfigurationError, match=next(iter(options))):
-        EntropyAscent(**options)
-
-
-@pytest.mark.parametrize(
-    "options", [{"fraction": 0.0}, {"fraction": 1.1}, {"weight": 0}, {"ascent": EntropyAscent}, {"ascent": 15}], ids=str
-)
-def test_options_out_of_range_are_refused(options):
-    with pytest.raises(ConfigurationError, match=next(iter(options))):
-        MEADA(**options)
+        kind(**options)
