@@ -77,6 +77,91 @@ def training_step(
             ``auxiliary()``; the message says which.
     """
     method, space = _checked("training_step()", model, method, pixel_space, loss, backward, generator)
+    return _run(model, images, labels, method, space, loss, backward, generator)
+
+
+class TrainingStep:
+    """Model, method and pixel space of a loop of one's own, held and checked once; :func:`training_step` on them.
+
+        step = entprop.TrainingStep(model, EntProp(), PixelSpace(mean, std))
+        optimizer = torch.optim.SGD(entprop.parameter_groups(model, 5e-4), lr=0.1)
+        for images, labels in loader:
+            out = step(images, labels)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    A plain model is wrapped here if the method needs auxiliaries: build the optimizer afterwards. Before a model enters
+    a container (DDP, FSDP2, ``torch.compile``), wrap it.
+
+    Args:
+        model: As in :func:`training_step`, or plain.
+        method: What to do in a step; ``EntProp()`` by default.
+        pixel_space: How the images were normalised; None: they are in [0, 1].
+        loss: As in :func:`training_step`.
+        backward: As in :func:`training_step`.
+        generator: As in :func:`training_step`.
+        options: Options of :func:`entprop_wrap.wrap`, for a plain model: ``copies=``, ``include=``, ``exclude=``.
+
+    Raises:
+        AuxiliaryNameError: The model is wrapped, without an auxiliary that the method needs.
+        ConfigurationError: The model holds other copies than the method asks for, or ``options`` do not apply.
+        TypeError: The model, the method or a function is of another type.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method | None = None,
+        pixel_space: PixelSpace | None = None,
+        *,
+        loss: Loss | None = None,
+        backward: Callable[..., Any] | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:
+        self.method, self.pixel_space = _checked(
+            "TrainingStep()", model, method, pixel_space, loss, backward, generator
+        )
+        ensure_wrapped(model, self.method, **options)
+        self.model, self.loss, self.backward, self.generator = model, loss, backward, generator
+
+    def __call__(self, images: Tensor, labels: Tensor) -> StepOutput:
+        """Run one step on images ``(N, C, H, W)`` and labels; see :func:`training_step`."""
+        return _run(self.model, images, labels, self.method, self.pixel_space, self.loss, self.backward, self.generator)
+
+    def __repr__(self) -> str:
+        return f"TrainingStep({type(plain_model(self.model)).__name__}, {self.method!r}, {self.pixel_space!r})"
+
+
+def _checked(
+    caller: str,
+    model: object,
+    method: object,
+    pixel_space: object,
+    loss: object,
+    backward: object,
+    generator: object,
+) -> tuple[Method, PixelSpace]:
+    """Return the method and the pixel space, after checks of the types of all arguments but the data."""
+    check_module(caller, model)
+    space = space_of(pixel_space)
+    check_loss(loss)
+    if backward is not None:
+        check_function("backward", backward, "of a loss", "backward=accelerator.backward")
+    check_generator(generator)
+    return EntProp() if method is None else check_method(method), space
+
+
+def _run(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    method: Method,
+    space: PixelSpace,
+    loss: Loss | None,
+    backward: Callable[..., Any] | None,
+    generator: torch.Generator | None,
+) -> StepOutput:
     check_trainable(model)
     refuse_inference_mode()
     registry = check_wrapped(model, method) if method.auxiliaries else None
@@ -107,79 +192,6 @@ def training_step(
     step.checker.watch.end(before.parameters)
     step.checker.stepped = True
     return output
-
-
-class TrainingStep:
-    """Model, method and pixel space of a loop of one's own, held and checked once; :func:`training_step` on them.
-
-        step = entprop.TrainingStep(model, EntProp(), PixelSpace(mean, std))
-        optimizer = torch.optim.SGD(entprop.parameter_groups(model, 5e-4), lr=0.1)
-        for images, labels in loader:
-            out = step(images, labels)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    A plain model is wrapped here if the method needs auxiliaries: build the optimizer afterwards. Before a model enters
-    a container (DDP, FSDP2, ``torch.compile``), wrap it.
-
-    Args:
-        model: As in :func:`training_step`, or plain.
-        method: What to do in a step; ``EntProp()`` by default.
-        pixel_space: How the images were normalised; None: they are in [0, 1].
-        loss, backward, generator: As in :func:`training_step`.
-        options: Options of :func:`entprop_wrap.wrap`, for a plain model: ``copies=``, ``include=``, ``exclude=``.
-
-    Raises:
-        AuxiliaryNameError: The model is wrapped, without an auxiliary that the method needs.
-        ConfigurationError: The model holds other copies than the method asks for, or ``options`` do not apply.
-        TypeError: The model, the method or a function is of another type.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Method | None = None,
-        pixel_space: PixelSpace | None = None,
-        *,
-        loss: Loss | None = None,
-        backward: Callable[..., Any] | None = None,
-        generator: torch.Generator | None = None,
-        **options: Any,
-    ) -> None:
-        self.method, self.pixel_space = _checked(
-            "TrainingStep()", model, method, pixel_space, loss, backward, generator
-        )
-        ensure_wrapped(model, self.method, **options)
-        self.model, self.loss, self.backward, self.generator = model, loss, backward, generator
-
-    def __call__(self, images: Tensor, labels: Tensor) -> StepOutput:
-        """Run one step on images ``(N, C, H, W)`` and labels; see :func:`training_step`."""
-        return training_step(
-            self.model,
-            images,
-            labels,
-            method=self.method,
-            pixel_space=self.pixel_space,
-            loss=self.loss,
-            backward=self.backward,
-            generator=self.generator,
-        )
-
-    def __repr__(self) -> str:
-        return f"TrainingStep({type(plain_model(self.model)).__name__}, {self.method!r}, {self.pixel_space!r})"
-
-
-def _checked(
-    caller: str, model: object, method: object, pixel_space: object, loss: object, backward: object, generator: object
-) -> tuple[Method, PixelSpace]:
-    """Return the method and the pixel space, after checks of the types of all arguments but the data."""
-    check_module(caller, model)
-    space = space_of(pixel_space)
-    check_loss(loss)
-    if backward is not None:
-        check_function("backward", backward, "of a loss", "backward=accelerator.backward")
-    check_generator(generator)
-    return EntProp() if method is None else check_method(method), space
 
 
 def check_trainable(model: nn.Module) -> None:
