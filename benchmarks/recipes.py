@@ -89,6 +89,7 @@ REGIMES = {
     "cifar-1000": _cifar(1000, 100),
     "cifar-1000-300": _cifar(1000, 300),
     "cifar-2500": _cifar(2500, 60),
+    "cifar-2500-200": _cifar(2500, 200),
     "cifar-5000": _cifar(5000, 40),
     "cifar-10000": _cifar(10000, 30),
     "pets-12": _tuned("pets", 12),
