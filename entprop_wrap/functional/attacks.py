@@ -85,13 +85,11 @@ class PGD:
         check_choice("norm", self.norm, ("linf", "l2"))
         check_integer("steps", self.steps, 1)
         check_flag("random_start", self.random_start)
-        for name, value in {"epsilon": self.epsilon, "step_size": self.step_size}.items():
-            if value is None and name == "step_size":
-                continue
+        for name in ("epsilon",) if self.step_size is None else ("epsilon", "step_size"):
             if self.norm == "linf":
-                check_magnitude(name, value)
+                check_magnitude(name, getattr(self, name))
             else:
-                check_number(name, value, lambda value: value > 0, "above 0")
+                check_number(name, getattr(self, name), lambda value: value > 0, "above 0")
         if self.norm == "l2" and self.step_size is not None and self.steps * self.step_size < 0.999 * self.epsilon:
             raise ConfigurationError(
                 f"{self.steps} steps of {self.step_size:.4g} do not cross a ball of radius {self.epsilon:.4g}. Write "
