@@ -23,6 +23,7 @@ from entprop_wrap.methods import (
     Vanilla,
 )
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
+from entprop_wrap.utils.options import is_number
 
 
 def weak_and_strong(one: AdvProp) -> FineGrainedAdvProp:
@@ -65,6 +66,8 @@ FIXED = {
     "pgd_at": ("kind",),
     "trades": ("kind",),
 }
+#: Fields that hold a dataclass, which text can name.
+NAMED = ("mix", "view")
 WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -111,11 +114,12 @@ def field_for(name: str, method: Any, field: str) -> str | None:
 
 
 def field_names(value: Any) -> list[str]:
-    """Return the names of all fields of a dataclass, and of the dataclasses in them."""
+    """Return the names of the fields of a dataclass that can be written as text, and of the dataclasses in it."""
     found = []
     for field in fields(value):
-        found.append(field.name)
         inner = getattr(value, field.name)
+        if not is_dataclass(inner) or field.name in NAMED:
+            found.append(field.name)
         if is_dataclass(inner):
             found += [f"{field.name}.{name}" for name in field_names(inner)]
     return found
@@ -127,7 +131,7 @@ def changed(value: Any, changes: Mapping[str, Any]) -> Any:
     for name, new in changes.items():
         outer, _, inner = name.partition(".")
         parts.setdefault(outer, {})[inner] = new
-    if isinstance(value, PGD) and "epsilon" in parts:  # steps keep their share of epsilon
+    if isinstance(value, PGD) and is_number(changes.get("epsilon")):  # steps keep their share of epsilon
         value = value.at(parts.pop("epsilon")[""])
     made = {}
     for name, part in parts.items():

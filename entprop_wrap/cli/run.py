@@ -146,10 +146,10 @@ def check_size(model: nn.Module, data: Data, blueprint: model_parts.Blueprint, o
         with evaluating(model), torch.no_grad():
             model(image)
     except (AssertionError, RuntimeError, ValueError) as error:
+        said, size = str(error).rstrip("."), image.shape[-1]
         advice = "Leave --image-size out" if options.image_size else f"Write --image-size {blueprint.size}"
         raise ConfigurationError(
-            f"--model {options.model} does not take images of {image.shape[-1]} px: {error}. {advice}, or choose "
-            "another --model."
+            f"--model {options.model} does not take images of {size} px: {said}. {advice}, or choose another --model."
         ) from error
 
 

@@ -19,7 +19,7 @@ from entprop_wrap.cli import main, models, results
 from entprop_wrap.cli import methods as method_parts
 from entprop_wrap.cli import run as run_parts
 from entprop_wrap.cli.options import METHODS, parse
-from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.errors import ConfigurationError, EntPropError
 from entprop_wrap.functional import uncertainty
 from entprop_wrap.methods import MEADA, AdversarialTraining, AdvProp, EntropyAscent, FastAdvProp, MixProp, Vanilla
 from entprop_wrap.methods.entropic_retraining import EntropicRetraining
@@ -197,7 +197,7 @@ def test_digits_are_as_large_as_asked_for_and_as_the_model_takes(train, tmp_path
     options = parse("", ["--image-size", "48"])
     assert data_parts.load(options, models.find(options).space, 48).test[0][0].shape == (3, 48, 48)
     found = train("--model", "vit_tiny_patch16_224", output=tmp_path / "out", refused=True)
-    assert re.match("ConfigurationError: --model vit_tiny.* not take images of 32 px: .*Write --image-size 224", found)
+    assert re.match(r"ConfigurationError: --model vit_tiny.* not take .* 32 px: .*[^.]\. Write --image-size 224", found)
 
 
 def test_curves_and_table_are_of_the_same_images(train, tmp_path, folder):
@@ -414,8 +414,10 @@ def test_fields_that_have_no_flag(settings, expected):
         (
             ["advprop"],
             "targetted=true",
-            "no 'targetted' to set in advprop: attack, attack.epsilon, attack.steps, attack.step_size,",
+            "no 'targetted' to set in advprop: attack.epsilon, attack.steps, attack.step_size,",
         ),
+        (["advprop"], "attack=pgd", "no 'attack' to set in advprop: attack.epsilon,"),
+        (["advprop"], "epsilon=tiny", "epsilon is a fraction of the full pixel range"),
         (["vanilla"], "targeted=true", "no 'targeted' to set in vanilla: nothing"),
         (["mixprop", "advprop"], "mixprop.targeted=true", "no 'targeted' to set in mixprop: mix, mix.alpha, weight"),
         (["advprop"], "targeted=maybe", "targeted must be True or False, found 'maybe'"),
@@ -432,7 +434,7 @@ def test_fields_that_have_no_flag(settings, expected):
     ],
 )
 def test_fields_that_cannot_be_set(names, setting, found):
-    with pytest.raises(ConfigurationError, match=re.escape(found)):
+    with pytest.raises(EntPropError, match=re.escape(found)):
         built("--set", setting, names=names)
 
 
