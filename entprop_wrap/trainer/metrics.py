@@ -31,7 +31,7 @@ class Meter:
             pair = torch.stack([torch.where(finite, value.float(), 0.0), finite.float()])
             self.sums[name] = pair if name not in self.sums else self.sums[name] + pair
         self.batches += 1
-        self.passes += output.passes
+        self.passes += float(output.passes)  # a method's own may be NumPy's, which no checkpoint holds
         self.last = output
 
     def read(self) -> tuple[dict[str, float], int, int]:

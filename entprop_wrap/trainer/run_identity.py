@@ -50,7 +50,10 @@ def identity(
     """
     options = ("gradient_accumulation_steps", "max_grad_norm", "ema_decay", "seed", "channels_last")
     noted = ("initial_lr", "momentum", "weight_decay", "betas", "eps", "alpha", "dampening", "nesterov")
-    groups = [{key: group[key] for key in noted if key in group} for group in optimizer.param_groups]
+    groups = [
+        {"parameters": len(group["params"]), **{key: group[key] for key in noted if key in group}}
+        for group in optimizer.param_groups
+    ]
     return {
         "model": type(model).__name__,
         "modules": hashlib.sha256(describe(model).encode()).hexdigest()[:16],

@@ -111,7 +111,10 @@ class Trainer:
                 "compile=True in the configuration for torch.compile."
             )
         if extra := [key for key, value in model.state_dict().items() if not isinstance(value, Tensor)]:
-            raise UnsupportedModelError(f"Checkpoints hold tensors, found {extra[0]!r} in the model's state dict.")
+            raise UnsupportedModelError(
+                f"Checkpoints hold tensors, found {extra[0]!r} in the model's state dict. Have get_extra_state() "
+                "return a tensor."
+            )
         self.pixel_space = space_of(pixel_space)
         check_loss(loss)
         if config is not None and not isinstance(config, TrainerConfig):
@@ -184,7 +187,7 @@ class Trainer:
         if self._evaluating and self.accelerator.is_main_process:
             warnings.warn(
                 f"{len(self._evaluating)} modules are in evaluation mode and stay so while training, such as a "
-                f"{type(self._evaluating[0]).__name__}. Or write model.train() before Trainer(model, ...).",
+                f"{type(self._evaluating[0]).__name__}. If that is not meant, write model.train() before Trainer(...).",
                 stacklevel=3,
             )
         with state.prepared.running():

@@ -1,6 +1,7 @@
 """A run that is interrupted, in whatever way, ends as if it had not been."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -240,12 +241,16 @@ def test_another_architecture_and_other_images_are_refused(tmp_path):
 
 
 def test_other_options_of_loader_loss_and_optimizer_and_other_frozen_parameters_are_refused(tmp_path):
-    def run(batch_size=12, smoothing=0.1, betas=(0.9, 0.99), frozen=False):
+    def run(batch_size=12, smoothing=0.1, betas=(0.9, 0.99), frozen=False, moved=False):
         model = programs.make(programs.GroupNormNet)
         model.fc.bias.requires_grad_(not frozen)
         loader = DataLoader(programs.Images(), batch_size, drop_last=True)
         loss = torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
-        adam = lambda groups: torch.optim.AdamW(groups, betas=betas)  # noqa: E731
+
+        def adam(groups):
+            groups[1]["params"] += [groups[0]["params"].pop()] if moved else []
+            return torch.optim.AdamW(groups, betas=betas)
+
         return trainer(tmp_path, model, loader, method=Vanilla(), loss=loss, epochs=1, optimizer=adam)
 
     run().fit()
@@ -253,6 +258,7 @@ def test_other_options_of_loader_loss_and_optimizer_and_other_frozen_parameters_
         ({"batch_size": 13}, "batch_size: 12 there, 13 here"),  # three batches, too
         ({"smoothing": 0.2}, r"loss: .*'label_smoothing': 0.1.* there, .*'label_smoothing': 0.2"),
         ({"betas": (0.9, 0.9)}, "groups: "),
+        ({"moved": True}, "groups: "),
         ({"frozen": True}, "trainable: "),
     ):
         with pytest.raises(CheckpointError, match=message):
@@ -309,6 +315,14 @@ def test_scalars_of_numpy_and_torch_resume(tmp_path, optimizer, schedule):
     first = tmp_path / "checkpoints/step-00000002"
     programs.short(tmp_path / "resumed", optimizer, schedule=schedule).fit(resume=first)
     assert same(tmp_path, tmp_path / "resumed")
+
+
+def test_a_number_of_passes_may_be_of_numpy(tmp_path):
+    class Own(Vanilla):
+        def step(self, step):
+            return replace(super().step(step), passes=np.float64(1))
+
+    trainer(tmp_path, method=Own(), epochs=1, save_every_steps=1).fit()
 
 
 def test_what_cannot_be_read_back_stops_the_run_at_its_first_checkpoint(tmp_path):
