@@ -128,6 +128,8 @@ def test_a_callback_that_was_removed_leaves_the_trainer_its_step(tmp_path):
     added = callback(Vanilla())
     trainer = make_trainer(tmp_path, max_steps=1, callbacks=[added])
     assert type(trainer).__name__ == "Trainer"
+    trainer.train()
+    assert "main_loss" in trainer.state.log_history[0]
     trainer.remove_callback(added)
     trainer.train()
     assert "main_loss" not in trainer.state.log_history[0]

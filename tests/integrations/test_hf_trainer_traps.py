@@ -13,6 +13,7 @@ from entprop_wrap.errors import ConfigurationError, LabelError, OptimizerMismatc
 from entprop_wrap.integrations.hf_trainer import EntPropCallback
 from entprop_wrap.methods import Vanilla
 from tests.helpers.every_method import METHODS, named
+from tests.integrations.by_hand import pixels
 from tests.integrations.hf_trainer_reference import (
     METHOD,
     SPACE,
@@ -164,7 +165,9 @@ def test_a_run_after_one_that_was_interrupted_begins_without_its_images(tmp_path
         def on_step_end(self, args, state, control, **kwargs):
             raise KeyboardInterrupt
 
-    trainer = make(tmp_path, callbacks=[callback(EntProp(fraction=0.5, lagged=True)), Interrupted()], max_steps=1)
+    method = EntProp(fraction=0.5, lagged=True)
+    trainer = make(tmp_path, callbacks=[callback(method), Interrupted()], max_steps=1)
+    training_step(trainer.model, *pixels(4), method=method, pixel_space=SPACE)  # a step of one's own leaves some, too
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             trainer.train()

@@ -153,11 +153,12 @@ def test_nothing_is_overwritten(tmp_path):
 
 def test_another_run_is_refused_with_all_differences(tmp_path):
     programs.short(tmp_path).fit()
-    other = programs.short(tmp_path, weight_decay=0.1, seed=3, log_every=7)
+    other = programs.short(tmp_path, weight_decay=0.1, seed=3, mixed_precision="bf16", log_every=7)
     before = [parameter.clone() for parameter in other.model.parameters()]
     with pytest.raises(CheckpointError) as caught:
         other.fit(resume=True)
     assert "seed: 0 there, 3 here" in str(caught.value)
+    assert "precision: 'no' there, 'bf16' here" in str(caught.value)
     assert "groups" in str(caught.value)
     assert "log_every" not in str(caught.value)
     assert all(map(torch.equal, before, other.model.parameters()))
