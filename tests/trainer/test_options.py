@@ -246,8 +246,8 @@ def test_options_that_change_the_numbers_a_little(tmp_path, options, tolerance, 
 
 
 def test_trainers_of_different_precision_in_one_process(tmp_path):
-    precisions = {"a": "bf16", "b": "no", "c": None}
-    made = [trainer(tmp_path / name, mixed_precision=kind, epochs=1) for name, kind in precisions.items()]
+    precisions = {"a": "bf16", "b": "no", "c": None}  # also after an evaluation, in the second epoch
+    made = [trainer(tmp_path / name, mixed_precision=kind) for name, kind in precisions.items()]
     for run, kind in zip(made, (torch.bfloat16, torch.float32, torch.float32), strict=True):
         types = types_of(run.model.fc)
         run.fit()
