@@ -87,8 +87,8 @@ class FastAdvProp(Method):
             with step.only_local():
                 noise_loss = target.loss(step.loss, step.forward(noisy))
                 step.backward(self.beta * weight * noise_loss)
-            gradient, size = input_gradient(noisy), self.epsilon
-            images = ascend(noisy.detach(), origin, gradient, epsilon=size, step_size=size, space=step.space)
+            gradient, epsilon = input_gradient(noisy), self.epsilon
+            images = ascend(noisy.detach(), origin, gradient, epsilon=epsilon, step_size=epsilon, space=step.space)
             if self.shuffle:
                 images, labels = shuffle_between_processes(images, target.labels, step.generator)
                 target = Target(labels, index=index)
