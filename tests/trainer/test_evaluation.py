@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from entprop_wrap.errors import ConfigurationError
+from entprop_wrap.data.validation import Checker
+from entprop_wrap.errors import ConfigurationError, LabelError
 from tests.faults.accidents import lines
 from tests.helpers.trainer_toys import GroupNormNet, Images, make
 from tests.helpers.trainers import trainer
@@ -24,6 +25,16 @@ def test_a_loss_is_given_what_it_asks_for(tmp_path):
     )
     assert found == plain
     assert seen[-2:] == [(True, (16, 3, 8, 8), [*range(16)]), (True, (4, 3, 8, 8), [*range(4)])]
+
+
+@pytest.mark.parametrize("what", ["images", "labels"])
+def test_what_a_device_has_found_is_raised_at_the_end(tmp_path, monkeypatch, what):
+    def noted(checker, *args, **options):  # as on an accelerator
+        checker._note("found", torch.tensor(True), LabelError)
+
+    monkeypatch.setattr(Checker, what, noted)
+    with pytest.raises(LabelError, match="wrong: found"):
+        trainer(tmp_path).evaluate()
 
 
 def test_a_sum_is_refused(tmp_path):
