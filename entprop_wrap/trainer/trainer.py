@@ -119,6 +119,8 @@ class Trainer:
         check_loss(loss)
         if config is not None and not isinstance(config, TrainerConfig):
             raise TypeError(f"config expects a TrainerConfig, found {config!r}: write TrainerConfig(epochs=10), say.")
+        if monitor is not None and not (hasattr(monitor, "update") and hasattr(monitor, "evaluated")):
+            raise TypeError(f"monitor expects Monitor(), found {monitor!r}.")
         self.model, self.method = model, method
         self._evaluating = _evaluating_parts(model)
         self.config = TrainerConfig() if config is None else config
