@@ -136,6 +136,8 @@ def changed(value: Any, changes: Mapping[str, Any]) -> Any:
     made = {}
     for name, part in parts.items():
         inner = part.pop("", getattr(value, name))
+        if part and not is_dataclass(inner):
+            raise ConfigurationError(f"--set {name}.{next(iter(part))}: {name} is {inner!r}, which has no options.")
         made[name] = changed(inner, part) if part else inner
     return replace(value, **made)
 

@@ -423,6 +423,7 @@ def test_fields_that_have_no_flag(settings, expected):
         (["advprop"], "targeted=maybe", "targeted must be True or False, found 'maybe'"),
         (["advprop"], "weight=1/0", "weight must be a number above 0, found '1/0'"),
         (["entprop"], "uncertainty=entropie", "one of ['entropy', 'least_confidence'"),
+        (["entprop"], "mix=none mix.alpha=0.5", "--set mix.alpha: mix is None, which has no options"),
         (
             ["random_selection"],
             "uncertainty=entropy",
@@ -435,7 +436,7 @@ def test_fields_that_have_no_flag(settings, expected):
 )
 def test_fields_that_cannot_be_set(names, setting, found):
     with pytest.raises(EntPropError, match=re.escape(found)):
-        built("--set", setting, names=names)
+        built("--set", *setting.split(), names=names)
 
 
 def test_every_method_has_its_name_on_the_command_line():
