@@ -121,7 +121,11 @@ class CutMix:
 
 
 def find_mixer(mix: Mixer | str | None, alpha: float | None = None) -> Mixer | None:
-    """Return the mixer that ``mix`` is, or names: "mixup", "cutmix", "none"; with another ``alpha`` if it is given."""
+    """Return the mixer that ``mix`` is, or names: "mixup", "cutmix", "none"; with another ``alpha`` if it is given.
+
+    Raises:
+        ConfigurationError: There is none of that name, or it has no alpha.
+    """
     found: Any = (
         {"mixup": MixUp(), "cutmix": CutMix(), "none": None}.get(mix.lower(), mix) if isinstance(mix, str) else mix
     )

@@ -98,7 +98,11 @@ def two_classes(logits: Tensor, labels: Tensor | None = None) -> tuple[Tensor, A
 
 
 def find_uncertainty(uncertainty: Uncertainty | str) -> Uncertainty:
-    """Return the score that ``uncertainty`` is, or names, such as "entropy"."""
+    """Return the score that ``uncertainty`` is, or names, such as "entropy".
+
+    Raises:
+        ConfigurationError: There is none of that name, or it is not a function.
+    """
     named = {score.__name__: score for score in (entropy, least_confidence, logit_margin, cross_entropy, random)}
     found = named.get(uncertainty) if isinstance(uncertainty, str) else uncertainty
     if not callable(found) or isinstance(found, type):
@@ -112,7 +116,11 @@ def find_uncertainty(uncertainty: Uncertainty | str) -> Uncertainty:
 def compute_scores(
     uncertainty: Uncertainty, logits: Tensor, labels: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return ``uncertainty(logits, labels)``, with ``generator=generator`` if it takes an argument of that name."""
+    """Return ``uncertainty(logits, labels)``, with ``generator=generator`` if it takes an argument of that name.
+
+    Raises:
+        ConfigurationError: It does not return one number per row.
+    """
     more: dict[str, Any] = {"generator": generator} if asked(uncertainty, ("generator",), 0) else {}
     found: Any = uncertainty(logits, labels, **more)
     if not isinstance(found, Tensor) or found.shape != logits.shape[:1] or found.dtype == torch.bool:

@@ -19,7 +19,7 @@ from entprop_wrap.methods.base import Method
 from entprop_wrap.methods.step import Step
 from entprop_wrap.methods.step_output import StepOutput
 from entprop_wrap.utils.modules import plain_model, walk
-from entprop_wrap.utils.options import check_number, check_text
+from entprop_wrap.utils.options import check_number, shown
 from entprop_wrap.wrapping.norm_layers import is_norm
 
 __all__ = ["EntropicRetraining", "activation_entropy"]
@@ -71,10 +71,18 @@ class EntropicRetraining(Method):
             check_number(name, getattr(self, name), lambda value: True, "of either sign")
         if not self.activation_weight and not self.output_weight:
             raise ConfigurationError("activation_weight and output_weight are both 0: write Vanilla() for that.")
-        check_text("layers", self.layers)
+        if not isinstance(self.layers, str) or not self.layers:
+            raise ConfigurationError(
+                f"layers must be a glob over names such as 'layer4.*', found {shown(self.layers)}."
+            )
 
     def step(self, step: Step) -> StepOutput:
-        """Run the step; raise where no norm layer of that name ran, or its activations do not show."""
+        """Run the step.
+
+        Raises:
+            ConfigurationError: No norm layer of that name ran, or none that depends on trainable parameters.
+            UnsupportedModelError: The model is compiled, or uses reentrant checkpointing.
+        """
         with self._recorded(step.model) as recorded:
             logits = step.forward(step.images)
         main_loss = step.loss(logits, step.labels)

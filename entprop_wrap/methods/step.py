@@ -238,7 +238,11 @@ class Step:
 
     @contextmanager
     def norm_gradients_scaled(self, auxiliary: str | None, factor: float) -> Iterator[None]:
-        """Scale the gradients of a domain's norm parameters (None: the main domain) in backwards of the with-block."""
+        """Scale the gradients of a domain's norm parameters (None: the main domain) in backwards of the with-block.
+
+        Raises:
+            UnsupportedModelError: The parameters are sharded, where hooks on them see nothing.
+        """
         registry = find_registry(self.model)
         others = [domain for domain in (None, *registry.auxiliaries) if domain != auxiliary]
         # A parameter that domains share sees all images: it needs no balance.
@@ -284,7 +288,11 @@ class Step:
             return gradient_of(value * scale, images)
 
     def attack(self, attack: Attack, gradient: Gradient) -> Tensor:
-        """Return what ``attack`` makes of the images, which it may change in place: it is given a copy."""
+        """Return what ``attack`` makes of the images, which it may change in place: it is given a copy.
+
+        Raises:
+            ConfigurationError: It returned something else than images like those.
+        """
         images: Any = attack.run(self.images.clone(), gradient, self.space, self.generator)
         if not isinstance(images, Tensor) or images.shape != self.images.shape or images.dtype != self.images.dtype:
             raise ConfigurationError(
